@@ -1,0 +1,1 @@
+"""One module per command: `main(arguments)` does it and gives the exit status."""

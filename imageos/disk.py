@@ -1,0 +1,239 @@
+"""The disk that Ganeti hands over: claimed, attached through a loop device, wiped, partitioned, let go."""
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Callable, Iterable, Iterator, List, Optional, Tuple
+
+from imageos import linux
+from imageos.errors import Failure
+from imageos.layout import MIB, SECTOR, Layout, sfdisk_script
+from imageos.run import run
+
+DEADLINE = 10.0  # seconds to wait for the kernel or udev
+# Both ends of a disk or partition hold everything that a tool could recognise: partition tables and
+# their backups, superblocks of filesystems (btrfs at 64 KiB), LVM and RAID metadata.
+SIGNATURES = MIB
+F_OFD_GETLK = 36  # fcntl.h
+
+
+@dataclass(frozen=True)
+class Device:
+    """A disk of the instance while it is ours."""
+
+    path: str  # as Ganeti names it
+    descriptor: int
+    size: int  # bytes
+    is_file: bool
+
+
+@dataclass(frozen=True)
+class Attached:
+    """The loop device over a Device, with the kernel's nodes for its partitions."""
+
+    path: str  # /dev/loopN
+    descriptor: int
+    size: int
+
+    def partition(self, number: int) -> str:
+        return f"{self.path}p{number}"
+
+
+@contextmanager
+def claimed(path: str, read_only: bool = False) -> Iterator[Device]:
+    """Open the disk `path` so that nobody else does: Failure if it is not a disk or is in use.
+
+    Left only when the disk is really free again, since Ganeti deactivates it next.
+    """
+    path_shown = f"disk {path}"
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise Failure(f"{path_shown}: {error.strerror}") from None
+    if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
+        raise Failure(f"{path_shown} is neither a block device nor a regular file")
+    is_file = stat.S_ISREG(mode)
+    with ExitStack() as stack:
+        descriptor = _open_exclusively(path, read_only, is_file)
+        stack.callback(os.close, descriptor)
+        _check_unused(path, descriptor)
+        size = os.fstat(descriptor).st_size if is_file else linux.device_size(descriptor)
+        yield Device(path, descriptor, size, is_file)
+        stack.close()
+    if not is_file:
+        _wait(lambda: _is_free(path), f"{path_shown} is still in use after {DEADLINE:.0f} s")
+
+
+@contextmanager
+def attached(device: Device, read_only: bool = False) -> Iterator[Attached]:
+    """A loop device over `device`; everything written is on the device when this is left without error.
+
+    The kernel takes the loop device away with its last user (autoclear), even after SIGKILL.
+    """
+    with ExitStack() as stack:
+        descriptor, path = _attach(device, read_only)
+        stack.callback(os.close, descriptor)
+        # udev leaves a locked disk alone: without this, partition nodes vanish for a moment whenever
+        # somebody closes the disk after writing
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield Attached(path, descriptor, device.size)
+        if not read_only:
+            flush(device, descriptor)
+    _wait(lambda: not os.path.exists(f"/sys/block/{os.path.basename(path)}/loop/backing_file"),
+          f"{path} is still attached to disk {device.path} after {DEADLINE:.0f} s")
+
+
+def flush(device: Device, loop: int) -> None:
+    """Bring everything down to the device: closing is not enough, and the guest may bypass the cache."""
+    try:
+        os.fsync(loop)
+        os.fsync(device.descriptor)
+        if not device.is_file:
+            linux.flush_buffers(device.descriptor)
+    except OSError as error:
+        raise Failure(f"disk {device.path}: cannot write everything to it: {error.strerror}") from None
+
+
+def wipe(disk: Attached, ranges: Iterable[Tuple[int, int]]) -> None:
+    """Zero both ends of each range (start, size in bytes)."""
+    zeroes = bytes(SIGNATURES)
+    for start, size in ranges:
+        for offset in {start, max(start, start + size - SIGNATURES)}:
+            os.pwrite(disk.descriptor, zeroes[:min(SIGNATURES, size)], offset)
+
+
+def disarm(disk: Attached, layout: Layout) -> None:
+    """Make sure that a half-made instance cannot boot, nor be taken for a whole one."""
+    wipe(disk, [(0, disk.size), *((part.start, part.size) for part in layout.partitions)])
+    os.fsync(disk.descriptor)
+
+
+def write_table(disk: Attached, layout: Layout) -> None:
+    """Replace whatever is on the disk by `layout`, and make the partition nodes."""
+    disarm(disk, layout)
+    # The kernel is told by ourselves, below: it may have no parser for this table.
+    run(["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", "--wipe", "never", disk.path],
+        input=sfdisk_script(layout))
+    set_partitions(disk, [(part.number, part.start, part.size) for part in layout.partitions])
+
+
+def set_partitions(disk: Attached, wanted: List[Tuple[int, int, int]]) -> None:
+    """Make the kernel's partitions of the disk exactly these (number, start, size in bytes)."""
+    existing = _kernel_partitions(disk)
+    for number in existing:
+        if existing[number] not in [(start, size) for n, start, size in wanted if n == number]:
+            linux.delete_partition(disk.descriptor, number)
+    for number, start, size in wanted:
+        if existing.get(number) != (start, size):
+            linux.add_partition(disk.descriptor, number, start, size)
+        node = disk.partition(number)
+        _wait(lambda: os.path.exists(node), f"{node} did not appear within {DEADLINE:.0f} s")
+
+
+def _kernel_partitions(disk: Attached) -> "dict[int, Tuple[int, int]]":
+    """number -> (start, size in bytes), as the kernel has them; its sysfs counts 512-byte sectors."""
+    name = os.path.basename(disk.path)
+    found = {}
+    for entry in os.listdir(f"/sys/block/{name}"):
+        if entry.startswith(name + "p"):
+            values = []
+            for attribute in ("partition", "start", "size"):
+                with open(f"/sys/block/{name}/{entry}/{attribute}", encoding="ascii") as file:
+                    values.append(int(file.read()))
+            found[values[0]] = (values[1] * SECTOR, values[2] * SECTOR)
+    return found
+
+
+def _open_exclusively(path: str, read_only: bool, is_file: bool) -> int:
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
+    # O_EXCL on a block device: refused while it is mounted, or a part of something (device-mapper, RAID)
+    exclusive = 0 if is_file or read_only else os.O_EXCL
+    try:
+        descriptor = os.open(path, flags | exclusive)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise _in_use(path, "it is mounted, or part of another device") from None
+        raise Failure(f"disk {path}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise _in_use(path, "another process has locked it") from None
+    return descriptor
+
+
+def _check_unused(path: str, descriptor: int) -> None:
+    loop = _loop_over(os.fstat(descriptor))
+    if loop:
+        raise _in_use(path, f"{loop} is attached to it", f"see losetup --list; losetup --detach {loop} if it is stale")
+    # qemu holds open-file-description locks on the images that it uses
+    query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        answer = fcntl.fcntl(descriptor, F_OFD_GETLK, query)
+    except OSError:
+        return  # some filesystems have no such locks
+    if struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK:
+        raise _in_use(path, "a virtual machine (or another program that locks it) is using it")
+
+
+def _loop_over(backing: os.stat_result) -> Optional[str]:
+    """The loop device over a file or device, if there is one (O_EXCL does not see it)."""
+    for name in os.listdir("/sys/block"):
+        if not name.startswith("loop"):
+            continue
+        try:
+            with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
+                other = os.stat(file.read().rstrip("\n"))
+        except OSError:
+            continue  # not attached, or over a file that this node cannot see
+        same_file = (other.st_dev, other.st_ino) == (backing.st_dev, backing.st_ino)
+        if same_file or (stat.S_ISBLK(other.st_mode) and other.st_rdev == backing.st_rdev):
+            return f"/dev/{name}"
+    return None
+
+
+def _attach(device: Device, read_only: bool) -> Tuple[int, str]:
+    flags = linux.LO_FLAGS_AUTOCLEAR | linux.LO_FLAGS_PARTSCAN | (linux.LO_FLAGS_READ_ONLY if read_only else 0)
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        try:
+            number = linux.free_loop()
+            path = f"/dev/loop{number}"
+            _wait(lambda: os.path.exists(path), f"{path} did not appear within {DEADLINE:.0f} s")
+            descriptor = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        except OSError as error:
+            raise Failure(f"no loop device to be had: {error.strerror}", hint="modprobe loop") from None
+        try:
+            linux.configure_loop(descriptor, device.descriptor, flags)
+            return descriptor, path
+        except OSError as error:
+            os.close(descriptor)
+            # somebody took it between our two steps: take the next
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise Failure(f"disk {device.path}: cannot attach {path}: {error.strerror}") from None
+
+
+def _is_free(path: str) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno != errno.EBUSY
+    return True
+
+
+def _wait(condition: Callable[[], bool], complaint: str) -> None:
+    """Until `condition`; polled, since neither udev nor the kernel tells."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Failure(complaint)
+        time.sleep(0.005)
+
+
+def _in_use(path: str, how: str, hint: Optional[str] = None) -> Failure:
+    return Failure(f"disk {path} is in use: {how}", hint=hint or "stop the instance first; fuser -v shows who has it")

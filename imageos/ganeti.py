@@ -1,0 +1,143 @@
+"""What Ganeti tells a script: its environment as values.
+
+Format: ganeti-os-interface(7). Booleans and None come as Python text, sizes in MiB.
+"""
+
+from dataclasses import dataclass
+from typing import Dict, List, Mapping, Optional, Tuple
+
+from imageos.errors import Failure
+
+MIB = 1 << 20
+API_VERSIONS = (20, 15, 10)  # as in the file ganeti_api_version
+NOT_GANETI = "Ganeti calls this script; see gnt-instance(8), or imageos --help for the other commands"
+
+
+@dataclass(frozen=True)
+class Disk:
+    index: int
+    path: str
+    size: Optional[int]  # bytes, as Ganeti says; the device may be larger
+
+
+@dataclass(frozen=True)
+class Nic:
+    index: int
+    mac: str
+    ip: str
+    mode: str
+    link: str
+    network: Mapping[str, str]  # NAME, SUBNET, GATEWAY, SUBNET6, GATEWAY6, TAGS
+
+
+@dataclass(frozen=True)
+class Instance:
+    name: str
+    hypervisor: str
+    memory: int  # MiB
+    disks: Tuple[Disk, ...]
+    nics: Tuple[Nic, ...]
+    kernel_path: str
+    serial_console: bool
+    serial_speed: int
+    reinstall: bool
+
+    @property
+    def short_name(self) -> str:
+        return self.name.split(".")[0]
+
+
+def variables(environ: Mapping[str, str]) -> Dict[str, str]:
+    """Those of the environment that Ganeti set: what settings files and hooks may see."""
+    prefixes = ("INSTANCE_", "DISK_", "NIC_", "OSP_", "OS_", "EXPORT_", "IMPORT_", "HYPERVISOR", "DEBUG_LEVEL",
+                "OLD_INSTANCE_NAME", "EXP_SIZE_FD")
+    return {name: value for name, value in environ.items() if name.startswith(prefixes)}
+
+
+def check_api(environ: Mapping[str, str]) -> None:
+    """Fail unless Ganeti speaks an API version that we know."""
+    version = environ.get("OS_API_VERSION", "")
+    if not version:
+        raise Failure("OS_API_VERSION is not set", hint=NOT_GANETI)
+    if version not in map(str, API_VERSIONS):
+        known = ", ".join(map(str, sorted(API_VERSIONS)))
+        raise Failure(f"OS_API_VERSION is {version}, imageos knows {known}")
+
+
+def variant(environ: Mapping[str, str]) -> str:
+    """The OS variant, or an empty string (API 10 has none)."""
+    return environ.get("OS_VARIANT", "")
+
+
+def instance(environ: Mapping[str, str]) -> Instance:
+    """The instance that `environ` describes; Failure names a variable that is missing or wrong."""
+    check_api(environ)
+    kernel_path = environ.get("INSTANCE_HV_kernel_path", "")
+    return Instance(
+        name=_instance_name(environ),
+        hypervisor=environ.get("HYPERVISOR", ""),
+        # Ganeti before 2.6 had INSTANCE_BE_memory
+        memory=_number(environ, "INSTANCE_BE_maxmem", "INSTANCE_BE_memory"),
+        disks=tuple(_disks(environ)),
+        nics=tuple(_nics(environ)),
+        kernel_path="" if kernel_path == "None" else kernel_path,
+        serial_console=environ.get("INSTANCE_HV_serial_console") == "True",
+        serial_speed=_number(environ, "INSTANCE_HV_serial_speed") or 38400,
+        reinstall=environ.get("INSTANCE_REINSTALL") == "1",
+    )
+
+
+def _instance_name(environ: Mapping[str, str]) -> str:
+    name = environ.get("INSTANCE_NAME", "")
+    if not name:
+        raise Failure("INSTANCE_NAME is not set", hint=NOT_GANETI)
+    if not all(c.isascii() and (c.isalnum() or c in "-._") for c in name) or name.startswith((".", "-")):
+        raise Failure(f"INSTANCE_NAME={name!r} is not a host name")
+    return name
+
+
+def _disks(environ: Mapping[str, str]) -> List[Disk]:
+    disks = []
+    for index in range(_number(environ, "DISK_COUNT")):
+        path = environ.get(f"DISK_{index}_PATH", "")
+        if not path:
+            if environ.get(f"DISK_{index}_URI"):
+                raise Failure(
+                    f"disk {index} has no device on the node, only DISK_{index}_URI",
+                    hint="set the instance's disk access to kernelspace: gnt-cluster modify --disk-parameters ...")
+            raise Failure(f"DISK_{index}_PATH is not set, though DISK_COUNT is {environ['DISK_COUNT']}")
+        size = _number(environ, f"DISK_{index}_SIZE")
+        disks.append(Disk(index, path, size * MIB or None))
+    return disks
+
+
+def _nics(environ: Mapping[str, str]) -> List[Nic]:
+    nics = []
+    for index in range(_number(environ, "NIC_COUNT")):
+        prefix = f"NIC_{index}_"
+        nics.append(Nic(
+            index=index,
+            mac=environ.get(prefix + "MAC", ""),
+            ip=_text(environ, prefix + "IP"),
+            mode=environ.get(prefix + "MODE", ""),
+            link=environ.get(prefix + "LINK", ""),
+            network={name[len(prefix + "NETWORK_"):]: value for name, value in environ.items()
+                     if name.startswith(prefix + "NETWORK_")},
+        ))
+    return nics
+
+
+def _text(environ: Mapping[str, str], name: str) -> str:
+    value = environ.get(name, "")
+    return "" if value == "None" else value
+
+
+def _number(environ: Mapping[str, str], *names: str) -> int:
+    """The first of the variables `names` that is set, as a whole number; 0 if none is."""
+    for name in names:
+        value = _text(environ, name)
+        if value:
+            if not (value.isascii() and value.isdigit()):
+                raise Failure(f"{name}={value!r} is not a number")
+            return int(value)
+    return 0

@@ -1,0 +1,122 @@
+"""The system in a guest: its name, its identity, its console.
+
+What differs between distributions is found by looking at the guest's files, never at its name in the settings.
+"""
+
+import re
+from typing import Tuple
+
+from imageos import log
+from imageos.errors import Failure
+from imageos.target import Target
+
+# Directories that a kernel and a first process expect, should an image have left them out
+MOUNT_POINTS = ("/dev", "/proc", "/sys", "/run")
+# Distributions (os-release's ID or ID_LIKE) that keep the full name in /etc/hostname
+FULL_HOSTNAME = ("rhel", "fedora", "centos", "suse", "sles", "opensuse")
+RANDOM_SEEDS = ("/var/lib/systemd/random-seed", "/var/lib/urandom/random-seed", "/var/lib/misc/random-seed",
+                "/var/lib/seedrng/*")
+SYSTEMD_UNITS = ("/usr/lib/systemd/system", "/lib/systemd/system")
+
+
+def check_root(target: Target) -> None:
+    """Fail if this cannot be the root of a system; make the mount points that every one needs."""
+    if not (target.is_dir("/etc") and (target.exists("/bin") or target.exists("/usr/bin"))):
+        raise Failure("the image holds no Linux system: /etc or /bin is missing in its root",
+                      hint="make the tarball from within the system's root: tar --create ... -C ROOT .")
+    for directory in MOUNT_POINTS:
+        target.mkdir(directory)
+
+
+def set_identity(target: Target, instance_name: str) -> None:
+    """Make unique what no two instances may share."""
+    set_hostname(target, instance_name)
+    forget_machine_id(target)
+    for seed in RANDOM_SEEDS:
+        target.remove(seed)
+    target.clear("/var/lib/cloud", keep=["seed"])  # as `cloud-init clean` does
+    replace_host_keys(target)
+
+
+def set_hostname(target: Target, instance_name: str) -> None:
+    """Name the guest, in /etc/hostname and in /etc/hosts."""
+    short = instance_name.split(".")[0]
+    kept = instance_name if _is_like(target, FULL_HOSTNAME) else short
+    target.write("/etc/hostname", kept + "\n")
+    target.write("/etc/hosts", hosts(target.read("/etc/hosts") or "", instance_name))
+
+
+def hosts(text: str, instance_name: str) -> str:
+    """The text of /etc/hosts with the instance's name on Debian's own line for it, 127.0.1.1."""
+    short = instance_name.split(".")[0]
+    names = instance_name if short == instance_name else f"{instance_name} {short}"
+    ours = f"127.0.1.1\t{names}"
+    lines = text.splitlines() or ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback"]
+    place = [n for n, line in enumerate(lines) if line.split()[:1] == ["127.0.1.1"]]
+    if place:
+        lines[place[0]] = ours
+    else:
+        first = next((n for n, line in enumerate(lines) if line.split()[:1] == ["127.0.0.1"]), -1)
+        lines.insert(first + 1, ours)
+    kept = [line for n, line in enumerate(lines) if n not in place[1:]]
+    return "\n".join(kept) + "\n"
+
+
+def forget_machine_id(target: Target) -> None:
+    """Have the guest make a new machine-id when it boots; DHCP leases and journals are tied to it."""
+    if target.exists("/etc/machine-id") or _systemd_units(target):
+        target.write("/etc/machine-id", "", mode=0o444)
+    target.remove("/var/lib/dbus/machine-id")
+
+
+def replace_host_keys(target: Target) -> None:
+    """Remove the image's ssh host keys and make new ones: not every guest does so at boot."""
+    target.remove("/etc/ssh/ssh_host_*")
+    keygen = target.which("ssh-keygen")
+    if keygen and target.is_dir("/etc/ssh"):
+        try:
+            target.run([keygen, "-A"])
+        except Failure as failure:
+            log.warning(f"the guest has no ssh host keys: {failure}")
+
+
+def enable_serial_console(target: Target, terminal: str, speed: int) -> None:
+    """A login on the serial console, in whatever way the guest starts its terminals."""
+    units = _systemd_units(target)
+    if units:
+        target.symlink(f"{units}/serial-getty@.service",
+                       f"/etc/systemd/system/getty.target.wants/serial-getty@{terminal}.service")
+    elif target.is_file("/etc/inittab"):
+        target.write("/etc/inittab", inittab(target.read("/etc/inittab") or "", terminal, speed,
+                                             target.which("agetty") or target.which("getty") or "/sbin/getty"))
+    else:
+        log.warning("no login on the serial console: the guest has neither systemd nor /etc/inittab")
+    if target.is_file("/etc/securetty"):
+        target.append_line("/etc/securetty", terminal)
+
+
+def inittab(text: str, terminal: str, speed: int, getty: str) -> str:
+    """The text of /etc/inittab with exactly one getty on `terminal`: sysvinit's syntax or busybox's."""
+    # Only sysvinit has run levels (inittab(5)); in busybox's the first field is the terminal.
+    sysvinit = re.search(r"^[^#:]*:[^:]*:initdefault:", text, re.MULTILINE)
+    start = f"{getty} -L {speed} {terminal} vt100"
+    line = f"S{terminal[-1]}:2345:respawn:{start}" if sysvinit else f"{terminal}::respawn:{start}"
+    others = [one for one in text.splitlines() if not re.match(rf"#?\s*[^:]*:[^:]*:respawn:.*\b{terminal}\b", one)]
+    return "\n".join([*others, line]) + "\n"
+
+
+def request_relabel(target: Target) -> None:
+    """What we wrote has no SELinux label: let a guest that enforces them label everything at boot."""
+    if re.search(r"^SELINUX=(enforcing|permissive)\s*$", target.read("/etc/selinux/config") or "", re.MULTILINE):
+        target.touch("/.autorelabel")
+
+
+def _systemd_units(target: Target) -> str:
+    """The directory of systemd's unit files, or an empty string where the guest has no systemd."""
+    return next((path for path in SYSTEMD_UNITS if target.is_file(f"{path}/serial-getty@.service")), "")
+
+
+def _is_like(target: Target, families: Tuple[str, ...]) -> bool:
+    text = target.read("/etc/os-release") or target.read("/usr/lib/os-release") or ""
+    words = re.findall(r"^ID(?:_LIKE)?=[\"']?([^\"'\n]*)", text, re.MULTILINE)
+    return any(word.split("-")[0] in families for value in words for word in value.split())

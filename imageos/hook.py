@@ -1,0 +1,68 @@
+"""What a hook written in Python imports.
+
+    from imageos.hook import Hook
+
+    def main(hook: Hook) -> None:
+        hook.target.write("/etc/motd", f"This is {hook.instance.name}\\n")
+
+    if __name__ == "__main__":
+        Hook.run(main)
+
+The same is in the environment, for hooks in any language; see README.rst.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Callable, Mapping, NoReturn, Tuple
+
+from imageos import ganeti, log, settings
+from imageos.cli import guard
+from imageos.filesystem import Volume
+from imageos.ganeti import Instance
+from imageos.sandbox import GuestDisk
+from imageos.settings import Settings
+from imageos.target import Target, opened
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One call of a hook."""
+
+    action: str  # create, import or rename
+    target: Target  # the guest's files and programs
+    settings: Settings
+    instance: Instance
+    disk: str  # the whole disk, as the sandbox sees it: /dev/loop0
+    volumes: Tuple[Volume, ...]  # the guest's partitions that have a role
+    arguments: Tuple[str, ...]  # `-r` on rename
+    environ: Mapping[str, str]
+
+    @staticmethod
+    def run(main: Callable[["Hook"], None]) -> NoReturn:
+        """Call `main` with what the environment says, and exit: 0, or 1 with the cause on the last line."""
+
+        def call() -> int:
+            known = settings.from_variables(os.environ)
+            log.set_debug(known.image_debug)
+            instance = ganeti.instance(os.environ)
+            volumes = tuple(_volumes(os.environ.get("IMAGEOS_VOLUMES", "")))
+            disk = os.environ.get("DISK_DEV", "")
+            with opened(os.environ["TARGET"], instance.short_name, guest_disk(disk, volumes),
+                        known.guest_timeout) as target:
+                main(Hook(os.environ["IMAGEOS_ACTION"], target, known, instance, disk, volumes,
+                          tuple(sys.argv[1:]), dict(os.environ)))
+            return 0
+
+        sys.exit(guard(call))
+
+
+def guest_disk(disk: str, volumes: Tuple[Volume, ...]) -> GuestDisk:
+    """The guest's disk as its sandbox shows it."""
+    return GuestDisk(nodes=[disk, *(volume.device for volume in volumes)],
+                     uuids=[(volume.uuid, volume.device) for volume in volumes])
+
+
+def _volumes(text: str) -> "list[Volume]":
+    fields = [line.split(" ", 3) for line in text.splitlines()]
+    return [Volume(role, kind, device, uuid) for role, kind, uuid, device in fields]

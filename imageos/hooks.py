@@ -1,0 +1,124 @@
+"""The site's hooks: found, and run one after the other with what they may rely on."""
+
+import os
+import re
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Dict, List, Mapping, Optional, Sequence
+
+from imageos import ganeti, log
+from imageos.disk import Attached, Device
+from imageos.errors import Failure
+from imageos.filesystem import Volume
+from imageos.isolation import leftover_processes
+from imageos.run import environment, pipeline, signal_name
+from imageos.settings import Settings
+
+OS_DIR = "/usr/share/ganeti/os/image"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the hooks of one command are told."""
+
+    action: str  # create, import or rename
+    environ: Mapping[str, str]  # of the command
+    settings: Settings
+    target: str  # where the root is mounted
+    device: Device
+    disk: Attached
+    volumes: Sequence[Volume]
+
+
+def find(directory: str) -> List[str]:
+    """The names of the hooks in `directory`, in the order in which they run."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Failure(f"cannot list CUSTOMIZE_DIR {directory}: {error.strerror}") from None
+    return sorted(name for name in names if re.fullmatch(r"[A-Za-z0-9_-]+", name)
+                  and os.path.isfile(f"{directory}/{name}") and os.access(f"{directory}/{name}", os.X_OK))
+
+
+def run_all(names: Sequence[str], context: Context, arguments: Sequence[str] = ()) -> None:
+    """Run the hooks `names`; the first that fails raises Failure with its name and status."""
+    env = variables(context)
+    for name in names:
+        with log.phase(f"hook {name}"):
+            _run_one(name, [f"{context.settings.customize_dir}/{name}", *arguments], env)
+
+
+def variables(context: Context) -> Dict[str, str]:
+    """The environment of a hook: Ganeti's variables, the settings, and what the command knows."""
+    device_of = {volume.role: volume.device for volume in context.volumes}
+    python = program_file()
+    known = {
+        **environment(),
+        **ganeti.variables(context.environ),
+        **context.settings.variables(),
+        "TARGET": context.target,
+        "BLOCKDEV": context.device.path,
+        "DISK_DEV": context.disk.path,
+        "ROOT_DEV": device_of.get("root", ""),
+        "BOOT_DEV": device_of.get("boot", ""),
+        "SWAP_DEV": device_of.get("swap", ""),
+        "IMAGEOS": python,
+        "IMAGEOS_ACTION": context.action,
+        # for imageos.hook: role, type, UUID and device of each volume
+        "IMAGEOS_VOLUMES": "\n".join(f"{one.role} {one.kind} {one.uuid} {one.device}" for one in context.volumes),
+        "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+    }
+    if context.action == "import":
+        known["IMPORT_SCRIPT"] = "1"
+    return known
+
+
+def program_file() -> str:
+    """The file that we run from: the zipapp, or in a source tree the package's directory."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    archive = os.path.dirname(os.path.dirname(package))
+    return archive if os.path.isfile(archive) else package
+
+
+def os_directory() -> str:
+    """Where Ganeti called us; a command typed by hand finds the installed OS definition."""
+    for directory in (os.path.dirname(os.path.abspath(sys.argv[0])), OS_DIR):
+        if os.path.exists(f"{directory}/ganeti_api_version"):
+            return directory
+    return "/"
+
+
+def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
+    said: List[Optional[str]] = [None]
+
+    def pass_on(line: str) -> None:
+        said[0] = line if line.strip() else said[0]
+        log.info(f"{name}: {line}")
+
+    # private: its output is in the log already
+    finished = pipeline([argv], env=env, cwd=os_directory(), on_line=pass_on, private=True)[0]
+    _end_leftovers(name)
+    if finished.status:
+        how = (f"was killed by {signal_name(-finished.status)}" if finished.status < 0
+               else f"failed with status {finished.status}")
+        last = f": {said[0]}" if said[0] else ""
+        raise Failure(f"hook {name} {how}{last}", hint=f"see {argv[0]} and its messages above")
+
+
+def _end_leftovers(name: str) -> None:
+    """End what a hook left running: it would keep the guest's filesystems busy, and gnt-backup waiting."""
+    for pid in leftover_processes():
+        try:
+            with open(f"/proc/{pid}/comm", encoding="utf-8", errors="backslashreplace") as file:
+                command = file.read().strip()
+            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="backslashreplace") as file:
+                is_zombie = file.read().rpartition(")")[2].split()[0] == "Z"
+            if not is_zombie:
+                os.kill(pid, signal.SIGKILL)
+                log.warning(f"hook {name} left {command} running (process {pid}): ended")
+            os.waitpid(pid, 0)  # we are process 1: it is our child now
+        except (OSError, ChildProcessError):
+            continue  # gone by itself, or a grandchild that its parent's end brings to us

@@ -1,0 +1,137 @@
+"""Linux system calls that the standard library of Python 3.9 lacks, through ctypes and ioctl.
+
+Numbers and structures are the kernel's user API (include/uapi/linux/*.h), the same on every
+architecture that Ganeti runs on. Every function raises OSError.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from typing import Iterable, Optional
+
+from imageos.errors import Failure
+
+# sched.h
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
+# mount.h
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 4096, 16384, 1 << 18, 1 << 19
+MNT_DETACH = 2
+# prctl.h
+PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
+# openat2.h
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x02, 0x04, 0x10
+SYS_OPENAT2 = 437  # one number on all architectures (scripts/syscall.tbl)
+# capability.h
+CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID = 0, 1, 3, 4
+CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
+CAPABILITY_VERSION_3 = 0x20080522
+# fs.h, loop.h, blkpg.h
+BLKPG, BLKFLSBUF, BLKGETSIZE64, BLKSSZGET = 0x1269, 0x1261, 0x80081272, 0x1268
+BLKPG_ADD_PARTITION, BLKPG_DEL_PARTITION = 1, 2
+LOOP_CTL_GET_FREE, LOOP_CONFIGURE = 0x4C82, 0x4C0A
+LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN = 1, 4, 8
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str = "") -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what or None)
+    return result
+
+
+def unshare(flags: int) -> None:
+    _check(_libc.unshare(flags), "unshare")
+
+
+def mount(source: Optional[str], path: str, kind: Optional[str], flags: int = 0, data: str = "") -> None:
+    """mount(2). `path` may be `/proc/self/fd/N` of a directory that was resolved with care."""
+    _check(_libc.mount(_bytes(source), _bytes(path), _bytes(kind), ctypes.c_ulong(flags), _bytes(data or None)), path)
+
+
+def umount(path: str, flags: int = 0) -> None:
+    _check(_libc.umount2(_bytes(path), flags), path)
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+def open_in_root(root: int, path: str, flags: int, mode: int = 0, resolve: int = 0) -> int:
+    """Open `path` as a process whose root directory is the descriptor `root` would (openat2, Linux 5.6)."""
+    how = _OpenHow(flags | os.O_CLOEXEC, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | resolve)
+    try:
+        return _check(_libc.syscall(ctypes.c_long(SYS_OPENAT2), ctypes.c_int(root), _bytes(path or "."),
+                                    ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how))), path)
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            raise Failure("this kernel has no openat2: imageos needs Linux 5.8 or newer") from None
+        raise
+
+
+def die_with_parent() -> None:
+    _check(_libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0))
+
+
+def limit_capabilities(keep: Iterable[int]) -> None:
+    """Keep only the capabilities `keep`, in every set and for every program started later."""
+    keep = frozenset(keep)
+    for capability in range(64):
+        if capability not in keep and _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
+            break  # EINVAL: beyond the last one that this kernel knows
+    _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    mask = sum(1 << capability for capability in keep)
+    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+    # effective, permitted, inheritable of the low 32, then of the high 32 capabilities
+    data = struct.pack("=6I", mask, mask, 0, 0, 0, 0)
+    _check(_libc.capset(header, data), "capset")
+
+
+def free_loop() -> int:
+    """The number of a loop device that is free now; somebody else may take it before us."""
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+    finally:
+        os.close(control)
+
+
+def configure_loop(loop: int, backing: int, flags: int, block_size: int = 512) -> None:
+    """Put the loop device `loop` over the file `backing` (LOOP_CONFIGURE, Linux 5.8); EBUSY if taken."""
+    info = struct.pack("=5Q4I64s64s32s2Q", 0, 0, 0, 0, 0, 0, 0, 0, flags, b"", b"", b"", 0, 0)
+    config = struct.pack("=II", backing, block_size) + info + bytes(64)
+    fcntl.ioctl(loop, LOOP_CONFIGURE, config)
+
+
+def add_partition(disk: int, number: int, start: int, length: int) -> None:
+    """Tell the kernel of a partition; `start` and `length` in bytes."""
+    _blkpg(disk, BLKPG_ADD_PARTITION, number, start, length)
+
+
+def delete_partition(disk: int, number: int) -> None:
+    _blkpg(disk, BLKPG_DEL_PARTITION, number, 0, 0)
+
+
+def _blkpg(disk: int, operation: int, number: int, start: int, length: int) -> None:
+    partition = ctypes.create_string_buffer(struct.pack("@qqi64s64s", start, length, number, b"", b"").ljust(152, b"\0"))
+    argument = struct.pack("@iiiP", operation, 0, 152, ctypes.addressof(partition))
+    fcntl.ioctl(disk, BLKPG, argument)
+
+
+def device_size(device: int) -> int:
+    """Bytes of an open block device."""
+    return int(struct.unpack("=Q", fcntl.ioctl(device, BLKGETSIZE64, bytes(8)))[0])
+
+
+def flush_buffers(device: int) -> None:
+    """Write back and forget what the page cache holds of a block device."""
+    fcntl.ioctl(device, BLKFLSBUF)
+
+
+def _bytes(text: Optional[str]) -> Optional[bytes]:
+    return None if text is None else os.fsencode(text)

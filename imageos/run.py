@@ -1,0 +1,230 @@
+"""The only module that starts processes.
+
+Lists only, never a shell string; stdin closed unless given; a whitelisted environment; output captured
+and bounded; every stage of a pipeline counts; children are killed when we leave early.
+"""
+
+import os
+import selectors
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import Callable, Dict, List, Mapping, Optional, Sequence
+
+from imageos import log
+from imageos.errors import Failure
+
+DEFAULT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+# What is kept of a stream that we only want for messages; a hostile guest may print for ever.
+OUTPUT_LIMIT = 1 << 20
+TICK = 0.5  # seconds between two calls of `tick`
+
+# Program -> Debian package, where the names differ from each other or the program may be missing.
+PACKAGES = {
+    "bzip2": "bzip2", "lz4": "lz4", "xz": "xz-utils", "zstd": "zstd", "gzip": "gzip", "tar": "tar",
+    "sfdisk": "fdisk", "mkswap": "util-linux", "mkfs.vfat": "dosfstools",
+    "mkfs.ext2": "e2fsprogs", "mkfs.ext3": "e2fsprogs", "mkfs.ext4": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs",
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that has ended. `status` is negative for a signal, as in subprocess."""
+
+    argv: Sequence[str]
+    status: int
+    stdout: bytes
+    stderr: str
+
+    def failure(self) -> Failure:
+        lines = [line for line in self.stderr.splitlines() if line.strip()]
+        how = f"killed by {signal_name(-self.status)}" if self.status < 0 else f"exit status {self.status}"
+        message = f"{self.argv[0]} failed ({how})"
+        if lines:
+            message += f": {lines[-1]}"
+        return Failure(message, details=[f"$ {shlex.join(self.argv)}", *lines[-10:-1]])
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    input: Optional[str] = None,
+    stdin: Optional[int] = None,
+    env: Optional[Mapping[str, str]] = None,
+    cwd: Optional[str] = None,
+    timeout: Optional[float] = None,
+    prepare: Optional[Callable[[], None]] = None,
+    on_line: Optional[Callable[[str], None]] = None,
+) -> str:
+    """Run one command to its end and return what it printed; raise Failure unless its status is 0.
+
+    `timeout` in seconds; `prepare` runs in the child before the program; `on_line` gets each line of
+    stdout and stderr as it comes.
+    """
+    finished = pipeline([argv], input=input, stdin=stdin, env=env, cwd=cwd, timeout=timeout,
+                        prepare=prepare, on_line=on_line)[0]
+    if finished.status != 0:
+        raise finished.failure()
+    return finished.stdout.decode("utf-8", "surrogateescape")
+
+
+def pipeline(
+    stages: Sequence[Sequence[str]],
+    *,
+    input: Optional[str] = None,
+    stdin: Optional[int] = None,
+    env: Optional[Mapping[str, str]] = None,
+    cwd: Optional[str] = None,
+    timeout: Optional[float] = None,
+    prepare: Optional[Callable[[], None]] = None,
+    on_line: Optional[Callable[[str], None]] = None,
+    tick: Optional[Callable[[], None]] = None,
+    private: bool = False,
+) -> List[Finished]:
+    """Run `stages` with each one's stdout as the next one's stdin; judge nothing.
+
+    `env` replaces the environment (default: `environment()`); it, `cwd` and `prepare` are for every stage.
+    `tick` is called every now and then; the output of a `private` command stays out of the debug log.
+    """
+    log.debug("$ " + " | ".join(shlex.join(stage) for stage in stages))
+    processes: List["subprocess.Popen[bytes]"] = []
+    try:
+        source = stdin if stdin is not None else subprocess.PIPE if input is not None else subprocess.DEVNULL
+        for stage in stages:
+            try:
+                process = subprocess.Popen(
+                    list(stage), stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    env=dict(environment() if env is None else env), cwd=cwd, preexec_fn=prepare)
+            except OSError as error:
+                raise _missing(stage[0], error) from None
+            if processes and processes[-1].stdout:
+                processes[-1].stdout.close()  # the only reader is the next stage
+            processes.append(process)
+            source = process.stdout.fileno() if process.stdout else subprocess.DEVNULL
+        if input is not None and processes[0].stdin:
+            _feed(processes[0], input)
+        captured = _capture(processes, timeout, on_line, tick)
+        finished = [Finished(stage, process.wait(), captured.get(2 * n, b""), _text(captured[2 * n + 1]))
+                    for n, (stage, process) in enumerate(zip(stages, processes))]
+        for one in finished:
+            if not private:
+                log.debug(_text(one.stdout) + one.stderr)
+        return finished
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe and not pipe.closed:
+                    pipe.close()
+
+
+def head(argv: Sequence[str], stdin: int, count: int) -> bytes:
+    """The first `count` bytes that `argv` writes, or fewer if it ends before; it is killed then."""
+    with subprocess.Popen(list(argv), stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          env=environment()) as process:
+        try:
+            data = process.stdout.read(count) if process.stdout else b""
+        finally:
+            process.kill()
+    return data
+
+
+def environment() -> Dict[str, str]:
+    """What tools of the node get: nothing of the caller's but PATH and TMPDIR."""
+    env = {"PATH": os.environ.get("PATH", DEFAULT_PATH), "LC_ALL": "C", "HOME": "/root"}
+    if "TMPDIR" in os.environ:
+        env["TMPDIR"] = os.environ["TMPDIR"]
+    return env
+
+
+def require(*programs: str) -> None:
+    """Fail, naming all of them, if one of `programs` is not there."""
+    missing = [program for program in programs if not available(program)]
+    if missing:
+        packages = sorted({PACKAGES.get(program, program) for program in missing})
+        raise Failure(f"missing on this node: {' '.join(missing)}",
+                      hint=f"install {' '.join(packages)} (doing so on every node is best)")
+
+
+def available(program: str) -> bool:
+    return shutil.which(program, path=os.environ.get("PATH", DEFAULT_PATH)) is not None
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _missing(program: str, error: OSError) -> Failure:
+    if isinstance(error, FileNotFoundError):
+        return Failure(f"{program}: not found", hint=f"install {PACKAGES.get(program, program)} on this node")
+    return Failure(f"{program}: {error.strerror or error}")
+
+
+def _feed(process: "subprocess.Popen[bytes]", text: str) -> None:
+    # Only for short scripts: less than a pipe holds (64 KiB), so that this cannot block.
+    assert process.stdin and len(text) < 60000
+    try:
+        process.stdin.write(text.encode())
+        process.stdin.close()
+    except BrokenPipeError:
+        pass  # its status says why it did not read
+
+
+def _capture(
+    processes: List["subprocess.Popen[bytes]"],
+    timeout: Optional[float],
+    on_line: Optional[Callable[[str], None]],
+    tick: Optional[Callable[[], None]],
+) -> Dict[int, bytes]:
+    """Read the last stage's stdout (key 2n) and every stage's stderr (key 2n+1) until all are closed."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    buffers: Dict[int, bytearray] = {}
+    lines: Dict[int, bytearray] = {}
+    with selectors.DefaultSelector() as selector:
+        for n, process in enumerate(processes):
+            for key, pipe in ((2 * n, process.stdout), (2 * n + 1, process.stderr)):
+                if pipe and not pipe.closed:
+                    selector.register(pipe, selectors.EVENT_READ, key)
+                    buffers[key], lines[key] = bytearray(), bytearray()
+        while selector.get_map():
+            wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if tick:
+                wait = TICK if wait is None else min(wait, TICK)
+            ready = selector.select(wait)
+            if tick:
+                tick()
+            if deadline is not None and time.monotonic() >= deadline:
+                raise Failure(f"{processes[0].args[0]}: not finished after {timeout:.0f} s, ended")  # type: ignore
+            for event, _ in ready:
+                data = os.read(event.fd, 1 << 16)
+                if not data:
+                    selector.unregister(event.fileobj)
+                    data = b"\n" if lines[event.data] else b""
+                else:
+                    buffers[event.data] += data
+                    if len(buffers[event.data]) > 2 * OUTPUT_LIMIT:
+                        del buffers[event.data][:-OUTPUT_LIMIT]
+                if on_line:
+                    _emit_lines(lines[event.data], data, on_line)
+    return {key: bytes(buffer) for key, buffer in buffers.items()}
+
+
+def _emit_lines(pending: bytearray, data: bytes, on_line: Callable[[str], None]) -> None:
+    pending += data
+    *complete, rest = bytes(pending).split(b"\n")
+    pending[:] = rest[-OUTPUT_LIMIT:]
+    for line in complete:
+        on_line(line.decode("utf-8", "backslashreplace"))
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "backslashreplace")

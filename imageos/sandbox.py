@@ -1,0 +1,108 @@
+"""Where a program of the guest runs: the guest's root, and nothing of the node.
+
+Its own mount, PID, network, IPC and UTS namespaces, a private /dev with its own disk only, read-only /proc
+and /sys, few capabilities, no way to gain more. A chroot rather than pivot_root: the kernel refuses user
+namespaces, and with them new mounts, to a process in a chroot.
+"""
+
+import os
+import resource
+import socket
+import stat
+from dataclasses import dataclass
+from typing import Callable, Sequence, Tuple
+
+from imageos import linux
+
+KEEP = (linux.CAP_CHOWN, linux.CAP_DAC_OVERRIDE, linux.CAP_FOWNER, linux.CAP_FSETID, linux.CAP_KILL,
+        linux.CAP_SETUID, linux.CAP_SETGID)
+ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
+               "LANG": "C", "TERM": "dumb", "DEBIAN_FRONTEND": "noninteractive"}
+# Name -> major, minor (Documentation/admin-guide/devices.txt)
+DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
+LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
+FILE_SIZE = 8 << 30  # bytes: no program of a guest has reason to write a larger file
+
+
+@dataclass(frozen=True)
+class GuestDisk:
+    """The guest's own disk as it may see it: device nodes, and UUID -> node of its filesystems."""
+
+    nodes: Sequence[str]
+    uuids: Sequence[Tuple[str, str]]
+
+
+def entering(root: int, hostname: str, disk: GuestDisk) -> Callable[[], None]:
+    """What a child does before it becomes a program of the guest whose root is the descriptor `root`."""
+    # Looked up here: the child must not depend on the state of its parent's /dev.
+    nodes = {os.path.basename(node): os.stat(node).st_rdev for node in disk.nodes}
+    nodes.update((name, os.makedev(*number)) for name, number in DEVICES.items())
+
+    def enter() -> None:
+        try:
+            _enter(root, hostname, nodes, disk.uuids)
+        except OSError as error:
+            # subprocess would only say that something happened
+            os.write(2, f"cannot enter the sandbox: {error}\n".encode("ascii", "backslashreplace"))
+            os._exit(126)
+
+    return enter
+
+
+def _enter(root: int, hostname: str, nodes: "dict[str, int]", uuids: Sequence[Tuple[str, str]]) -> None:
+    os.setsid()  # no terminal of the node's
+    linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWNET | linux.CLONE_NEWIPC
+                  | linux.CLONE_NEWUTS)
+    linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
+    _become_first_process()
+    socket.sethostname(hostname)
+    plain = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+    _mount_over(root, "dev", "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, "mode=0755,size=64k")
+    _make_devices(root, nodes, uuids)
+    _mount_over(root, "proc", "proc", plain | linux.MS_RDONLY)
+    _mount_over(root, "sys", "sysfs", plain | linux.MS_RDONLY)
+    _mount_over(root, "run", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=0755")
+    os.fchdir(root)
+    os.chroot(".")
+    os.umask(0o022)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, FILE_SIZE))
+    linux.limit_capabilities(KEEP)
+
+
+def _become_first_process() -> None:
+    """Continue as process 1 of the new PID namespace: what it starts ends with it."""
+    child = os.fork()
+    if child:
+        linux.die_with_parent()
+        os.closerange(3, 1 << 16)  # among them the pipe by which subprocess awaits the exec
+        _, status = os.waitpid(child, 0)
+        os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+    linux.die_with_parent()
+
+
+def _make_devices(root: int, nodes: "dict[str, int]", uuids: Sequence[Tuple[str, str]]) -> None:
+    directory = _directory(root, "dev")
+    for name, number in nodes.items():
+        kind, mode = (stat.S_IFCHR, 0o666) if name in DEVICES else (stat.S_IFBLK, 0o660)
+        os.mknod(name, kind | mode, number, dir_fd=directory)
+        os.chmod(name, mode, dir_fd=directory)  # whatever the umask
+    for name, target in LINKS.items():
+        os.symlink(target, name, dir_fd=directory)
+    os.mkdir("disk", dir_fd=directory)
+    os.mkdir("disk/by-uuid", dir_fd=directory)
+    for uuid, node in uuids:
+        # grub-mkconfig writes root=UUID= only if it finds these
+        os.symlink(f"../../{os.path.basename(node)}", f"disk/by-uuid/{uuid}", dir_fd=directory)
+    os.close(directory)
+
+
+def _mount_over(root: int, name: str, kind: str, flags: int, data: str = "") -> None:
+    directory = _directory(root, name)
+    linux.mount(kind, f"/proc/self/fd/{directory}", kind, flags, data)
+    os.close(directory)
+
+
+def _directory(root: int, name: str) -> int:
+    """The guest's top directory `name`: a real one, since a link could lead our mount astray."""
+    return linux.open_in_root(root, name, os.O_PATH | os.O_DIRECTORY, resolve=linux.RESOLVE_NO_SYMLINKS)

@@ -1,0 +1,291 @@
+"""The guest's root while it is mounted: the only way to the guest's files and programs.
+
+Every path is resolved by the kernel inside the guest's root (openat2 with RESOLVE_IN_ROOT): a guest's link,
+absolute or not, never leads to the node. Only regular files of bounded size are read; writing makes a new file
+and renames it into place, with the owner, mode and extended attributes of the old one.
+"""
+
+import errno
+import fnmatch
+import os
+import secrets
+import stat
+from contextlib import contextmanager
+from typing import Iterator, List, Optional, Sequence
+
+from imageos import linux
+from imageos.errors import Failure
+from imageos.run import run
+from imageos.sandbox import ENVIRONMENT, GuestDisk, entering
+
+READ_LIMIT = 1 << 20  # bytes; a configuration file that is larger is not one
+LINK_LIMIT = 40  # as the kernel's own
+PROGRAM_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
+COPIED_ATTRIBUTES = ("security.selinux", "system.posix_acl_access")
+
+
+class Target:
+    """An open guest root. Paths are the guest's: absolute or relative to its root.
+
+    Failure, naming the path, for everything that is not as it should be (a FIFO where a file is expected, ...).
+    """
+
+    def __init__(self, root: int, hostname: str, disk: GuestDisk, timeout: float) -> None:
+        self._root = root
+        self._hostname = hostname
+        self._disk = disk
+        self._timeout = timeout
+
+    # --- looking ---
+
+    def exists(self, path: str) -> bool:
+        """Whether `path` leads to something, through links inside the guest."""
+        return self._mode(path) is not None
+
+    def is_file(self, path: str) -> bool:
+        mode = self._mode(path)
+        return mode is not None and stat.S_ISREG(mode)
+
+    def is_dir(self, path: str) -> bool:
+        mode = self._mode(path)
+        return mode is not None and stat.S_ISDIR(mode)
+
+    def which(self, program: str) -> Optional[str]:
+        """The path of an executable of the guest, by name."""
+        for directory in PROGRAM_PATH:
+            path = f"{directory}/{program}"
+            mode = self._mode(path)
+            if mode is not None and stat.S_ISREG(mode) and mode & 0o111:
+                return path
+        return None
+
+    def read(self, path: str) -> Optional[str]:
+        """The text of a regular file, None if there is none; bytes that are not UTF-8 survive a write."""
+        try:
+            # O_NONBLOCK: a FIFO must not stop us
+            descriptor = linux.open_in_root(self._root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return None
+            raise _failure("read", path, error) from None
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise Failure(f"the guest's {path} is not a regular file")
+            if status.st_size > READ_LIMIT:
+                raise Failure(f"the guest's {path} has {status.st_size} bytes, more than a configuration file")
+            return file.read(READ_LIMIT).decode("utf-8", "surrogateescape")
+
+    def glob(self, pattern: str) -> List[str]:
+        """The paths in one directory whose names match: `/etc/ssh/ssh_host_*`. Only the name is a pattern."""
+        directory, name = os.path.split(pattern)
+        try:
+            descriptor = linux.open_in_root(self._root, directory, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return []
+            raise _failure("list", directory, error) from None
+        try:
+            names = os.listdir(descriptor)
+        finally:
+            os.close(descriptor)
+        return [f"{directory}/{found}" for found in sorted(names) if fnmatch.fnmatchcase(found, name)]
+
+    # --- changing ---
+
+    def write(self, path: str, text: str, mode: int = 0o644) -> None:
+        """Give `path` the content `text`; `mode` is for a new file. Missing directories are made (0755)."""
+        data = text.encode("utf-8", "surrogateescape")
+        with self._parent(path, make=True) as (parent, name):
+            old = _lstat(parent, name)
+            if old and stat.S_ISDIR(old.st_mode):
+                raise Failure(f"the guest's {path} is a directory, not a file")
+            temporary = f".{name[:64]}.{secrets.token_hex(6)}"
+            try:
+                _write_new(parent, temporary, data, mode)
+                if old and stat.S_ISREG(old.st_mode):
+                    _copy_attributes(parent, name, temporary, old)
+                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+            except OSError as error:
+                _remove_quietly(parent, temporary)
+                raise _failure("write", path, error) from None
+
+    def append_line(self, path: str, line: str) -> None:
+        """Add `line` to a text file unless it is there."""
+        text = self.read(path) or ""
+        if line not in text.splitlines():
+            self.write(path, text + ("\n" if text and not text.endswith("\n") else "") + line + "\n")
+
+    def mkdir(self, path: str, mode: int = 0o755) -> None:
+        """Make a directory and those above it, where they are missing."""
+        with self._parent(path.rstrip("/") + "/.", make=True, mode=mode):
+            pass
+
+    def symlink(self, text: str, path: str) -> None:
+        """Make `path` itself a link with the content `text`, in the place of a link or file."""
+        with self._parent(path, make=True, follow=False) as (parent, name):
+            temporary = f".{name[:64]}.{secrets.token_hex(6)}"
+            try:
+                os.symlink(text, temporary, dir_fd=parent)
+                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+            except OSError as error:
+                _remove_quietly(parent, temporary)
+                raise _failure("link", path, error) from None
+
+    def remove(self, pattern: str) -> None:
+        """Remove files, links (not what they lead to) and whole directories whose names match."""
+        for path in self.glob(pattern):
+            self._remove(path)
+
+    def clear(self, directory: str, keep: Sequence[str] = ()) -> None:
+        """Remove everything in a directory but the names in `keep`."""
+        for path in self.glob(f"{directory}/*"):
+            if os.path.basename(path) not in keep:
+                self._remove(path)
+
+    def touch(self, path: str) -> None:
+        if not self.exists(path):
+            self.write(path, "")
+
+    # --- running ---
+
+    def run(self, argv: Sequence[str], input: Optional[str] = None) -> str:
+        """Run a program of the guest in the sandbox; its output. Failure unless its status is 0."""
+        return run(argv, input=input, env=ENVIRONMENT, timeout=self._timeout,
+                   prepare=entering(self._root, self._hostname, self._disk))
+
+    # --- inside ---
+
+    def _remove(self, path: str) -> None:
+        with self._parent(path, follow=False) as (parent, name):
+            try:
+                _remove_tree(parent, name)
+            except OSError as error:
+                raise _failure("remove", path, error) from None
+
+    def _mode(self, path: str) -> Optional[int]:
+        try:
+            descriptor = linux.open_in_root(self._root, path, os.O_PATH)
+        except OSError:
+            return None
+        try:
+            return os.fstat(descriptor).st_mode
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _parent(self, path: str, make: bool = False, follow: bool = True, mode: int = 0o755) -> Iterator["tuple[int, str]"]:
+        """The directory (as a descriptor) and the name that `path` leads to, through a link at its end too."""
+        for _ in range(LINK_LIMIT):
+            directory, name = os.path.split(path)
+            if name in ("", ".."):
+                raise Failure(f"{path!r} is not the path of a file")
+            try:
+                parent = self._directory(directory, make, mode)
+            except OSError as error:
+                raise _failure("open", directory or "/", error) from None
+            try:
+                link = os.readlink(name, dir_fd=parent) if follow and name != "." else None
+            except OSError:
+                link = None
+            if link is None:
+                break
+            os.close(parent)
+            path = os.path.join(directory, link)
+        else:
+            raise Failure(f"the guest's {path}: too many levels of symbolic links")
+        try:
+            yield parent, name
+        finally:
+            os.close(parent)
+
+    def _directory(self, path: str, make: bool, mode: int) -> int:
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        try:
+            return linux.open_in_root(self._root, path, flags)
+        except FileNotFoundError:
+            if not make:
+                raise
+        above, name = os.path.split(path.rstrip("/"))
+        parent = self._directory(above, make, 0o755)
+        try:
+            os.mkdir(name, dir_fd=parent)
+            os.chmod(name, mode, dir_fd=parent)
+        finally:
+            os.close(parent)
+        return linux.open_in_root(self._root, path, flags)
+
+
+@contextmanager
+def opened(path: str, hostname: str, disk: GuestDisk, timeout: float) -> Iterator[Target]:
+    """The guest mounted at `path`. Left before unmounting: a descriptor keeps the filesystem busy."""
+    root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield Target(root, hostname, disk, timeout)
+    finally:
+        os.close(root)
+
+
+def _failure(verb: str, path: str, error: OSError) -> Failure:
+    return Failure(f"cannot {verb} the guest's {path}: {error.strerror}")
+
+
+def _lstat(parent: int, name: str) -> Optional[os.stat_result]:
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _write_new(parent: int, name: str, data: bytes, mode: int) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(name, flags, 0o600, dir_fd=parent), "wb") as file:
+        file.write(data)
+        os.fchmod(file.fileno(), mode)
+
+
+def _copy_attributes(parent: int, old_name: str, new_name: str, old: os.stat_result) -> None:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    source = os.open(old_name, flags, dir_fd=parent)
+    copy = os.open(new_name, flags, dir_fd=parent)
+    try:
+        os.fchown(copy, old.st_uid, old.st_gid)
+        os.fchmod(copy, stat.S_IMODE(old.st_mode))
+        for attribute in os.listxattr(source):
+            if attribute in COPIED_ATTRIBUTES or attribute.startswith("user."):
+                os.setxattr(copy, attribute, os.getxattr(source, attribute))
+    finally:
+        os.close(source)
+        os.close(copy)
+
+
+def _remove_tree(parent: int, name: str) -> None:
+    status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    if not stat.S_ISDIR(status.st_mode):
+        os.unlink(name, dir_fd=parent)
+        return
+    directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        for _, directories, files, above in os.fwalk(".", topdown=False, dir_fd=directory):
+            for entry in files:
+                os.unlink(entry, dir_fd=above)
+            for entry in directories:
+                _remove_directory_or_link(above, entry)
+    finally:
+        os.close(directory)
+    os.rmdir(name, dir_fd=parent)
+
+
+def _remove_directory_or_link(parent: int, name: str) -> None:
+    # fwalk lists a link to a directory among the directories
+    if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+        os.unlink(name, dir_fd=parent)
+    else:
+        os.rmdir(name, dir_fd=parent)
+
+
+def _remove_quietly(parent: int, name: str) -> None:
+    try:
+        os.unlink(name, dir_fd=parent)
+    except OSError:
+        pass  # the reason why it is not there is being reported
