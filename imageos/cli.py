@@ -5,7 +5,7 @@ Imports little: `--version` and `--help` must be quick, and a command loads only
 
 import os
 import sys
-from typing import Callable, List, Optional
+from typing import Callable, Optional
 
 from imageos import __version__, log
 from imageos.errors import Failure, Interrupted, Usage
@@ -25,7 +25,7 @@ def main() -> None:
     sys.exit(guard(lambda: dispatch(sys.argv)))
 
 
-def dispatch(argv: List[str]) -> int:
+def dispatch(argv: list[str]) -> int:
     name = os.path.basename(argv[0])
     arguments = argv[1:]
     if name not in COMMANDS:
@@ -46,9 +46,21 @@ def dispatch(argv: List[str]) -> int:
 def overview() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:<{width}}{what}" for name, what in COMMANDS.items()]
-    return "\n".join([USAGE, "", "Turns an image into a running Ganeti instance.", "", *lines, "",
-                      "The file does the command that it is called as: create is usually a link to imageos.",
-                      "imageos COMMAND --help says more of one."]) + "\n"
+    return (
+        "\n".join(
+            [
+                USAGE,
+                "",
+                "Turns an image into a running Ganeti instance.",
+                "",
+                *lines,
+                "",
+                "The file does the command that it is called as: create is usually a link to imageos.",
+                "imageos COMMAND --help says more of one.",
+            ]
+        )
+        + "\n"
+    )
 
 
 def guard(call: Callable[[], int]) -> int:
@@ -83,21 +95,21 @@ def guard(call: Callable[[], int]) -> int:
         return 1
 
 
-def _load(name: str) -> Callable[[List[str]], int]:
+def _load(name: str) -> Callable[[list[str]], int]:
     from importlib import import_module
 
     from imageos.isolation import handle_signals
 
     handle_signals()
     module = import_module("imageos.commands." + name.replace("-", "_"))
-    command: Callable[[List[str]], int] = module.main
+    command: Callable[[list[str]], int] = module.main
     return command
 
 
 def _nearest(name: str) -> str:
     import difflib
 
-    near: Optional[List[str]] = difflib.get_close_matches(name, COMMANDS, 1)
+    near: Optional[list[str]] = difflib.get_close_matches(name, COMMANDS, 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

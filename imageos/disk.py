@@ -6,9 +6,10 @@ import os
 import stat
 import struct
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Callable, Iterable, Iterator, List, Optional, Tuple
+from typing import Callable, Optional
 
 from imageos import linux
 from imageos.errors import Failure
@@ -84,8 +85,10 @@ def attached(device: Device, read_only: bool = False) -> Iterator[Attached]:
         yield Attached(path, descriptor, device.size)
         if not read_only:
             flush(device, descriptor)
-    _wait(lambda: not os.path.exists(f"/sys/block/{os.path.basename(path)}/loop/backing_file"),
-          f"{path} is still attached to disk {device.path} after {DEADLINE:.0f} s")
+    _wait(
+        lambda: not os.path.exists(f"/sys/block/{os.path.basename(path)}/loop/backing_file"),
+        f"{path} is still attached to disk {device.path} after {DEADLINE:.0f} s",
+    )
 
 
 def flush(device: Device, loop: int) -> None:
@@ -99,12 +102,12 @@ def flush(device: Device, loop: int) -> None:
         raise Failure(f"disk {device.path}: cannot write everything to it: {error.strerror}") from None
 
 
-def wipe(disk: Attached, ranges: Iterable[Tuple[int, int]]) -> None:
+def wipe(disk: Attached, ranges: Iterable[tuple[int, int]]) -> None:
     """Zero both ends of each range (start, size in bytes)."""
     zeroes = bytes(SIGNATURES)
     for start, size in ranges:
         for offset in {start, max(start, start + size - SIGNATURES)}:
-            os.pwrite(disk.descriptor, zeroes[:min(SIGNATURES, size)], offset)
+            os.pwrite(disk.descriptor, zeroes[: min(SIGNATURES, size)], offset)
 
 
 def disarm(disk: Attached, layout: Layout) -> None:
@@ -117,12 +120,14 @@ def write_table(disk: Attached, layout: Layout) -> None:
     """Replace whatever is on the disk by `layout`, and make the partition nodes."""
     disarm(disk, layout)
     # The kernel is told by ourselves, below: it may have no parser for this table.
-    run(["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", "--wipe", "never", disk.path],
-        input=sfdisk_script(layout))
+    run(
+        ["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", "--wipe", "never", disk.path],
+        input=sfdisk_script(layout),
+    )
     set_partitions(disk, [(part.number, part.start, part.size) for part in layout.partitions])
 
 
-def set_partitions(disk: Attached, wanted: List[Tuple[int, int, int]]) -> None:
+def set_partitions(disk: Attached, wanted: list[tuple[int, int, int]]) -> None:
     """Make the kernel's partitions of the disk exactly these (number, start, size in bytes)."""
     existing = _kernel_partitions(disk)
     for number in existing:
@@ -131,11 +136,10 @@ def set_partitions(disk: Attached, wanted: List[Tuple[int, int, int]]) -> None:
     for number, start, size in wanted:
         if existing.get(number) != (start, size):
             linux.add_partition(disk.descriptor, number, start, size)
-        node = disk.partition(number)
-        _wait(lambda: os.path.exists(node), f"{node} did not appear within {DEADLINE:.0f} s")
+        _await_node(disk.partition(number))
 
 
-def _kernel_partitions(disk: Attached) -> "dict[int, Tuple[int, int]]":
+def _kernel_partitions(disk: Attached) -> "dict[int, tuple[int, int]]":
     """number -> (start, size in bytes), as the kernel has them; its sysfs counts 512-byte sectors."""
     name = os.path.basename(disk.path)
     found = {}
@@ -197,14 +201,14 @@ def _loop_over(backing: os.stat_result) -> Optional[str]:
     return None
 
 
-def _attach(device: Device, read_only: bool) -> Tuple[int, str]:
+def _attach(device: Device, read_only: bool) -> tuple[int, str]:
     flags = linux.LO_FLAGS_AUTOCLEAR | linux.LO_FLAGS_PARTSCAN | (linux.LO_FLAGS_READ_ONLY if read_only else 0)
     deadline = time.monotonic() + DEADLINE
     while True:
         try:
             number = linux.free_loop()
             path = f"/dev/loop{number}"
-            _wait(lambda: os.path.exists(path), f"{path} did not appear within {DEADLINE:.0f} s")
+            _await_node(path)
             descriptor = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
         except OSError as error:
             raise Failure(f"no loop device to be had: {error.strerror}", hint="modprobe loop") from None
@@ -233,6 +237,10 @@ def _wait(condition: Callable[[], bool], complaint: str) -> None:
         if time.monotonic() > deadline:
             raise Failure(complaint)
         time.sleep(0.005)
+
+
+def _await_node(path: str) -> None:
+    _wait(lambda: os.path.exists(path), f"{path} did not appear within {DEADLINE:.0f} s")
 
 
 def _in_use(path: str, how: str, hint: Optional[str] = None) -> Failure:

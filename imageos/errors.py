@@ -1,6 +1,7 @@
 """What every module raises when it cannot go on."""
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
+from typing import Optional
 
 
 class Failure(Exception):

@@ -4,9 +4,10 @@ import errno
 import os
 import re
 import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable, Iterable, Iterator, List
+from typing import Callable
 
 from imageos import linux
 from imageos.errors import Failure
@@ -27,24 +28,34 @@ _XFS_PROFILE = "/usr/share/xfsprogs/mkfs/lts_5.10.conf"
 class Filesystem:
     """How one type of filesystem is made and mounted."""
 
-    make: Callable[[str, str, str], List[str]]  # device, UUID, label -> command
+    make: Callable[[str, str, str], list[str]]  # device, UUID, label -> command
     smallest: int = 16 * MIB  # bytes of the smallest partition that it makes sense on
     root_options: str = "defaults"  # in the fstab
     check_pass: bool = True  # whether the guest's fsck looks at it at boot
     mount_data: str = ""
 
 
-def _make_ext(kind: str, features: str) -> Callable[[str, str, str], List[str]]:
+def _make_ext(kind: str, features: str) -> Callable[[str, str, str], list[str]]:
     return lambda device, identity, label: [
-        f"mkfs.{kind}", "-F", "-q", "-O", features, "-U", identity, "-L", label, device]
+        f"mkfs.{kind}",
+        "-F",
+        "-q",
+        "-O",
+        features,
+        "-U",
+        identity,
+        "-L",
+        label,
+        device,
+    ]
 
 
-def _make_xfs(device: str, identity: str, label: str) -> List[str]:
+def _make_xfs(device: str, identity: str, label: str) -> list[str]:
     profile = ["-c", f"options={_XFS_PROFILE}"] if os.path.exists(_XFS_PROFILE) else []
     return ["mkfs.xfs", "-f", "-q", *profile, "-m", f"uuid={identity}", "-L", label, device]
 
 
-def _make_btrfs(device: str, identity: str, label: str) -> List[str]:
+def _make_btrfs(device: str, identity: str, label: str) -> list[str]:
     return ["mkfs.btrfs", "-f", "-q", "-U", identity, "-L", label, device]
 
 
@@ -68,7 +79,7 @@ class Volume:
     uuid: str
 
 
-def plan_volumes(layout: Layout, kind: str, node: Callable[[int], str]) -> List[Volume]:
+def plan_volumes(layout: Layout, kind: str, node: Callable[[int], str]) -> list[Volume]:
     """What goes onto each partition of `layout`; `node` gives the device of a partition's number.
 
     /boot has the root's type, but ext4 where that is xfs or btrfs: too large for a small partition, and
@@ -76,11 +87,14 @@ def plan_volumes(layout: Layout, kind: str, node: Callable[[int], str]) -> List[
     """
     boot_kind = kind if kind.startswith("ext") else "ext4"
     kinds = {"esp": "vfat", "boot": boot_kind, "swap": "swap", "root": kind}
-    return [Volume(part.role, kinds[part.role], node(part.number), _new_uuid(kinds[part.role]))
-            for part in layout.partitions if part.role in kinds]
+    return [
+        Volume(part.role, kinds[part.role], node(part.number), _new_uuid(kinds[part.role]))
+        for part in layout.partitions
+        if part.role in kinds
+    ]
 
 
-def programs(layout: Layout, kind: str) -> List[str]:
+def programs(layout: Layout, kind: str) -> list[str]:
     """The programs that making the volumes of `layout` takes."""
     return ["sfdisk", *(make_command(volume)[0] for volume in plan_volumes(layout, kind, str))]
 
@@ -91,7 +105,7 @@ def make(volumes: Iterable[Volume]) -> None:
         run(make_command(volume))
 
 
-def make_command(volume: Volume) -> List[str]:
+def make_command(volume: Volume) -> list[str]:
     if volume.kind == "vfat":
         return ["mkfs.vfat", "-F", "32", "-n", "ESP", "-i", volume.uuid.replace("-", ""), volume.device]
     if volume.kind == "swap":
@@ -108,8 +122,10 @@ def mounted(device: str, path: str, kind: str, read_only: bool = False) -> Itera
         linux.mount(device, path, kind, flags, FILESYSTEMS[kind].mount_data)
     except OSError as error:
         unknown = error.errno == errno.ENODEV
-        raise Failure(f"cannot mount {device} as {kind}: {error.strerror}",
-                      hint=f"this kernel has no {kind}: modprobe {kind}" if unknown else None) from None
+        raise Failure(
+            f"cannot mount {device} as {kind}: {error.strerror}",
+            hint=f"this kernel has no {kind}: modprobe {kind}" if unknown else None,
+        ) from None
     try:
         yield
     finally:

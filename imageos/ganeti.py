@@ -3,8 +3,9 @@
 Format: ganeti-os-interface(7). Booleans and None come as Python text, sizes in MiB.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Optional
 
 from imageos.errors import Failure
 
@@ -35,8 +36,8 @@ class Instance:
     name: str
     hypervisor: str
     memory: int  # MiB
-    disks: Tuple[Disk, ...]
-    nics: Tuple[Nic, ...]
+    disks: tuple[Disk, ...]
+    nics: tuple[Nic, ...]
     kernel_path: str
     serial_console: bool
     serial_speed: int
@@ -47,10 +48,21 @@ class Instance:
         return self.name.split(".")[0]
 
 
-def variables(environ: Mapping[str, str]) -> Dict[str, str]:
+def variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Those of the environment that Ganeti set: what settings files and hooks may see."""
-    prefixes = ("INSTANCE_", "DISK_", "NIC_", "OSP_", "OS_", "EXPORT_", "IMPORT_", "HYPERVISOR", "DEBUG_LEVEL",
-                "OLD_INSTANCE_NAME", "EXP_SIZE_FD")
+    prefixes = (
+        "INSTANCE_",
+        "DISK_",
+        "NIC_",
+        "OSP_",
+        "OS_",
+        "EXPORT_",
+        "IMPORT_",
+        "HYPERVISOR",
+        "DEBUG_LEVEL",
+        "OLD_INSTANCE_NAME",
+        "EXP_SIZE_FD",
+    )
     return {name: value for name, value in environ.items() if name.startswith(prefixes)}
 
 
@@ -96,7 +108,7 @@ def _instance_name(environ: Mapping[str, str]) -> str:
     return name
 
 
-def _disks(environ: Mapping[str, str]) -> List[Disk]:
+def _disks(environ: Mapping[str, str]) -> list[Disk]:
     disks = []
     for index in range(_number(environ, "DISK_COUNT")):
         path = environ.get(f"DISK_{index}_PATH", "")
@@ -104,26 +116,32 @@ def _disks(environ: Mapping[str, str]) -> List[Disk]:
             if environ.get(f"DISK_{index}_URI"):
                 raise Failure(
                     f"disk {index} has no device on the node, only DISK_{index}_URI",
-                    hint="set the instance's disk access to kernelspace: gnt-cluster modify --disk-parameters ...")
+                    hint="set the instance's disk access to kernelspace: gnt-cluster modify --disk-parameters ...",
+                )
             raise Failure(f"DISK_{index}_PATH is not set, though DISK_COUNT is {environ['DISK_COUNT']}")
         size = _number(environ, f"DISK_{index}_SIZE")
         disks.append(Disk(index, path, size * MIB or None))
     return disks
 
 
-def _nics(environ: Mapping[str, str]) -> List[Nic]:
+def _nics(environ: Mapping[str, str]) -> list[Nic]:
     nics = []
     for index in range(_number(environ, "NIC_COUNT")):
         prefix = f"NIC_{index}_"
-        nics.append(Nic(
-            index=index,
-            mac=environ.get(prefix + "MAC", ""),
-            ip=_text(environ, prefix + "IP"),
-            mode=environ.get(prefix + "MODE", ""),
-            link=environ.get(prefix + "LINK", ""),
-            network={name[len(prefix + "NETWORK_"):]: value for name, value in environ.items()
-                     if name.startswith(prefix + "NETWORK_")},
-        ))
+        nics.append(
+            Nic(
+                index=index,
+                mac=environ.get(prefix + "MAC", ""),
+                ip=_text(environ, prefix + "IP"),
+                mode=environ.get(prefix + "MODE", ""),
+                link=environ.get(prefix + "LINK", ""),
+                network={
+                    name[len(prefix + "NETWORK_") :]: value
+                    for name, value in environ.items()
+                    if name.startswith(prefix + "NETWORK_")
+                },
+            )
+        )
     return nics
 
 

@@ -4,7 +4,6 @@ What differs between distributions is found by looking at the guest's files, nev
 """
 
 import re
-from typing import Tuple
 
 from imageos import log
 from imageos.errors import Failure
@@ -14,16 +13,22 @@ from imageos.target import Target
 MOUNT_POINTS = ("/dev", "/proc", "/sys", "/run")
 # Distributions (os-release's ID or ID_LIKE) that keep the full name in /etc/hostname
 FULL_HOSTNAME = ("rhel", "fedora", "centos", "suse", "sles", "opensuse")
-RANDOM_SEEDS = ("/var/lib/systemd/random-seed", "/var/lib/urandom/random-seed", "/var/lib/misc/random-seed",
-                "/var/lib/seedrng/*")
+RANDOM_SEEDS = (
+    "/var/lib/systemd/random-seed",
+    "/var/lib/urandom/random-seed",
+    "/var/lib/misc/random-seed",
+    "/var/lib/seedrng/*",
+)
 SYSTEMD_UNITS = ("/usr/lib/systemd/system", "/lib/systemd/system")
 
 
 def check_root(target: Target) -> None:
     """Fail if this cannot be the root of a system; make the mount points that every one needs."""
     if not (target.is_dir("/etc") and (target.exists("/bin") or target.exists("/usr/bin"))):
-        raise Failure("the image holds no Linux system: /etc or /bin is missing in its root",
-                      hint="make the tarball from within the system's root: tar --create ... -C ROOT .")
+        raise Failure(
+            "the image holds no Linux system: /etc or /bin is missing in its root",
+            hint="make the tarball from within the system's root: tar --create ... -C ROOT .",
+        )
     for directory in MOUNT_POINTS:
         target.mkdir(directory)
 
@@ -84,11 +89,19 @@ def enable_serial_console(target: Target, terminal: str, speed: int) -> None:
     """A login on the serial console, in whatever way the guest starts its terminals."""
     units = _systemd_units(target)
     if units:
-        target.symlink(f"{units}/serial-getty@.service",
-                       f"/etc/systemd/system/getty.target.wants/serial-getty@{terminal}.service")
+        target.symlink(
+            f"{units}/serial-getty@.service", f"/etc/systemd/system/getty.target.wants/serial-getty@{terminal}.service"
+        )
     elif target.is_file("/etc/inittab"):
-        target.write("/etc/inittab", inittab(target.read("/etc/inittab") or "", terminal, speed,
-                                             target.which("agetty") or target.which("getty") or "/sbin/getty"))
+        target.write(
+            "/etc/inittab",
+            inittab(
+                target.read("/etc/inittab") or "",
+                terminal,
+                speed,
+                target.which("agetty") or target.which("getty") or "/sbin/getty",
+            ),
+        )
     else:
         log.warning("no login on the serial console: the guest has neither systemd nor /etc/inittab")
     if target.is_file("/etc/securetty"):
@@ -116,7 +129,7 @@ def _systemd_units(target: Target) -> str:
     return next((path for path in SYSTEMD_UNITS if target.is_file(f"{path}/serial-getty@.service")), "")
 
 
-def _is_like(target: Target, families: Tuple[str, ...]) -> bool:
+def _is_like(target: Target, families: tuple[str, ...]) -> bool:
     text = target.read("/etc/os-release") or target.read("/usr/lib/os-release") or ""
     words = re.findall(r"^ID(?:_LIKE)?=[\"']?([^\"'\n]*)", text, re.MULTILINE)
     return any(word.split("-")[0] in families for value in words for word in value.split())

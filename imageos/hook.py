@@ -13,8 +13,9 @@ The same is in the environment, for hooks in any language; see README.rst.
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Callable, Mapping, NoReturn, Tuple
+from typing import Callable, NoReturn
 
 from imageos import ganeti, log, settings
 from imageos.cli import guard
@@ -34,8 +35,8 @@ class Hook:
     settings: Settings
     instance: Instance
     disk: str  # the whole disk, as the sandbox sees it: /dev/loop0
-    volumes: Tuple[Volume, ...]  # the guest's partitions that have a role
-    arguments: Tuple[str, ...]  # `-r` on rename
+    volumes: tuple[Volume, ...]  # the guest's partitions that have a role
+    arguments: tuple[str, ...]  # `-r` on rename
     environ: Mapping[str, str]
 
     @staticmethod
@@ -48,19 +49,31 @@ class Hook:
             instance = ganeti.instance(os.environ)
             volumes = tuple(_volumes(os.environ.get("IMAGEOS_VOLUMES", "")))
             disk = os.environ.get("DISK_DEV", "")
-            with opened(os.environ["TARGET"], instance.short_name, guest_disk(disk, volumes),
-                        known.guest_timeout) as target:
-                main(Hook(os.environ["IMAGEOS_ACTION"], target, known, instance, disk, volumes,
-                          tuple(sys.argv[1:]), dict(os.environ)))
+            with opened(
+                os.environ["TARGET"], instance.short_name, guest_disk(disk, volumes), known.guest_timeout
+            ) as target:
+                main(
+                    Hook(
+                        os.environ["IMAGEOS_ACTION"],
+                        target,
+                        known,
+                        instance,
+                        disk,
+                        volumes,
+                        tuple(sys.argv[1:]),
+                        dict(os.environ),
+                    )
+                )
             return 0
 
         sys.exit(guard(call))
 
 
-def guest_disk(disk: str, volumes: Tuple[Volume, ...]) -> GuestDisk:
+def guest_disk(disk: str, volumes: tuple[Volume, ...]) -> GuestDisk:
     """The guest's disk as its sandbox shows it."""
-    return GuestDisk(nodes=[disk, *(volume.device for volume in volumes)],
-                     uuids=[(volume.uuid, volume.device) for volume in volumes])
+    return GuestDisk(
+        nodes=[disk, *(volume.device for volume in volumes)], uuids=[(volume.uuid, volume.device) for volume in volumes]
+    )
 
 
 def _volumes(text: str) -> "list[Volume]":

@@ -4,8 +4,9 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Optional
 
 from imageos import ganeti, log
 from imageos.disk import Attached, Device
@@ -31,7 +32,7 @@ class Context:
     volumes: Sequence[Volume]
 
 
-def find(directory: str) -> List[str]:
+def find(directory: str) -> list[str]:
     """The names of the hooks in `directory`, in the order in which they run."""
     try:
         names = os.listdir(directory)
@@ -39,8 +40,13 @@ def find(directory: str) -> List[str]:
         return []
     except OSError as error:
         raise Failure(f"cannot list CUSTOMIZE_DIR {directory}: {error.strerror}") from None
-    return sorted(name for name in names if re.fullmatch(r"[A-Za-z0-9_-]+", name)
-                  and os.path.isfile(f"{directory}/{name}") and os.access(f"{directory}/{name}", os.X_OK))
+    return sorted(
+        name
+        for name in names
+        if re.fullmatch(r"[A-Za-z0-9_-]+", name)
+        and os.path.isfile(f"{directory}/{name}")
+        and os.access(f"{directory}/{name}", os.X_OK)
+    )
 
 
 def run_all(names: Sequence[str], context: Context, arguments: Sequence[str] = ()) -> None:
@@ -51,7 +57,7 @@ def run_all(names: Sequence[str], context: Context, arguments: Sequence[str] = (
             _run_one(name, [f"{context.settings.customize_dir}/{name}", *arguments], env)
 
 
-def variables(context: Context) -> Dict[str, str]:
+def variables(context: Context) -> dict[str, str]:
     """The environment of a hook: Ganeti's variables, the settings, and what the command knows."""
     device_of = {volume.role: volume.device for volume in context.volumes}
     python = program_file()
@@ -92,7 +98,7 @@ def os_directory() -> str:
 
 
 def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
-    said: List[Optional[str]] = [None]
+    said: list[Optional[str]] = [None]
 
     def pass_on(line: str) -> None:
         said[0] = line if line.strip() else said[0]
@@ -102,8 +108,11 @@ def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
     finished = pipeline([argv], env=env, cwd=os_directory(), on_line=pass_on, private=True)[0]
     _end_leftovers(name)
     if finished.status:
-        how = (f"was killed by {signal_name(-finished.status)}" if finished.status < 0
-               else f"failed with status {finished.status}")
+        how = (
+            f"was killed by {signal_name(-finished.status)}"
+            if finished.status < 0
+            else f"failed with status {finished.status}"
+        )
         last = f": {said[0]}" if said[0] else ""
         raise Failure(f"hook {name} {how}{last}", hint=f"see {argv[0]} and its messages above")
 

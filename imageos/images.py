@@ -3,8 +3,8 @@
 import os
 import resource
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Sequence, Tuple
 
 from imageos import log
 from imageos.errors import Failure
@@ -47,19 +47,24 @@ class Image:
 def find(settings: Settings) -> Image:
     """The image that the settings name, opened; Failure says which files were looked for."""
     if not settings.image_name:
-        raise Failure("IMAGE_NAME is not set",
-                      hint="set it in the variant's file, or as the OS parameter image_name")
+        raise Failure("IMAGE_NAME is not set", hint="set it in the variant's file, or as the OS parameter image_name")
     if settings.image_type != "tarball":
-        raise Failure(f"IMAGE_TYPE={settings.image_type}: this version of imageos deploys tarballs only",
-                      hint="set IMAGE_TYPE=tarball")
+        raise Failure(
+            f"IMAGE_TYPE={settings.image_type}: this version of imageos deploys tarballs only",
+            hint="set IMAGE_TYPE=tarball",
+        )
     if settings.image_url:
-        raise Failure("IMAGE_URL: this version of imageos does not download images",
-                      hint="put the image into IMAGE_DIR and leave IMAGE_URL empty")
+        raise Failure(
+            "IMAGE_URL: this version of imageos does not download images",
+            hint="put the image into IMAGE_DIR and leave IMAGE_URL empty",
+        )
     stem = f"{settings.image_dir}/{settings.image_name}-{settings.arch}"
     path = next((stem + suffix for suffix in TARBALL_SUFFIXES if os.path.lexists(stem + suffix)), None)
     if path is None:
-        raise Failure(f"cannot find image {stem}{TARBALL_SUFFIXES[0]} (nor {', '.join(TARBALL_SUFFIXES[1:])})",
-                      hint=_others(settings))
+        raise Failure(
+            f"cannot find image {stem}{TARBALL_SUFFIXES[0]} (nor {', '.join(TARBALL_SUFFIXES[1:])})",
+            hint=_others(settings),
+        )
     return _open(path)
 
 
@@ -76,14 +81,28 @@ def check(image: Image) -> None:
 def deploy(image: Image, directory: str) -> None:
     """Unpack a tarball with everything it holds: owners by number, modes, ACLs, attributes, sparse files."""
     os.lseek(image.descriptor, 0, os.SEEK_SET)
-    tar = ["tar", "--extract", "--file=-", f"--directory={directory}", "--numeric-owner", "--same-owner",
-           "--preserve-permissions", "--acls", "--xattrs", "--xattrs-include=*",
-           "--warning=no-timestamp"]
-    stages: List[Sequence[str]] = [image.decompress, tar] if image.decompress else [tar]
+    tar = [
+        "tar",
+        "--extract",
+        "--file=-",
+        f"--directory={directory}",
+        "--numeric-owner",
+        "--same-owner",
+        "--preserve-permissions",
+        "--acls",
+        "--xattrs",
+        "--xattrs-include=*",
+        "--warning=no-timestamp",
+    ]
+    stages: list[Sequence[str]] = [image.decompress, tar] if image.decompress else [tar]
     progress = log.Progress("unpacking", image.size)
     # The children read through our descriptor: its offset tells how far they are.
-    finished = pipeline(stages, stdin=image.descriptor, prepare=_limit_memory,
-                        tick=lambda: progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR)))
+    finished = pipeline(
+        stages,
+        stdin=image.descriptor,
+        prepare=_limit_memory,
+        tick=lambda: progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR)),
+    )
     progress.close()
     _check_unpacked(image, directory, finished)
 
@@ -93,8 +112,10 @@ def _check_unpacked(image: Image, directory: str, finished: Sequence[Finished]) 
     filesystem = os.statvfs(directory)
     if tar.status and (filesystem.f_bavail == 0 or "No space left" in tar.stderr):
         total = log.size(filesystem.f_blocks * filesystem.f_frsize)
-        raise Failure(f"image {image.path} does not fit: the root filesystem of {total} is full",
-                      hint="make the disk larger, or SWAP_SIZE smaller")
+        raise Failure(
+            f"image {image.path} does not fit: the root filesystem of {total} is full",
+            hint="make the disk larger, or SWAP_SIZE smaller",
+        )
     for stage in upstream:
         # gzip says 2 for a warning: garbage behind the end, which does no harm
         garbage = stage.status == 2 and "trailing garbage" in stage.stderr and not tar.status
@@ -159,14 +180,14 @@ def _is_tar_header(block: bytes) -> bool:
 def _others(settings: Settings) -> str:
     """A hint that lists what is there instead."""
     try:
-        names: List[str] = sorted(os.listdir(settings.image_dir))
+        names: list[str] = sorted(os.listdir(settings.image_dir))
     except OSError as error:
         return f"IMAGE_DIR {settings.image_dir}: {error.strerror}"
     there = ", ".join(_shown(names)) or "nothing"
     return f"set IMAGE_NAME, ARCH, IMAGE_TYPE or IMAGE_DIR; {settings.image_dir} holds {there}"
 
 
-def _shown(names: List[str], most: int = 8) -> Tuple[str, ...]:
+def _shown(names: list[str], most: int = 8) -> tuple[str, ...]:
     return (*names[:most], f"and {len(names) - most} more") if len(names) > most else tuple(names)
 
 

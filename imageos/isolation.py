@@ -10,7 +10,7 @@ import select
 import signal
 import sys
 from types import FrameType
-from typing import List, NoReturn, Optional
+from typing import NoReturn, Optional
 
 from imageos import linux, log
 from imageos.errors import Failure, Interrupted
@@ -62,7 +62,7 @@ def handle_signals() -> None:
         signal.signal(one, interrupt)
 
 
-def leftover_processes() -> List[int]:
+def leftover_processes() -> list[int]:
     """Every process of our PID namespace but ourselves."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
 

@@ -5,7 +5,7 @@ Sizes and offsets are bytes, aligned to 1 MiB.
 
 import uuid
 from dataclasses import dataclass
-from typing import Optional, Tuple
+from typing import Optional
 
 from imageos.errors import Failure
 from imageos.log import size as readable
@@ -46,7 +46,7 @@ class Partition:
 class Layout:
     table: str  # msdos or gpt
     disk_id: str
-    partitions: Tuple[Partition, ...]
+    partitions: tuple[Partition, ...]
 
     def find(self, role: str) -> Optional[Partition]:
         return next((partition for partition in self.partitions if partition.role == role), None)
@@ -70,14 +70,16 @@ def plan(table: str, disk_size: int, *, boot: int, swap: int, arch: str, smalles
     if root < smallest_root:
         raise _too_small(disk_size, sizes, root, smallest_root)
     if table == "msdos" and end > (1 << 32) * SECTOR:
-        raise Failure(f"an msdos partition table cannot address a disk of {readable(disk_size)}",
-                      hint="set PARTITION_TABLE=gpt")
+        raise Failure(
+            f"an msdos partition table cannot address a disk of {readable(disk_size)}", hint="set PARTITION_TABLE=gpt"
+        )
     types = MSDOS_TYPES if table == "msdos" else {**GPT_TYPES, "root": ROOT_TYPES.get(arch, GPT_TYPES["root"])}
     active = "boot" if "boot" in sizes else "root"
     partitions = []
     for number, (role, size) in enumerate([*sizes.items(), ("root", root)], 1):
-        partitions.append(Partition(number, role, start, size, types[role],
-                                    bootable=table == "msdos" and role == active))
+        partitions.append(
+            Partition(number, role, start, size, types[role], bootable=table == "msdos" and role == active)
+        )
         start += size
     return Layout(table, _disk_id(table), tuple(partitions))
 
@@ -88,8 +90,9 @@ def sfdisk_script(layout: Layout) -> str:
     lines = [f"label: {label}", f"label-id: {layout.disk_id}", "unit: sectors"]
     for part in layout.partitions:
         bootable = ", bootable" if part.bootable else ""
-        lines.append(f"{part.number} : start={part.start // SECTOR}, size={part.size // SECTOR}, "
-                     f"type={part.type}{bootable}")
+        lines.append(
+            f"{part.number} : start={part.start // SECTOR}, size={part.size // SECTOR}, type={part.type}{bootable}"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -98,7 +101,8 @@ def _too_small(disk_size: int, sizes: "dict[str, int]", root: int, smallest_root
     return Failure(
         f"the disk of {readable(disk_size)} is too small: {others or 'the partition table'} leaves "
         f"{readable(max(root, 0))} for /, which needs {readable(smallest_root)}",
-        hint="make the disk larger, or set a smaller SWAP_SIZE (default: the instance's memory) or SWAP=no")
+        hint="make the disk larger, or set a smaller SWAP_SIZE (default: the instance's memory) or SWAP=no",
+    )
 
 
 def _disk_id(table: str) -> str:

@@ -9,7 +9,8 @@ import errno
 import fcntl
 import os
 import struct
-from typing import Iterable, Optional
+from collections.abc import Iterable
+from typing import Optional
 
 from imageos.errors import Failure
 
@@ -66,8 +67,16 @@ def open_in_root(root: int, path: str, flags: int, mode: int = 0, resolve: int =
     """Open `path` as a process whose root directory is the descriptor `root` would (openat2, Linux 5.6)."""
     how = _OpenHow(flags | os.O_CLOEXEC, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | resolve)
     try:
-        return _check(_libc.syscall(ctypes.c_long(SYS_OPENAT2), ctypes.c_int(root), _bytes(path or "."),
-                                    ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how))), path)
+        return _check(
+            _libc.syscall(
+                ctypes.c_long(SYS_OPENAT2),
+                ctypes.c_int(root),
+                _bytes(path or "."),
+                ctypes.byref(how),
+                ctypes.c_size_t(ctypes.sizeof(how)),
+            ),
+            path,
+        )
     except OSError as error:
         if error.errno == errno.ENOSYS:
             raise Failure("this kernel has no openat2: imageos needs Linux 5.8 or newer") from None
@@ -118,7 +127,8 @@ def delete_partition(disk: int, number: int) -> None:
 
 
 def _blkpg(disk: int, operation: int, number: int, start: int, length: int) -> None:
-    partition = ctypes.create_string_buffer(struct.pack("@qqi64s64s", start, length, number, b"", b"").ljust(152, b"\0"))
+    values = struct.pack("@qqi64s64s4x", start, length, number, b"", b"")  # struct blkpg_partition: 152 bytes
+    partition = ctypes.create_string_buffer(values, 152)
     argument = struct.pack("@iiiP", operation, 0, 152, ctypes.addressof(partition))
     fcntl.ioctl(disk, BLKPG, argument)
 

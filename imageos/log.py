@@ -5,8 +5,8 @@ stdout is never written: on export it is the backup.
 
 import os
 import time
-from contextlib import contextmanager
-from typing import Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 # Whether `debug` prints; set once by the settings. As global as stderr itself.
 _debug = False
@@ -78,8 +78,10 @@ class Progress:
 
 def ascii_only(text: str) -> str:
     """`text` with everything but printable ASCII escaped, so that no guest can forge a line."""
-    return "".join(c if " " <= c <= "~" else c.encode("ascii", "backslashreplace").decode()
-                   if ord(c) > 126 else f"\\x{ord(c):02x}" for c in text)
+    return "".join(
+        c if " " <= c <= "~" else c.encode("ascii", "backslashreplace").decode() if ord(c) > 126 else f"\\x{ord(c):02x}"
+        for c in text
+    )
 
 
 def size(count: int) -> str:
@@ -95,7 +97,5 @@ def size(count: int) -> str:
 def _write(line: str) -> None:
     # One write per line: the lines of concurrent processes do not mix in Ganeti's log.
     text = ascii_only(line.rstrip("\n")) + "\n"
-    try:
+    with suppress(OSError):  # nobody reads any more? The exit status still tells.
         os.write(2, text.encode("ascii"))
-    except OSError:
-        pass  # nobody reads any more; the exit status still tells

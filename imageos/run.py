@@ -11,8 +11,9 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Callable, Optional
 
 from imageos import log
 from imageos.errors import Failure
@@ -24,10 +25,20 @@ TICK = 0.5  # seconds between two calls of `tick`
 
 # Program -> Debian package, where the names differ from each other or the program may be missing.
 PACKAGES = {
-    "bzip2": "bzip2", "lz4": "lz4", "xz": "xz-utils", "zstd": "zstd", "gzip": "gzip", "tar": "tar",
-    "sfdisk": "fdisk", "mkswap": "util-linux", "mkfs.vfat": "dosfstools",
-    "mkfs.ext2": "e2fsprogs", "mkfs.ext3": "e2fsprogs", "mkfs.ext4": "e2fsprogs",
-    "mkfs.xfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs",
+    "bzip2": "bzip2",
+    "lz4": "lz4",
+    "xz": "xz-utils",
+    "zstd": "zstd",
+    "gzip": "gzip",
+    "tar": "tar",
+    "sfdisk": "fdisk",
+    "mkswap": "util-linux",
+    "mkfs.vfat": "dosfstools",
+    "mkfs.ext2": "e2fsprogs",
+    "mkfs.ext3": "e2fsprogs",
+    "mkfs.ext4": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs",
+    "mkfs.btrfs": "btrfs-progs",
 }
 
 
@@ -65,8 +76,9 @@ def run(
     `timeout` in seconds; `prepare` runs in the child before the program; `on_line` gets each line of
     stdout and stderr as it comes.
     """
-    finished = pipeline([argv], input=input, stdin=stdin, env=env, cwd=cwd, timeout=timeout,
-                        prepare=prepare, on_line=on_line)[0]
+    finished = pipeline(
+        [argv], input=input, stdin=stdin, env=env, cwd=cwd, timeout=timeout, prepare=prepare, on_line=on_line
+    )[0]
     if finished.status != 0:
         raise finished.failure()
     return finished.stdout.decode("utf-8", "surrogateescape")
@@ -84,21 +96,27 @@ def pipeline(
     on_line: Optional[Callable[[str], None]] = None,
     tick: Optional[Callable[[], None]] = None,
     private: bool = False,
-) -> List[Finished]:
+) -> list[Finished]:
     """Run `stages` with each one's stdout as the next one's stdin; judge nothing.
 
     `env` replaces the environment (default: `environment()`); it, `cwd` and `prepare` are for every stage.
     `tick` is called every now and then; the output of a `private` command stays out of the debug log.
     """
     log.debug("$ " + " | ".join(shlex.join(stage) for stage in stages))
-    processes: List["subprocess.Popen[bytes]"] = []
+    processes: list[subprocess.Popen[bytes]] = []
     try:
         source = stdin if stdin is not None else subprocess.PIPE if input is not None else subprocess.DEVNULL
         for stage in stages:
             try:
                 process = subprocess.Popen(
-                    list(stage), stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                    env=dict(environment() if env is None else env), cwd=cwd, preexec_fn=prepare)
+                    list(stage),
+                    stdin=source,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env=dict(environment() if env is None else env),
+                    cwd=cwd,
+                    preexec_fn=prepare,
+                )
             except OSError as error:
                 raise _missing(stage[0], error) from None
             if processes and processes[-1].stdout:
@@ -108,8 +126,10 @@ def pipeline(
         if input is not None and processes[0].stdin:
             _feed(processes[0], input)
         captured = _capture(processes, timeout, on_line, tick)
-        finished = [Finished(stage, process.wait(), captured.get(2 * n, b""), _text(captured[2 * n + 1]))
-                    for n, (stage, process) in enumerate(zip(stages, processes))]
+        finished = [
+            Finished(stage, process.wait(), captured.get(2 * n, b""), _text(captured[2 * n + 1]))
+            for n, (stage, process) in enumerate(zip(stages, processes))
+        ]
         for one in finished:
             if not private:
                 log.debug(_text(one.stdout) + one.stderr)
@@ -126,8 +146,9 @@ def pipeline(
 
 def head(argv: Sequence[str], stdin: int, count: int) -> bytes:
     """The first `count` bytes that `argv` writes, or fewer if it ends before; it is killed then."""
-    with subprocess.Popen(list(argv), stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          env=environment()) as process:
+    with subprocess.Popen(
+        list(argv), stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment()
+    ) as process:
         try:
             data = process.stdout.read(count) if process.stdout else b""
         finally:
@@ -135,7 +156,7 @@ def head(argv: Sequence[str], stdin: int, count: int) -> bytes:
     return data
 
 
-def environment() -> Dict[str, str]:
+def environment() -> dict[str, str]:
     """What tools of the node get: nothing of the caller's but PATH and TMPDIR."""
     env = {"PATH": os.environ.get("PATH", DEFAULT_PATH), "LC_ALL": "C", "HOME": "/root"}
     if "TMPDIR" in os.environ:
@@ -148,8 +169,10 @@ def require(*programs: str) -> None:
     missing = [program for program in programs if not available(program)]
     if missing:
         packages = sorted({PACKAGES.get(program, program) for program in missing})
-        raise Failure(f"missing on this node: {' '.join(missing)}",
-                      hint=f"install {' '.join(packages)} (doing so on every node is best)")
+        raise Failure(
+            f"missing on this node: {' '.join(missing)}",
+            hint=f"install {' '.join(packages)} (doing so on every node is best)",
+        )
 
 
 def available(program: str) -> bool:
@@ -180,15 +203,15 @@ def _feed(process: "subprocess.Popen[bytes]", text: str) -> None:
 
 
 def _capture(
-    processes: List["subprocess.Popen[bytes]"],
+    processes: list["subprocess.Popen[bytes]"],
     timeout: Optional[float],
     on_line: Optional[Callable[[str], None]],
     tick: Optional[Callable[[], None]],
-) -> Dict[int, bytes]:
+) -> dict[int, bytes]:
     """Read the last stage's stdout (key 2n) and every stage's stderr (key 2n+1) until all are closed."""
     deadline = None if timeout is None else time.monotonic() + timeout
-    buffers: Dict[int, bytearray] = {}
-    lines: Dict[int, bytearray] = {}
+    buffers: dict[int, bytearray] = {}
+    lines: dict[int, bytearray] = {}
     with selectors.DefaultSelector() as selector:
         for n, process in enumerate(processes):
             for key, pipe in ((2 * n, process.stdout), (2 * n + 1, process.stderr)):

@@ -9,15 +9,28 @@ import os
 import resource
 import socket
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Callable, Sequence, Tuple
+from typing import Callable
 
 from imageos import linux
 
-KEEP = (linux.CAP_CHOWN, linux.CAP_DAC_OVERRIDE, linux.CAP_FOWNER, linux.CAP_FSETID, linux.CAP_KILL,
-        linux.CAP_SETUID, linux.CAP_SETGID)
-ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
-               "LANG": "C", "TERM": "dumb", "DEBIAN_FRONTEND": "noninteractive"}
+KEEP = (
+    linux.CAP_CHOWN,
+    linux.CAP_DAC_OVERRIDE,
+    linux.CAP_FOWNER,
+    linux.CAP_FSETID,
+    linux.CAP_KILL,
+    linux.CAP_SETUID,
+    linux.CAP_SETGID,
+)
+ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "LANG": "C",
+    "TERM": "dumb",
+    "DEBIAN_FRONTEND": "noninteractive",
+}
 # Name -> major, minor (Documentation/admin-guide/devices.txt)
 DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
 LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
@@ -29,7 +42,7 @@ class GuestDisk:
     """The guest's own disk as it may see it: device nodes, and UUID -> node of its filesystems."""
 
     nodes: Sequence[str]
-    uuids: Sequence[Tuple[str, str]]
+    uuids: Sequence[tuple[str, str]]
 
 
 def entering(root: int, hostname: str, disk: GuestDisk) -> Callable[[], None]:
@@ -49,10 +62,9 @@ def entering(root: int, hostname: str, disk: GuestDisk) -> Callable[[], None]:
     return enter
 
 
-def _enter(root: int, hostname: str, nodes: "dict[str, int]", uuids: Sequence[Tuple[str, str]]) -> None:
+def _enter(root: int, hostname: str, nodes: "dict[str, int]", uuids: Sequence[tuple[str, str]]) -> None:
     os.setsid()  # no terminal of the node's
-    linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWNET | linux.CLONE_NEWIPC
-                  | linux.CLONE_NEWUTS)
+    linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS)
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
     _become_first_process()
     socket.sethostname(hostname)
@@ -81,7 +93,7 @@ def _become_first_process() -> None:
     linux.die_with_parent()
 
 
-def _make_devices(root: int, nodes: "dict[str, int]", uuids: Sequence[Tuple[str, str]]) -> None:
+def _make_devices(root: int, nodes: "dict[str, int]", uuids: Sequence[tuple[str, str]]) -> None:
     directory = _directory(root, "dev")
     for name, number in nodes.items():
         kind, mode = (stat.S_IFCHR, 0o666) if name in DEVICES else (stat.S_IFBLK, 0o660)

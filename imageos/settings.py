@@ -8,7 +8,8 @@ import dataclasses
 import os
 import re
 import shutil
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, cast
+from collections.abc import Mapping
+from typing import Any, Callable, Optional, cast
 
 from imageos import ganeti, log
 from imageos.errors import Failure
@@ -20,6 +21,7 @@ CACHE_DIR = "/var/cache/ganeti-instance-image"
 
 
 # --- kinds: text -> value; ValueError says what is accepted -----------------------------------------------
+
 
 def _yes_no(text: str) -> bool:
     if text.lower() in ("yes", "1", "true"):
@@ -46,6 +48,7 @@ def _choice(*accepted: str) -> Callable[[str], str]:
         if text not in accepted:
             raise ValueError("one of " + ", ".join(accepted))
         return text
+
     return choose
 
 
@@ -96,35 +99,45 @@ def _hook_names(text: str) -> str:
     return text
 
 
-def _setting(kind: Callable[[str], Any], default: str, doc: str, *, parameter: bool = False,
-             secret: bool = False) -> Any:
+def _setting(
+    kind: Callable[[str], Any], default: str, doc: str, *, parameter: bool = False, secret: bool = False
+) -> Any:
     """A field of Settings. `default` is text as in a file; empty means none (decided when needed)."""
     value = kind(default) if default else (None if kind is _mebibytes else "")
-    return dataclasses.field(default=value, metadata={
-        "kind": kind, "default": default, "doc": doc, "parameter": parameter, "secret": secret})
+    return dataclasses.field(
+        default=value, metadata={"kind": kind, "default": default, "doc": doc, "parameter": parameter, "secret": secret}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Every setting, under its name in lower case. The only place that knows them."""
 
-    cdinstall: bool = _setting(_yes_no, "no", "leave the disks alone: the instance boots an installer",
-                               parameter=True)
+    cdinstall: bool = _setting(_yes_no, "no", "leave the disks alone: the instance boots an installer", parameter=True)
     swap: bool = _setting(_yes_no, "yes", "make a swap partition (tarball and dump)", parameter=True)
-    swap_size: Optional[int] = _setting(_mebibytes, "", "size of swap in MiB (default: the instance's memory)",
-                                        parameter=True)
-    boot_size: Optional[int] = _setting(_mebibytes, "", "size of /boot in MiB (default: 100, on gpt 512)",
-                                        parameter=True)
-    filesystem: str = _setting(_choice("ext2", "ext3", "ext4", "xfs", "btrfs"), "ext3",
-                               "filesystem of the partitions: ext2, ext3, ext4, xfs or btrfs", parameter=True)
-    partition_table: str = _setting(_choice("msdos", "gpt"), "msdos",
-                                    "msdos, or gpt, which boots from BIOS and UEFI alike", parameter=True)
+    swap_size: Optional[int] = _setting(
+        _mebibytes, "", "size of swap in MiB (default: the instance's memory)", parameter=True
+    )
+    boot_size: Optional[int] = _setting(
+        _mebibytes, "", "size of /boot in MiB (default: 100, on gpt 512)", parameter=True
+    )
+    filesystem: str = _setting(
+        _choice("ext2", "ext3", "ext4", "xfs", "btrfs"),
+        "ext3",
+        "filesystem of the partitions: ext2, ext3, ext4, xfs or btrfs",
+        parameter=True,
+    )
+    partition_table: str = _setting(
+        _choice("msdos", "gpt"), "msdos", "msdos, or gpt, which boots from BIOS and UEFI alike", parameter=True
+    )
     kernel_args: str = _setting(_line, "", "added to the guest's kernel command line", parameter=True)
     image_name: str = _setting(_name, "", "name of the image, without architecture and suffix", parameter=True)
-    arch: str = _setting(_arch, "", "architecture in the image's file name (default: the node's, as x86_64 or x86)",
-                         parameter=True)
-    image_type: str = _setting(_choice("tarball", "dump", "qemu", "raw", "qcow2"), "dump",
-                               "tarball, dump, qemu, raw or qcow2", parameter=True)
+    arch: str = _setting(
+        _arch, "", "architecture in the image's file name (default: the node's, as x86_64 or x86)", parameter=True
+    )
+    image_type: str = _setting(
+        _choice("tarball", "dump", "qemu", "raw", "qcow2"), "dump", "tarball, dump, qemu, raw or qcow2", parameter=True
+    )
     image_dir: str = _setting(_directory, CACHE_DIR, "where the images are")
     image_url: str = _setting(_url, "", "directory URL of the images, or URL of one image file", parameter=True)
     image_checksum: str = _setting(_checksum, "", "sha256:HEX or sha512:HEX of the image, or no", parameter=True)
@@ -134,12 +147,13 @@ class Settings:
     cache_dir: str = _setting(_directory, CACHE_DIR, "where downloaded images are kept")
     export_dir: str = _setting(_directory, "/tmp", "not used any more: nothing is staged on export")
     fdisk: str = _setting(_text, "sfdisk", "accepted and ignored: sfdisk it is")
-    grow: bool = _setting(_yes_no, "yes", "grow root partition and filesystem of a disk image to the disk",
-                          parameter=True)
-    nomount: bool = _setting(_yes_no, "no", "not Linux (Windows, BSD): write the disk image, touch nothing",
-                             parameter=True)
-    overlay: str = _setting(_name, "", "directory in OVERLAYS_DIR that is copied over the guest's root",
-                            parameter=True)
+    grow: bool = _setting(
+        _yes_no, "yes", "grow root partition and filesystem of a disk image to the disk", parameter=True
+    )
+    nomount: bool = _setting(
+        _yes_no, "no", "not Linux (Windows, BSD): write the disk image, touch nothing", parameter=True
+    )
+    overlay: str = _setting(_name, "", "directory in OVERLAYS_DIR that is copied over the guest's root", parameter=True)
     customize_dir: str = _setting(_directory, SITE_DIR + "/hooks", "where the hooks are")
     variants_dir: str = _setting(_directory, SITE_DIR + "/variants", "where the files of the variants are")
     networks_dir: str = _setting(_directory, SITE_DIR + "/networks", "where static addresses are described")
@@ -163,14 +177,15 @@ class Settings:
         boot_size = self.boot_size or (512 if self.partition_table == "gpt" else 100)
         return dataclasses.replace(self, boot_size=boot_size, swap_size=self.swap_size or memory)
 
-    def variables(self) -> Dict[str, str]:
+    def variables(self) -> dict[str, str]:
         """All settings as a hook or a file has them: NAME -> text."""
         known = {name.upper(): _as_text(getattr(self, name)) for name in TABLE}
         return {**self.unknown, **known}
 
 
-TABLE: Dict[str, Mapping[str, Any]] = {
-    field.name: field.metadata for field in dataclasses.fields(Settings) if field.metadata}
+TABLE: dict[str, Mapping[str, Any]] = {
+    field.name: field.metadata for field in dataclasses.fields(Settings) if field.metadata
+}
 # What the installed defaults file sets, better than what has to stay built in for the sake of old sites.
 SHIPPED = {"filesystem": "ext4"}
 PARAMETERS = tuple(name for name, entry in TABLE.items() if entry["parameter"])
@@ -187,12 +202,12 @@ def load(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> Sett
     return settings
 
 
-def examine(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> Tuple[Settings, List[Failure]]:
+def examine(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> tuple[Settings, list[Failure]]:
     """As `load`, but gives all problems instead of raising; the settings hold what is right."""
     given = ganeti.variables(environ)
-    problems: List[Failure] = []
-    values: Dict[str, Any] = {}
-    unknown: Dict[str, str] = {}
+    problems: list[Failure] = []
+    values: dict[str, Any] = {}
+    unknown: dict[str, str] = {}
 
     def take(name: str, text: str, where: str, shown: str) -> None:
         try:
@@ -214,7 +229,7 @@ def examine(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> T
                 unknown[variable] = text
     for variable, text in given.items():
         if variable.startswith("OSP_"):
-            name = variable[len("OSP_"):].lower()
+            name = variable[len("OSP_") :].lower()
             if name not in TABLE:
                 log.warning(f"unknown OS parameter {name}{_nearest(name, list(PARAMETERS))}")
             elif name not in PARAMETERS:
@@ -228,15 +243,21 @@ def examine(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> T
 
 def from_variables(environ: Mapping[str, str]) -> Settings:
     """The settings as a hook finds them in its environment (see `Settings.variables`)."""
-    values = {name: _parse(name, environ[name.upper()], "in the environment", name.upper())
-              for name in TABLE if name.upper() in environ}
+    values = {
+        name: _parse(name, environ[name.upper()], "in the environment", name.upper())
+        for name in TABLE
+        if name.upper() in environ
+    }
     return Settings(**values)
 
 
 def defaults_file() -> str:
     """The text of the defaults file that is installed: every setting, commented out, but those in SHIPPED."""
-    lines = ["# Settings of imageos, the OS definition of Ganeti: on every node, the same on all of them.",
-             "# This file is shell. A variant's file (variants/NAME.conf) and OS parameters have the last word.", ""]
+    lines = [
+        "# Settings of imageos, the OS definition of Ganeti: on every node, the same on all of them.",
+        "# This file is shell. A variant's file (variants/NAME.conf) and OS parameters have the last word.",
+        "",
+    ]
     for name, entry in TABLE.items():
         parameter = f"; OS parameter {name}" if entry["parameter"] else ""
         lines += [f"# {name.upper()}: {entry['doc']}{parameter}", _assignment(name, entry["default"]), ""]
@@ -276,7 +297,7 @@ def _warn_unknown(variable: str, path: str, known: Mapping[str, str]) -> None:
         log.warning(f"unknown setting {variable} in {path}{near}")
 
 
-def _nearest(name: str, names: List[str]) -> str:
+def _nearest(name: str, names: list[str]) -> str:
     import difflib  # only on the way to a warning
 
     near = difflib.get_close_matches(name, names, 1)
@@ -319,7 +340,7 @@ exit 0
 _SHELL_OWN = ("_", "SHLVL", "PWD", "OLDPWD", "PATH", "_imageos_file")
 
 
-def _evaluate_files(given: Mapping[str, str], defaults_file: str) -> List[Tuple[str, Dict[str, str]]]:
+def _evaluate_files(given: Mapping[str, str], defaults_file: str) -> list[tuple[str, dict[str, str]]]:
     """(path, what it set) of the defaults file and of the variant's file, in this order."""
     defaults = _regular_file(defaults_file) if os.path.lexists(defaults_file) else ""
     variant = _variant_name(ganeti.variant(given))
@@ -327,10 +348,13 @@ def _evaluate_files(given: Mapping[str, str], defaults_file: str) -> List[Tuple[
         return []
     shell = shutil.which("bash", path=DEFAULT_PATH) or "/bin/sh"
     start = {"PATH": os.environ.get("PATH", DEFAULT_PATH), **given}
-    done = pipeline([[shell, "-c", _EVALUATE, shell, defaults, variant, Settings.variants_dir]],
-                    env=start, cwd="/", private=True)[0]
-    snapshots = [dict(entry.partition("=")[::2] for entry in snapshot.split("\0"))
-                 for snapshot in done.stdout.decode("utf-8", "surrogateescape").split("\0\0")[:-1]]
+    done = pipeline(
+        [[shell, "-c", _EVALUATE, shell, defaults, variant, Settings.variants_dir]], env=start, cwd="/", private=True
+    )[0]
+    snapshots = [
+        dict(entry.partition("=")[::2] for entry in snapshot.split("\0"))
+        for snapshot in done.stdout.decode("utf-8", "surrogateescape").split("\0\0")[:-1]
+    ]
     directory = (snapshots[0] if defaults and snapshots else {}).get("VARIANTS_DIR") or Settings.variants_dir
     paths = [path for path in (defaults, variant and f"{directory}/{variant}.conf") if path]
     if done.status != 0 or len(snapshots) < len(paths):
@@ -338,8 +362,12 @@ def _evaluate_files(given: Mapping[str, str], defaults_file: str) -> List[Tuple[
     layers = []
     before: Mapping[str, str] = start
     for path, after in zip(paths, snapshots):
-        layers.append((path, {name: value for name, value in after.items()
-                              if before.get(name) != value and name not in _SHELL_OWN}))
+        layers.append(
+            (
+                path,
+                {name: value for name, value in after.items() if before.get(name) != value and name not in _SHELL_OWN},
+            )
+        )
         before = after
     return layers
 
@@ -359,11 +387,14 @@ def _variant_name(variant: str) -> str:
 def _evaluation_failure(path: str, variant: str, done: Finished) -> Failure:
     said = done.stderr.strip().splitlines()
     if done.status == 102:
-        return Failure(f"variant {variant} has no file {path}",
-                       hint=f"create that file, or remove {variant} from {SITE_DIR}/variants.list")
+        return Failure(
+            f"variant {variant} has no file {path}",
+            hint=f"create that file, or remove {variant} from {SITE_DIR}/variants.list",
+        )
     reason = f"it ended the shell with status {done.status}"
     if done.status == 101:
         # bash names file and line in its first line, and quotes the text in the second
         reason = said[0].partition(path + ": ")[2] or said[0] if said else "syntax error"
-    return Failure(f"settings file {path}: {reason}",
-                   hint=f"it is shell: bash -n {path} shows where it is wrong", details=said)
+    return Failure(
+        f"settings file {path}: {reason}", hint=f"it is shell: bash -n {path} shows where it is wrong", details=said
+    )

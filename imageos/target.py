@@ -10,8 +10,9 @@ import fnmatch
 import os
 import secrets
 import stat
-from contextlib import contextmanager
-from typing import Iterator, List, Optional, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Optional
 
 from imageos import linux
 from imageos.errors import Failure
@@ -76,7 +77,7 @@ class Target:
                 raise Failure(f"the guest's {path} has {status.st_size} bytes, more than a configuration file")
             return file.read(READ_LIMIT).decode("utf-8", "surrogateescape")
 
-    def glob(self, pattern: str) -> List[str]:
+    def glob(self, pattern: str) -> list[str]:
         """The paths in one directory whose names match: `/etc/ssh/ssh_host_*`. Only the name is a pattern."""
         directory, name = os.path.split(pattern)
         try:
@@ -151,8 +152,13 @@ class Target:
 
     def run(self, argv: Sequence[str], input: Optional[str] = None) -> str:
         """Run a program of the guest in the sandbox; its output. Failure unless its status is 0."""
-        return run(argv, input=input, env=ENVIRONMENT, timeout=self._timeout,
-                   prepare=entering(self._root, self._hostname, self._disk))
+        return run(
+            argv,
+            input=input,
+            env=ENVIRONMENT,
+            timeout=self._timeout,
+            prepare=entering(self._root, self._hostname, self._disk),
+        )
 
     # --- inside ---
 
@@ -174,7 +180,9 @@ class Target:
             os.close(descriptor)
 
     @contextmanager
-    def _parent(self, path: str, make: bool = False, follow: bool = True, mode: int = 0o755) -> Iterator["tuple[int, str]"]:
+    def _parent(
+        self, path: str, make: bool = False, follow: bool = True, mode: int = 0o755
+    ) -> Iterator[tuple[int, str]]:
         """The directory (as a descriptor) and the name that `path` leads to, through a link at its end too."""
         for _ in range(LINK_LIMIT):
             directory, name = os.path.split(path)
@@ -285,7 +293,5 @@ def _remove_directory_or_link(parent: int, name: str) -> None:
 
 
 def _remove_quietly(parent: int, name: str) -> None:
-    try:
+    with suppress(OSError):  # the reason why it may not be there is being reported
         os.unlink(name, dir_fd=parent)
-    except OSError:
-        pass  # the reason why it is not there is being reported

@@ -1,8 +1,8 @@
 """create: turn an image into the system on an instance's first disk."""
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Sequence, Tuple
 
 from imageos import disk, filesystem, ganeti, guest, hooks, images, isolation, layout, log, settings, target
 from imageos.disk import Attached, Device
@@ -29,8 +29,10 @@ def main(_arguments: Sequence[str]) -> int:
 def create(instance: Instance, known: Settings) -> None:
     """Everything is checked before the first write; whatever fails after it leaves a disk that cannot boot."""
     if not instance.disks:
-        raise Failure(f"instance {instance.name} has no disk to put an image on",
-                      hint="add one (gnt-instance modify --disk add:size=10G), or set CDINSTALL=yes")
+        raise Failure(
+            f"instance {instance.name} has no disk to put an image on",
+            hint="add one (gnt-instance modify --disk add:size=10G), or set CDINSTALL=yes",
+        )
     image = images.find(known)
     images.check(image)
     isolation.enter()
@@ -53,14 +55,18 @@ def plan(known: Settings, instance: Instance, device: Device) -> Layout:
     """The partitions that the settings ask for, on a disk of this size."""
     internal_kernel = not instance.kernel_path
     return layout.plan(
-        known.partition_table, device.size,
+        known.partition_table,
+        device.size,
         boot=(known.boot_size or 0) * MIB if internal_kernel else 0,
         swap=(known.swap_size or 0) * MIB if known.swap else 0,
-        arch=known.arch, smallest_root=FILESYSTEMS[known.filesystem].smallest)
+        arch=known.arch,
+        smallest_root=FILESYSTEMS[known.filesystem].smallest,
+    )
 
 
-def build(instance: Instance, known: Settings, image: Image, device: Device, attached: Attached,
-          intended: Layout) -> None:
+def build(
+    instance: Instance, known: Settings, image: Image, device: Device, attached: Attached, intended: Layout
+) -> None:
     """From the first write to a system that is complete, but not flushed."""
     volumes = tuple(filesystem.plan_volumes(intended, known.filesystem, attached.partition))
     with log.phase(f"partitioned and formatted {log.size(device.size)}: {known.partition_table}, {known.filesystem}"):
@@ -88,10 +94,11 @@ def mount_all(stack: ExitStack, volumes: Sequence[Volume]) -> None:
         stack.enter_context(filesystem.mounted(boot.device, f"{isolation.TARGET}/boot", boot.kind))
 
 
-def configure(instance: Instance, known: Settings, attached: Attached, volumes: Tuple[Volume, ...]) -> None:
+def configure(instance: Instance, known: Settings, attached: Attached, volumes: tuple[Volume, ...]) -> None:
     """Make the unpacked tree this instance's own system."""
-    with target.opened(isolation.TARGET, instance.short_name, guest_disk(attached.path, volumes),
-                       known.guest_timeout) as root:
+    with target.opened(
+        isolation.TARGET, instance.short_name, guest_disk(attached.path, volumes), known.guest_timeout
+    ) as root:
         guest.check_root(root)
         if any(volume.role == "esp" for volume in volumes):
             root.mkdir("/boot/efi")

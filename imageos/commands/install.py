@@ -7,9 +7,10 @@ missing, and never changed: a newer version is put beside it as FILE.new.
 import argparse
 import os
 import secrets
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Iterator, Optional, Sequence
+from typing import Optional
 
 from imageos import __version__, ganeti, log, settings
 from imageos.errors import Failure
@@ -17,9 +18,14 @@ from imageos.hooks import OS_DIR, program_file
 
 SCRIPTS = ("create", "import", "export", "rename", "verify")
 BIN_DIR = "/usr/local/sbin"
-DIRECTORIES = (f"{settings.SITE_DIR}/variants", f"{settings.SITE_DIR}/hooks", f"{settings.SITE_DIR}/overlays",
-               f"{settings.SITE_DIR}/networks/subnets", f"{settings.SITE_DIR}/networks/instances",
-               settings.CACHE_DIR)
+DIRECTORIES = (
+    f"{settings.SITE_DIR}/variants",
+    f"{settings.SITE_DIR}/hooks",
+    f"{settings.SITE_DIR}/overlays",
+    f"{settings.SITE_DIR}/networks/subnets",
+    f"{settings.SITE_DIR}/networks/instances",
+    settings.CACHE_DIR,
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,10 @@ def main(arguments: Sequence[str]) -> int:
         os.makedirs(_under(root, directory), exist_ok=True)
     for entry in entries(options.os_dir, options.bin_dir):
         changed += put(root, entry)
-    log.info(f"imageos {__version__} is installed in {_under(root, options.os_dir)}"
-             + ("" if changed else ": nothing had to be changed"))
+    log.info(
+        f"imageos {__version__} is installed in {_under(root, options.os_dir)}"
+        + ("" if changed else ": nothing had to be changed")
+    )
     return 0
 
 
@@ -92,8 +100,10 @@ def put(root: str, entry: Entry) -> bool:
 def _replace(path: str, entry: Entry) -> None:
     """Temporary name and rename: whoever calls the file meanwhile finds the old or the new one, whole."""
     if os.path.isdir(path) and not os.path.islink(path):
-        raise Failure(f"{path} is a directory, it should be a {'link' if entry.link else 'file'}",
-                      hint=f"move it away: mv {path} {path}.old")
+        raise Failure(
+            f"{path} is a directory, it should be a {'link' if entry.link else 'file'}",
+            hint=f"move it away: mv {path} {path}.old",
+        )
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         if entry.link:

@@ -1,7 +1,7 @@
 """verify: say everything that is wrong with the settings, the variant and the OS parameters."""
 
 import os
-from typing import Sequence
+from collections.abc import Sequence
 
 from imageos import ganeti, log, settings
 from imageos.errors import Failure
