@@ -3,9 +3,11 @@
 Imports little: `--version` and `--help` must be quick, and a command loads only what it needs.
 """
 
+from __future__ import annotations
+
 import os
 import sys
-from typing import Callable, Optional
+from collections.abc import Callable
 
 from imageos import __version__, log
 from imageos.errors import Failure, Interrupted, Usage
@@ -109,7 +111,7 @@ def _load(name: str) -> Callable[[list[str]], int]:
 def _nearest(name: str) -> str:
     import difflib
 
-    near: Optional[list[str]] = difflib.get_close_matches(name, COMMANDS, 1)
+    near: list[str] = difflib.get_close_matches(name, COMMANDS, 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

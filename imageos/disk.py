@@ -72,7 +72,7 @@ def claimed(path: str, read_only: bool = False) -> Iterator[Device]:
 
 @contextmanager
 def attached(device: Device, read_only: bool = False) -> Iterator[Attached]:
-    """A loop device over `device`; everything written is on the device when this is left without error.
+    """A loop device over `device`; whoever writes has to `flush` before leaving.
 
     The kernel takes the loop device away with its last user (autoclear), even after SIGKILL.
     """
@@ -83,8 +83,6 @@ def attached(device: Device, read_only: bool = False) -> Iterator[Attached]:
         # somebody closes the disk after writing
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield Attached(path, descriptor, device.size)
-        if not read_only:
-            flush(device, descriptor)
     _wait(
         lambda: not os.path.exists(f"/sys/block/{os.path.basename(path)}/loop/backing_file"),
         f"{path} is still attached to disk {device.path} after {DEADLINE:.0f} s",

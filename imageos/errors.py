@@ -1,7 +1,8 @@
 """What every module raises when it cannot go on."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Optional
 
 
 class Failure(Exception):
@@ -10,7 +11,7 @@ class Failure(Exception):
     `hint` says what to do about it, `details` are lines (a tool's last words) printed before both.
     """
 
-    def __init__(self, message: str, hint: Optional[str] = None, details: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, hint: str | None = None, details: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.hint = hint
         self.details = tuple(details)

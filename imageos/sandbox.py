@@ -45,15 +45,15 @@ class GuestDisk:
     uuids: Sequence[tuple[str, str]]
 
 
-def entering(root: int, hostname: str, disk: GuestDisk) -> Callable[[], None]:
-    """What a child does before it becomes a program of the guest whose root is the descriptor `root`."""
+def entering(path: str, hostname: str, disk: GuestDisk) -> Callable[[], None]:
+    """What a child does before it becomes a program of the guest whose root is mounted at `path`."""
     # Looked up here: the child must not depend on the state of its parent's /dev.
     nodes = {os.path.basename(node): os.stat(node).st_rdev for node in disk.nodes}
     nodes.update((name, os.makedev(*number)) for name, number in DEVICES.items())
 
     def enter() -> None:
         try:
-            _enter(root, hostname, nodes, disk.uuids)
+            _enter(path, hostname, nodes, disk.uuids)
         except OSError as error:
             # subprocess would only say that something happened
             os.write(2, f"cannot enter the sandbox: {error}\n".encode("ascii", "backslashreplace"))
@@ -62,11 +62,13 @@ def entering(root: int, hostname: str, disk: GuestDisk) -> Callable[[], None]:
     return enter
 
 
-def _enter(root: int, hostname: str, nodes: "dict[str, int]", uuids: Sequence[tuple[str, str]]) -> None:
+def _enter(path: str, hostname: str, nodes: "dict[str, int]", uuids: Sequence[tuple[str, str]]) -> None:
     os.setsid()  # no terminal of the node's
     linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS)
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
     _become_first_process()
+    # Opened only now: nothing can be mounted on what a descriptor of another mount namespace leads to.
+    root = os.open(path, os.O_PATH | os.O_DIRECTORY)
     socket.sethostname(hostname)
     plain = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
     _mount_over(root, "dev", "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, "mode=0755,size=64k")

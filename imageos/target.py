@@ -31,7 +31,8 @@ class Target:
     Failure, naming the path, for everything that is not as it should be (a FIFO where a file is expected, ...).
     """
 
-    def __init__(self, root: int, hostname: str, disk: GuestDisk, timeout: float) -> None:
+    def __init__(self, path: str, root: int, hostname: str, disk: GuestDisk, timeout: float) -> None:
+        self._path = path
         self._root = root
         self._hostname = hostname
         self._disk = disk
@@ -157,7 +158,7 @@ class Target:
             input=input,
             env=ENVIRONMENT,
             timeout=self._timeout,
-            prepare=entering(self._root, self._hostname, self._disk),
+            prepare=entering(self._path, self._hostname, self._disk),
         )
 
     # --- inside ---
@@ -229,7 +230,7 @@ def opened(path: str, hostname: str, disk: GuestDisk, timeout: float) -> Iterato
     """The guest mounted at `path`. Left before unmounting: a descriptor keeps the filesystem busy."""
     root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield Target(root, hostname, disk, timeout)
+        yield Target(path, root, hostname, disk, timeout)
     finally:
         os.close(root)
 

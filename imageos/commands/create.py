@@ -46,8 +46,6 @@ def create(instance: Instance, known: Settings) -> None:
                 disk.disarm(attached, intended)
                 disk.flush(device, attached.descriptor)
                 raise
-            with log.phase("flushed the disk"):
-                disk.flush(device, attached.descriptor)
     log.info(f"instance {instance.name} is ready to boot")
 
 
@@ -67,7 +65,7 @@ def plan(known: Settings, instance: Instance, device: Device) -> Layout:
 def build(
     instance: Instance, known: Settings, image: Image, device: Device, attached: Attached, intended: Layout
 ) -> None:
-    """From the first write to a system that is complete, but not flushed."""
+    """From the first write to a system that is complete and on the disk."""
     volumes = tuple(filesystem.plan_volumes(intended, known.filesystem, attached.partition))
     with log.phase(f"partitioned and formatted {log.size(device.size)}: {known.partition_table}, {known.filesystem}"):
         disk.write_table(attached, intended)
@@ -80,6 +78,9 @@ def build(
             configure(instance, known, attached, volumes)
         context = hooks.Context("create", os.environ, known, isolation.TARGET, device, attached, volumes)
         hooks.run_all(hooks.find(known.customize_dir), context)
+        with log.phase("unmounted and flushed"):
+            stack.close()
+            disk.flush(device, attached.descriptor)
 
 
 def mount_all(stack: ExitStack, volumes: Sequence[Volume]) -> None:
