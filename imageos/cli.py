@@ -1,4 +1,4 @@
-"""The command line: finds out which command is meant, calls it, and turns what it raises into an exit status.
+"""The command line: finds out which command is meant, and calls it.
 
 Imports little: `--version` and `--help` must be quick, and a command loads only what it needs.
 """
@@ -9,8 +9,9 @@ import os
 import sys
 from collections.abc import Callable
 
-from imageos import __version__, log
-from imageos.errors import Failure, Interrupted, Usage
+from imageos import __version__
+from imageos.errors import Usage
+from imageos.outcome import guard
 
 # name -> what it is for. The module is imageos.commands.NAME.
 COMMANDS = {
@@ -65,38 +66,6 @@ def overview() -> str:
     )
 
 
-def guard(call: Callable[[], int]) -> int:
-    """The exit status of `call`; for what it raises, messages with the cause on the last line."""
-    # Ganeti's umask is 077: what is made for a guest must be readable to its users.
-    os.umask(0o022)
-    try:
-        return call()
-    except Failure as failure:
-        for line in failure.details:
-            log.info(line)
-        if failure.hint:
-            log.info(f"hint: {failure.hint}")
-        log.info(str(failure))
-        return 2 if isinstance(failure, Usage) else 1
-    except Interrupted as interrupted:
-        from imageos.run import signal_name
-
-        log.info(f"ended by {signal_name(interrupted.signum)}")
-        return 128 + interrupted.signum
-    except KeyboardInterrupt:
-        log.info("ended by SIGINT")
-        return 130
-    except OSError as error:
-        log.debug(_traceback())
-        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        log.info(f"{where}{error.strerror or error}")
-        return 1
-    except Exception as error:
-        log.info(_traceback())
-        log.info(f"internal error, please report it with the lines above: {type(error).__name__}: {error}")
-        return 1
-
-
 def _load(name: str) -> Callable[[list[str]], int]:
     from importlib import import_module
 
@@ -113,9 +82,3 @@ def _nearest(name: str) -> str:
 
     near: list[str] = difflib.get_close_matches(name, COMMANDS, 1)
     return f" (did you mean {near[0]}?)" if near else ""
-
-
-def _traceback() -> str:
-    import traceback
-
-    return traceback.format_exc()

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Callable, Optional
 
-from imageos import linux
+from imageos import linux, log
 from imageos.errors import Failure
 from imageos.layout import MIB, SECTOR, Layout, sfdisk_script
 from imageos.run import run
@@ -108,15 +108,28 @@ def wipe(disk: Attached, ranges: Iterable[tuple[int, int]]) -> None:
             os.pwrite(disk.descriptor, zeroes[: min(SIGNATURES, size)], offset)
 
 
-def disarm(disk: Attached, layout: Layout) -> None:
+@contextmanager
+def disarmed_on_failure(device: Device, disk: Attached, layout: Layout) -> Iterator[None]:
     """Make sure that a half-made instance cannot boot, nor be taken for a whole one."""
+    try:
+        yield
+    except BaseException:
+        try:
+            _wipe_all(disk, layout)
+            flush(device, disk.descriptor)
+        except (Failure, OSError) as error:
+            log.warning(f"disk {device.path} may still look bootable: {error}")
+        raise
+
+
+def _wipe_all(disk: Attached, layout: Layout) -> None:
     wipe(disk, [(0, disk.size), *((part.start, part.size) for part in layout.partitions)])
     os.fsync(disk.descriptor)
 
 
 def write_table(disk: Attached, layout: Layout) -> None:
     """Replace whatever is on the disk by `layout`, and make the partition nodes."""
-    disarm(disk, layout)
+    _wipe_all(disk, layout)
     # The kernel is told by ourselves, below: it may have no parser for this table.
     run(
         ["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", "--wipe", "never", disk.path],

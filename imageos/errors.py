@@ -27,3 +27,12 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
+
+
+def signal_name(number: int) -> str:
+    import signal  # only on the way out
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Callable, NoReturn
 
 from imageos import ganeti, log, settings
-from imageos.cli import guard
 from imageos.filesystem import Volume
 from imageos.ganeti import Instance
+from imageos.outcome import guard
 from imageos.sandbox import GuestDisk
 from imageos.settings import Settings
 from imageos.target import Target, opened

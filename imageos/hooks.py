@@ -10,10 +10,10 @@ from typing import Optional
 
 from imageos import ganeti, log
 from imageos.disk import Attached, Device
-from imageos.errors import Failure
+from imageos.errors import Failure, signal_name
 from imageos.filesystem import Volume
 from imageos.isolation import leftover_processes
-from imageos.run import environment, pipeline, signal_name
+from imageos.run import environment, pipeline
 from imageos.settings import Settings
 
 OS_DIR = "/usr/share/ganeti/os/image"

@@ -13,8 +13,7 @@ from types import FrameType
 from typing import NoReturn, Optional
 
 from imageos import linux, log
-from imageos.errors import Failure, Interrupted
-from imageos.run import signal_name
+from imageos.errors import Failure, Interrupted, signal_name
 
 # The runtime directory: on the node it is empty; in the namespace a tmpfs of ours hides it, so that
 # mount points and temporary files vanish with us.

@@ -33,6 +33,7 @@ CAPABILITY_VERSION_3 = 0x20080522
 # fs.h, loop.h, blkpg.h
 BLKPG, BLKFLSBUF, BLKGETSIZE64, BLKSSZGET = 0x1269, 0x1261, 0x80081272, 0x1268
 BLKPG_ADD_PARTITION, BLKPG_DEL_PARTITION = 1, 2
+FS_IOC_SHUTDOWN, SHUTDOWN_NO_LOG_FLUSH = 0x8004587D, 2
 LOOP_CTL_GET_FREE, LOOP_CONFIGURE = 0x4C82, 0x4C0A
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN = 1, 4, 8
 
@@ -131,6 +132,11 @@ def _blkpg(disk: int, operation: int, number: int, start: int, length: int) -> N
     partition = ctypes.create_string_buffer(values, 152)
     argument = struct.pack("@iiiP", operation, 0, 152, ctypes.addressof(partition))
     fcntl.ioctl(disk, BLKPG, argument)
+
+
+def shut_down_filesystem(directory: int) -> None:
+    """Stop an ext or xfs filesystem at once, without writing back what it has not written yet."""
+    fcntl.ioctl(directory, FS_IOC_SHUTDOWN, struct.pack("=I", SHUTDOWN_NO_LOG_FLUSH))
 
 
 def device_size(device: int) -> int:

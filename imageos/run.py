@@ -8,7 +8,6 @@ import os
 import selectors
 import shlex
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from typing import Callable, Optional
 
 from imageos import log
-from imageos.errors import Failure
+from imageos.errors import Failure, signal_name
 
 DEFAULT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 # What is kept of a stream that we only want for messages; a hostile guest may print for ever.
@@ -177,13 +176,6 @@ def require(*programs: str) -> None:
 
 def available(program: str) -> bool:
     return shutil.which(program, path=os.environ.get("PATH", DEFAULT_PATH)) is not None
-
-
-def signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _missing(program: str, error: OSError) -> Failure:

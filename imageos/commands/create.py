@@ -39,13 +39,8 @@ def create(instance: Instance, known: Settings) -> None:
     with disk.claimed(instance.disks[0].path) as device:
         intended = plan(known, instance, device)
         require(*filesystem.programs(intended, known.filesystem))
-        with disk.attached(device) as attached:
-            try:
-                build(instance, known, image, device, attached, intended)
-            except BaseException:
-                disk.disarm(attached, intended)
-                disk.flush(device, attached.descriptor)
-                raise
+        with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached, intended):
+            build(instance, known, image, device, attached, intended)
     log.info(f"instance {instance.name} is ready to boot")
 
 

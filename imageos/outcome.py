@@ -1,0 +1,45 @@
+"""How a command or hook ends: what it raises becomes messages, the cause last, and an exit status."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from imageos import log
+from imageos.errors import Failure, Interrupted, Usage, signal_name
+
+
+def guard(call: Callable[[], int]) -> int:
+    """The exit status of `call`; for what it raises, messages with the cause on the last line."""
+    # Ganeti's umask is 077: what is made for a guest must be readable to its users.
+    os.umask(0o022)
+    try:
+        return call()
+    except Failure as failure:
+        for line in failure.details:
+            log.info(line)
+        if failure.hint:
+            log.info(f"hint: {failure.hint}")
+        log.info(str(failure))
+        return 2 if isinstance(failure, Usage) else 1
+    except Interrupted as interrupted:
+        log.info(f"ended by {signal_name(interrupted.signum)}")
+        return 128 + interrupted.signum
+    except KeyboardInterrupt:
+        log.info("ended by SIGINT")
+        return 130
+    except OSError as error:
+        log.debug(_traceback())
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        log.info(f"{where}{error.strerror or error}")
+        return 1
+    except Exception as error:
+        log.info(_traceback())
+        log.info(f"internal error, please report it with the lines above: {type(error).__name__}: {error}")
+        return 1
+
+
+def _traceback() -> str:
+    import traceback
+
+    return traceback.format_exc()
