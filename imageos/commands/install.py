@@ -61,6 +61,7 @@ def entries(os_dir: str, bin_dir: str) -> Iterator[Entry]:
         yield Entry(f"{os_dir}/{script}", link="imageos")
     yield Entry(f"{os_dir}/ganeti_api_version", "".join(f"{n}\n" for n in ganeti.API_VERSIONS).encode())
     yield Entry(f"{os_dir}/parameters.list", parameters_list().encode())
+    yield Entry(f"{os_dir}/common.sh", _shipped("defaults", "common.sh"))
     yield Entry(f"{settings.SITE_DIR}/variants.list", _shipped("defaults", "variants.list"), site=True)
     yield Entry(f"{os_dir}/variants.list", link=f"{settings.SITE_DIR}/variants.list")
     yield Entry(f"{settings.SITE_DIR}/variants/default.conf", _shipped("defaults", "default.conf"), site=True)

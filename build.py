@@ -1,0 +1,648 @@
+#!/usr/bin/env python3
+"""usage: ./build.py                      build dist/imageos
+       sudo ./build.py demo            build it, deploy a tiny image onto a file and show the result
+       sudo ./build.py demo --debian   the same with Debian, and boot it in qemu to its login prompt
+       sudo ./build.py test [ARGS...]  build it and run all tests; ARGS are for pytest
+       ./build.py --help               show this
+
+What is missing is installed: system packages by apt-get or dnf (only as root; another user is
+told what to install), shiv and the tools of the tests in .venv, as pip is configured here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import selectors
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+CHECKOUT = Path(__file__).resolve().parent
+DIST = CHECKOUT / "dist"
+CACHE = CHECKOUT / ".cache"
+VENV = CHECKOUT / ".venv"
+ZIPAPP = DIST / "imageos"
+
+# --- What is needed, and why ----------------------------------------------------------------------
+
+# Development tools, from PyPI. Each is the newest that runs on Python 3.9.
+BUILD_TOOLS = (
+    "shiv==1.0.8",  # its layout of the archive is in the result
+    "click==8.1.8",  # of shiv; later ones want Python 3.10
+)
+TEST_TOOLS = (
+    *BUILD_TOOLS,
+    "pytest==8.4.2",
+    "hypothesis==6.141.1",  # properties of the parsers
+    "mypy==1.19.1",  # linters run as tests, and another version finds other faults
+    "ruff==0.17.6",
+)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something this machine must have: a command, an absolute path or a Python module."""
+
+    what: str
+    deb: str
+    rpm: str  # empty: not in Fedora
+    why: str
+
+
+VENV_NEEDS = (Need("python:ensurepip", "python3-venv", "python3-pip", "makes .venv"),)
+DEMO_NEEDS = (
+    Need("busybox", "busybox-static", "busybox", "is the tiny image"),
+    Need("tar", "tar", "tar", "packs and unpacks images"),
+    Need("zstd", "zstd", "zstd", "compresses images"),
+    Need("sfdisk", "fdisk", "util-linux-core", "writes partition tables"),
+    Need("unshare", "util-linux", "util-linux-core", "namespaces"),
+    Need("mount", "mount", "util-linux-core", "mounts the guest"),
+    Need("losetup", "mount", "util-linux-core", "loop devices"),
+    Need("mkfs.ext4", "e2fsprogs", "e2fsprogs", "the guest's filesystems"),
+    Need("debugfs", "e2fsprogs", "e2fsprogs", "looks into the guest without mounting it"),
+)
+DEBIAN_NEEDS = (
+    *DEMO_NEEDS,
+    Need("debootstrap", "debootstrap", "debootstrap", "makes a Debian tree"),
+    Need(
+        "/usr/share/keyrings/debian-archive-keyring.gpg",
+        "debian-archive-keyring",
+        "debian-keyring",
+        "what debootstrap trusts",
+    ),
+    Need("qemu-system-x86_64", "qemu-system-x86", "qemu-system-x86-core", "boots the result"),
+)
+TEST_NEEDS = (
+    *DEBIAN_NEEDS,
+    Need("git", "git", "git", "clones the checkout to compare builds"),
+    Need("strace", "strace", "strace", "sees which files and programs are used"),
+    Need("setpriv", "util-linux", "util-linux-core", "runs as an ordinary user"),
+    Need("ip", "iproute2", "iproute", "networks of namespaces"),
+    Need("bash", "bash", "bash", "settings files"),
+    Need("mkfs.xfs", "xfsprogs", "xfsprogs", "FILESYSTEM=xfs"),
+    Need("mkfs.btrfs", "btrfs-progs", "btrfs-progs", "FILESYSTEM=btrfs"),
+    Need("mkfs.vfat", "dosfstools", "dosfstools", "EFI system partition"),
+    Need("mcopy", "mtools", "mtools", "EFI system partition"),
+    Need("qemu-img", "qemu-utils", "qemu-img", "disk images"),
+    Need("gzip", "gzip", "gzip", "compressed images"),
+    Need("bzip2", "bzip2", "bzip2", "compressed images"),
+    Need("xz", "xz-utils", "xz", "compressed images"),
+    Need("lz4", "lz4", "lz4", "compressed images"),
+    Need("setfacl", "acl", "acl", "images with ACLs"),
+    Need("setfattr", "attr", "attr", "images with extended attributes"),
+    Need("setcap", "libcap2-bin", "libcap", "images with capabilities"),
+    Need("gnt-cluster", "ganeti", "", "a real cluster"),
+    Need("sshd", "openssh-server", "openssh-server", "a real cluster"),
+    Need("socat", "socat", "socat", "serial consoles of a real cluster"),
+)
+
+# --- The archive ----------------------------------------------------------------------------------
+
+# The distribution's Python (Ganeti's PATH has no other), deaf to PYTHON* variables and to the
+# node's site-packages: they are not ours, and looking at them costs time.
+SHEBANG = "/usr/bin/env -S python3 -IS"
+
+# The time of everything in the archive: the oldest that zip can say. A constant, and not the time
+# of the commit, because a checkout without git must give the same file.
+EPOCH = 315532800  # 1980-01-01
+
+# Runs straight from the archive, where shiv would first unpack it into ~/.shiv and run that copy.
+# So nothing has to be pruned, nobody can alter what root executes, and it works for users without a
+# home and on a full or read-only disk. The price is compiling at each start: 5 ms for 1000 lines.
+# Written in what every Python 3 parses: an old one must get as far as the message.
+MAIN = """\
+import os
+import sys
+
+if sys.version_info < (3, 9):
+    sys.stderr.write("imageos: needs Python 3.9 or later; python3 in PATH is %d.%d\\n"
+                     % sys.version_info[:2])
+    sys.exit(1)
+
+# Absolute, because commands change directory before they import the last of their modules.
+sys.path[0] = os.path.join(os.path.realpath(sys.path[0]), "site-packages")
+
+from imageos.cli import main
+
+sys.exit(main())
+"""
+
+# --- The demonstration: what it consists of -------------------------------------------------------
+
+OS_DIR = "/usr/share/ganeti/os/image"
+RECORDED = CHECKOUT / "tests/env/create-kvm-network.env"  # what a real cluster set
+
+# Runs `$@` where the files that were installed under $1 are the machine's. In a mount namespace of
+# its own, so that the machine sees nothing of it, and read-only. `env`: Ganeti sets no PWD.
+AS_INSTALLED = f"""\
+set -eu
+root=$1; shift
+for top in etc usr; do mount -t overlay -o "lowerdir=$root/$top:/$top" overlay "/$top"; done
+cd {OS_DIR}
+exec env -u PWD -u OLDPWD "$@"
+"""
+
+DEMO_HOOK = """\
+#!/bin/sh
+# Whatever a site wants to do to each new instance. The guest's root is mounted at $TARGET.
+set -eu
+echo "$INSTANCE_NAME was made from $IMAGE_NAME; its root is on $ROOT_DEV" >"$TARGET/etc/motd"
+cat "$TARGET/etc/motd"
+"""
+
+DEBIAN_PACKAGES = (
+    "systemd-sysv",
+    "udev",
+    "login",
+    "linux-image-cloud-amd64",
+    # not grub-pc: it wants to know a disk, and the one that makes the image is the wrong one
+    "grub-pc-bin",
+    "grub2-common",
+)
+BOOT_DEADLINE = 300  # seconds; 25 to 60 under software emulation
+
+
+class BuildError(Exception):
+    def __init__(self, cause: str, hint: str = "") -> None:
+        super().__init__(cause)
+        self.hint = hint
+
+
+def main(arguments: list[str]) -> int:
+    os.umask(0o022)
+    os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        return dispatch(arguments)
+    except BuildError as error:
+        if error.hint:
+            say(f"hint: {error.hint}")
+        say(str(error))
+        return 1
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            say("hint: take away what a run as root has made: sudo rm -r dist .venv .cache")
+        say(f"{error.filename}: {error.strerror}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 128 + signal.SIGINT
+
+
+def dispatch(arguments: list[str]) -> int:
+    if sys.version_info < (3, 9):  # noqa: UP036
+        raise BuildError(f"needs Python 3.9 or later; this is {platform.python_version()}")
+    if arguments in (["--help"], ["-h"]):
+        print(__doc__, end="")
+    elif arguments == []:
+        build()
+    elif arguments == ["demo"]:
+        demo()
+    elif arguments == ["demo", "--debian"]:
+        demo_debian()
+    elif arguments[0] == "test":
+        return test(arguments[1:])
+    else:
+        print(__doc__, file=sys.stderr)
+        say(f"unknown arguments: {shlex.join(arguments)}")
+        return 2
+    return 0
+
+
+# --- The commands ---------------------------------------------------------------------------------
+
+
+def build() -> None:
+    python = virtual_environment(BUILD_TOOLS)
+    with scratch_directory() as work:
+        stage_sources(work / "stage")
+        run_shiv(python, work / "stage", work / "shiv")
+        write_archive(archive_members(work / "shiv"))
+    digest = hashlib.sha256(ZIPAPP.read_bytes()).hexdigest()
+    say(f"built {shown(ZIPAPP)}: {ZIPAPP.stat().st_size} bytes, sha256 {digest}")
+
+
+def demo() -> None:
+    require_root("demo")
+    install_packages(DEMO_NEEDS)
+    build()
+    with scratch_directory() as work:
+        image = busybox_image(work)
+        root = installed_root(work, image, hooks=())
+        disk = empty_disk(work, gib=1)
+        create(root, disk, image)
+        show_disk(disk)
+
+
+def demo_debian() -> None:
+    require_root("demo --debian")
+    if platform.machine() != "x86_64":
+        raise BuildError(f"demo --debian needs an x86_64 machine; this is {platform.machine()}")
+    install_packages(DEBIAN_NEEDS)
+    build()
+    with scratch_directory() as work:
+        image = debian_image(work)
+        root = installed_root(work, image, hooks=("grub",))
+        disk = empty_disk(work, gib=3)
+        create(root, disk, image)
+        show_disk(disk)
+        boot(disk)
+
+
+def test(arguments: list[str]) -> int:
+    require_root("test")
+    install_packages(TEST_NEEDS)
+    python = virtual_environment(TEST_TOOLS)
+    build()
+    command = [str(python), "-m", "pytest", *arguments]
+    say(f"running {shlex.join(command)}")
+    # Not run(): its output is for the reader, as it comes.
+    status = subprocess.run(command, cwd=CHECKOUT).returncode
+    if status == 5:  # pytest's EXIT_NOTESTSCOLLECTED
+        say("pytest found no tests")
+    return status
+
+
+# --- System packages and the virtual environment --------------------------------------------------
+
+
+def install_packages(needs: Sequence[Need]) -> None:
+    absent = [need for need in needs if not present(need.what)]
+    if not absent:
+        return
+    for need in absent:
+        say(f"missing: {need.what} ({need.why})")
+    commands = install_commands(absent)
+    if os.geteuid() != 0:
+        line = " && ".join(f"sudo {shlex.join(command)}" for command in commands)
+        raise BuildError(f"system packages are missing; install them with: {line}")
+    with no_daemons_started():
+        for command in commands:
+            say(f"running {shlex.join(command)}")
+            run(command, environment={"DEBIAN_FRONTEND": "noninteractive"})
+    still = [need.what for need in absent if not present(need.what)]
+    if still:
+        raise BuildError(f"still missing after the installation: {', '.join(still)}")
+
+
+def present(what: str) -> bool:
+    kind, _, name = what.rpartition(":")
+    if kind == "python":
+        importlib.invalidate_caches()
+        return importlib.util.find_spec(name) is not None
+    return shutil.which(what) is not None or (what.startswith("/") and Path(what).exists())
+
+
+def install_commands(needs: Sequence[Need]) -> list[list[str]]:
+    if shutil.which("apt-get"):
+        debs = sorted({need.deb for need in needs})
+        return [
+            ["apt-get", "update"],
+            ["apt-get", "install", "--yes", "--no-install-recommends", *debs],
+        ]
+    if shutil.which("dnf"):
+        rpms = sorted({need.rpm for need in needs if need.rpm})
+        return [["dnf", "install", "--assumeyes", "--setopt=install_weak_deps=False", *rpms]]
+    names = ", ".join(need.what for need in needs)
+    raise BuildError(f"neither apt-get nor dnf is here to install {names}")
+
+
+@contextmanager
+def no_daemons_started() -> Iterator[None]:
+    """Keep Debian's packages from starting what they bring: tests need sshd, not a server."""
+    policy = Path("/usr/sbin/policy-rc.d")
+    if policy.exists() or not shutil.which("dpkg"):
+        yield
+        return
+    policy.write_text("#!/bin/sh\nexit 101\n")
+    policy.chmod(0o755)
+    try:
+        yield
+    finally:
+        policy.unlink()
+
+
+def virtual_environment(tools: Sequence[str]) -> Path:
+    """The Python of .venv, which has `tools`. Uses the network only when one is missing."""
+    python = VENV / "bin/python3"
+    stamp = VENV / "tools"  # written last: an interrupted installation has none
+    if has_tools(python, stamp, tools):
+        return python
+    install_packages(VENV_NEEDS)
+    say(f"installing {' '.join(tools)} in {shown(VENV)}")
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+    with scratch_directory() as work:
+        elsewhere = {"TMPDIR": str(work)}  # older ones leave a file in there
+        run([sys.executable, "-m", "venv", "--clear", str(VENV)], environment=elsewhere)
+        run([*pip, *tools], environment=elsewhere)
+    stamp.write_text("\n".join(tools) + "\n")
+    return python
+
+
+def has_tools(python: Path, stamp: Path, tools: Sequence[str]) -> bool:
+    if not stamp.exists() or not set(tools) <= set(stamp.read_text().split()):
+        return False
+    # The Python that .venv was made from may be gone, or another one now.
+    check = [str(python), "-Ic", "import shiv.cli"]
+    return python.exists() and subprocess.run(check, capture_output=True).returncode == 0
+
+
+# --- Building -------------------------------------------------------------------------------------
+
+
+def stage_sources(stage: Path) -> None:
+    """What shiv shall pack: the package, with hooks and defaults where importlib finds them."""
+    for source in ("imageos", "hooks.d", "defaults"):
+        for path in sorted((CHECKOUT / source).rglob("*")):
+            name = path.relative_to(CHECKOUT)
+            if path.is_file() and is_source(name):
+                target = stage / staged_name(name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def is_source(name: PurePath) -> bool:
+    """Whether a file of the checkout is packed: nothing that editors and Python leave there."""
+    ours = all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in name.parts)
+    if name.parts[0] == "imageos":
+        ours = ours and name.suffix == ".py"
+    return ours and "__pycache__" not in name.parts
+
+
+def staged_name(name: PurePath) -> PurePath:
+    return name if name.parts[0] == "imageos" else PurePath("imageos") / name
+
+
+def run_shiv(python: Path, stage: Path, output: Path) -> None:
+    # Uncompressed: zlib and zlib-ng, both in use, compress to different bytes.
+    options = ["--uncompressed", "--reproducible", "-e", "imageos.cli:main", "-p", SHEBANG]
+    command = [str(python), "-Im", "shiv", "--site-packages", str(stage), *options]
+    run([*command, "-o", str(output)], environment={"SOURCE_DATE_EPOCH": str(EPOCH)})
+
+
+def archive_members(shiv_file: Path) -> dict[str, bytes]:
+    """shiv's archive, with our own start instead of its bootstrap."""
+    with zipfile.ZipFile(shiv_file) as archive:
+        names = [name for name in archive.namelist() if not name.startswith("_bootstrap/")]
+        members = {name: archive.read(name) for name in names}
+    members["__main__.py"] = MAIN.encode()
+    return members
+
+
+def write_archive(members: Mapping[str, bytes]) -> None:
+    make_directory(DIST)
+    unfinished = DIST / f".{ZIPAPP.name}.{os.getpid()}"
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(f"#!{SHEBANG}\n".encode())
+            with zipfile.ZipFile(file, "w") as archive:
+                for name in sorted(members):
+                    archive.writestr(member_header(name), members[name])
+        unfinished.chmod(0o755)
+        unfinished.replace(ZIPAPP)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def member_header(name: str) -> zipfile.ZipInfo:
+    """The same bytes whatever the umask, system and Python of the builder."""
+    header = zipfile.ZipInfo(name, time.gmtime(EPOCH)[:6])
+    header.create_system = 3  # Unix
+    header.external_attr = 0o100644 << 16
+    return header
+
+
+# --- The demonstration ----------------------------------------------------------------------------
+
+
+def busybox_image(work: Path) -> Path:
+    tree = work / "tree"
+    files = {
+        "etc/hostname": "localhost\n",
+        "etc/os-release": 'ID=busybox\nPRETTY_NAME="imageos demonstration"\n',
+        "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n",
+        "etc/group": "root:x:0:\n",
+        "etc/inittab": "::sysinit:/bin/mount -a\n",
+    }
+    for directory in ("bin", "boot", "dev", "etc", "proc", "root", "sbin", "sys", "tmp", "var"):
+        (tree / directory).mkdir(parents=True)
+    for name, text in files.items():
+        (tree / name).write_text(text)
+    shutil.copy(str(shutil.which("busybox")), tree / "bin/busybox")
+    for applet in ("sh", "ls", "cat", "mount", "hostname"):
+        (tree / "bin" / applet).symlink_to("busybox")
+    (tree / "sbin/init").symlink_to("../bin/busybox")
+    return packed(tree, work / f"images/busybox-{platform.machine()}.tar.zst")
+
+
+def debian_image(work: Path) -> Path:
+    """A bookworm that boots, kept in .cache: debootstrap takes minutes."""
+    recipe = hashlib.sha256(" ".join(DEBIAN_PACKAGES).encode()).hexdigest()[:8]
+    image = CACHE / f"debian-12-{recipe}-x86_64.tar.zst"
+    if image.exists():
+        return image
+    say("running debootstrap; this takes minutes")
+    tree = work / "tree"
+    include = f"--include={','.join(DEBIAN_PACKAGES)}"
+    debootstrap = ["debootstrap", "--variant=minbase", include, "bookworm", str(tree)]
+    # In namespaces, because an interrupted debootstrap leaves mounts in the tree.
+    run(["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *debootstrap])
+    run(["chroot", str(tree), "apt-get", "clean"])
+    return packed(tree, image)
+
+
+def packed(tree: Path, image: Path) -> Path:
+    make_directory(image.parent)
+    unfinished = image.with_name(f".{image.name}")
+    attributes = ["--numeric-owner", "--xattrs", "--xattrs-include=*", "--acls"]
+    run(["tar", "--create", "--zstd", f"--file={unfinished}", *attributes, "-C", str(tree), "."])
+    unfinished.replace(image)
+    say(f"made {image.name}: {image.stat().st_size / 1e6:.1f} MB")
+    return image
+
+
+def installed_root(work: Path, image: Path, hooks: Sequence[str]) -> Path:
+    """A root directory with the OS definition as `imageos install` puts it, then configured."""
+    root = work / "root"
+    root.mkdir()
+    run([str(ZIPAPP), "install", "--root", str(root)])
+    site = root / "etc/ganeti/instance-image"
+    with open(root / "etc/default/ganeti-instance-image", "a") as defaults:
+        defaults.write(f"IMAGE_DIR={shlex.quote(str(image.parent))}\n")
+    for name in hooks:
+        (site / "hooks" / name).chmod(0o755)
+    (site / "hooks/zz_demo").write_text(DEMO_HOOK)
+    (site / "hooks/zz_demo").chmod(0o755)
+    return root
+
+
+def empty_disk(work: Path, gib: int) -> Path:
+    disk = work / "disk0"
+    with open(disk, "wb") as file:
+        file.truncate(gib << 30)
+    return disk
+
+
+def create(root: Path, disk: Path, image: Path) -> None:
+    environment = create_environment(RECORDED.read_text(), disk, image)
+    say(f"{OS_DIR}/create, as Ganeti calls it for {environment['INSTANCE_NAME']}")
+    start = time.monotonic()
+    process = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", AS_INSTALLED, "sh", str(root), f"{OS_DIR}/create"],
+        env=environment,
+        umask=0o077,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+    )
+    if process.returncode != 0:
+        raise BuildError(f"create ended with status {process.returncode}")
+    say(f"created in {time.monotonic() - start:.1f} s")
+
+
+def create_environment(recorded: str, disk: Path, image: Path) -> dict[str, str]:
+    """The recorded environment of a `create`, with one disk, and the image as OS parameters."""
+    lines = [line for line in recorded.splitlines() if not line.startswith(("#", "DISK_1_"))]
+    return {
+        **dict(line.split("=", 1) for line in lines),
+        "DISK_COUNT": "1",
+        "DISK_0_PATH": str(disk),
+        "DISK_0_SIZE": str(disk.stat().st_size >> 20),  # MiB
+        "INSTANCE_OS": "image+default",
+        "OS_NAME": "image",
+        "OSP_IMAGE_TYPE": "tarball",
+        "OSP_IMAGE_NAME": image.name.rpartition("-")[0],
+    }
+
+
+def show_disk(disk: Path) -> None:
+    """Print what is on the disk; debugfs reads it in place, so nothing is mounted."""
+    show("partition table", run(["sfdisk", "--list", str(disk)]))
+    starts = run(["sfdisk", "--dump", str(disk)])
+    root = root_start(starts)
+    for path in ("/etc/fstab", "/etc/hostname", "/etc/hosts", "/etc/motd"):
+        show(f"{path} of the guest", debugfs(disk, root, f"cat {path}"))
+    show("files of the guest", debugfs(disk, root, "ls -l /"))
+
+
+def root_start(dump: str) -> int:
+    """Bytes before the last partition, which is the root, in what `sfdisk --dump` printed."""
+    return 512 * int(re.findall(r"start= *([0-9]+)", dump)[-1])
+
+
+def debugfs(disk: Path, offset: int, request: str) -> str:
+    return run(["debugfs", "-R", request, f"{disk}?offset={offset}"])
+
+
+def show(title: str, text: str) -> None:
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    print(f"\n--- {title}", *lines, sep="\n", flush=True)
+
+
+def boot(disk: Path) -> None:
+    say("booting it in qemu (software emulation)")
+    machine = ["-accel", "tcg", "-cpu", "max", "-m", "512", "-nic", "none", "-no-reboot"]
+    console = ["-display", "none", "-monitor", "none", "-serial", "stdio"]
+    drive = ["-drive", f"file={disk},format=raw,if=virtio"]
+    # --pdeathsig: no qemu survives us, however we end.
+    command = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", *machine, *console, *drive]
+    start = time.monotonic()
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as qemu:
+        try:
+            show_console_until_login(qemu)
+        finally:
+            qemu.kill()
+    say(f"login prompt after {time.monotonic() - start:.0f} s")
+
+
+def show_console_until_login(qemu: subprocess.Popen[bytes]) -> None:
+    assert qemu.stdout is not None
+    console = ""
+    shown = 0
+    deadline = time.monotonic() + BOOT_DEADLINE
+    with selectors.DefaultSelector() as selector:
+        selector.register(qemu.stdout, selectors.EVENT_READ)
+        while " login:" not in console[shown:]:
+            if not selector.select(deadline - time.monotonic()):
+                raise BuildError(f"no login prompt within {BOOT_DEADLINE} s")
+            data = os.read(qemu.stdout.fileno(), 65536)
+            if not data:
+                raise BuildError("qemu ended before the login prompt")
+            console += data.decode("ascii", "replace")
+            complete = console.rfind("\n") + 1
+            show_console(console[shown:complete])
+            shown = max(shown, complete)
+    show_console(console[shown:])
+
+
+def show_console(text: str) -> None:
+    """Print what a guest wrote on its console, a line where it moved the cursor (GRUB's menu)."""
+    text = re.sub(r"\x1b\[[0-9;]*H", "\n", text)
+    text = re.sub(r"\x1b(\[[0-9;?]*[A-Za-z]|.)|[^ -~\n]", "", text)
+    for line in text.splitlines():
+        if line.strip(" |"):
+            print(line.rstrip(), flush=True)
+
+
+# --- Helpers --------------------------------------------------------------------------------------
+
+
+def run(command: list[str], environment: Mapping[str, str] | None = None) -> str:
+    """Run a command and return its stdout; if it fails, say the last lines that it printed."""
+    process = subprocess.run(
+        command,
+        env={**os.environ, **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    if process.returncode != 0:
+        for line in (process.stdout + process.stderr).splitlines()[-15:]:
+            say(f"| {line}")
+        raise BuildError(f"failed with status {process.returncode}: {shlex.join(command)}")
+    return process.stdout
+
+
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    # Not /tmp, which may be in memory: the disk of a demonstration is large.
+    place = os.environ.get("TMPDIR", "/var/tmp")
+    with tempfile.TemporaryDirectory(prefix="imageos-", dir=place) as name:
+        yield Path(name)
+
+
+def make_directory(path: Path) -> None:
+    """As root, too, what is made in a checkout belongs to whom the checkout belongs to."""
+    path.mkdir(exist_ok=True)
+    if os.geteuid() == 0 and path.is_relative_to(CHECKOUT):
+        os.chown(path, CHECKOUT.stat().st_uid, CHECKOUT.stat().st_gid)
+
+
+def require_root(command: str) -> None:
+    if os.geteuid() != 0:
+        raise BuildError(f"{command} needs root", hint=f"sudo ./build.py {command}")
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(CHECKOUT))
+
+
+def say(text: str) -> None:
+    print(f"build: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
