@@ -87,7 +87,6 @@ DEBIAN_NEEDS = (
 )
 TEST_NEEDS = (
     *DEBIAN_NEEDS,
-    Need("git", "git", "git", "clones the checkout to compare builds"),
     Need("strace", "strace", "strace", "sees which files and programs are used"),
     Need("setpriv", "util-linux", "util-linux-core", "runs as an ordinary user"),
     Need("ip", "iproute2", "iproute", "networks of namespaces"),
@@ -387,10 +386,9 @@ def staged_name(name: PurePath) -> PurePath:
 
 
 def run_shiv(python: Path, stage: Path, output: Path) -> None:
-    # Uncompressed: zlib and zlib-ng, both in use, compress to different bytes.
-    options = ["--uncompressed", "--reproducible", "-e", "imageos.cli:main", "-p", SHEBANG]
-    command = [str(python), "-Im", "shiv", "--site-packages", str(stage), *options]
-    run([*command, "-o", str(output)], environment={"SOURCE_DATE_EPOCH": str(EPOCH)})
+    shiv = [str(python), "-Im", "shiv", "--uncompressed", "--reproducible", "-p", SHEBANG]
+    what = ["-e", "imageos.cli:main", "--site-packages", str(stage), "-o", str(output)]
+    run([*shiv, *what], environment={"SOURCE_DATE_EPOCH": str(EPOCH)})
 
 
 def archive_members(shiv_file: Path) -> dict[str, bytes]:
@@ -408,7 +406,8 @@ def write_archive(members: Mapping[str, bytes]) -> None:
     try:
         with open(unfinished, "wb") as file:
             file.write(f"#!{SHEBANG}\n".encode())
-            with zipfile.ZipFile(file, "w") as archive:
+            # Not compressed: zlib and zlib-ng, both in use, give different bytes.
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 for name in sorted(members):
                     archive.writestr(member_header(name), members[name])
         unfinished.chmod(0o755)
@@ -530,10 +529,12 @@ def create_environment(recorded: str, disk: Path, image: Path) -> dict[str, str]
 def show_disk(disk: Path) -> None:
     """Print what is on the disk; debugfs reads it in place, so nothing is mounted."""
     show("partition table", run(["sfdisk", "--list", str(disk)]))
-    starts = run(["sfdisk", "--dump", str(disk)])
-    root = root_start(starts)
+    root = root_start(run(["sfdisk", "--dump", str(disk)]))
     for path in ("/etc/fstab", "/etc/hostname", "/etc/hosts", "/etc/motd"):
-        show(f"{path} of the guest", debugfs(disk, root, f"cat {path}"))
+        text = debugfs(disk, root, f"cat {path}")
+        if not text:
+            raise BuildError(f"create succeeded, but the guest has no {path}")
+        show(f"{path} of the guest", text)
     show("files of the guest", debugfs(disk, root, "ls -l /"))
 
 

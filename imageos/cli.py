@@ -13,9 +13,12 @@ from imageos import __version__
 from imageos.errors import Usage
 from imageos.outcome import guard
 
-# name -> what it is for. The module is imageos.commands.NAME.
+# name -> what it is for. The module is imageos.commands.NAME, of `import` import_.
 COMMANDS = {
     "create": "deploy an image on an instance's first disk (called by Ganeti)",
+    "import": "restore one disk of an instance from a backup on stdin (called by Ganeti)",
+    "export": "write a backup of one disk of an instance to stdout (called by Ganeti)",
+    "rename": "give the guest the instance's new name (called by Ganeti)",
     "verify": "check settings, variant and OS parameters (called by Ganeti)",
     "install": "put the OS definition, defaults and hooks in place on this node",
 }
@@ -72,7 +75,7 @@ def _load(name: str) -> Callable[[list[str]], int]:
     from imageos.isolation import handle_signals
 
     handle_signals()
-    module = import_module("imageos.commands." + name.replace("-", "_"))
+    module = import_module("imageos.commands." + ("import_" if name == "import" else name.replace("-", "_")))
     command: Callable[[list[str]], int] = module.main
     return command
 

@@ -20,6 +20,7 @@ DEADLINE = 10.0  # seconds to wait for the kernel or udev
 # Both ends of a disk or partition hold everything that a tool could recognise: partition tables and
 # their backups, superblocks of filesystems (btrfs at 64 KiB), LVM and RAID metadata.
 SIGNATURES = MIB
+ZERO_STEP = 256 * MIB
 F_OFD_GETLK = 36  # fcntl.h
 
 
@@ -66,7 +67,7 @@ def claimed(path: str, read_only: bool = False) -> Iterator[Device]:
         size = os.fstat(descriptor).st_size if is_file else linux.device_size(descriptor)
         yield Device(path, descriptor, size, is_file)
         stack.close()
-    if not is_file:
+    if not (is_file or read_only):
         _wait(lambda: _is_free(path), f"{path_shown} is still in use after {DEADLINE:.0f} s")
 
 
@@ -100,36 +101,63 @@ def flush(device: Device, loop: int) -> None:
         raise Failure(f"disk {device.path}: cannot write everything to it: {error.strerror}") from None
 
 
-def wipe(disk: Attached, ranges: Iterable[tuple[int, int]]) -> None:
+def wipe(descriptor: int, ranges: Iterable[tuple[int, int]]) -> None:
     """Zero both ends of each range (start, size in bytes)."""
     zeroes = bytes(SIGNATURES)
     for start, size in ranges:
         for offset in {start, max(start, start + size - SIGNATURES)}:
-            os.pwrite(disk.descriptor, zeroes[: min(SIGNATURES, size)], offset)
+            os.pwrite(descriptor, zeroes[: min(SIGNATURES, size)], offset)
+
+
+def clear(device: Device, disk: Attached) -> None:
+    """Make the whole disk read as zero, so that nothing of the last tenant shows through what is not written."""
+    if device.is_file and not _has_data(device.descriptor):
+        return
+    try:
+        linux.punch_hole(device.descriptor, 0, device.size)
+    except OSError:  # it cannot, and nothing less than that is a promise
+        _write_zeroes(disk.descriptor if device.is_file else device.descriptor, device.size // SECTOR * SECTOR)
+    linux.flush_buffers(disk.descriptor)  # the cache may still have what was there
+
+
+def _has_data(descriptor: int) -> bool:
+    try:
+        os.lseek(descriptor, 0, os.SEEK_DATA)
+    except OSError as error:
+        return error.errno != errno.ENXIO  # no data from here to the end
+    return True
+
+
+def _write_zeroes(descriptor: int, size: int) -> None:
+    progress = log.Progress("zeroing the disk", size)
+    for start in range(0, size, ZERO_STEP):
+        linux.zero_device(descriptor, start, min(ZERO_STEP, size - start))
+        progress.update(start)
+    progress.close()
 
 
 @contextmanager
-def disarmed_on_failure(device: Device, disk: Attached, layout: Layout) -> Iterator[None]:
+def disarmed_on_failure(device: Device, disk: Attached) -> Iterator[None]:
     """Make sure that a half-made instance cannot boot, nor be taken for a whole one."""
     try:
         yield
     except BaseException:
         try:
-            _wipe_all(disk, layout)
+            _wipe_all(disk, _kernel_partitions(disk).values())
             flush(device, disk.descriptor)
         except (Failure, OSError) as error:
             log.warning(f"disk {device.path} may still look bootable: {error}")
         raise
 
 
-def _wipe_all(disk: Attached, layout: Layout) -> None:
-    wipe(disk, [(0, disk.size), *((part.start, part.size) for part in layout.partitions)])
+def _wipe_all(disk: Attached, partitions: Iterable[tuple[int, int]]) -> None:
+    wipe(disk.descriptor, [(0, disk.size), *partitions])
     os.fsync(disk.descriptor)
 
 
 def write_table(disk: Attached, layout: Layout) -> None:
     """Replace whatever is on the disk by `layout`, and make the partition nodes."""
-    _wipe_all(disk, layout)
+    _wipe_all(disk, [(part.start, part.size) for part in layout.partitions])
     # The kernel is told by ourselves, below: it may have no parser for this table.
     run(
         ["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", "--wipe", "never", disk.path],

@@ -3,9 +3,10 @@
 import errno
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Callable
 
@@ -19,9 +20,10 @@ from imageos.run import run
 _EXT2 = "none,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
 _EXT3 = _EXT2 + ",has_journal"
 _EXT4 = _EXT3 + ",extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize"
-# xfsprogs ships what a given kernel can read; Linux 5.10 is Debian 11 and everything newer. Where it does
-# not (before 5.15), its own defaults are older still.
-_XFS_PROFILE = "/usr/share/xfsprogs/mkfs/lts_5.10.conf"
+# What came with which xfsprogs; a profile that it ships (not used itself: that of 6.1 has a syntax error) tells
+# whether it knows the option. Off, Linux 5.10 (Debian 11) and the GRUB of that time can read the filesystem.
+_XFS_PROFILE = "/usr/share/xfsprogs/mkfs/lts_{}.conf"
+_XFS_OFF = {"6.1": ("-i", "nrext64=0"), "6.12": ("-i", "exchange=0", "-n", "parent=0")}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Filesystem:
     root_options: str = "defaults"  # in the fstab
     check_pass: bool = True  # whether the guest's fsck looks at it at boot
     mount_data: str = ""
+    look_data: str = ""  # to read it without replaying its journal, which would write
 
 
 def _make_ext(kind: str, features: str) -> Callable[[str, str, str], list[str]]:
@@ -51,8 +54,11 @@ def _make_ext(kind: str, features: str) -> Callable[[str, str, str], list[str]]:
 
 
 def _make_xfs(device: str, identity: str, label: str) -> list[str]:
-    profile = ["-c", f"options={_XFS_PROFILE}"] if os.path.exists(_XFS_PROFILE) else []
-    return ["mkfs.xfs", "-f", "-q", *profile, "-m", f"uuid={identity}", "-L", label, device]
+    known = [
+        word for kernel, words in _XFS_OFF.items() if os.path.exists(_XFS_PROFILE.format(kernel)) for word in words
+    ]
+    metadata = f"bigtime=0,inobtcount=0,rmapbt=0,uuid={identity}"
+    return ["mkfs.xfs", "-f", "-q", "-m", metadata, *known, "-L", label, device]
 
 
 def _make_btrfs(device: str, identity: str, label: str) -> list[str]:
@@ -61,22 +67,31 @@ def _make_btrfs(device: str, identity: str, label: str) -> list[str]:
 
 FILESYSTEMS = {
     "ext2": Filesystem(_make_ext("ext2", _EXT2), root_options="errors=remount-ro"),
-    "ext3": Filesystem(_make_ext("ext3", _EXT3), root_options="errors=remount-ro"),
-    "ext4": Filesystem(_make_ext("ext4", _EXT4), root_options="errors=remount-ro"),
-    # 300 MB: mkfs.xfs refuses less since 5.19
-    "xfs": Filesystem(_make_xfs, smallest=300 * MIB, check_pass=False, mount_data="nouuid"),
-    "btrfs": Filesystem(_make_btrfs, smallest=128 * MIB, check_pass=False),
+    "ext3": Filesystem(_make_ext("ext3", _EXT3), root_options="errors=remount-ro", look_data="noload"),
+    "ext4": Filesystem(_make_ext("ext4", _EXT4), root_options="errors=remount-ro", look_data="noload"),
+    # 300 MB: mkfs.xfs refuses less since 5.19. nouuid: a clone of a guest that is mounted may be mounted too.
+    "xfs": Filesystem(
+        _make_xfs, smallest=300 * MIB, check_pass=False, mount_data="nouuid", look_data="nouuid,norecovery"
+    ),
+    "btrfs": Filesystem(_make_btrfs, smallest=128 * MIB, check_pass=False, look_data="rescue=nologreplay"),
 }
+BTRFS_SUPERBLOCK = 0x10000  # bytes from the beginning; the fsid is 32 bytes into it
+
+
+class MountedTwice(Failure):
+    """The kernel cannot tell this filesystem from one that is mounted already."""
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A partition with its filesystem or swap, as we made it."""
+    """A filesystem (of a btrfs: one subvolume) or swap of the guest, as we made or found it."""
 
-    role: str  # esp, boot, swap or root
+    role: str  # esp, boot, swap, root, usr or var; data for any other
     kind: str  # vfat, swap or a key of FILESYSTEMS
     device: str
     uuid: str
+    mount_point: str = ""  # in the guest; empty: we do not mount it
+    options: str = ""  # what it takes to find it inside its filesystem: `subvol=@home`
 
 
 def plan_volumes(layout: Layout, kind: str, node: Callable[[int], str]) -> list[Volume]:
@@ -87,8 +102,9 @@ def plan_volumes(layout: Layout, kind: str, node: Callable[[int], str]) -> list[
     """
     boot_kind = kind if kind.startswith("ext") else "ext4"
     kinds = {"esp": "vfat", "boot": boot_kind, "swap": "swap", "root": kind}
+    places = {"root": "/", "boot": "/boot"}
     return [
-        Volume(part.role, kinds[part.role], node(part.number), _new_uuid(kinds[part.role]))
+        Volume(part.role, kinds[part.role], node(part.number), _new_uuid(kinds[part.role]), places.get(part.role, ""))
         for part in layout.partitions
         if part.role in kinds
     ]
@@ -115,11 +131,17 @@ def make_command(volume: Volume) -> list[str]:
 
 
 @contextmanager
-def mounted(device: str, path: str, kind: str, read_only: bool = False) -> Iterator[None]:
-    """Mount `device`; what the guest's filesystem holds gets no power on the node (nosuid, nodev)."""
+def mounted(device: str, path: str, kind: str, read_only: bool = False, options: str = "") -> Iterator[None]:
+    """Mount `device`; what the guest's filesystem holds gets no power on the node (nosuid, nodev).
+
+    Mounted `read_only`, nothing is written to it, not even by a journal that wants to be replayed.
+    """
     flags = linux.MS_NOSUID | linux.MS_NODEV | (linux.MS_RDONLY if read_only else 0)
+    own = FILESYSTEMS[kind].look_data if read_only else FILESYSTEMS[kind].mount_data
+    if kind == "btrfs":
+        _refuse_mounted_twin(device)
     try:
-        linux.mount(device, path, kind, flags, FILESYSTEMS[kind].mount_data)
+        linux.mount(device, path, kind, flags, ",".join(filter(None, [own, options])))
     except OSError as error:
         unknown = error.errno == errno.ENODEV
         raise Failure(
@@ -127,17 +149,45 @@ def mounted(device: str, path: str, kind: str, read_only: bool = False) -> Itera
             hint=f"this kernel has no {kind}: modprobe {kind}" if unknown else None,
         ) from None
     try:
+        if kind == "btrfs":
+            _refuse_mounted_twin(device)  # another process may have been quicker
         yield
     except BaseException:
         # What was written is lost anyway: writing it back would only delay the end, by minutes on a slow disk.
         if not read_only:
             _shut_down(path)
         try:
-            _unmount(path, device)
+            _unmount(path, device, kind)
         except Failure as failure:
             log.warning(str(failure))  # the last line belongs to the real cause
         raise
-    _unmount(path, device)
+    _unmount(path, device, kind)
+
+
+@contextmanager
+def mounted_somewhere(device: str, kind: str, read_only: bool = False, options: str = "") -> Iterator[str]:
+    """As `mounted`, at a place of its own, which is given."""
+    directory = tempfile.mkdtemp(prefix="mount.", dir=os.environ.get("TMPDIR"))
+    try:
+        with mounted(device, directory, kind, read_only, options):
+            yield directory
+    finally:
+        with suppress(OSError):  # still mounted: that is being reported
+            os.rmdir(directory)
+
+
+def mount_all(stack: ExitStack, volumes: Iterable[Volume], top: str, read_only: bool = False) -> None:
+    """Mount the volumes of a guest, its root at `top`, until `stack` is left."""
+    for volume in sorted(volumes, key=lambda one: one.mount_point):
+        if not volume.mount_point:
+            continue
+        try:
+            place = top if volume.mount_point == "/" else _inside(top, volume.mount_point, make=not read_only)
+            stack.enter_context(mounted(volume.device, place, volume.kind, read_only, volume.options))
+        except Failure as failure:
+            if volume.role != "data":
+                raise
+            log.warning(f"the guest's {volume.mount_point} is left out: {failure}")
 
 
 def fstab(volumes: Iterable[Volume]) -> str:
@@ -177,8 +227,59 @@ def _shut_down(path: str) -> None:
         os.close(directory)
 
 
-def _unmount(path: str, device: str) -> None:
+def _unmount(path: str, device: str, kind: str) -> None:
     try:
         linux.umount(path)
     except OSError as error:
         raise Failure(f"cannot unmount {device}: {error.strerror}") from None
+    if kind == "btrfs":
+        linux.forget_btrfs(device)
+
+
+def _inside(top: str, path: str, make: bool) -> str:
+    """The node's path of the guest's directory `path`, to which no link of the guest's leads astray."""
+    root = os.open(top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if make:
+            _make_directory(root, path)
+        found = _real_path(root, path)
+        if found == _real_path(root, "/"):
+            raise Failure(f"the guest's {path} is its root directory: nothing can be mounted there")
+        return found
+    except OSError as error:
+        raise Failure(f"the guest's {path}: nothing can be mounted there: {error.strerror}") from None
+    finally:
+        os.close(root)
+
+
+def _make_directory(root: int, path: str) -> None:
+    parent = linux.open_in_root(root, os.path.dirname(path), os.O_PATH | os.O_DIRECTORY)
+    try:
+        os.mkdir(os.path.basename(path), 0o755, dir_fd=parent)
+    except FileExistsError:
+        pass
+    finally:
+        os.close(parent)
+
+
+def _real_path(root: int, path: str) -> str:
+    descriptor = linux.open_in_root(root, path, os.O_PATH | os.O_DIRECTORY)
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_mounted_twin(device: str) -> None:
+    """Fail if the kernel has another device with this btrfs's UUID mounted: it might show us that one."""
+    with open(device, "rb") as file:
+        fsid = uuid.UUID(bytes=os.pread(file.fileno(), 16, BTRFS_SUPERBLOCK + 32))
+    try:
+        others = [name for name in os.listdir(f"/sys/fs/btrfs/{fsid}/devices") if name != os.path.basename(device)]
+    except FileNotFoundError:
+        return
+    if others:
+        raise MountedTwice(
+            f"cannot mount {device}: a btrfs with the same UUID {fsid} is mounted from /dev/{others[0]}",
+            hint="unmount that one, or wait until the other instance of this image is done",
+        )

@@ -48,6 +48,16 @@ class Instance:
         return self.name.split(".")[0]
 
 
+@dataclass(frozen=True)
+class Backup:
+    """The disk that one call of export or import is about."""
+
+    instance: str
+    index: int
+    device: str
+    size_descriptor: Optional[int]  # where export says how many bytes will come
+
+
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Those of the environment that Ganeti set: what settings files and hooks may see."""
     prefixes = (
@@ -99,12 +109,36 @@ def instance(environ: Mapping[str, str]) -> Instance:
     )
 
 
-def _instance_name(environ: Mapping[str, str]) -> str:
-    name = environ.get("INSTANCE_NAME", "")
+def backup(environ: Mapping[str, str], action: str) -> Backup:
+    """What `environ` says of an `action` EXPORT or IMPORT; Failure names a variable that is missing or wrong."""
+    check_api(environ)
+    device = environ.get(f"{action}_DEVICE", "")
+    if not device:
+        if environ.get(f"{action}_DISK_URI"):
+            raise _userspace_only(f"{action}_DISK_URI", "the disk")
+        raise Failure(f"{action}_DEVICE is not set", hint=NOT_GANETI)
+    descriptor = _number(environ, "EXP_SIZE_FD")
+    return Backup(_instance_name(environ), _number(environ, f"{action}_INDEX"), device, descriptor or None)
+
+
+def old_name(environ: Mapping[str, str]) -> str:
+    """The instance's name before a rename (or in a backup, of the instance that was exported)."""
+    return _instance_name(environ, "OLD_INSTANCE_NAME")
+
+
+def _userspace_only(variable: str, what: str) -> Failure:
+    return Failure(
+        f"{what} has no device on the node, only {variable}",
+        hint="set the instance's disk access to kernelspace: gnt-cluster modify --disk-parameters ...",
+    )
+
+
+def _instance_name(environ: Mapping[str, str], variable: str = "INSTANCE_NAME") -> str:
+    name = environ.get(variable, "")
     if not name:
-        raise Failure("INSTANCE_NAME is not set", hint=NOT_GANETI)
+        raise Failure(f"{variable} is not set", hint=NOT_GANETI)
     if not all(c.isascii() and (c.isalnum() or c in "-._") for c in name) or name.startswith((".", "-")):
-        raise Failure(f"INSTANCE_NAME={name!r} is not a host name")
+        raise Failure(f"{variable}={name!r} is not a host name")
     return name
 
 
@@ -114,10 +148,7 @@ def _disks(environ: Mapping[str, str]) -> list[Disk]:
         path = environ.get(f"DISK_{index}_PATH", "")
         if not path:
             if environ.get(f"DISK_{index}_URI"):
-                raise Failure(
-                    f"disk {index} has no device on the node, only DISK_{index}_URI",
-                    hint="set the instance's disk access to kernelspace: gnt-cluster modify --disk-parameters ...",
-                )
+                raise _userspace_only(f"DISK_{index}_URI", f"disk {index}")
             raise Failure(f"DISK_{index}_PATH is not set, though DISK_COUNT is {environ['DISK_COUNT']}")
         size = _number(environ, f"DISK_{index}_SIZE")
         disks.append(Disk(index, path, size * MIB or None))

@@ -71,9 +71,8 @@ class Hook:
 
 def guest_disk(disk: str, volumes: tuple[Volume, ...]) -> GuestDisk:
     """The guest's disk as its sandbox shows it."""
-    return GuestDisk(
-        nodes=[disk, *(volume.device for volume in volumes)], uuids=[(volume.uuid, volume.device) for volume in volumes]
-    )
+    by_uuid = {volume.uuid: volume.device for volume in volumes if volume.uuid}  # subvolumes share both
+    return GuestDisk(nodes=[disk, *by_uuid.values()], uuids=tuple(by_uuid.items()))
 
 
 def _volumes(text: str) -> "list[Volume]":

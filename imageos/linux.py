@@ -4,6 +4,7 @@ Numbers and structures are the kernel's user API (include/uapi/linux/*.h), the s
 architecture that Ganeti runs on. Every function raises OSError.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -27,15 +28,22 @@ PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x02, 0x04, 0x10
 SYS_OPENAT2 = 437  # one number on all architectures (scripts/syscall.tbl)
 # capability.h
-CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID = 0, 1, 3, 4
+CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1, 2, 3, 4
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
 CAPABILITY_VERSION_3 = 0x20080522
 # fs.h, loop.h, blkpg.h
 BLKPG, BLKFLSBUF, BLKGETSIZE64, BLKSSZGET = 0x1269, 0x1261, 0x80081272, 0x1268
 BLKPG_ADD_PARTITION, BLKPG_DEL_PARTITION = 1, 2
 FS_IOC_SHUTDOWN, SHUTDOWN_NO_LOG_FLUSH = 0x8004587D, 2
+FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10  # falloc.h
+F_SETPIPE_SZ = 1031  # fcntl.h; in Python's fcntl since 3.10
 LOOP_CTL_GET_FREE, LOOP_CONFIGURE = 0x4C82, 0x4C0A
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN = 1, 4, 8
+# fs.h, falloc.h
+BLKZEROOUT = 0x127F
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+# btrfs.h
+BTRFS_IOC_FORGET_DEV = 0x50009405
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -123,6 +131,16 @@ def add_partition(disk: int, number: int, start: int, length: int) -> None:
     _blkpg(disk, BLKPG_ADD_PARTITION, number, start, length)
 
 
+def forget_btrfs(device: str) -> None:
+    """Have the kernel forget a btrfs device that is not mounted: its name and UUID will be another's."""
+    try:
+        with open("/dev/btrfs-control", "rb") as control:
+            argument = struct.pack("=q4088s", 0, os.fsencode(device))  # struct btrfs_ioctl_vol_args
+            fcntl.ioctl(control, BTRFS_IOC_FORGET_DEV, bytearray(argument))  # bytes may have 1024 at most
+    except OSError:
+        pass  # another of its subvolumes is still mounted, or this kernel (before 5.4) remembers
+
+
 def delete_partition(disk: int, number: int) -> None:
     _blkpg(disk, BLKPG_DEL_PARTITION, number, 0, 0)
 
@@ -139,6 +157,24 @@ def shut_down_filesystem(directory: int) -> None:
     fcntl.ioctl(directory, FS_IOC_SHUTDOWN, struct.pack("=I", SHUTDOWN_NO_LOG_FLUSH))
 
 
+def punch_hole(file: int, start: int, length: int) -> None:
+    """Make a range of a file or block device read as zero without storing zeroes; EOPNOTSUPP if it cannot."""
+    _check(
+        _libc.fallocate64(
+            ctypes.c_int(file),
+            ctypes.c_int(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE),
+            ctypes.c_int64(start),
+            ctypes.c_int64(length),
+        ),
+        "fallocate",
+    )
+
+
+def zero_device(device: int, start: int, length: int) -> None:
+    """Make a range of a block device read as zero, if need be by writing zeroes."""
+    fcntl.ioctl(device, BLKZEROOUT, struct.pack("=QQ", start, length))
+
+
 def device_size(device: int) -> int:
     """Bytes of an open block device."""
     return int(struct.unpack("=Q", fcntl.ioctl(device, BLKGETSIZE64, bytes(8)))[0])
@@ -147,6 +183,18 @@ def device_size(device: int) -> int:
 def flush_buffers(device: int) -> None:
     """Write back and forget what the page cache holds of a block device."""
     fcntl.ioctl(device, BLKFLSBUF)
+
+
+def zero_range(descriptor: int, start: int, length: int, is_file: bool) -> None:
+    """Make a range read as zero: a hole in a file; on a block device as cheaply as it can (fallocate)."""
+    mode = FALLOC_KEEP_SIZE | (FALLOC_PUNCH_HOLE if is_file else FALLOC_ZERO_RANGE)
+    _check(_libc.fallocate(descriptor, mode, ctypes.c_int64(start), ctypes.c_int64(length)), "fallocate")
+
+
+def enlarge_pipe(descriptor: int, size: int) -> None:
+    """Let a pipe hold `size` bytes, if it is one and the system allows it."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(descriptor, F_SETPIPE_SZ, size)
 
 
 def _bytes(text: Optional[str]) -> Optional[bytes]:

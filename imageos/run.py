@@ -9,8 +9,10 @@ import selectors
 import shlex
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Callable, Optional
 
@@ -28,8 +30,18 @@ PACKAGES = {
     "lz4": "lz4",
     "xz": "xz-utils",
     "zstd": "zstd",
+    "gpgv": "gpgv",
     "gzip": "gzip",
     "tar": "tar",
+    "restore": "dump",
+    "qemu-img": "qemu-utils",
+    "dd": "coreutils",
+    "blkid": "util-linux",
+    "e2fsck": "e2fsprogs",
+    "resize2fs": "e2fsprogs",
+    "xfs_growfs": "xfsprogs",
+    "btrfs": "btrfs-progs",
+    "sgdisk": "gdisk",
     "sfdisk": "fdisk",
     "mkswap": "util-linux",
     "mkfs.vfat": "dosfstools",
@@ -143,6 +155,51 @@ def pipeline(
                     pipe.close()
 
 
+@contextmanager
+def output_of(stages: Sequence[Sequence[str]], stdin: int, keep: Sequence[int] = ()) -> Iterator[int]:
+    """Run `stages` as in `pipeline` and give the descriptor of the last one's stdout, which is read to its end.
+
+    Left without an error, it raises Failure unless every status is 0. `keep`: descriptors that the stages inherit.
+    """
+    log.debug("$ " + " | ".join(shlex.join(stage) for stage in stages))
+    with ExitStack() as stack:
+        processes: list[subprocess.Popen[bytes]] = []
+        errors = []
+        for stage in stages:
+            # a file: nobody empties a pipe while the output is read
+            errors.append(stack.enter_context(tempfile.TemporaryFile()))
+            try:
+                process = subprocess.Popen(
+                    list(stage),
+                    stdin=stdin,
+                    stdout=subprocess.PIPE,
+                    stderr=errors[-1],
+                    env=environment(),
+                    pass_fds=keep,
+                )
+            except OSError as error:
+                raise _missing(stage[0], error) from None
+            stack.callback(_end, process)
+            if processes and processes[-1].stdout:
+                processes[-1].stdout.close()
+            processes.append(process)
+            assert process.stdout
+            stdin = process.stdout.fileno()
+        yield stdin
+        for stage, process, error_file in zip(stages, processes, errors):
+            status = process.wait()
+            error_file.seek(0)
+            if status:
+                raise Finished(stage, status, b"", _text(error_file.read(OUTPUT_LIMIT))).failure()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    if process.stdout:
+        process.stdout.close()
+
+
 def head(argv: Sequence[str], stdin: int, count: int) -> bytes:
     """The first `count` bytes that `argv` writes, or fewer if it ends before; it is killed then."""
     with subprocess.Popen(
@@ -235,7 +292,8 @@ def _capture(
 
 def _emit_lines(pending: bytearray, data: bytes, on_line: Callable[[str], None]) -> None:
     pending += data
-    *complete, rest = bytes(pending).split(b"\n")
+    # a carriage return ends a line of progress, and nothing where a newline follows
+    *complete, rest = bytes(pending).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     pending[:] = rest[-OUTPUT_LIMIT:]
     for line in complete:
         on_line(line.decode("utf-8", "backslashreplace"))

@@ -70,13 +70,16 @@ class Target:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 return None
             raise _failure("read", path, error) from None
-        with open(descriptor, "rb") as file:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise Failure(f"the guest's {path} is not a regular file")
             if status.st_size > READ_LIMIT:
                 raise Failure(f"the guest's {path} has {status.st_size} bytes, more than a configuration file")
-            return file.read(READ_LIMIT).decode("utf-8", "surrogateescape")
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(READ_LIMIT).decode("utf-8", "surrogateescape")
+        finally:
+            os.close(descriptor)  # open() itself would leave that of a directory open, and its filesystem busy
 
     def glob(self, pattern: str) -> list[str]:
         """The paths in one directory whose names match: `/etc/ssh/ssh_host_*`. Only the name is a pattern."""
@@ -92,6 +95,18 @@ class Target:
         finally:
             os.close(descriptor)
         return [f"{directory}/{found}" for found in sorted(names) if fnmatch.fnmatchcase(found, name)]
+
+    @contextmanager
+    def directory(self, path: str) -> Iterator[str]:
+        """A path by which a process that we start reaches the guest's directory `path`; no link leads it astray."""
+        try:
+            descriptor = linux.open_in_root(self._root, path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise _failure("open", path, error) from None
+        try:
+            yield f"/proc/self/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
 
     # --- changing ---
 

@@ -4,16 +4,33 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from imageos import disk, filesystem, ganeti, guest, hooks, images, isolation, layout, log, settings, target
+from imageos import (
+    discovery,
+    disk,
+    diskimage,
+    filesystem,
+    ganeti,
+    grow,
+    guest,
+    hooks,
+    images,
+    isolation,
+    layout,
+    log,
+    settings,
+    target,
+)
 from imageos.disk import Attached, Device
 from imageos.errors import Failure
 from imageos.filesystem import FILESYSTEMS, Volume
 from imageos.ganeti import Instance
 from imageos.hook import guest_disk
-from imageos.images import Image
+from imageos.imagefile import Image
+from imageos.images import IMAGE_TYPES
 from imageos.layout import MIB, Layout
 from imageos.run import require
 from imageos.settings import Settings
+from imageos.target import Target
 
 
 def main(_arguments: Sequence[str]) -> int:
@@ -33,14 +50,25 @@ def create(instance: Instance, known: Settings) -> None:
             f"instance {instance.name} has no disk to put an image on",
             hint="add one (gnt-instance modify --disk add:size=10G), or set CDINSTALL=yes",
         )
-    image = images.find(known)
-    images.check(image)
+    image_type = IMAGE_TYPES[known.image_type]
+    image = images.find(known, with_boot=not instance.kernel_path)
+    image_type.check(image)
     isolation.enter()
     with disk.claimed(instance.disks[0].path) as device:
-        intended = plan(known, instance, device)
-        require(*filesystem.programs(intended, known.filesystem))
-        with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached, intended):
-            build(instance, known, image, device, attached, intended)
+        if image_type.deploy:
+            intended = plan(known, instance, device)
+            require(*filesystem.programs(intended, known.filesystem))
+        else:
+            intended = None
+            diskimage.check_size(image, device.size)
+        with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached):
+            if intended:
+                volumes = format_disk(known, device, attached, intended)
+            else:
+                volumes = write_disk_image(known, image, device, attached)
+            if volumes:
+                complete(instance, known, image, device, attached, volumes)
+            disk.flush(device, attached.descriptor)
     log.info(f"instance {instance.name} is ready to boot")
 
 
@@ -57,18 +85,40 @@ def plan(known: Settings, instance: Instance, device: Device) -> Layout:
     )
 
 
-def build(
-    instance: Instance, known: Settings, image: Image, device: Device, attached: Attached, intended: Layout
-) -> None:
-    """From the first write to a system that is complete and on the disk."""
+def format_disk(known: Settings, device: Device, attached: Attached, intended: Layout) -> tuple[Volume, ...]:
+    """The volumes of a fresh disk, empty."""
     volumes = tuple(filesystem.plan_volumes(intended, known.filesystem, attached.partition))
     with log.phase(f"partitioned and formatted {log.size(device.size)}: {known.partition_table}, {known.filesystem}"):
         disk.write_table(attached, intended)
         filesystem.make(volumes)
+    return volumes
+
+
+def write_disk_image(known: Settings, image: Image, device: Device, attached: Attached) -> tuple[Volume, ...]:
+    """The volumes of the guest in a disk image, once it is on the disk and grown; none with NOMOUNT."""
+    with log.phase(f"wrote {image.path} to the disk of {log.size(device.size)}"):
+        diskimage.write(image, device, attached)
+    if known.nomount:
+        log.info("NOMOUNT=yes: nothing in the image is looked at or changed")
+        return ()
+    found = discovery.find(attached)
+    log.info(f"found {', '.join(discovery.describe(found))}")
+    if known.grow:
+        with log.phase("grew it to the disk"):
+            grow.grow(attached, found)
+    return found.volumes
+
+
+def complete(
+    instance: Instance, known: Settings, image: Image, device: Device, attached: Attached, volumes: tuple[Volume, ...]
+) -> None:
+    """From filesystems to this instance's own system, unmounted."""
+    deploy = IMAGE_TYPES[known.image_type].deploy
     with ExitStack() as stack:
-        mount_all(stack, volumes)
-        with log.phase(f"unpacked {image.path}"):
-            images.deploy(image, isolation.TARGET)
+        filesystem.mount_all(stack, volumes, isolation.TARGET)
+        if deploy:
+            with log.phase(f"unpacked {image.path}"):
+                deploy(image, isolation.TARGET)
         with log.phase(f"made it {instance.name}"):
             configure(instance, known, attached, volumes)
         context = hooks.Context("create", os.environ, known, isolation.TARGET, device, attached, volumes)
@@ -78,28 +128,20 @@ def build(
             disk.flush(device, attached.descriptor)
 
 
-def mount_all(stack: ExitStack, volumes: Sequence[Volume]) -> None:
-    """Mount root and /boot, until `stack` is left."""
-    by_role = {volume.role: volume for volume in volumes}
-    root = by_role["root"]
-    stack.enter_context(filesystem.mounted(root.device, isolation.TARGET, root.kind))
-    if "boot" in by_role:
-        # the root is fresh: nothing of a guest is in the way yet
-        os.mkdir(f"{isolation.TARGET}/boot", 0o755)
-        boot = by_role["boot"]
-        stack.enter_context(filesystem.mounted(boot.device, f"{isolation.TARGET}/boot", boot.kind))
-
-
 def configure(instance: Instance, known: Settings, attached: Attached, volumes: tuple[Volume, ...]) -> None:
-    """Make the unpacked tree this instance's own system."""
-    with target.opened(
-        isolation.TARGET, instance.short_name, guest_disk(attached.path, volumes), known.guest_timeout
-    ) as root:
+    """Make the tree this instance's own system. A disk image keeps its fstab and its boot loader."""
+    disk_seen = guest_disk(attached.path, volumes)
+    with target.opened(isolation.TARGET, instance.short_name, disk_seen, known.guest_timeout) as root:
         guest.check_root(root)
-        if any(volume.role == "esp" for volume in volumes):
-            root.mkdir("/boot/efi")
-        root.write("/etc/fstab", filesystem.fstab(volumes))
+        if IMAGE_TYPES[known.image_type].deploy:
+            write_fstab(root, volumes)
         if instance.serial_console:
             guest.enable_serial_console(root, "ttyS0", instance.serial_speed)
         guest.set_identity(root, instance.name)
         guest.request_relabel(root)
+
+
+def write_fstab(root: Target, volumes: tuple[Volume, ...]) -> None:
+    if any(volume.role == "esp" for volume in volumes):
+        root.mkdir("/boot/efi")
+    root.write("/etc/fstab", filesystem.fstab(volumes))

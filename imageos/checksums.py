@@ -1,0 +1,178 @@
+"""What a downloaded image must be: the checksum in the settings, or the one beside it, and its signature."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+from imageos import log
+from imageos.errors import Failure
+from imageos.run import pipeline, require
+from imageos.settings import Settings
+from imageos.web import Web, beside, shown
+
+# Where the checksum of NAME may be, and the algorithms that are believed there. The last is of
+# ganeti-instance-image, which knew SHA-1 only.
+STRONG = ("sha256", "sha512")
+FILES: Sequence[tuple[str, Sequence[str]]] = (
+    ("SHA256SUMS", STRONG),
+    ("SHA512SUMS", STRONG),
+    ("CHECKSUM", STRONG),
+    ("{}.sha256", STRONG),
+    ("{}.sha512", STRONG),
+    ("{}.sig", (*STRONG, "sha1")),
+)
+SIGNATURES = (".gpg", ".sign", ".asc")
+ALGORITHMS = {40: "sha1", 64: "sha256", 128: "sha512"}  # by the number of digits
+CHUNK = 1 << 20  # bytes
+INLINE = "-----BEGIN PGP SIGNED MESSAGE-----"
+
+
+@dataclass(frozen=True)
+class Checksum:
+    algorithm: str
+    hex: str
+    source: str  # for messages
+    keyring: str = ""  # the id of the keyring, if it was signed
+
+
+def expected(web: Web, settings: Settings, url: str) -> list[Checksum]:
+    """The checksums that the image at `url` must have. Failure if IMAGE_KEYRING is set and nothing is signed."""
+    found = [pin] if (pin := pinned(settings)) else []
+    if settings.image_verify and (settings.image_keyring or not settings.image_checksum):
+        found += _published(web, url, settings.image_keyring)
+    return found
+
+
+def pinned(settings: Settings) -> Checksum | None:
+    """The checksum that is a setting."""
+    algorithm, _, digest = settings.image_checksum.partition(":")
+    return Checksum(algorithm, digest.lower(), "IMAGE_CHECKSUM") if digest and settings.image_verify else None
+
+
+def keyring_id(path: str) -> str:
+    """Tells one keyring from another, by its content."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        raise Failure(f"IMAGE_KEYRING {path}: {error.strerror}") from None
+
+
+def digests_of(path: str, algorithms: Iterable[str]) -> dict[str, str]:
+    """algorithm -> hex, of a file that is read once."""
+    hashes = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
+    with open(path, "rb", buffering=0) as file:
+        progress = log.Progress("verifying", os.fstat(file.fileno()).st_size)
+        while chunk := file.read(CHUNK):
+            for one in hashes.values():
+                one.update(chunk)
+            progress.update(file.tell())
+        progress.close()
+    return {name: one.hexdigest() for name, one in hashes.items()}
+
+
+def checksum_in(text: str, name: str, algorithms: Sequence[str], is_only: bool = False) -> tuple[str, str] | None:
+    """The strongest (algorithm, hex) that a checksum file has for `name`.
+
+    `is_only`: the file is about one image; a single entry counts whatever its name, or without one.
+    """
+    entries = [entry for line in text.splitlines() if (entry := _entry(line.strip())) and entry[1] in algorithms]
+    if not (is_only and len(entries) == 1):
+        entries = [entry for entry in entries if entry[0] in (name, f"./{name}")]
+    return max(((algorithm, digest) for _, algorithm, digest in entries), key=lambda one: len(one[1]), default=None)
+
+
+def _entry(line: str) -> tuple[str, str, str] | None:
+    """(name, algorithm, hex) of a line of sha256sum, binary or not, with --tag or not."""
+    tagged = re.fullmatch(r"SHA\d+ ?\((.+)\) ?= ?([0-9a-fA-F]+)", line)
+    plain = re.fullmatch(r"([0-9a-fA-F]+)(?:\s+\*?(.+))?", line)
+    if tagged:
+        name, digest = tagged.groups()
+    elif plain:
+        digest, name = plain.groups(default="")
+    else:
+        return None
+    algorithm = ALGORITHMS.get(len(digest))
+    return (name, algorithm, digest.lower()) if algorithm else None
+
+
+def _published(web: Web, url: str, keyring: str) -> list[Checksum]:
+    quoted = urlsplit(url).path.rpartition("/")[2]
+    unsigned = ""
+    for pattern, algorithms in FILES:
+        place = beside(url, pattern.format(quoted))
+        content = web.small(place)
+        if content is None:
+            continue
+        text = content.decode("utf-8", "replace")
+        entry = checksum_in(text, unquote(quoted), algorithms, "{}" in pattern)
+        if entry and keyring:
+            signed = _signed(web, place, content, keyring)
+            if signed is None:
+                unsigned = unsigned or place
+            entry = checksum_in(signed, unquote(quoted), algorithms, "{}" in pattern) if signed else None
+        if entry:
+            if entry[0] == "sha1":
+                log.warning(f"{shown(place)} holds a SHA-1, which is weak: make a SHA256SUMS")
+            source = shown(place) + (f", signed by a key of {keyring}" if keyring else "")
+            return [Checksum(*entry, source, keyring_id(keyring) if keyring else "")]
+    if keyring:
+        what = f"{shown(unsigned)} is not signed" if unsigned else "no checksum beside it"
+        raise Failure(
+            f"image {shown(url)}: {what}, but IMAGE_KEYRING is set",
+            hint=f"sign it (gpg --detach-sign {urlsplit(unsigned).path.rpartition('/')[2] or 'SHA256SUMS'}), "
+            "or set IMAGE_KEYRING to nothing in the variant's file",
+        )
+    return []
+
+
+def _signed(web: Web, url: str, content: bytes, keyring: str) -> str | None:
+    """What of the checksum file is signed; None if it has no signature, Failure if that is wrong."""
+    if content.startswith(INLINE.encode()):
+        return _verified(url, ["--output", "-"], [content], keyring)
+    for suffix in SIGNATURES:
+        signature = web.small(url + suffix) if "?" not in url else None
+        if signature is not None:
+            _verified(url, [], [signature, content], keyring)
+            return content.decode("utf-8", "replace")
+    return None
+
+
+def _verified(url: str, options: Sequence[str], contents: Sequence[bytes], keyring: str) -> str:
+    """What gpgv prints of `contents`: a signature and what it is of, or a text with its signature inside."""
+    require("gpgv")
+    keyring_id(keyring)  # it can be read
+    with ExitStack() as stack:
+        files = [stack.enter_context(_in_memory(content)) for content in contents]
+        done = pipeline([["gpgv", "--status-fd", "2", "--keyring", keyring, *options, *files]])[0]
+    lines = done.stderr.splitlines()
+    verdicts = {line.split()[1] for line in lines if line.startswith("[GNUPG:] ") and len(line.split()) > 1}
+    # What contains its own text says nothing about the other file, though gpgv calls it good.
+    is_about_it = ("PLAINTEXT" in verdicts) == (len(contents) == 1)
+    if "GOODSIG" not in verdicts or "BADSIG" in verdicts or not is_about_it:
+        said = [line for line in lines if line.startswith("gpgv: ")]
+        raise Failure(
+            f"{shown(url)} has no good signature by a key of IMAGE_KEYRING {keyring}"
+            + (f": {said[-1][len('gpgv: ') :]}" if said else ""),
+            hint="the keyring must be as gpg --export writes it (an armored one: gpg --dearmor)",
+            details=said[:-1],
+        )
+    return done.stdout.decode("utf-8", "replace")
+
+
+@contextmanager
+def _in_memory(content: bytes) -> Iterator[str]:
+    """A path under which our children can read `content`, which is on no disk."""
+    descriptor = os.memfd_create("imageos")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        yield f"/proc/{os.getpid()}/fd/{descriptor}"
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,220 @@
+"""import: restore one disk of the instance from a backup on stdin.
+
+The beginning tells what the stream is: one of `export`, one of ganeti-instance-image, or a bare disk; the last two
+perhaps compressed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+
+from imageos import (
+    discovery,
+    disk,
+    diskimage,
+    dump,
+    filesystem,
+    ganeti,
+    grow,
+    hooks,
+    isolation,
+    legacy,
+    log,
+    qcow2,
+    restore,
+    run,
+    settings,
+    stream,
+)
+from imageos import target as targets
+from imageos.commands import create
+from imageos.disk import Device
+from imageos.errors import Failure
+from imageos.filesystem import Volume
+from imageos.ganeti import Instance
+from imageos.hook import guest_disk
+from imageos.layout import MIB
+from imageos.legacy import Member
+from imageos.settings import Settings
+from imageos.stream import Source
+from imageos.target import Target
+
+
+def main(_arguments: Sequence[str]) -> int:
+    backup = ganeti.backup(os.environ, "IMPORT")
+    instance = ganeti.instance(os.environ)
+    known = settings.load(os.environ).resolved(instance.memory)
+    isolation.enter()
+    with disk.claimed(backup.device) as device:
+        with log.phase(f"restored disk {backup.index}"):
+            size = restore_any(Source(0), device, instance, known)
+        if backup.index == 0:
+            adapt(device, known, is_larger=size < device.size)
+    return 0
+
+
+def restore_any(source: Source, device: Device, instance: Instance, known: Settings) -> int:
+    """Restore whatever comes; how many bytes the disk in it has.
+
+    Failure, before the first write if possible, if it is nothing that can be restored.
+    """
+    begin = source.peek(legacy.BLOCK)
+    if not begin:
+        raise Failure("the backup stream is empty", hint="see the messages of the export, at the other end")
+    compression = legacy.compression(begin)
+    if stream.is_ours(begin):
+        return restore_stream(source, device)
+    if compression:
+        log.info(f"the stream is compressed with {compression}")
+        with legacy.decompressed(source, compression) as inner:
+            return restore_any(inner, device, instance, known)
+    if legacy.is_archive(begin):
+        return restore_archive(source, device, instance, known)
+    return restore_plain(source, device)
+
+
+def restore_stream(source: Source, device: Device) -> int:
+    """A stream of `export`: every byte is checked before it is written."""
+    manifest = stream.read_manifest(source)
+    if manifest.disk_size > device.size:
+        raise too_small(device, manifest.disk_size)
+    log.info(
+        f"disk {manifest.index} of {manifest.instance}: {log.size(manifest.disk_size)}, "
+        f"{log.size(manifest.bytes)} in use, exported by {manifest.exporter}"
+    )
+    progress = log.Progress("restoring", manifest.bytes)
+    done = 0
+    with restore.writing(device, [(one.start, one.size) for one in manifest.volumes]) as writer:
+        for offset, data in stream.read_runs(source, manifest):
+            writer.write(offset, data)
+            done += len(data)
+            progress.update(done)
+        progress.close()
+    return manifest.disk_size
+
+
+def restore_plain(source: Source, device: Device, size: int | None = None) -> int:
+    """A bare disk of `size` bytes, if that is known; else the stream ends where it does."""
+    begin = source.peek(MIB if size is None else min(MIB, size))
+    table = legacy.read_table(begin)
+    if table is None:
+        raise Failure(
+            f"the stream at byte {source.position} is no backup and no disk: it begins with '{legacy.printable(begin)}'"
+        )
+    least = max(size or 0, legacy.least_size(table))
+    if least > device.size:
+        raise too_small(device, least)
+    log.info("the stream is a bare disk: it has no checksums, so only its length is checked")
+    with restore.writing(device, [(part.start, part.size) for part in table.parts if part.number]) as writer:
+        received = restore.copy_plain(source, writer, device.size, size)
+        legacy.check_complete(received, table)
+    return received
+
+
+def restore_archive(source: Source, device: Device, instance: Instance, known: Settings) -> int:
+    """What ganeti-instance-image exported: dumps of the filesystems, or an image of the disk."""
+    members = legacy.members(source)
+    first = next(members, None)
+    if first and first.name == legacy.IMAGE:
+        size = restore_image(source, first, device, known)
+        if next(members, None):
+            raise Failure(f"the archive in the stream holds more than {legacy.IMAGE}")
+        return size
+    if first and first.name in legacy.DUMPS:
+        restore_dumps(source, itertools.chain([first], members), device, instance, known)
+        return device.size
+    name = f"'{first.name}'" if first else "nothing"
+    raise Failure(
+        f"the tar archive in the stream is no backup: it holds {name} "
+        f"instead of {legacy.IMAGE} or {' and '.join(legacy.DUMPS)}"
+    )
+
+
+def restore_image(source: Source, member: Member, device: Device, known: Settings) -> int:
+    if source.peek(len(qcow2.MAGIC)) != qcow2.MAGIC:
+        return restore_plain(source, device, member.size)
+    # qcow2 cannot be read from its first byte to its last
+    with legacy.staged(source, member, known.export_dir) as image:
+        diskimage.check_size(image, device.size)
+        with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached):
+            diskimage.write(image, device, attached)
+            disk.flush(device, attached.descriptor)
+        return diskimage.inspect(image).size
+
+
+def restore_dumps(
+    source: Source, members: Iterable[Member], device: Device, instance: Instance, known: Settings
+) -> None:
+    """Dumps go onto partitions as `create` makes them."""
+    intended = create.plan(known, instance, device)
+    run.require("restore", *filesystem.programs(intended, known.filesystem))
+    with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached), ExitStack() as stack:
+        volumes = tuple(filesystem.plan_volumes(intended, known.filesystem, attached.partition))
+        disk.write_table(attached, intended)
+        filesystem.make(volumes)
+        filesystem.mount_all(stack, volumes, isolation.TARGET)
+        with targets.opened(
+            isolation.TARGET, instance.short_name, guest_disk(attached.path, volumes), known.guest_timeout
+        ) as root:
+            names = [restore_dump(source, member, root) for member in members]
+            if "root.dump" not in names:
+                raise Failure("the archive in the stream holds no root.dump")
+            fit(root, volumes)
+        stack.close()
+        disk.flush(device, attached.descriptor)
+
+
+def restore_dump(source: Source, member: Member, root: Target) -> str:
+    """Unpack one dump(8) into its directory of the guest."""
+    if member.name not in legacy.DUMPS:
+        raise Failure(f"the archive in the stream holds '{member.name}', which is no backup")
+    place = legacy.DUMPS[member.name]
+    root.mkdir(place)
+    with log.phase(f"restored {member.name}"), root.directory(place) as directory:
+        legacy.unpack_dump(source, member, directory)
+    root.remove(os.path.join(place, dump.SYMBOL_TABLE))
+    return member.name
+
+
+def fit(root: Target, volumes: tuple[Volume, ...]) -> None:
+    """Change what names the old disk in a guest that was restored onto new filesystems."""
+    kept = legacy.other_mounts(root.read("/etc/fstab") or "", ["/", "/boot", "/boot/efi"])
+    root.write("/etc/fstab", filesystem.fstab(volumes) + "".join(f"{line}\n" for line in kept))
+    root.remove("/etc/udev/rules.d/z*_persistent-net.rules")
+
+
+def adapt(device: Device, known: Settings, is_larger: bool) -> None:
+    """What an import changes in the guest on the first disk: the size of its root, and what hooks do.
+
+    The disk is whole by now: what fails here leaves it so.
+    """
+    names = [name for name in hooks.find(known.customize_dir) if name in known.import_hooks.split()]
+    if known.nomount or not (names or (is_larger and known.grow)):
+        return
+    with disk.attached(device) as attached:
+        try:
+            found = discovery.find(attached)
+        except Failure as failure:
+            log.info("\n".join(failure.details))
+            log.info(f"the disk is left as it was in the backup: {failure}")
+            return
+        if is_larger and known.grow:
+            with log.phase("grew the root filesystem"):
+                grow.grow(attached, found)
+        with ExitStack() as stack:
+            if names:
+                filesystem.mount_all(stack, found.volumes, isolation.TARGET)
+                context = hooks.Context("import", os.environ, known, isolation.TARGET, device, attached, found.volumes)
+                hooks.run_all(names, context)
+        disk.flush(device, attached.descriptor)
+
+
+def too_small(device: Device, size: int) -> Failure:
+    return Failure(
+        f"disk {device.path} of {log.size(device.size)} ({device.size} bytes) is smaller than the one of the backup, "
+        f"{log.size(size)} ({size} bytes)",
+        hint="give the instance a disk that is as large or larger",
+    )

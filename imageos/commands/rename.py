@@ -1,0 +1,51 @@
+"""rename: give the guest the instance's new name. Ganeti calls it after a rename, and after every import."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from imageos import discovery, disk, filesystem, ganeti, hooks, hostname, isolation, log, settings, target
+from imageos.discovery import Found
+from imageos.disk import Attached, Device
+from imageos.errors import Failure
+from imageos.ganeti import Instance
+from imageos.hook import guest_disk
+from imageos.settings import Settings
+
+
+def main(_arguments: Sequence[str]) -> int:
+    instance = ganeti.instance(os.environ)
+    old = ganeti.old_name(os.environ)
+    known = settings.load(os.environ)
+    if known.nomount or not instance.disks:
+        reason = "NOMOUNT=yes" if known.nomount else "the instance has no disk"
+        log.info(f"{reason}: there is no guest to rename")
+        return 0
+    isolation.enter()
+    with disk.claimed(instance.disks[0].path) as device, disk.attached(device) as attached:
+        try:
+            found = discovery.find(attached)
+        except Failure as failure:
+            log.info("\n".join(failure.details))
+            log.info(f"there is no guest to rename: {failure}")
+            return 0
+        rename(instance, old, known, device, attached, found)
+        disk.flush(device, attached.descriptor)
+    return 0
+
+
+def rename(instance: Instance, old: str, known: Settings, device: Device, attached: Attached, found: Found) -> None:
+    with ExitStack() as stack:
+        filesystem.mount_all(stack, found.volumes, isolation.TARGET)
+        with target.opened(
+            isolation.TARGET, instance.short_name, guest_disk(attached.path, found.volumes), known.guest_timeout
+        ) as root:
+            if old == instance.name:
+                log.info(f"the guest's name {old} stays as it is")
+            else:
+                hostname.rename(root, old, instance.name)
+        names = [name for name in hooks.find(known.customize_dir) if name in known.rename_hooks.split()]
+        context = hooks.Context("rename", os.environ, known, isolation.TARGET, device, attached, found.volumes)
+        hooks.run_all(names, context, ["-r"])

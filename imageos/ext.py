@@ -1,0 +1,188 @@
+"""The blocks that an ext2, ext3 or ext4 filesystem calls used, read from its bitmaps.
+
+Pure, and without a program of e2fsprogs: the filesystem is somebody else's, and what is read here is plain numbers.
+Layout: Documentation/filesystems/ext4 of the kernel. What is not understood, or does not add up, is `Doubtful`: then
+the caller has to take every block for used.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+SUPERBLOCK = 1024  # its place and its size
+MAGIC = 0xEF53
+VALID, ERRORS = 1, 2  # s_state
+
+COMPAT_SPARSE_SUPER2 = 0x200
+INCOMPAT_RECOVER, INCOMPAT_META_BG, INCOMPAT_64BIT = 0x4, 0x10, 0x80
+# filetype, extents, mmp, flex_bg, ea_inode, dirdata, csum_seed, largedir, inline_data, encrypt, casefold
+INCOMPAT_KNOWN = INCOMPAT_META_BG | INCOMPAT_64BIT | 0x2 | 0x40 | 0x100 | 0x200 | 0x400 | 0x1000 | 0x3E000
+RO_SPARSE_SUPER, RO_GDT_CSUM, RO_METADATA_CSUM = 0x1, 0x10, 0x400
+# large_file, btree_dir, huge_file, dir_nlink, extra_isize, quota, readonly, project, verity, orphan_present;
+# not bigalloc, whose bitmaps count clusters, nor snapshot, replica and shared_blocks
+RO_KNOWN = RO_SPARSE_SUPER | RO_GDT_CSUM | RO_METADATA_CSUM | 0x2 | 0x4 | 0x8 | 0x20 | 0x40 | 0x100 | 0x1B000
+BG_BLOCK_UNINIT = 0x2
+LEAST_GROUP = 8192  # blocks: what mke2fs makes of the smallest blocks
+
+Read = Callable[[int, int], bytes]  # offset within the filesystem, count
+
+
+class Doubtful(Exception):
+    """Why the bitmaps cannot be trusted."""
+
+
+@dataclass(frozen=True)
+class Superblock:
+    blocks: int
+    first: int  # block number of the first group
+    block_size: int
+    group_size: int  # blocks
+    inode_table: int  # blocks of one group's
+    descriptor_size: int
+    first_meta_group: int  # from this block of descriptors on they are spread over the disk
+    reserved: int  # blocks for more descriptors
+    has_flags: bool  # whether flags of a group mean anything
+    sparse: bool
+    backups: tuple[int, int] | None
+
+    @property
+    def groups(self) -> int:
+        return -(-(self.blocks - self.first) // self.group_size)
+
+    def group_start(self, group: int) -> int:
+        return self.first + group * self.group_size
+
+    def has_backup(self, group: int) -> bool:
+        """Whether a copy of the superblock and of the descriptors begins this group."""
+        if group == 0:
+            return True
+        if self.backups is not None:
+            return group in self.backups
+        return not self.sparse or any(_is_power(group, base) for base in (3, 5, 7))
+
+
+def used(read: Read, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges (start, end) in bytes, in no order and perhaps overlapping, that hold everything in use.
+
+    `size` of the volume in bytes; what lies behind the filesystem's end is in use too. Raises Doubtful, perhaps
+    after some ranges.
+    """
+    superblock = parse_superblock(read(SUPERBLOCK, SUPERBLOCK))
+    block = superblock.block_size
+    if superblock.blocks * block > size:
+        raise Doubtful("it is larger than its partition")
+    yield 0, max(4096, (superblock.first + 1) * block)
+    yield superblock.blocks * block, size
+    for first, end in _used_blocks(read, superblock):
+        if not 0 <= first <= end <= superblock.blocks:
+            raise Doubtful("a group descriptor points outside of it")
+        yield first * block, end * block
+
+
+def parse_superblock(data: bytes) -> Superblock:
+    def number(offset: int, kind: str = "I") -> int:
+        return int(struct.unpack_from("<" + kind, data, offset)[0])
+
+    if len(data) < SUPERBLOCK or number(0x38, "H") != MAGIC:
+        raise Doubtful("it has no superblock")
+    compat, incompat, ro_compat = number(0x5C), number(0x60), number(0x64)
+    if incompat & INCOMPAT_RECOVER:
+        raise Doubtful("its journal has not been replayed")
+    if number(0x3A, "H") & (VALID | ERRORS) != VALID:
+        raise Doubtful("it was not unmounted cleanly, or has errors")
+    if incompat & ~INCOMPAT_KNOWN or ro_compat & ~RO_KNOWN:
+        raise Doubtful(f"it has features that imageos does not know (incompat {incompat:#x}, ro_compat {ro_compat:#x})")
+    is_64bit = bool(incompat & INCOMPAT_64BIT)
+    block_size = 1024 << min(number(0x18), 32)
+    inode_size = number(0x58, "H") if number(0x4C) else 128
+    found = Superblock(
+        blocks=number(0x4) + (number(0x150) << 32 if is_64bit else 0),
+        first=number(0x14),
+        block_size=block_size,
+        group_size=number(0x20),
+        inode_table=-(-number(0x28) * inode_size // block_size),
+        descriptor_size=number(0xFE, "H") if is_64bit else 32,
+        first_meta_group=number(0x104) if incompat & INCOMPAT_META_BG else 1 << 32,
+        reserved=number(0xCE, "H"),
+        has_flags=bool(ro_compat & (RO_GDT_CSUM | RO_METADATA_CSUM)),
+        sparse=bool(ro_compat & RO_SPARSE_SUPER),
+        backups=(number(0x24C), number(0x250)) if compat & COMPAT_SPARSE_SUPER2 else None,
+    )
+    if not (
+        block_size <= 1 << 16
+        and found.descriptor_size in (32, 64, 128, 256, 512, 1024)
+        and LEAST_GROUP <= found.group_size <= 8 * block_size
+        and found.first == (1 if block_size == 1024 else 0)
+        and found.blocks > found.first
+    ):
+        raise Doubtful("its superblock makes no sense")
+    return found
+
+
+def _used_blocks(read: Read, superblock: Superblock) -> Iterator[tuple[int, int]]:
+    per_block = superblock.block_size // superblock.descriptor_size
+    for number in range(-(-superblock.groups // per_block)):
+        first = number * per_block
+        place = superblock.first + 1 + number
+        if number >= superblock.first_meta_group:
+            place = superblock.group_start(first) + superblock.has_backup(first)
+        yield place, place + 1
+        table = _block(read, superblock, place)
+        for group in range(first, min(first + per_block, superblock.groups)):
+            start = (group - first) * superblock.descriptor_size
+            yield from _used_in_group(read, superblock, group, table[start : start + superblock.descriptor_size])
+
+
+def _used_in_group(read: Read, superblock: Superblock, group: int, descriptor: bytes) -> Iterator[tuple[int, int]]:
+    bitmap, inode_bitmap, inode_table, free, _, _, flags = struct.unpack_from("<IIIHHHH", descriptor)
+    if len(descriptor) >= 64:
+        high = struct.unpack_from("<IIIH", descriptor, 0x20)
+        bitmap, inode_bitmap, inode_table = (
+            low + (more << 32) for low, more in zip((bitmap, inode_bitmap, inode_table), high)
+        )
+        free += high[3] << 16
+    # Wherever these are: with flex_bg in other groups, even in such as have no bitmap themselves.
+    yield bitmap, bitmap + 1
+    yield inode_bitmap, inode_bitmap + 1
+    yield inode_table, inode_table + superblock.inode_table
+    start = superblock.group_start(group)
+    count = min(superblock.group_size, superblock.blocks - start)
+    if superblock.has_flags and flags & BG_BLOCK_UNINIT:
+        yield start, start + _uninitialised(superblock, group, count)
+        return
+    bits = _bits(_block(read, superblock, bitmap), count)
+    if bits.count("0") != free:
+        raise Doubtful(f"the bitmap of group {group} says {bits.count('0')} free blocks, its descriptor {free}")
+    for run in re.finditer("1+", bits):
+        yield start + run.start(), start + run.end()
+
+
+def _uninitialised(superblock: Superblock, group: int, count: int) -> int:
+    """The blocks at the beginning of a group without bitmap that may be in use: copies of what is in the first."""
+    if superblock.first_meta_group < 1 << 32:
+        return count
+    if not superblock.has_backup(group):
+        return 0
+    descriptors = -(-superblock.groups * superblock.descriptor_size // superblock.block_size)
+    return min(count, 1 + descriptors + superblock.reserved)
+
+
+def _block(read: Read, superblock: Superblock, number: int) -> bytes:
+    if not superblock.first <= number < superblock.blocks:
+        raise Doubtful("a group descriptor points outside of it")
+    return read(number * superblock.block_size, superblock.block_size)
+
+
+def _bits(bitmap: bytes, count: int) -> str:
+    """The first `count` bits, lowest first, as text."""
+    number = int.from_bytes(bitmap, "little")
+    return f"{number:0{len(bitmap) * 8}b}"[::-1][:count]
+
+
+def _is_power(number: int, base: int) -> bool:
+    while number % base == 0:
+        number //= base
+    return number == 1

@@ -1,0 +1,282 @@
+"""Images from a URL: downloaded once for all who want them, verified, kept in CACHE_DIR.
+
+FILE.part there is an unfinished download, which the next run goes on with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterable, Sequence
+from http.client import HTTPResponse
+from urllib.parse import quote, unquote, urlsplit
+
+from imageos import log
+from imageos.cache import Copy, identity, load, locked, remove, save, sync
+from imageos.checksums import Checksum, digests_of, expected, keyring_id, pinned
+from imageos.errors import Failure
+from imageos.settings import Settings
+from imageos.web import Answer, Missing, Transient, Unreachable, Web, cleaned, network_errors, shown
+
+CHUNK = 1 << 20  # bytes
+GRACE = 2.0  # seconds that a server gets to close the connection after the last byte
+
+# A URL that ends so is one image; any other is the directory of the images. The word tells the kind of image.
+ONE_IMAGE = re.compile(r"\.(tar|tgz|txz|dump|img|qcow2?|raw|vmdk|vdi|vhdx?)(\.(gz|zst|xz|bz2|lz4))?$")
+KINDS = {"tar": "tarball", "tgz": "tarball", "txz": "tarball", "dump": "dump"}  # the others: images of a disk
+NOT_FOUND = "nothing: no checksum was found"
+
+
+def is_one_image(url: str) -> bool:
+    return bool(ONE_IMAGE.search(urlsplit(cleaned(url)).path))
+
+
+def fetched(settings: Settings, names: Sequence[str]) -> tuple[str, int]:
+    """The first of the files `names` that is at IMAGE_URL: its path in CACHE_DIR, and a descriptor to read it.
+
+    Missing if there is none. With IMAGE_CLEANUP the path is gone, and the blocks are when the descriptor is closed.
+    """
+    start = time.time()
+    web = Web({**os.environ, **settings.unknown})
+    problems: list[Missing | Unreachable] = []
+    for url in urls(settings, names):
+        path = f"{settings.cache_dir}/{cache_name(url)}"
+        try:
+            os.makedirs(settings.cache_dir, exist_ok=True)
+            with locked(path, url):
+                copy = _updated(web, settings, url, path, start)
+                _warn_unverified(copy, web, settings, url)
+                return path, _opened(path, settings)
+        except (Missing, Unreachable) as problem:
+            problems.append(problem)  # another one may be there, or in the cache
+        except OSError as error:
+            raise Failure(f"CACHE_DIR {settings.cache_dir}: {error.strerror or error}") from None
+    first = next((one for one in problems if isinstance(one, Unreachable)), problems[0])
+    others = ", ".join(names[1:]) if len(problems) > 1 and isinstance(first, Missing) else ""
+    if isinstance(first, Unreachable):
+        raise Unreachable(f"cannot download image {first}", hint=first.hint)
+    raise Missing(
+        f"cannot find image {first}" + (f" (nor {others})" if others else ""),
+        hint="set IMAGE_URL, IMAGE_NAME, ARCH or IMAGE_TYPE",
+    )
+
+
+# --- names ------------------------------------------------------------------------------------------------
+
+
+def urls(settings: Settings, names: Sequence[str]) -> list[str]:
+    """Where the image may be."""
+    base = urlsplit(cleaned(settings.image_url))
+    if settings.image_type == "dump" and settings.image_checksum not in ("", "no"):
+        raise Failure(
+            "IMAGE_CHECKSUM is of one file, but a dump consists of two", hint="put a SHA256SUMS beside them instead"
+        )
+    one = ONE_IMAGE.search(base.path)
+    if not one:
+        return [base._replace(path=f"{base.path.rstrip('/')}/{quote(name)}").geturl() for name in names]
+    kind = KINDS.get(one.group(1), "disk")
+    if kind != (settings.image_type if settings.image_type in KINDS.values() else "disk"):
+        raise Failure(
+            f"IMAGE_URL {shown(settings.image_url)} does not fit IMAGE_TYPE={settings.image_type}",
+            hint=f"set IMAGE_TYPE={'qemu' if kind == 'disk' else kind}",
+        )
+    if "-boot.dump" in names[0]:
+        base = base._replace(path="-boot.dump".join(base.path.rsplit("-root.dump", 1)))
+    return [base.geturl()]
+
+
+def cache_name(url: str) -> str:
+    """The name of the file in the cache: readable, and another one for each URL."""
+    quoted = urlsplit(url).path.rpartition("/")[2]
+    name = unquote(quoted)
+    if not name or name.startswith(".") or "/" in name or not name.isprintable():
+        raise Failure(f"IMAGE_URL {shown(url)} does not end in the name of a file")
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{quoted[-160:]}"
+
+
+# --- the copy in the cache --------------------------------------------------------------------------------
+
+
+def _updated(web: Web, settings: Settings, url: str, path: str, start: float) -> Copy:
+    """Make the file `path` what the URL has and the settings accept."""
+    copy = load(path)
+    if copy and _is_enough(copy, path, settings, start):
+        return copy
+    try:
+        headers = web.headers(url)
+        wanted = expected(web, settings, url)
+        # A checksum tells better than the server's word: mirrors have other ETags for the same file.
+        if copy and (_matches(copy, path, wanted) if wanted else copy.is_of(headers)):
+            log.info(f"image {shown(url)}: the copy in CACHE_DIR is current")
+        else:
+            copy = _downloaded(web, url, path, wanted)
+    except Unreachable as problem:
+        if not copy or not _is_enough(copy, path, settings, 0.0):
+            raise
+        log.warning(f"{problem}: the copy in CACHE_DIR is used, of {time.strftime('%F', time.localtime(copy.checked))}")
+        return copy
+    verified_by = ", ".join(one.source for one in wanted) or (NOT_FOUND if settings.image_verify else "")
+    keyring = next((one.keyring for one in wanted if one.keyring), "")
+    copy = dataclasses.replace(copy, verified_by=verified_by, keyring=keyring, checked=time.time())
+    save(path, copy)
+    return copy
+
+
+def _is_enough(copy: Copy, path: str, settings: Settings, since: float) -> bool:
+    """Whether the server need not be asked: the content is the one wanted, or somebody has asked `since` then."""
+    pin = pinned(settings)
+    if pin and not _matches(copy, path, [pin]):
+        return False
+    if settings.image_verify and settings.image_keyring:
+        return copy.checked >= since and copy.keyring == keyring_id(settings.image_keyring)
+    is_off = not settings.image_verify or settings.image_checksum == "no"
+    return bool(pin) or (copy.checked >= since and (is_off or bool(copy.verified_by)))
+
+
+def _matches(copy: Copy, path: str, wanted: Iterable[Checksum]) -> bool:
+    missing = {one.algorithm for one in wanted} - set(copy.digests)
+    if missing:
+        copy.digests.update(digests_of(path, missing))
+        save(path, copy)
+    return all(copy.digests[one.algorithm] == one.hex for one in wanted)
+
+
+def _warn_unverified(copy: Copy, web: Web, settings: Settings, url: str) -> None:
+    if not settings.image_verify or settings.image_checksum or copy.verified_by != NOT_FOUND:
+        return
+    if web.was_plain or url.startswith("http:"):
+        log.warning(f"image {shown(url)} is not verified: no checksum beside it, and plain http")
+    else:
+        log.info(f"image {shown(url)}: no checksum beside it")
+
+
+def _opened(path: str, settings: Settings) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if settings.image_cleanup:
+        remove(path)
+    return descriptor
+
+
+# --- downloading ------------------------------------------------------------------------------------------
+
+
+def _downloaded(web: Web, url: str, path: str, wanted: Sequence[Checksum]) -> Copy:
+    """Download the file to `path`, where it appears once it is whole and right."""
+    part, directory = path + ".part", os.path.dirname(path)
+    try:
+        with log.phase(f"downloaded {shown(url)}"):
+            copy = web.patiently(url, lambda: _receive(web, url, part))
+        digests = digests_of(part, {"sha256", *(one.algorithm for one in wanted)})
+        for one in wanted:
+            found = digests[one.algorithm]
+            if found != one.hex:
+                remove(part)
+                raise Failure(
+                    f"image {shown(url)} has the wrong {one.algorithm}: "
+                    f"expected {one.hex} ({one.source}), found {found}"
+                )
+            log.info(f"verified: {one.algorithm} of {one.source}")
+        os.rename(part, path)
+        remove(part)
+        copy = dataclasses.replace(copy, identity=identity(path), digests=digests)
+        save(path, copy)
+        sync(directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        remove(part)
+        raise _full(directory, url) from None
+    return copy
+
+
+def _receive(web: Web, url: str, part: str) -> Copy:
+    """Begin the download to `part`, or go on with it; one attempt."""
+    known = load(part)
+    have = os.path.getsize(part) if known and known.condition else 0
+    ask = {"Range": f"bytes={have}-", "If-Range": known.condition} if known and have else {}
+    with web.get(url, ask) as answer:
+        response = answer.response
+        if response.status == 200:
+            have = 0
+            etag, last_modified = response.getheader("ETag", ""), response.getheader("Last-Modified", "")
+            known = Copy(shown(url), etag, last_modified, response.length)
+            remove(part)
+            save(part, known)
+        elif not (known and _is_rest(known, have, response)):
+            remove(part)
+            raise Transient("this is not the rest of what was downloaded before: starting over")
+        elif response.status == 416:
+            return known  # nothing was missing
+        else:
+            log.info(f"going on with a download of {log.size(have)}")
+            if known.size is None and response.length is not None:
+                known = dataclasses.replace(known, size=have + response.length)
+        _check_space(part, (known.size or have) - have, url)
+        have = _receive_body(answer, part, have, known)
+    if known.size is not None and have < known.size:
+        raise Transient(f"cut off after {have} of {known.size} bytes")
+    if known.size is not None and have > known.size:
+        remove(part)
+        raise Failure(f"{shown(url)}: the server sends more than the {known.size} bytes that it announced")
+    return known
+
+
+def _receive_body(answer: Answer, part: str, have: int, copy: Copy) -> int:
+    """Append what comes to the `have` bytes of `part`, to the end or one byte more; their number then."""
+    answer.response.length = None  # read on behind the announced end, where nothing should come
+    progress = log.Progress(f"downloading {copy.url}", copy.size or 0)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        while copy.size is None or have <= copy.size:
+            try:
+                with network_errors():
+                    if have == copy.size:
+                        answer.connection.settimeout(GRACE)
+                    chunk = answer.response.read1(CHUNK)
+            except Transient:
+                if have == copy.size:
+                    break
+                raise
+            if not chunk:
+                break
+            have += len(chunk)
+            while chunk:
+                chunk = chunk[os.write(descriptor, chunk) :]
+            progress.update(have)
+        os.fsync(descriptor)
+    finally:
+        progress.close()
+        os.close(descriptor)
+    return have
+
+
+def _is_rest(known: Copy, have: int, response: HTTPResponse) -> bool:
+    """Whether an answer to Range begins where we are, in the content that we have the beginning of."""
+    place = response.getheader("Content-Range", "")
+    if response.status == 416:
+        return have == known.size and place == f"bytes */{have}"
+    begins, _, total = place.partition("/")
+    is_same_size = total == "*" or known.size is None or total == str(known.size)
+    is_same = response.getheader("ETag", known.etag) == known.etag and (
+        bool(known.etag) or response.getheader("Last-Modified", known.last_modified) == known.last_modified
+    )
+    return begins.startswith(f"bytes {have}-") and is_same_size and is_same
+
+
+def _check_space(part: str, need: int, url: str) -> None:
+    directory = os.path.dirname(part)
+    free = os.statvfs(directory)
+    if need > free.f_bavail * free.f_frsize:
+        remove(part)
+        raise _full(directory, url, f": {log.size(need)} are needed, {log.size(free.f_bavail * free.f_frsize)} free")
+
+
+def _full(directory: str, url: str, how: str = "") -> Failure:
+    return Failure(
+        f"CACHE_DIR {directory} has no space left for image {shown(url)}{how}",
+        hint="make room there, or set CACHE_DIR to another directory",
+    )

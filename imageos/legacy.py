@@ -1,0 +1,170 @@
+"""The streams that import restores besides its own: those of ganeti-instance-image, and bare disks.
+
+They carry no checksums: what can be checked is that they are complete.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from imageos import discovery, dump, log, run
+from imageos.disk import Attached
+from imageos.errors import Failure
+from imageos.imagefile import COMPRESSIONS, Image, limit_memory
+from imageos.layout import MIB, SECTOR
+from imageos.stream import Source, damaged, truncated
+
+BLOCK = 512
+HUGE = 1 << 50  # bytes: a size that no partition table exceeds
+BACKUP_TABLE = 33 * SECTOR  # of a GPT, behind the last partition
+# A member that is the backup of a filesystem -> where the guest has it
+DUMPS = {"root.dump": "/", "boot.dump": "/boot"}
+IMAGE = "disk.img"
+
+
+@dataclass(frozen=True)
+class Member:
+    name: str
+    size: int
+    place: int  # of its header in the stream
+
+
+def compression(begin: bytes) -> str:
+    """The name of the compression of a stream that begins so, or an empty string."""
+    return next((name for name, one in COMPRESSIONS.items() if begin.startswith(one.magic)), "")
+
+
+@contextmanager
+def decompressed(source: Source, name: str) -> Iterator[Source]:
+    """What comes out of the rest of `source`, which is read to its end."""
+    commands = COMPRESSIONS[name].commands
+    command = next((one for one in commands if run.available(one[0])), commands[-1])
+    run.require(command[0])
+    with source.replayed() as (ahead, descriptor):
+        stages = [["cat", f"/dev/fd/{ahead}", "-"], command]
+        with run.output_of(stages, descriptor, keep=[ahead]) as output:
+            inner = Source(output)
+            yield inner
+            while inner.read(MIB):
+                pass  # only at its end has it checked everything
+
+
+def is_archive(begin: bytes) -> bool:
+    """Whether a tar archive begins so: the checksum of its first header is right (POSIX.1-2017, ustar)."""
+    return _octal(begin[148:156]) == sum(begin[:148] + b" " * 8 + begin[156:BLOCK]) if len(begin) >= BLOCK else False
+
+
+def members(source: Source) -> Iterator[Member]:
+    """The regular files of a tar archive; the caller reads the content of each before it goes on."""
+    while True:
+        place = source.position
+        header = source.exactly(BLOCK)
+        if not header.strip(b"\0"):
+            break
+        if not is_archive(header):
+            raise damaged(place, "no header of a tar archive is there")
+        name, size = header[:100].rstrip(b"\0").decode("ascii", "replace"), _size(header[124:136])
+        if size < 0:
+            raise damaged(place, f"the size of {name!r} makes no sense")
+        if header[156:157] in (b"0", b"\0"):
+            yield Member(os.path.normpath(name), size, place)
+        elif header[156:157] != b"5":
+            raise damaged(place, f"{name!r} is no regular file")
+        if source.position != place + BLOCK + size:
+            raise AssertionError(f"{name} was not read to its end")
+        source.exactly(-size % BLOCK)
+    while source.read(MIB):
+        pass
+
+
+def unpack_dump(source: Source, member: Member, directory: str) -> None:
+    """Restore a dump(8) into a mounted filesystem; `restore` reads from the stream itself."""
+    what = f"{member.name} of the backup"
+    descriptor = source.handed_over(member.size)
+    # TMPDIR, where restore keeps a list of all directories, is ours alone
+    finished = run.pipeline(
+        [["head", "-c", str(member.size)], ["restore", "-r", "-y", "-f", "-"]],
+        stdin=descriptor,
+        cwd=directory,
+        prepare=limit_memory,
+    )
+    dump.judge(Image(what, descriptor, member.size, ""), directory, finished)
+
+
+@contextmanager
+def staged(source: Source, member: Member, directory: str) -> Iterator[Image]:
+    """A member as a file in `directory`, without a name: it is gone with us, however we end."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            left = member.size
+            while left:
+                data = source.exactly(min(left, MIB))
+                file.write(data)
+                left -= len(data)
+            file.flush()
+            yield Image(f"{member.name} of the backup", file.fileno(), member.size, "")
+    except OSError as error:
+        raise Failure(
+            f"cannot keep {log.size(member.size)} of {member.name} in {directory}: {error.strerror}",
+            hint="set EXPORT_DIR to a directory with enough room",
+        ) from None
+
+
+def other_mounts(fstab: str, ours: Sequence[str]) -> list[str]:
+    """The lines of an fstab that are not about swap nor about one of the mount points `ours`."""
+    lines = []
+    for line in fstab.splitlines():
+        fields = line.split()
+        if len(fields) >= 3 and not line.startswith("#") and fields[1] not in ours and fields[2] != "swap":
+            lines.append(line)
+    return lines
+
+
+def read_table(begin: bytes) -> discovery.Table | None:
+    """The partition table in the first MiB of a disk; None if nothing that is known begins so.
+
+    Judged by blkid(8), so that all that it knows is recognised; zeroes are an empty disk.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(begin)
+        file.truncate(HUGE)
+        file.flush()
+        done = run.pipeline([["blkid", "--probe", file.name]], timeout=discovery.PROBE_TIMEOUT)[0]
+        if done.status not in (0, 8) and begin.strip(b"\0"):  # 8: several things at once
+            return None
+        try:
+            return discovery.read_table(Attached(file.name, file.fileno(), HUGE))
+        except Failure:
+            return discovery.Table("", (), HUGE)
+
+
+def least_size(table: discovery.Table) -> int:
+    """Bytes that a disk with this table has at least."""
+    last = max((part.end for part in (*table.parts, *table.extended) if part.number), default=0)
+    return last + BACKUP_TABLE if table.kind == "gpt" and last else last
+
+
+def printable(begin: bytes) -> str:
+    """How a stream begins, for a message."""
+    return re.sub(rb"[^ -~]", b".", begin[:16]).decode()
+
+
+def check_complete(received: int, table: discovery.Table) -> None:
+    if received < least_size(table):
+        raise truncated(received)
+
+
+def _size(field: bytes) -> int:
+    if field[0] & 0x80:  # GNU tar: more than 8 GiB in base 256
+        return int.from_bytes(field[1:], "big")
+    return _octal(field)
+
+
+def _octal(field: bytes) -> int:
+    digits = field.strip(b" \0")
+    return int(digits, 8) if digits.isdigit() and not digits.strip(b"01234567") else -1

@@ -1,0 +1,380 @@
+"""The stream of export and import: a tar archive (POSIX.1-2017, pax) of the used parts of one disk.
+
+    manifest.json   what the disk is, and how much follows
+    disk/OFFSET     a run of bytes that belongs at that place of the disk; any number, offsets ascending
+    end.json        totals, and a hash over the hashes of all runs
+
+Every member has the SHA-256 of its content in a pax record, where tar(1) makes an extended attribute of it. There is
+exactly one way to write a given stream, so that a reader finds every changed bit: it makes each header itself, and
+compares. Pure but for the descriptors read and written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Callable
+
+from imageos.errors import Failure
+
+VERSION = 1
+BLOCK = 512
+HEADER = 3 * BLOCK  # the pax header, its records, the header proper
+RUN = 1 << 20  # bytes of the longest run
+DOCUMENT = 1 << 20  # bytes of the longest JSON document
+RECORD = "SCHILY.xattr.user.sha256"
+MANIFEST, END = "manifest.json", "end.json"
+PADDING = bytes(BLOCK)
+TRAILER = bytes(2 * BLOCK)
+MODE = 0o600
+
+Runs = Iterable[tuple[int, int]]  # offset, length
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A partition, or with number 0 the whole disk, as the exporter saw it."""
+
+    number: int
+    start: int
+    size: int
+    type: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    disk_size: int
+    table: str  # gpt, dos, or an empty string for none
+    volumes: tuple[Volume, ...]
+    runs: int
+    bytes: int  # of all runs
+    created: int  # seconds since 1970
+    instance: str = ""
+    index: int = 0
+    exporter: str = ""
+
+
+class Totals:
+    """What end.json says; its hash is that of the output of `sha256sum disk/*`, in the order of the stream."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.bytes = 0
+        self._hash = hashlib.sha256()
+
+    def add(self, offset: int, length: int, digest: str) -> None:
+        self.runs += 1
+        self.bytes += length
+        self._hash.update(f"{digest}  disk/{offset}\n".encode())
+
+    def document(self) -> bytes:
+        return _json({"runs": self.runs, "bytes": self.bytes, "sha256": self._hash.hexdigest()})
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+def count(runs: Runs) -> tuple[int, int, int]:
+    """How many runs there are, their bytes, and the bytes that their members take."""
+    number = total = padded = 0
+    for _, length in runs:
+        number += 1
+        total += length
+        padded += HEADER + _padded(length)
+    return number, total, padded
+
+
+def length(manifest: Manifest, members: int) -> int:
+    """Bytes of a stream whose members of runs take `members`."""
+    end = _json({"runs": manifest.runs, "bytes": manifest.bytes, "sha256": "0" * 64})
+    return 2 * HEADER + _padded(len(manifest_document(manifest))) + members + _padded(len(end)) + len(TRAILER)
+
+
+def write(output: int, manifest: Manifest, runs: Runs, read_into: Callable[[int, memoryview], None]) -> Iterator[int]:
+    """Write a whole stream; yields the number of bytes of the disk that have been sent, after each run."""
+    document = manifest_document(manifest)
+    _write_member(output, MANIFEST, document, _digest(document), manifest.created)
+    totals = Totals()
+    buffer = memoryview(bytearray(RUN))
+    for offset, size in runs:
+        data = buffer[:size]
+        read_into(offset, data)
+        digest = _digest(data)
+        _write_member(output, f"disk/{offset}", data, digest, manifest.created)
+        totals.add(offset, size, digest)
+        yield totals.bytes
+    document = totals.document()
+    _write_member(output, END, document, _digest(document), manifest.created)
+    _write(output, [TRAILER])
+
+
+def manifest_document(manifest: Manifest) -> bytes:
+    return _json({"format": "imageos", "version": VERSION, **dataclasses.asdict(manifest)})
+
+
+def header(name: str, size: int, digest: str, created: int) -> bytes:
+    """What precedes a member's content."""
+    record = _record(f"{RECORD}={digest}")
+    return (
+        _ustar(f"PaxHeaders/{name}", len(record), created, b"x")
+        + record.ljust(BLOCK, b"\0")
+        + _ustar(name, size, created, b"0")
+    )
+
+
+def _record(text: str) -> bytes:
+    """A pax record: its own length in front, which counts itself."""
+    rest = len(text) + 2
+    total = rest + len(str(rest))
+    total = rest + len(str(total))
+    return f"{total} {text}\n".encode()
+
+
+def _ustar(name: str, size: int, created: int, kind: bytes) -> bytes:
+    fields = b"".join(
+        [
+            name.encode().ljust(100, b"\0"),
+            b"%07o\0" % MODE,
+            b"%07o\0" % 0,  # uid
+            b"%07o\0" % 0,  # gid
+            b"%011o\0" % size,
+            b"%011o\0" % created,
+            b" " * 8,  # the checksum
+            kind,
+            bytes(100),  # link
+            b"ustar\x0000",
+            b"root".ljust(32, b"\0"),
+            b"root".ljust(32, b"\0"),
+        ]
+    ).ljust(BLOCK, b"\0")
+    return fields[:148] + b"%06o\0 " % sum(fields) + fields[156:]
+
+
+def _write_member(output: int, name: str, data: bytes | memoryview, digest: str, created: int) -> None:
+    padding = PADDING[: _padded(len(data)) - len(data)]
+    _write(output, [header(name, len(data), digest, created), data, padding])
+
+
+def _write(output: int, buffers: list[bytes | memoryview]) -> None:
+    left = [memoryview(buffer) for buffer in buffers if len(buffer)]
+    while left:
+        try:
+            done = os.writev(output, left)
+        except OSError as error:
+            raise Failure(f"cannot write the backup stream: {error.strerror}") from None
+        while left and done >= len(left[0]):
+            done -= len(left.pop(0))
+        if left:
+            left[0] = left[0][done:]
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+class Source:
+    """Bytes that are read once, from first to last, but can be looked at before."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._ahead = b""
+        self.position = 0
+
+    def peek(self, count: int) -> bytes:
+        """The next `count` bytes, or fewer if the stream ends before."""
+        while len(self._ahead) < count:
+            more = bytearray(count - len(self._ahead))
+            received = self._receive(memoryview(more))
+            if not received:
+                break
+            self._ahead += more[:received]
+        return self._ahead[:count]
+
+    def read(self, count: int) -> bytes:
+        """The next `count` bytes, or fewer if the stream ends before."""
+        data = bytearray(count)
+        return bytes(memoryview(data)[: self.fill(memoryview(data))])
+
+    def fill(self, buffer: memoryview) -> int:
+        """Read until `buffer` is full or the stream ends; how much there was."""
+        done = min(len(self._ahead), len(buffer))
+        buffer[:done] = self._ahead[:done]
+        self._ahead = self._ahead[done:]
+        while done < len(buffer):
+            received = self._receive(buffer[done:])
+            if not received:
+                break
+            done += received
+        self.position += done
+        return done
+
+    def exactly(self, count: int) -> bytes:
+        """The next `count` bytes; Failure if the stream ends before."""
+        data = bytearray(count)
+        if self.fill(memoryview(data)) < count:
+            raise truncated(self.position)
+        return bytes(data)
+
+    @contextmanager
+    def replayed(self) -> Iterator[tuple[int, int]]:
+        """Two descriptors, for a process that reads on: what was looked at (less than a pipe holds), and the rest.
+
+        Afterwards `position` tells nothing any more.
+        """
+        ahead, writer = os.pipe()
+        try:
+            os.write(writer, self._ahead)
+            os.close(writer)
+            self._ahead = b""
+            yield ahead, self._descriptor
+        finally:
+            os.close(ahead)
+
+    def handed_over(self, count: int) -> int:
+        """The descriptor, for a process that reads exactly the next `count` bytes from it."""
+        assert not self._ahead
+        self.position += count
+        return self._descriptor
+
+    def _receive(self, buffer: memoryview) -> int:
+        try:
+            return os.readv(self._descriptor, [buffer])
+        except OSError as error:
+            raise Failure(f"cannot read the backup stream after byte {self.position}: {error.strerror}") from None
+
+
+def is_ours(begin: bytes) -> bool:
+    """Whether a stream that begins so is one of imageos."""
+    name = f"PaxHeaders/{MANIFEST}".encode()
+    return begin.startswith(name + b"\0")
+
+
+def read_manifest(source: Source) -> Manifest:
+    """The first member; Failure if the stream is not whole so far, or of a version to come."""
+    created = _octal(source.peek(BLOCK)[136:148])
+    name, size, digest = _read_header(source, created)
+    if name != MANIFEST or size > DOCUMENT:
+        raise damaged(0, f"it begins with {name!r} of {size} bytes instead of {MANIFEST}")
+    document = bytearray(size)
+    _read_content(source, memoryview(document), digest, 0)
+    manifest = parse_manifest(bytes(document))
+    if created != manifest.created:
+        raise damaged(0, "its manifest has another time than its header")
+    return manifest
+
+
+def parse_manifest(document: bytes) -> Manifest:
+    try:
+        values = json.loads(document)
+        if (values.pop("format"), values.pop("version")) != ("imageos", VERSION):
+            raise Failure(
+                "the backup stream has a format that this version of imageos does not know",
+                hint="use the version of imageos that made the backup, or a later one",
+            )
+        manifest = Manifest(volumes=tuple(Volume(**volume) for volume in values.pop("volumes")), **values)
+        _check_manifest(manifest)
+        return manifest
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise damaged(0, f"its manifest makes no sense: {error}") from None
+
+
+def read_runs(source: Source, manifest: Manifest) -> Iterator[tuple[int, memoryview]]:
+    """Every run (offset, content), checked; the content is valid until the next one.
+
+    Failure for whatever is not as it was written, at the latest when the stream has ended.
+    """
+    totals = Totals()
+    buffer = memoryview(bytearray(RUN))
+    reached = 0
+    while True:
+        place = source.position
+        name, size, digest = _read_header(source, manifest.created)
+        if name == END:
+            break
+        offset = int(name[5:]) if name.startswith("disk/") and name[5:].isdecimal() else -1
+        if offset < reached or offset + size > manifest.disk_size or not 0 < size <= RUN:
+            raise damaged(place, f"{name!r} with {size} bytes does not belong there")
+        data = buffer[:size]
+        _read_content(source, data, digest, place)
+        totals.add(offset, size, digest)
+        reached = offset + size
+        yield offset, data
+    _read_end(source, place, size, digest, totals)
+    if (totals.runs, totals.bytes) != (manifest.runs, manifest.bytes):
+        raise damaged(
+            place,
+            f"{totals.runs} runs with {totals.bytes} bytes came, the manifest says "
+            f"{manifest.runs} with {manifest.bytes}",
+        )
+
+
+def truncated(position: int) -> Failure:
+    return Failure(f"the backup stream is truncated: it ends at byte {position}")
+
+
+def damaged(position: int, why: str) -> Failure:
+    return Failure(f"the backup stream is damaged at byte {position}: {why}")
+
+
+def _read_end(source: Source, place: int, size: int, digest: str, totals: Totals) -> None:
+    document = totals.document()
+    if (size, digest) != (len(document), _digest(document)):
+        raise damaged(place, "its totals are not those of the runs before them")
+    _read_content(source, memoryview(bytearray(size)), digest, place)
+    more = source.exactly(len(TRAILER))
+    while more:  # up to the end of the stream: who sends it must not be left with a broken pipe
+        if more.strip(b"\0"):
+            raise damaged(source.position - len(more), "something follows its end")
+        more = source.read(RUN)
+
+
+def _read_header(source: Source, created: int) -> tuple[str, int, str]:
+    """Name, size and SHA-256 of the next member, if its header is exactly as we write it."""
+    place = source.position
+    data = source.exactly(HEADER)
+    name = data[2 * BLOCK : 2 * BLOCK + 100].rstrip(b"\0").decode("ascii", "replace")
+    size = _octal(data[2 * BLOCK + 124 : 2 * BLOCK + 136])
+    digest = data[BLOCK : 2 * BLOCK].partition(b"=")[2][:64].decode("ascii", "replace")
+    if len(name) > 80 or size < 0 or created < 0 or header(name, size, digest, created) != data:
+        raise damaged(place, "no header of a member is there")
+    return name, size, digest
+
+
+def _read_content(source: Source, data: memoryview, digest: str, place: int) -> None:
+    if source.fill(data) < len(data):
+        raise truncated(source.position)
+    if _digest(data) != digest:
+        raise damaged(place, "the content of the member there does not have its checksum")
+    if source.exactly(_padded(len(data)) - len(data)).strip(b"\0"):
+        raise damaged(source.position, "padding is not zero")
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    numbers = [manifest.disk_size, manifest.runs, manifest.bytes, manifest.created, manifest.index]
+    for volume in manifest.volumes:
+        numbers += [volume.number, volume.start, volume.size, manifest.disk_size - volume.start - volume.size]
+    texts = [manifest.table, manifest.instance, manifest.exporter]
+    if not all(type(number) is int and number >= 0 for number in numbers) or not all(map(str.isascii, texts)):
+        raise ValueError("a number or text is out of range")
+
+
+def _octal(field: bytes) -> int:
+    digits = field.rstrip(b"\0")
+    return int(digits, 8) if digits.isdigit() and not digits.strip(b"01234567") else -1
+
+
+def _padded(count: int) -> int:
+    return -(-count // BLOCK) * BLOCK
+
+
+def _digest(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()

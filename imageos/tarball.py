@@ -1,0 +1,57 @@
+"""Tarballs: a tree of files that becomes the guest's root."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from imageos import log
+from imageos.errors import Failure
+from imageos.imagefile import Image, beginning, check_stages, limit_memory, too_large
+from imageos.run import pipeline, require
+
+SUFFIXES = (".tar.gz", ".tar", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
+BLOCK = 512  # bytes of a tar header
+
+
+def check(image: Image) -> None:
+    """Look at the beginning of a tarball: Failure unless it is one that this node can unpack."""
+    require("tar", *image.decompress[:1])
+    block = beginning(image, BLOCK)
+    if len(block) < BLOCK or not _is_header(block):
+        raise Failure(f"image {image.path} is not a tarball, or damaged at its beginning")
+    if not image.compression and os.pread(image.descriptor, 2 * BLOCK, max(0, image.size - 2 * BLOCK)).strip(b"\0"):
+        raise Failure(f"image {image.path} is truncated: a tar archive ends with zeroes")
+
+
+def deploy(image: Image, directory: str) -> None:
+    """Unpack a tarball with everything it holds: owners by number, modes, ACLs, attributes, sparse files."""
+    os.lseek(image.descriptor, 0, os.SEEK_SET)
+    tar = [
+        "tar", "--extract", "--file=-", f"--directory={directory}", "--numeric-owner", "--same-owner",
+        "--preserve-permissions", "--acls", "--xattrs", "--xattrs-include=*", "--warning=no-timestamp",
+    ]  # fmt: skip
+    stages: list[Sequence[str]] = [image.decompress, tar] if image.compression else [tar]
+    progress = log.Progress("unpacking", image.size)
+    # The children read through our descriptor: its offset tells how far they are.
+    finished = pipeline(
+        stages,
+        stdin=image.descriptor,
+        prepare=limit_memory,
+        tick=lambda: progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR)),
+    )
+    progress.close()
+    filesystem = os.statvfs(directory)
+    if finished[-1].status and (filesystem.f_bavail == 0 or "No space left" in finished[-1].stderr):
+        raise too_large(image, "the root filesystem", filesystem.f_blocks * filesystem.f_frsize)
+    check_stages(image, finished)
+
+
+def _is_header(block: bytes) -> bool:
+    """Whether the checksum of a tar header (POSIX.1-2017, ustar) is right; unsigned or, in old ones, signed."""
+    try:
+        expected = int(block[148:156].strip(b" \0"), 8)
+    except ValueError:
+        return False
+    summed = block[:148] + b" " * 8 + block[156:]
+    return expected in (sum(summed), sum(byte - 256 if byte > 127 else byte for byte in summed))

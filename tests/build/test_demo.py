@@ -1,0 +1,91 @@
+"""`sudo ./build.py demo`: what the README promises, and nothing left of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkouts import CHECKOUT, copied
+from support import listing
+
+
+@pytest.fixture
+def checkout(imageos: Path, tmp_path: Path) -> Path:
+    return copied(tmp_path / "checkout")
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """Where the demonstration keeps its files; it must be empty afterwards. /etc is as it was."""
+    place = tmp_path / "scratch"
+    place.mkdir()
+    etc = listing(Path("/etc"))
+    yield place
+    assert listing(Path("/etc")) == etc
+    assert list(place.iterdir()) == []
+
+
+def start(checkout: Path, scratch: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "build.py", *arguments],
+        cwd=checkout,
+        env={**os.environ, "TMPDIR": str(scratch)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen[str], status: int = 0) -> str:
+    shown, _ = process.communicate(timeout=900)
+    assert process.returncode == status, shown
+    return shown
+
+
+def test_demo(checkout: Path, scratch: Path) -> None:
+    began = time.monotonic()
+    shown = finished(start(checkout, scratch, "demo"))
+    assert time.monotonic() - began < 60
+    assert "Disklabel type: dos" in shown
+    assert re.search(r"^UUID=\S+\s+/\s+ext4\s", shown, re.MULTILINE), "fstab"
+    assert re.search(r"^UUID=\S+\s+/boot\s+ext\d\s", shown, re.MULTILINE), "fstab"
+    assert re.search(r"/etc/hostname of the guest\ninst1", shown)
+    assert re.search(r"inst1.example.org was made from busybox; its root is on /dev/\S+", shown)
+    assert re.search(r"^build: created in [0-9.]+ s$", shown, re.MULTILINE)
+
+
+def test_demo_debian_boots(checkout: Path, scratch: Path) -> None:
+    (CHECKOUT / ".cache").mkdir(exist_ok=True)
+    (checkout / ".cache").symlink_to(CHECKOUT / ".cache")
+    shown = finished(start(checkout, scratch, "demo", "--debian"))
+    assert "inst1 login:" in shown
+    assert re.search(r"^build: login prompt after [0-9]+ s$", shown, re.MULTILINE)
+
+
+def test_failed_create_fails_the_demo(checkout: Path, scratch: Path) -> None:
+    with open(checkout / "imageos/commands/create.py", "a") as module:
+        module.write("\nraise SystemExit(7)\n")
+    shown = finished(start(checkout, scratch, "demo"), status=1)
+    assert shown.splitlines()[-1] == "build: create ended with status 7"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["build: built", "create, as Ganeti", "partitioned"])
+def test_interrupted(checkout: Path, scratch: Path, number: signal.Signals, moment: str) -> None:
+    process = start(checkout, scratch, "demo")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if moment in line:
+            break
+    process.send_signal(number)
+    finished(process, status=128 + number)

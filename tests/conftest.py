@@ -1,0 +1,275 @@
+"""What all tiers but `unit` run in: a private view of the machine, the built file, and a check after each test.
+
+Tests of these tiers run in a mount namespace of their own, where /tmp and /var/tmp are overlays: what is there can
+be read, what is written is seen by this run only. So mounts and temporary files that a test leaves are told from
+those of other programs; processes are told by descent (this process adopts orphans), loop devices by what they are
+over. Keep caches and big files out of /tmp; `tmp_path` is on the disk, under /var/cache.
+
+While a test has a `node`, the machine's root filesystem is read-only for it: code that is wrong about where the
+guest ends cannot harm the machine that it is tested on.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import contextlib
+
+from support import Node, Result, private_mounts, run  # noqa: E402
+
+TESTS = Path(__file__).resolve().parent
+BASE = Path("/var/cache")
+PREFIX = "imageos-tests."
+PR_SET_CHILD_SUBREAPER = 36
+# Directories of /run that belong to tools of the system, and the one that imageos keeps (empty).
+RUN_ALLOWED = {"imageos", "mount", "blkid", "lock", "ganeti"}
+PATIENCE = 5  # seconds that the kernel gets to take things away
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if os.geteuid() == 0 and config.option.basetemp is None:
+        for old in BASE.glob(PREFIX + "*"):  # of runs that were killed
+            if not Path("/proc", old.suffix[1:]).exists():
+                shutil.rmtree(old, ignore_errors=True)
+        config.option.basetemp = str(BASE / f"{PREFIX}{os.getpid()}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    base = str(config.option.basetemp or "")
+    if base == str(BASE / f"{PREFIX}{os.getpid()}"):
+        shutil.rmtree(base, ignore_errors=True)
+
+
+# The view of the machine
+
+
+@pytest.fixture(scope="session")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
+    """Make this process's view private; the directories that hold what it writes to /tmp and /var/tmp."""
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    if os.geteuid() != 0:
+        yield []
+        return
+    private_mounts()
+    base = tmp_path_factory.getbasetemp()
+    for top in (base, Path("/run")):  # stay writable when the root is not
+        run("mount", "--bind", top, top)
+    layers = tmp_path_factory.mktemp("layers")
+    run("mount", "-t", "tmpfs", "-o", "mode=700", "tmpfs", layers)
+    uppers = [overlay(Path(top), layers / top.strip("/").replace("/", "-")) for top in ("/tmp", "/var/tmp")]
+    try:
+        yield uppers
+    finally:
+        for path in ("/tmp", "/var/tmp", layers, "/run", base):
+            run("umount", "--lazy", path)
+
+
+def overlay(top: Path, layer: Path) -> Path:
+    """Mount a writable layer over `top`; the directory that gets what is written."""
+    upper, work = layer / "upper", layer / "work"
+    for directory in (upper, work):
+        directory.mkdir(parents=True)
+    mode = top.stat().st_mode & 0o7777
+    upper.chmod(mode)
+    run("mount", "-t", "overlay", "-o", f"lowerdir={top},upperdir={upper},workdir={work}", "overlay", top)
+    return upper
+
+
+# After each test
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail the test that leaves a process, mount, loop device or temporary file; then take it away."""
+    if request.path.relative_to(TESTS).parts[0] == "unit":
+        yield
+        return
+    uppers = request.getfixturevalue("machine")
+    base = str(request.config.option.basetemp or "")
+    before = Leftovers(uppers, base)
+    yield
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        left = Leftovers(uppers, base).minus(before)
+        if not left or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    if left:
+        report = "\n".join(left.describe())
+        left.remove()
+        pytest.fail(f"left behind:\n{report}", pytrace=False)
+
+
+class Leftovers:
+    """What exists now and might have been left by a test."""
+
+    def __init__(self, uppers: list[Path], base: str) -> None:
+        reap()
+        self.processes = descendants(os.getpid())
+        self.mounts = own_mounts()
+        self.loops = own_loops(base)
+        self.files: set[str] = {f"/run/{name}" for name in os.listdir("/run") if name not in RUN_ALLOWED}
+        self.files |= {str(path) for path in Path("/run/imageos").glob("*")}
+        self.files |= {str(path) for path in [Path("/root/.shiv")] if os.path.lexists(path)}
+        for upper, top in zip(uppers, ("/tmp", "/var/tmp")):
+            self.files |= {f"{top}/{name}" for name in os.listdir(upper) if Path(top, name) not in TESTS.parents}
+
+    def minus(self, other: "Leftovers") -> "Leftovers":
+        self.processes = {pid: name for pid, name in self.processes.items() if pid not in other.processes}
+        self.mounts = [mount for mount in self.mounts if mount not in other.mounts]
+        self.loops = {name: back for name, back in self.loops.items() if name not in other.loops}
+        self.files -= other.files
+        return self
+
+    def __bool__(self) -> bool:
+        return bool(self.processes or self.mounts or self.loops or self.files)
+
+    def describe(self) -> list[str]:
+        return [
+            *(f"process {pid}: {name}" for pid, name in self.processes.items()),
+            *(f"mount {mount}" for mount in self.mounts),
+            *(f"loop device {name} over {back}" for name, back in self.loops.items()),
+            *(f"file {path}" for path in sorted(self.files)),
+        ]
+
+    def remove(self) -> None:
+        for pid in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)
+        reap()
+        for mount in reversed(self.mounts):
+            run("umount", "--lazy", mount.split(" ")[0], check=False)
+        for name in self.loops:
+            run("losetup", "--detach", name, check=False)
+        for path in self.files:
+            run("rm", "-rf", "--one-file-system", path, check=False)
+
+
+def reap() -> None:
+    """Bury the orphans that were given to us and have ended."""
+    try:
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
+    except ChildProcessError:
+        pass
+
+
+def process_table() -> dict[int, tuple]:
+    """pid -> (parent, state, command)"""
+    table = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                text = Path("/proc", name, "stat").read_text(errors="replace")
+                words = Path("/proc", name, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:  # it has ended meanwhile
+                continue
+            command, _, rest = text.partition("(")[2].rpartition(")")
+            state, parent = rest.split()[:2]
+            table[int(name)] = (int(parent), state, words.strip() or command)
+    return table
+
+
+def descendants(pid: int) -> dict[int, str]:
+    table = process_table()
+    found: dict[int, str] = {}
+    family = {pid}
+    while family:
+        family = {child for child, (parent, _, _) in table.items() if parent in family}
+        found.update({child: table[child][2] for child in family})
+    return found
+
+
+def own_mounts() -> list[str]:
+    """`PLACE TYPE SOURCE` of the mounts made in this namespace; those of the machine arrive as slaves."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, (kind, source, *_) = (lambda left, mid, right: (left.split(), mid, right.split()))(
+            *line.partition(" - ")
+        )
+        if not any(option.startswith("master:") for option in fields[6:]):
+            found.append(f"{fields[4]} {kind} {source}")
+    return found
+
+
+def own_loops(base: str) -> dict[str, str]:
+    """Loop devices over files of this run, or over such loop devices."""
+    over = {}
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            over[f"/dev/{backing.parts[3]}"] = backing.read_text().strip()
+        except OSError:  # detached meanwhile
+            continue
+    ours = {name for name, back in over.items() if base and back.startswith(base + "/")}
+    while True:
+        more = {name for name, back in over.items() if back in ours} - ours
+        if not more:
+            return {name: over[name] for name in ours}
+        ours |= more
+
+
+# The product
+
+
+@pytest.fixture(scope="session")
+def imageos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built file, built once per run."""
+    checkout = TESTS.parent
+    built = tmp_path_factory.mktemp("built") / "imageos"
+    run(sys.executable, checkout / "build.py")
+    shutil.copy2(checkout / "dist/imageos", built)
+    return built
+
+
+@pytest.fixture(scope="session")
+def installed(imageos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root directory with imageos installed in it; not to be changed."""
+    root = tmp_path_factory.mktemp("root")
+    run(imageos, "install", "--root", root)
+    return root
+
+
+@pytest.fixture
+def etc(machine: list[Path], tmp_path: Path) -> Iterator[Path]:
+    """/etc as a private layer for one test; what is written there is found in the directory returned."""
+    assert os.geteuid() == 0, "these tests need root"
+    layer = tmp_path / "etc"
+    layer.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "mode=700", "tmpfs", layer)
+    try:
+        yield overlay(Path("/etc"), layer)
+    finally:
+        run("umount", "/etc", check=False)
+        run("umount", "--lazy", layer)
+
+
+@pytest.fixture
+def read_only_root(machine: list[Path]) -> Iterator[None]:
+    """Whatever is not a layer or a directory of ours cannot be written to; only in this process's view."""
+    run("mount", "-o", "remount,bind,ro", "/")
+    yield
+    run("mount", "-o", "remount,bind,rw", "/")
+
+
+@pytest.fixture
+def node(imageos: Path, installed: Path, etc: Path, read_only_root: None, tmp_path: Path) -> Node:
+    """A node with imageos freshly installed and small defaults."""
+    shutil.rmtree("/etc/ganeti/instance-image", ignore_errors=True)
+    shutil.copytree(installed / "etc", "/etc", symlinks=True, dirs_exist_ok=True)
+    work = tmp_path / "node"
+    work.mkdir()
+    return Node(imageos, installed, work, layer=etc)
+
+
+__all__ = ["Node", "Result"]

@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Debian systems, real ones, as images for the tests: made by debootstrap, packed by tar, kept between runs.
+
+`debian("bookworm")` gives one and makes it first when it is not there; `python3 tests/debian.py` makes all of them.
+A system is made on a tmpfs in namespaces of its own, so that an interrupted run leaves neither mounts nor a tree.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SUITES = ("bullseye", "bookworm", "trixie")
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "debian"
+PACKAGES = (
+    "linux-image-cloud-amd64",
+    "grub-pc-bin",
+    "grub2-common",
+    "e2fsprogs",
+    "systemd-sysv",
+    "udev",
+    "dbus",
+    "login",
+    "passwd",
+    "openssh-server",
+)
+
+# What the guest says about itself once it is up, on the serial console: `FACT NAME VALUE` lines between two marks.
+# It waits for the getty, because systemd hangs up the terminal before it starts one.
+REPORT = r"""#!/bin/sh
+state=$(systemctl is-system-running --wait 2>/dev/null)
+tries=30
+while [ $tries -gt 0 ]; do
+  getty=$(systemctl show --property MainPID --value serial-getty@ttyS0.service)
+  [ "$(cat "/proc/$getty/comm" 2>/dev/null)" = agetty ] && break
+  sleep 1
+  tries=$((tries - 1))
+done
+fact() { printf 'FACT %s\n' "$*"; }
+{
+  echo
+  echo FACTS-BEGIN
+  fact state "$state"
+  fact hostname "$(cat /proc/sys/kernel/hostname)"
+  fact fqdn "$(hostname --fqdn 2>&1)"
+  fact cmdline "$(cat /proc/cmdline)"
+  fact machine-id "$(cat /etc/machine-id)"
+  findmnt --noheadings --raw --bytes --output TARGET,SOURCE,FSTYPE,UUID,SIZE --types ext2,ext3,ext4,xfs,btrfs |
+    while read -r line; do fact mount "$line"; done
+  lsblk --noheadings --raw --bytes --output PATH,SIZE,TYPE | while read -r line; do fact block "$line"; done
+  tail -n +2 /proc/swaps | while read -r line; do fact swap "$line"; done
+  systemctl list-units --failed --no-legend --plain --full | while read -r line; do fact failed "$line"; done
+  fact sshd "$(systemctl is-active ssh.service)"
+  for key in /etc/ssh/ssh_host_*_key.pub; do fact host-key "$(ssh-keygen -l -f "$key")"; done
+  echo FACTS-END
+} >/run/report-facts
+cat /run/report-facts >/dev/ttyS0
+"""
+
+UNIT = """[Unit]
+Description=Say on the serial console what became of this system
+
+[Service]
+Type=exec
+ExecStart=/usr/local/sbin/report-facts
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+# $1 suite, $2 directory for the result: image.tar.zst, machine-id, host-keys
+RECIPE = f"""
+set -euo pipefail
+work=$2/tree
+mkdir "$work"
+mount -t tmpfs -o mode=755,size=3G debian "$work"
+debootstrap --variant=minbase --include={",".join(PACKAGES)} "$1" "$work" http://deb.debian.org/debian
+cat >"$work/usr/local/sbin/report-facts" <<'END'
+{REPORT}END
+chmod 755 "$work/usr/local/sbin/report-facts"
+cat >"$work/etc/systemd/system/report-facts.service" <<'END'
+{UNIT}END
+chroot "$work" systemctl --quiet enable report-facts.service
+echo image >"$work/etc/hostname"
+rm -rf "$work"/etc/resolv.conf "$work"/var/cache/apt/*.bin "$work"/var/cache/apt/archives/*.deb
+rm -rf "$work"/var/lib/apt/lists/* "$work"/usr/share/{{doc,info,locale,man}}/* "$work"/var/log/bootstrap.log
+cp "$work/etc/machine-id" "$2/machine-id"
+for key in "$work"/etc/ssh/ssh_host_*_key.pub; do ssh-keygen -l -f "$key"; done | cut -d' ' -f2 >"$2/host-keys"
+tar --create --directory "$work" --numeric-owner --xattrs --xattrs-include='*' --acls \\
+  --use-compress-program 'zstd -3 -T0 --quiet' --file "$2/image.tar.zst" .
+umount "$work"
+rmdir "$work"
+"""
+
+
+@dataclass(frozen=True)
+class Debian:
+    suite: str
+    tarball: Path
+    machine_id: str
+    host_keys: frozenset[str]  # fingerprints
+
+
+def debian(suite: str) -> Debian:
+    """The image of one suite, out of the cache when it is there."""
+    path = CACHE / f"{suite}-{_key()}"
+    if not path.is_dir():
+        with _lock(suite):
+            if not path.is_dir():  # nobody else has made it meanwhile
+                _make(suite, path)
+    return Debian(
+        suite,
+        path / "image.tar.zst",
+        (path / "machine-id").read_text().strip(),
+        frozenset((path / "host-keys").read_text().split()),
+    )
+
+
+def debians(suites: Iterable[str]) -> dict[str, Debian]:
+    """Several of them, two at a time."""
+    names = sorted(set(suites))
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(debian, names)))
+
+
+def _key() -> str:
+    return hashlib.sha256(RECIPE.encode()).hexdigest()[:12]
+
+
+def _make(suite: str, path: Path) -> None:
+    for outdated in [*CACHE.glob(f"{suite}-*"), *CACHE.glob(f".{suite}-*")]:
+        shutil.rmtree(outdated)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{suite}-", dir=CACHE))
+    try:
+        made = subprocess.run(
+            ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+            + ["bash", "-c", RECIPE, "debian", suite, str(scratch)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", **_proxies()},
+            text=True,
+            errors="replace",
+        )
+        if made.returncode:
+            raise RuntimeError(f"cannot make a Debian {suite}:\n" + "\n".join(made.stdout.splitlines()[-30:]))
+        scratch.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _proxies() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.lower() in ("http_proxy", "no_proxy")}
+
+
+@contextmanager
+def _lock(suite: str) -> Iterator[None]:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f".{suite}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def main(suites: list[str]) -> None:
+    began = time.monotonic()
+    for image in debians(suites or SUITES).values():
+        print(f"{image.suite:10} {image.tarball.stat().st_size >> 20:4} MiB  {image.tarball}")
+    print(f"{time.monotonic() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

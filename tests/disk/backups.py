@@ -1,0 +1,195 @@
+"""export and import called as Ganeti calls them: the stream in a pipe, the size in another."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from support import MIB, Name, Node, Result, run
+
+MARKER = b"deleted, but still on the disk\n"
+
+
+@dataclass(frozen=True)
+class Export:
+    result: Result
+    stream: Path
+    announced: str  # what came through EXP_SIZE_FD
+
+    @property
+    def size(self) -> int:
+        return self.stream.stat().st_size
+
+
+class Running:
+    """A call whose stream the test has in its hand. It leads a process group, as Ganeti's child does."""
+
+    def __init__(self, node: Node, command: str, environment: dict[str, str], stdin: Any, stdout: Any) -> None:
+        node.calls += 1
+        self.log = node.work / f"{command}-{node.calls}.log"
+        self.size_reader, writer = os.pipe()
+        self.started = time.monotonic()
+        script = node.os_dir / command
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [script], env={**environment, "EXP_SIZE_FD": str(writer)}, cwd=script.parent, stdin=stdin,
+                stdout=output if stdout is None else stdout, stderr=output, start_new_session=True, pass_fds=[writer],
+                preexec_fn=lambda: os.umask(0o077) and None,
+            )  # fmt: skip
+        os.close(writer)
+
+    def result(self, seconds: float = 60) -> Result:
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"not finished within {seconds} s\n{self.log.read_text()}") from None
+        log = self.log.read_bytes().decode("ascii")
+        assert "Traceback (most recent call last)" not in log, log
+        return Result(status if status >= 0 else 128 - status, log, time.monotonic() - self.started)
+
+    def announced(self) -> str:
+        """Read to its end: as long as anybody has it open, Ganeti waits."""
+        with open(self.size_reader, "rb") as reader:
+            return reader.read().decode()
+
+
+def environment(node: Node, action: str, disk: Name, index: int = 0, **more: object) -> dict[str, str]:
+    values = node.environment(disk, env=f"{action}-disk{index}", **more)
+    values.update({f"{action.upper()}_DEVICE": os.fspath(disk), f"{action.upper()}_DISK_PATH": os.fspath(disk)})
+    return values
+
+
+def start_export(node: Node, disk: Name, stdout: Any, index: int = 0, **more: object) -> Running:
+    return Running(node, "export", environment(node, "export", disk, index, **more), subprocess.DEVNULL, stdout)
+
+
+def export(node: Node, disk: Name, index: int = 0, **more: object) -> Export:
+    stream = node.work / f"stream{node.calls}"
+    with stream.open("wb") as file:
+        call = start_export(node, disk, file, index, **more)
+        result = call.result()
+    return Export(result, stream, call.announced())
+
+
+def exported(node: Node, disk: Name, index: int = 0, **more: object) -> Path:
+    """The stream of an export that went well, of exactly the size that was announced."""
+    done = export(node, disk, index, **more)
+    done.result.ok()
+    assert done.announced == f"{done.size}\n"
+    return done.stream
+
+
+def restore(node: Node, source: Path | bytes, disk: Name, index: int = 0, **more: object) -> Result:
+    """import, its stdin a pipe that somebody else writes to."""
+    values = environment(node, "import", disk, index, **more)
+    writer = subprocess.Popen(
+        ["cat"] if isinstance(source, bytes) else ["cat", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    call = Running(node, "import", values, writer.stdout, None)
+    assert writer.stdin and writer.stdout
+    writer.stdout.close()
+    try:
+        writer.stdin.write(source if isinstance(source, bytes) else b"")
+        writer.stdin.close()
+    except BrokenPipeError:
+        pass
+    result = call.result()
+    writer.wait()
+    os.close(call.size_reader)
+    return result
+
+
+@contextmanager
+def read_only(disk: Path) -> Iterator[Path]:
+    """A block device that cannot be written, as a snapshot may be."""
+    device = run("losetup", "--find", "--show", "--read-only", disk).strip()
+    try:
+        yield Path(device)
+    finally:
+        run("losetup", "--detach", device)
+
+
+def use(top: Path, mib: int = 24) -> None:
+    """Files in a filesystem, and the remains of others in its free blocks."""
+    block = MARKER * (MIB // len(MARKER))
+    for number in range(mib):
+        (top / f"deleted{number}").write_bytes(block)
+    for number in range(40):
+        (top / f"small{number}").write_bytes(os.urandom(700 * number + 1))
+    (top / "large").write_bytes(os.urandom(3 * MIB + 5))
+    with (top / "sparse").open("wb") as file:
+        file.seek(100 * MIB)
+        file.write(b"an island")
+    (top / "zeroes").write_bytes(bytes(5 * MIB))
+    os.sync()
+    for number in range(mib):
+        (top / f"deleted{number}").unlink()
+    for number in range(0, 40, 3):
+        (top / f"small{number}").unlink()
+
+
+def free_ranges(filesystem: Path, offset: int, size: int) -> Iterator[tuple[int, int]]:
+    """The bytes (start, end) of the disk that an ext filesystem calls free, as dumpe2fs(8) says."""
+    part = filesystem.with_name("part")
+    with filesystem.open("rb") as disk, part.open("wb") as copy:
+        disk.seek(offset)
+        for _ in range(0, size, MIB):
+            data = disk.read(MIB)
+            copy.write(data) if any(data) else copy.seek(len(data), os.SEEK_CUR)
+        copy.truncate(size)
+    text = run("dumpe2fs", part)
+    part.unlink()
+    match = re.search(r"^Block size: +(\d+)", text, re.MULTILINE)
+    assert match
+    block = int(match[1])
+    for line in re.findall(r"^  Free blocks: (\d.*)$", text, re.MULTILINE):
+        for word in line.split(", "):
+            first, _, last = word.partition("-")
+            yield offset + int(first) * block, offset + (int(last or first) + 1) * block
+
+
+def without(disk: Path, ranges: Iterator[tuple[int, int]], copy: Path) -> Path:
+    """A copy of a disk whose `ranges` are zero."""
+    run("cp", "--sparse=always", disk, copy)
+    with copy.open("r+b") as file:
+        for start, end in ranges:
+            file.seek(start)
+            file.write(bytes(end - start))
+    return copy
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two disks are equal up to the end of the first, and the rest of the other is zero."""
+    with one.open("rb") as left, other.open("rb") as right:
+        while True:
+            data = left.read(MIB)
+            if right.read(len(data)) != data:
+                return False
+            if not data:
+                break
+        while True:
+            data = right.read(MIB)
+            if not data:
+                return True
+            if any(data):
+                return False
+
+
+def is_disarmed(disk: Path, places: list[tuple[int, int]]) -> bool:
+    """Whether both ends of a disk and of these partitions (start, size) are zero."""
+    with disk.open("rb") as file:
+        for start, size in [(0, file.seek(0, os.SEEK_END)), *places]:
+            for offset in (start, start + max(0, size - MIB)):
+                file.seek(offset)
+                if any(file.read(min(MIB, size))):
+                    return False
+    return True

@@ -1,0 +1,68 @@
+"""Small images and disks for the tests that deploy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Callable
+
+import pytest
+import trees
+from support import MIB, Node, run
+
+SIZE = 160  # MiB: enough for 8 of swap, 24 of /boot and the tree
+
+
+@pytest.fixture(scope="session")
+def small_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A systemd guest of a few files."""
+    return trees.guest(tmp_path_factory.mktemp("trees") / "small", trees.SYSTEMD)
+
+
+@pytest.fixture(scope="session")
+def odd_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trees.odd(trees.guest(tmp_path_factory.mktemp("trees") / "odd", trees.SYSTEMD))
+
+
+@pytest.fixture(scope="session")
+def images(small_tree: Path, odd_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """small.tar[.COMPRESSION] and odd.tar[.COMPRESSION]"""
+    made = tmp_path_factory.mktemp("images")
+    for name, tree in (("small", small_tree), ("odd", odd_tree)):
+        plain = trees.tarball(tree, made / f"{name}.tar", "tar")
+        for compression, suffix in trees.SUFFIXES.items():
+            if compression != "tar":
+                trees.compress(plain, made / f"{name}.{suffix}", compression)
+    return made
+
+
+@pytest.fixture
+def node(node: Node, images: Path) -> Node:
+    """The small image is there under the name that every call asks for."""
+    node.image(images / "small.tar.gz", f"tiny-{trees.ARCH}.tar.gz")
+    return node
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Callable[..., Path]:
+    """Make a sparse file: `disk()`, `disk(512)`."""
+
+    def make(mib: int = SIZE) -> Path:
+        path = tmp_path / f"disk{len(list(tmp_path.glob('disk*')))}"
+        with path.open("xb") as file:
+            file.truncate(mib * MIB)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def block_disk(disk: Callable[..., Path]) -> Iterator[Callable[..., Path]]:
+    """Make a block device that is a disk, as an LVM volume is one."""
+    devices: list[str] = []
+
+    def make(mib: int = SIZE) -> Path:
+        devices.append(run("losetup", "--find", "--show", disk(mib)).strip())
+        return Path(devices[-1])
+
+    yield make
+    for device in devices:
+        run("losetup", "--detach", device)

@@ -1,0 +1,160 @@
+"""The partition layouts of the contract, their filesystems and what the guest is told about them."""
+
+import re
+from pathlib import Path
+from typing import Callable
+
+import pytest
+from support import MIB, Node, mounted, partitions, probe, signatures, table_of
+
+MakeDisk = Callable[..., Path]
+BIOS_BOOT = "21686148-6449-6E6F-744E-656564454649"
+ESP = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
+LINUX_SWAP = "0657FD6D-A4AB-43C4-84E5-0933C84B4F4F"
+LINUX = {
+    "0FC63DAF-8483-4772-8E79-3D69D8477DE4",  # Linux filesystem data
+    "BC13C2FF-59E6-4262-A352-B275FD6F7172",  # extended boot loader partition: /boot
+    "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709",
+}  # root of x86-64
+GIB = 1024
+
+
+def roles(table: str, swap: bool, kernel: bool) -> list[str]:
+    """The contract's words: msdos as listed there; gpt: BIOS boot, ESP, then the same roles in the same order."""
+    msdos = {
+        (True, False): ["boot", "swap", "root"],
+        (False, False): ["boot", "root"],
+        (True, True): ["swap", "root"],
+        (False, True): ["root"],
+    }[swap, kernel]
+    return msdos if table == "msdos" else ["bios", "esp", *msdos]
+
+
+def fstab(guest: Path) -> list[tuple[str, ...]]:
+    lines = (guest / "etc/fstab").read_text().splitlines()
+    return [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("kernel", [False, True], ids=["own-kernel", "kernel_path"])
+@pytest.mark.parametrize("swap", [True, False], ids=["swap", "no-swap"])
+@pytest.mark.parametrize("table", ["msdos", "gpt"])
+def test_layout(table: str, swap: bool, kernel: bool, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    target = disk(400)
+    node.create(
+        target,
+        OSP_PARTITION_TABLE=table,
+        OSP_SWAP="yes" if swap else "no",
+        INSTANCE_HV_kernel_path="/boot/vmlinuz" if kernel else "",
+    ).ok()
+    expected = roles(table, swap, kernel)
+    found = dict(zip(expected, partitions(target)))
+    assert len(partitions(target)) == len(expected)
+    check_table(table, target, found)
+    check_contents(found)
+    with mounted(target, tmp_path / "root", found["root"]) as guest:
+        check_fstab(guest, found)
+
+
+def check_table(table: str, target: Path, found: dict) -> None:
+    head = table_of(target)
+    assert head["label"] == {"msdos": "dos", "gpt": "gpt"}[table]
+    parts = list(found.values())
+    assert [part for part in parts if part.start % MIB or part.size % MIB] == (
+        [parts[-1]] if parts[-1].size % MIB else []
+    )
+    assert all(one.start + one.size <= other.start for one, other in zip(parts, parts[1:])), "not in order"
+    end = target.stat().st_size - (parts[-1].start + parts[-1].size)
+    assert 0 <= end <= MIB, f"{end} bytes behind root"
+    if "swap" in found:
+        assert found["swap"].size == 8 * MIB
+    if "boot" in found:
+        assert found["boot"].size == 24 * MIB
+    if table == "msdos":
+        types = {"boot": "83", "swap": "82", "root": "83"}
+        assert {role: part.type for role, part in found.items()} == {role: types[role] for role in found}
+        assert [role for role, part in found.items() if part.bootable] == [("boot" if "boot" in found else "root")]
+        assert signatures(target) == ["dos"]
+    else:
+        assert found["bios"].type == BIOS_BOOT and found["esp"].type == ESP
+        assert found["bios"].size >= MIB
+        assert all(found[role].type in LINUX for role in ("boot", "root") if role in found)
+        assert "swap" not in found or found["swap"].type == LINUX_SWAP
+        assert sorted(signatures(target)) == ["PMBR", "gpt", "gpt"]
+
+
+def check_contents(found: dict) -> None:
+    types = {"boot": "ext4", "root": "ext4", "swap": "swap", "esp": "vfat", "bios": None}
+    assert {role: part.content.get("TYPE") for role, part in found.items()} == {role: types[role] for role in found}
+    identifiers = [part.content["UUID"] for part in found.values() if "UUID" in part.content]
+    assert len(set(identifiers)) == len(identifiers)
+
+
+def check_fstab(guest: Path, found: dict) -> None:
+    places = {"root": "/", "boot": "/boot", "swap": "none", "esp": "/boot/efi"}
+    entries = {(source, place, kind) for source, place, kind, *_ in fstab(guest) if source.startswith("UUID=")}
+    expected = {
+        (f"UUID={found[role].content['UUID']}", places[role], found[role].content["TYPE"])
+        for role in found
+        if role in places
+    }
+    assert entries == expected
+    rest = [entry for entry in fstab(guest) if not entry[0].startswith("UUID=")]
+    assert all(entry[2] in ("proc", "tmpfs", "sysfs", "devpts") for entry in rest)
+    assert all(re.fullmatch(r"[012]", entry[5]) for entry in fstab(guest))
+
+
+@pytest.mark.parametrize(
+    "filesystem, size", [("ext2", 160), ("ext3", 160), ("ext4", 160), ("xfs", 384), ("btrfs", 256)]
+)
+def test_filesystem(filesystem: str, size: int, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    target = disk(size)
+    node.create(target, OSP_FILESYSTEM=filesystem).ok()
+    boot, swap, root = partitions(target)
+    assert root.content["TYPE"] == filesystem
+    assert swap.content["TYPE"] == "swap"
+    assert boot.content["TYPE"] in ("ext2", "ext3", "ext4", filesystem)
+    with mounted(target, tmp_path / "root", root) as guest:
+        kinds = {place: (source, kind) for source, place, kind, *_ in fstab(guest)}
+        assert kinds["/"] == (f"UUID={root.content['UUID']}", filesystem)
+        assert kinds["/boot"] == (f"UUID={boot.content['UUID']}", boot.content["TYPE"])
+
+
+@pytest.mark.parametrize("table, boot_size", [("msdos", 100), ("gpt", 512)])
+def test_built_in_sizes(table: str, boot_size: int, node: Node, disk: MakeDisk) -> None:
+    """Swap as large as the memory (256 MiB in the recorded environment), /boot by the table's default."""
+    node.defaults("SWAP_SIZE=\nBOOT_SIZE=")
+    target = disk(1200)
+    node.create(target, OSP_PARTITION_TABLE=table).ok()
+    boot, swap, _ = partitions(target)[-3:]
+    assert (boot.size // MIB, swap.size // MIB) == (boot_size, 256)
+
+
+def test_mkfs_writes_nothing_that_old_guests_cannot_read(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    from support import attached, run
+
+    target = disk()
+    node.create(target, OSP_FILESYSTEM="ext4").ok()
+    for part in (partitions(target)[0], partitions(target)[2]):
+        with attached(target, part.start, part.size, read_only=True) as device:
+            features = re.search(r"^Filesystem features:(.*)$", run("dumpe2fs", "-h", device), re.M)
+            assert features
+            assert not {"metadata_csum_seed", "orphan_file"} & set(features.group(1).split())
+
+
+def test_two_instances_share_no_identifier(node: Node, disk: MakeDisk) -> None:
+    seen = []
+    for _ in range(2):
+        target = disk(400)
+        node.create(target, OSP_PARTITION_TABLE="gpt").ok()
+        table = table_of(target)
+        seen.append(
+            {
+                str(table["id"]),
+                *(part.content["UUID"] for part in partitions(target) if "UUID" in part.content),
+                *(probe(target, part.start, part.size).get("PART_ENTRY_UUID", "") for part in partitions(target)),
+                *(entry["uuid"] for entry in table["partitions"]),
+            }
+            - {""}
+        )
+    assert len(seen[0]) > 8
+    assert not seen[0] & seen[1]

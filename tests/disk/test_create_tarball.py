@@ -1,0 +1,125 @@
+"""A tarball becomes the guest's tree, with everything that a tree can have."""
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Callable
+
+import pytest
+import trees
+from support import MIB, Node, describe, mounted, partitions
+
+MakeDisk = Callable[..., Path]
+# What create itself changes in a systemd guest. Everything else must be as it is in the image.
+CHANGED = {b"etc/fstab", b"etc/hostname", b"etc/hosts", b"etc/machine-id"}
+REMOVED = {b"var/lib/dbus/machine-id"}
+REMOVED_BELOW = (b"etc/ssh/ssh_host_", b"var/lib/cloud/instance", b"var/lib/cloud/data")
+MAY_APPEAR = re.compile(
+    rb"lost\+found|etc/systemd/system(/getty\.target\.wants(/serial-getty@ttyS0\.service)?)?|var/lib/cloud/.*|"
+    rb"etc/ssh/ssh_host_\w+_key(\.pub)?|var/lib/dbus/machine-id"
+)
+
+
+@pytest.mark.parametrize("compression", trees.SUFFIXES)
+def test_tree_is_kept_with_every_compression(
+    compression: str, node: Node, disk: MakeDisk, images: Path, odd_tree: Path, tmp_path: Path
+) -> None:
+    suffix = trees.SUFFIXES[compression]
+    node.image(images / f"odd.{suffix}", f"odd-{trees.ARCH}.{suffix}")
+    target = disk()
+    node.create(target, OSP_IMAGE_NAME="odd", OSP_SWAP="no", INSTANCE_HV_kernel_path="/boot/vmlinuz").ok()
+    root = partitions(target)[-1]
+    with mounted(target, tmp_path / "root", root) as guest:
+        assert_same_tree(describe(odd_tree), describe(guest))
+        assert describe(guest / "odd", directory_times=True) == describe(odd_tree / "odd", directory_times=True)
+        sparse = os.stat(guest / "odd/sparse")
+        assert sparse.st_size == 64 * MIB
+        assert 0 < sparse.st_blocks * 512 < MIB, "the sparse file has been filled"
+        assert stat.S_ISFIFO(os.lstat(guest / "odd/fifo").st_mode)
+
+
+def assert_same_tree(image: dict[bytes, tuple], guest: dict[bytes, tuple]) -> None:
+    missing = {
+        path for path in image.keys() - guest.keys() if path not in REMOVED and not path.startswith(REMOVED_BELOW)
+    }
+    assert not missing
+    assert not {path for path in guest.keys() - image.keys() if not MAY_APPEAR.fullmatch(path)}
+    different: set[bytes] = {path for path in image.keys() & guest.keys() if image[path] != guest[path]}
+    assert not {path for path in different if path not in CHANGED and not MAY_APPEAR.fullmatch(path)}
+
+
+@pytest.mark.parametrize("filesystem, size", [("xfs", 384), ("btrfs", 256), ("ext3", 160), ("ext2", 160)])
+def test_odd_tree_on_other_filesystems(
+    filesystem: str, size: int, node: Node, disk: MakeDisk, images: Path, odd_tree: Path, tmp_path: Path
+) -> None:
+    node.image(images / "odd.tar.gz", f"odd-{trees.ARCH}.tar.gz")
+    target = disk(size)
+    node.create(
+        target, OSP_IMAGE_NAME="odd", OSP_SWAP="no", OSP_FILESYSTEM=filesystem, INSTANCE_HV_kernel_path="/boot/vmlinuz"
+    ).ok()
+    with mounted(target, tmp_path / "root", partitions(target)[-1]) as guest:
+        expected = describe(odd_tree / "odd", directory_times=True)
+        found = describe(guest / "odd", directory_times=True)
+        if filesystem in ("ext2", "ext3"):  # their inodes of 128 bytes, where a site wants them, end in 2038
+            for tree in (expected, found):
+                tree.pop(b"from 2100")
+        assert found == expected
+
+
+@pytest.mark.parametrize("name, content", [("tar.gz", "zst"), ("tar.zst", "gz"), ("tar.xz", "tar"), ("tar", "xz")])
+def test_compression_is_recognised_by_content(
+    name: str, content: str, node: Node, disk: MakeDisk, images: Path, tmp_path: Path
+) -> None:
+    node.image(images / f"small.{trees.SUFFIXES[content]}", f"other-{trees.ARCH}.{name}")
+    target = disk()
+    node.create(target, OSP_IMAGE_NAME="other").ok()
+    with mounted(target, tmp_path / "root", partitions(target)[-1]) as guest:
+        assert (guest / "usr/share/doc/copyright").read_text() == "free\n"
+
+
+def test_boot_is_on_the_partition_of_its_own(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    target = disk()
+    node.create(target).ok()
+    boot, _, root = partitions(target)
+    with mounted(target, tmp_path / "boot", boot) as where:
+        assert (where / "vmlinuz-1").read_text() == "not a kernel\n"
+    with mounted(target, tmp_path / "root", root) as where:
+        assert list((where / "boot").iterdir()) == [], "left under the mount point"
+
+
+def test_modes_under_ganetis_umask(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    target = disk()
+    node.create(target).ok()
+    with mounted(target, tmp_path / "root", partitions(target)[-1]) as guest:
+        modes = {
+            name: oct((guest / name).lstat().st_mode & 0o7777)
+            for name in (
+                "",
+                "etc",
+                "etc/hostname",
+                "etc/hosts",
+                "etc/fstab",
+                "etc/machine-id",
+                "etc/shadow",
+                "root",
+                "tmp",
+                "boot",
+                "etc/ssh",
+            )
+        }
+        assert modes == {
+            "": "0o755",
+            "etc": "0o755",
+            "etc/hostname": "0o644",
+            "etc/hosts": "0o644",
+            "etc/fstab": "0o644",
+            "etc/machine-id": oct((guest / "etc/machine-id").stat().st_mode & 0o644),
+            "etc/shadow": "0o640",
+            "root": "0o700",
+            "tmp": "0o1777",
+            "boot": "0o755",
+            "etc/ssh": "0o755",
+        }
+        made = [path for path in (guest / "etc/systemd").rglob("*") if path.is_dir() and not path.is_symlink()]
+        assert all(path.stat().st_mode & 0o7777 == 0o755 for path in made)

@@ -1,0 +1,183 @@
+"""Dumps, as the ancestor made them, are restored onto root and /boot."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import guestdisks
+import pytest
+import trees
+from support import MIB, Node, attached, describe, mounted, partitions, run
+
+MakeDisk = Callable[..., Path]
+CHANGED = {b"etc/fstab", b"etc/hostname", b"etc/hosts", b"etc/machine-id", b"etc", b"etc/ssh"}
+REMOVED = (b"etc/ssh/ssh_host_", b"var/lib/dbus/machine-id", b"var/lib/cloud/", b"lost+found")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = trees.guest(tmp_path_factory.mktemp("dumped") / "tree", trees.SYSTEMD)
+    odd = top / "odd"
+    odd.mkdir()
+    for name in ("sp ace", "new\nline", "-rf", "*", "n" * 200):
+        (odd / name).write_text(name)
+    (odd / "dangling").symlink_to("nowhere")
+    (odd / "absolute").symlink_to("/etc/passwd")
+    os.link(odd / "-rf", odd / "hard")
+    (odd / "capable").write_text("x")
+    run("setcap", "cap_net_raw+ep", odd / "capable")
+    os.setxattr(odd / "capable", "user.comment", b"\0binary")
+    run("setfacl", "-m", "u:4321:rw", odd / "sp ace")
+    os.chown(odd / "*", 54321, 12345)
+    (odd / "*").chmod(0o4755)
+    with (odd / "sparse").open("wb") as file:
+        file.truncate(20 * MIB)
+        file.seek(9 * MIB)
+        file.write(b"an island")
+    return top
+
+
+@pytest.fixture(scope="module")
+def dumps(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """root.dump, boot.dump and, with compression inside, root.z and boot.z; whole.dump has both in one."""
+    top = tmp_path_factory.mktemp("dumps")
+    disk = guestdisks.ancestor(top / "disk", tree, top).path
+    for name, number in (("boot", 1), ("root", 3)):
+        part = guestdisks.place(disk, number)
+        assert part
+        with attached(disk, part.start, part.size) as device:
+            run("dump", "-0", "-q", "-f", top / f"{name}.dump", device)
+            run("dump", "-0", "-z9", "-q", "-f", top / f"{name}.z", device)
+    whole = guestdisks.mbr(top / "whole", tree, top).path
+    part = guestdisks.place(whole, 1)
+    assert part
+    with attached(whole, part.start, part.size) as device:
+        run("dump", "-0", "-q", "-f", top / "whole.dump", device)
+        run("dump", "-1", "-q", "-T", "Thu Jan  1 00:00:00 2015 +0000", "-f", top / "incremental.dump", device)
+    return top
+
+
+def stock(node: Node, root: Path | None, boot: Path | None, suffix: str = "") -> None:
+    for source, part in ((root, "root"), (boot, "boot")):
+        if source:
+            shutil.copy(source, node.images / f"old-{trees.ARCH}-{part}.dump{suffix}")
+
+
+def create(node: Node, target: Path, **settings: object) -> object:
+    return node.create(target, OSP_IMAGE_NAME="old", OSP_IMAGE_TYPE="dump", **settings)
+
+
+def check(target: Path, tree: Path, tmp_path: Path) -> None:
+    """Everything is there, /boot on its own partition if there is one."""
+    parts = [part for part in partitions(target) if part.content.get("TYPE") in ("ext3", "ext4", "xfs")]
+    boot, root = parts if len(parts) == 2 else (None, parts[0])
+    with mounted(target, tmp_path / "root", root) as where:
+        found = describe(where)
+        assert not os.path.lexists(where / "restoresymtable")
+        assert (where / "etc/hostname").read_text() == "inst1\n"
+        assert f"UUID={root.content['UUID']}" in (where / "etc/fstab").read_text()
+        assert (where / "odd/sparse").stat().st_blocks * 512 < MIB
+    if boot:
+        with mounted(target, tmp_path / "boot", boot) as where:
+            assert (where / "vmlinuz-1").read_text() == "not a kernel\n"
+            assert not os.path.lexists(where / "restoresymtable")
+    for path, expected in describe(tree).items():
+        if path in CHANGED or path.startswith(REMOVED) or (boot and path.startswith(b"boot")):
+            continue
+        assert found[path] == expected, path
+
+
+@pytest.mark.parametrize("name", ["dump", "z"])
+@pytest.mark.parametrize("filesystem", ["ext3", "ext4", "xfs"])
+def test_root_and_boot(name: str, filesystem: str, node: Node, disk: MakeDisk, dumps: Path, tree: Path,
+                       tmp_path: Path) -> None:  # fmt: skip
+    stock(node, dumps / f"root.{name}", dumps / f"boot.{name}")
+    target = disk(400)
+    result = create(node, target, OSP_FILESYSTEM=filesystem).ok()  # type: ignore
+    assert "warning" not in result.log
+    check(target, tree, tmp_path)
+
+
+@pytest.mark.parametrize("suffix, command", [("", "gzip"), (".gz", "gzip"), ("", "zstd"), (".zst", "zstd")])
+def test_compressed(suffix: str, command: str, node: Node, disk: MakeDisk, dumps: Path, tree: Path,
+                    tmp_path: Path) -> None:  # fmt: skip
+    for part in ("root", "boot"):
+        guestdisks.compress(dumps / f"{part}.dump", node.images / f"old-{trees.ARCH}-{part}.dump{suffix}", command)
+    target = disk()
+    create(node, target).ok()  # type: ignore
+    check(target, tree, tmp_path)
+
+
+def test_without_a_boot_partition(node: Node, disk: MakeDisk, dumps: Path, tree: Path, tmp_path: Path) -> None:
+    """kernel_path is set: what belongs on /boot is not asked for."""
+    stock(node, dumps / "root.dump", None)
+    target = disk()
+    create(node, target, INSTANCE_HV_kernel_path="/boot/vmlinuz").ok()  # type: ignore
+    with mounted(target, tmp_path / "root", partitions(target)[-1]) as where:
+        assert (where / "usr/share/doc/copyright").read_text() == "free\n"
+
+
+def test_one_dump_with_everything(node: Node, disk: MakeDisk, dumps: Path, tree: Path, tmp_path: Path) -> None:
+    stock(node, dumps / "whole.dump", None)
+    target = disk()
+    create(node, target).ok()  # type: ignore
+    check(target, tree, tmp_path)
+
+
+def test_boot_is_missing(node: Node, disk: MakeDisk, dumps: Path) -> None:
+    stock(node, dumps / "root.dump", None)
+    target = disk()
+    create(node, target).failed("nothing for /boot", "-boot.dump")  # type: ignore
+    assert target.read_bytes()[:512] == bytes(512), "still armed"
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (lambda data: data[: len(data) // 2], "damaged or truncated"),
+    (lambda data: data[:-60_000] + bytes(30_000) + data[-30_000:], "damaged or truncated"),
+    (lambda data: data[:500], "not a dump"),
+    (lambda data: b"\1" + data[1:], ""),
+    (lambda data: bytes(len(data)), "not a dump"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["root.dump", "root.z"])
+def test_damaged(damage: Callable[[bytes], bytes], reason: str, name: str, node: Node, disk: MakeDisk, dumps: Path,
+                 tmp_path: Path) -> None:  # fmt: skip
+    (tmp_path / "bad").write_bytes(damage((dumps / name).read_bytes()))
+    stock(node, tmp_path / "bad", dumps / "boot.dump")
+    if reason:
+        create(node, disk()).failed("old-", reason)  # type: ignore
+
+
+def test_incremental(node: Node, disk: MakeDisk, dumps: Path) -> None:
+    stock(node, dumps / "incremental.dump", dumps / "boot.dump")
+    create(node, disk()).failed("level 1")  # type: ignore
+
+
+def test_full_of_zeroes(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    """dump of an ext4 with inline_data writes files full of zeroes, restore only mutters."""
+    inline = guestdisks.blank(tmp_path / "inline", 40)
+    with attached(inline) as device:
+        run("mkfs.ext4", "-q", "-O", "inline_data", "-I", "256", device)
+    with mounted(inline, tmp_path / "fill", None, "rw") as where:
+        for directory in ("etc", "bin", "boot"):
+            (where / directory).mkdir()
+        for number in range(20):
+            (where / f"etc/small{number}").write_text(f"inline {number}\n" * 8)
+    with attached(inline) as device:
+        run("dump", "-0", "-q", "-f", tmp_path / "dump", device)
+    stock(node, tmp_path / "dump", None)
+    create(node, disk(), INSTANCE_HV_kernel_path="/boot/vmlinuz").failed("damaged")  # type: ignore
+
+
+def test_does_not_fit(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    large = guestdisks.blank(tmp_path / "large", 120)
+    guestdisks.make(large, 0, "ext4")
+    with mounted(large, tmp_path / "fill", None, "rw") as where:
+        (where / "etc").mkdir()
+        (where / "etc/large").write_bytes(os.urandom(80 * MIB))
+    with attached(large) as device:
+        run("dump", "-0", "-q", "-f", tmp_path / "dump", device)
+    stock(node, tmp_path / "dump", None)
+    create(node, disk(64), INSTANCE_HV_kernel_path="/boot/vmlinuz").failed("does not fit")  # type: ignore

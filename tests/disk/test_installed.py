@@ -1,0 +1,268 @@
+"""What `install` puts where, what Ganeti wants of it, and `verify`."""
+
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+import trees
+from support import DEFAULTS, SITE, Node, Result, recorded, run
+
+SCRIPTS = ["create", "import", "export", "rename", "verify"]
+TOOLS = ["mount-disks", "umount-disks", "make-dump", "make-qemu-img", "ganeti-image"]
+PARAMETERS = [
+    "CDINSTALL",
+    "SWAP",
+    "SWAP_SIZE",
+    "BOOT_SIZE",
+    "FILESYSTEM",
+    "PARTITION_TABLE",
+    "KERNEL_ARGS",
+    "IMAGE_NAME",
+    "ARCH",
+    "IMAGE_TYPE",
+    "IMAGE_URL",
+    "IMAGE_CHECKSUM",
+    "GROW",
+    "NOMOUNT",
+    "OVERLAY",
+    "DNS_SERVERS",
+    "DNS_SEARCH",
+    "DNS_DOMAIN",
+    "SSH_AUTHORIZED_KEYS",
+    "ROOT_PASSWORD_HASH",
+    "USER_DATA",
+    "IMAGE_DEBUG",
+]
+
+
+def contents(top: Path) -> dict[str, tuple]:
+    """path -> what a change would change; inode and times included."""
+    found = {}
+    for path in sorted(top.rglob("*")):
+        entry = path.lstat()
+        if stat.S_ISDIR(entry.st_mode):
+            found[str(path.relative_to(top))] = (entry.st_mode,)
+        else:
+            found[str(path.relative_to(top))] = (entry.st_mode, entry.st_ino, entry.st_mtime_ns, entry.st_size)
+    return found
+
+
+@pytest.fixture
+def root(imageos: Path, tmp_path: Path) -> Path:
+    made = tmp_path / "somewhere"
+    run(imageos, "install", "--root", made)
+    return made
+
+
+def test_paths_of_the_contract(root: Path) -> None:
+    os_dir = root / "usr/share/ganeti/os/image"
+    for script in SCRIPTS:
+        assert (os_dir / script).is_symlink()
+        target = (os_dir / script).resolve()
+        assert target.is_file() and target.stat().st_mode & 0o100, f"Ganeti wants the owner's x bit on {target}"
+        assert root in target.parents, f"{script} leads out of --root: {target}"
+    assert not (os_dir / "create_untrusted").exists()
+    assert (os_dir / "ganeti_api_version").is_file() and (os_dir / "parameters.list").is_file()
+    assert os.readlink(os_dir / "variants.list") == "/etc/ganeti/instance-image/variants.list"
+    assert (root / "etc/default/ganeti-instance-image").is_file()
+    site = root / "etc/ganeti/instance-image"
+    assert (site / "variants.list").is_file()
+    for directory in ("variants", "hooks", "networks/subnets", "networks/instances", "overlays"):
+        assert (site / directory).is_dir()
+    assert (root / "var/cache/ganeti-instance-image").is_dir()
+
+
+def in_root(root: Path, link: Path) -> Path:
+    """Where a link leads when `root` is the root directory, as for a package that is being built."""
+    assert link.is_symlink(), link
+    text = os.readlink(link)
+    return Path(f"{root}{text}") if text.startswith("/") else link.parent / text
+
+
+def test_standalone_command(root: Path) -> None:
+    command = in_root(root, root / "usr/local/sbin/imageos")
+    assert command.samefile(root / "usr/share/ganeti/os/image/create")
+    assert run(command, "--version").startswith("imageos ")
+
+
+def test_modes_do_not_depend_on_the_umask(imageos: Path, tmp_path: Path) -> None:
+    """Ganeti's daemons and the operators' tools read them, whoever installed."""
+    made = tmp_path / "strict"
+    run("sh", "-c", f"umask 077; {imageos} install --root {made}")
+    for path in made.rglob("*"):
+        if path.is_symlink():
+            continue
+        mode = path.stat().st_mode & 0o777
+        assert mode == (0o755 if path.is_dir() or path.name == "imageos" else 0o644), path
+
+
+def test_lists_as_ganeti_wants_them(root: Path) -> None:
+    os_dir = root / "usr/share/ganeti/os/image"
+    assert (os_dir / "ganeti_api_version").read_text() == "20\n15\n10\n"
+    lines = (os_dir / "parameters.list").read_text().splitlines()
+    assert all(re.fullmatch(r"[a-z0-9_]+ \S.*", line) for line in lines), "`name description` and nothing else"
+    assert sorted(line.split()[0] for line in lines) == sorted(name.lower() for name in PARAMETERS)
+    assert "\n\n" not in (os_dir / "parameters.list").read_text()
+    (os_dir / "parameters.list").read_text(encoding="ascii")
+
+
+def test_variants_list_names_variants_that_exist(root: Path) -> None:
+    site = root / "etc/ganeti/instance-image"
+    names = [
+        line.strip()
+        for line in (site / "variants.list").read_text().splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+    assert names, "an OS with an empty variants.list cannot be installed from"
+    for name in names:
+        assert re.fullmatch(r"[A-Za-z0-9_-]+", name)
+        assert (site / "variants" / f"{name}.conf").is_file()
+
+
+def test_bundled_hooks_cannot_run_yet(root: Path) -> None:
+    hooks = list((root / "etc/ganeti/instance-image/hooks").iterdir())
+    assert "grub" in [hook.name for hook in hooks]
+    for hook in hooks:
+        assert not hook.stat().st_mode & 0o111, hook
+        assert re.fullmatch(r"[A-Za-z0-9_-]+", hook.name)
+        assert hook.read_text().startswith("#!")
+
+
+def test_again_changes_nothing(imageos: Path, root: Path) -> None:
+    before = contents(root)
+    run(imageos, "install", "--root", root)
+    assert contents(root) == before
+
+
+def test_again_from_the_installed_file(root: Path) -> None:
+    before = contents(root)
+    run(in_root(root, root / "usr/local/sbin/imageos"), "install", "--root", root)
+    assert contents(root) == before
+
+
+def test_what_the_site_changed_is_kept(imageos: Path, root: Path) -> None:
+    site = root / "etc/ganeti/instance-image"
+    (root / "etc/default/ganeti-instance-image").write_text("SWAP=no  # ours\n")
+    (site / "variants.list").write_text("ours\n")
+    (site / "variants/ours.conf").write_text("IMAGE_NAME=ours\n")
+    (site / "hooks/grub").write_text("#!/bin/sh\n# ours\n")
+    (site / "hooks/grub").chmod(0o755)
+    (site / "hooks/own").write_text("#!/bin/sh\n")
+    before = contents(root / "etc")
+    run(imageos, "install", "--root", root)
+    after = contents(root / "etc")
+    assert {name: after[name] for name in before} == before
+    added = after.keys() - before.keys()
+    assert all(name.endswith(".new") for name in added), "the new version may be laid beside it"
+    run(imageos, "install", "--root", root)
+    assert contents(root / "etc") == after
+
+
+def test_enabled_hook_stays_enabled(imageos: Path, root: Path) -> None:
+    hook = root / "etc/ganeti/instance-image/hooks/grub"
+    hook.chmod(0o755)
+    run(imageos, "install", "--root", root)
+    assert hook.stat().st_mode & 0o777 == 0o755
+
+
+def test_what_is_ours_is_brought_up_to_date(imageos: Path, root: Path) -> None:
+    """A stale link or generated file of an older version is replaced: they must be the same on every node."""
+    os_dir = root / "usr/share/ganeti/os/image"
+    (os_dir / "create").unlink()
+    (os_dir / "create").symlink_to("/nonexistent")
+    (os_dir / "ganeti_api_version").write_text("10\n")
+    (os_dir / "parameters.list").unlink()
+    run(imageos, "install", "--root", root)
+    assert (os_dir / "create").resolve().is_file()
+    assert (os_dir / "ganeti_api_version").read_text() == "20\n15\n10\n"
+    assert (os_dir / "parameters.list").is_file()
+
+
+def test_other_directories(imageos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "packaged"
+    run(imageos, "install", "--root", root, "--os-dir", "/srv/ganeti/os/image", "--bin-dir", "/usr/sbin")
+    assert (root / "srv/ganeti/os/image/create").resolve().is_file()
+    assert in_root(root, root / "usr/sbin/imageos").samefile(root / "srv/ganeti/os/image/create")
+    assert not (root / "usr/share/ganeti").exists()
+    assert not (root / "usr/local").exists()
+
+
+def test_without_root_the_site_is_in_etc(imageos: Path, etc: Path, tmp_path: Path) -> None:
+    """The real /etc, here a layer of the test's."""
+    run("rm", "-rf", SITE, DEFAULTS)
+    cache = Path("/var/cache/ganeti-instance-image")
+    was_there = cache.exists()
+    try:
+        run(imageos, "install", "--os-dir", tmp_path / "os/image", "--bin-dir", tmp_path / "bin")
+        assert DEFAULTS.is_file() and cache.is_dir()
+        assert (tmp_path / "os/image/variants.list").read_text() == (SITE / "variants.list").read_text()
+        assert run(tmp_path / "bin/imageos", "--version").startswith("imageos ")
+    finally:
+        if not was_there:
+            run("rmdir", cache, check=False)
+
+
+def test_shipped_defaults_deploy(node: Node, tmp_path: Path) -> None:
+    """The shipped defaults file, unchanged, says ext4; nothing in it is unknown or wrong."""
+    DEFAULTS.write_bytes((node.root / "etc/default/ganeti-instance-image").read_bytes())
+    node.hook("show", "#!/bin/sh\necho filesystem $FILESYSTEM table $PARTITION_TABLE dir $IMAGE_DIR end\n")
+    node.variant("default", f"IMAGE_TYPE=tarball\nIMAGE_DIR={node.images}\n")
+    target = tmp_path / "disk"
+    with target.open("wb") as file:
+        file.truncate(600 << 20)
+    log = node.create(target).ok().log
+    assert f"filesystem ext4 table msdos dir {node.images} end" in log
+    assert "warning" not in log
+
+
+# verify
+
+
+def verify(node: Node, **overrides: object) -> Result:
+    environment = recorded("verify")
+    environment.update({name: str(value) for name, value in overrides.items()})
+    return node.call("verify", environment, "parameters")
+
+
+def test_verify_good(node: Node) -> None:
+    assert "warning" not in verify(node).ok().log
+    verify(node, OSP_IMAGE_NAME="tiny", OSP_FILESYSTEM="xfs", OSP_SWAP_SIZE="100").ok()
+
+
+def test_verify_does_not_want_an_image(node: Node) -> None:
+    """It runs on every node, before there is an instance; the image may be given by a parameter later."""
+    (node.images / f"tiny-{trees.ARCH}.tar.gz").unlink()
+    verify(node).ok()
+
+
+def test_verify_names_all_problems(node: Node) -> None:
+    node.defaults("BOOT_SIZE=large")
+    node.variant("default", "PARTITION_TABLE=apm\n")
+    result = verify(node, OSP_FILESYSTEM="zfs", OSP_SWAP="perhaps")
+    assert result.status == 1, result.log
+    for name, value in (("BOOT_SIZE", "large"), ("PARTITION_TABLE", "apm"), ("FILESYSTEM", "zfs"), ("SWAP", "perhaps")):
+        assert [line for line in result.lines if name in line and value in line], f"{name} is not named\n{result.log}"
+
+
+@pytest.mark.parametrize(
+    "overrides, names",
+    [
+        ({"OSP_IMAGE_DIR": "/tmp"}, ["IMAGE_DIR"]),
+        ({"OS_VARIANT": "forgotten"}, ["forgotten"]),
+        ({"OSP_IMAGE_NAME": "../x"}, ["IMAGE_NAME", "../x"]),
+    ],
+)
+def test_verify_bad(overrides: dict[str, str], names: list, node: Node) -> None:
+    verify(node, **overrides).failed(*names)
+
+
+def test_verify_syntax_error(node: Node) -> None:
+    node.defaults("if")
+    verify(node).failed(str(DEFAULTS))
+
+
+def test_verify_does_not_show_secrets(node: Node) -> None:
+    result = verify(node, OSP_ROOT_PASSWORD_HASH="first\nTopSecret", OSP_IMAGE_DEBUG="1").failed("ROOT_PASSWORD_HASH")
+    assert "TopSecret" not in result.log

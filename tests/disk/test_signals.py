@@ -1,0 +1,138 @@
+"""A signal in any phase: the right status, soon; nothing is left by the kernel; the same call works then.
+
+That nothing is left is the check after each test; here the call is stopped in a phase by something that waits:
+a settings file, a tool in PATH, a hook.
+"""
+
+import os
+import signal
+from pathlib import Path
+from typing import Callable
+
+import pytest
+import trees
+from support import PATH, Call, Node, attached, digest, partitions, run, wait_until
+
+MakeDisk = Callable[..., Path]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL]
+# phase -> program that waits before it does its work
+TOOLS = {"table": "sfdisk", "filesystem": "mkfs.ext4", "swap": "mkswap", "deploy": "tar", "decompress": "zstd"}
+PHASES = ["settings", *TOOLS, "hook"]
+
+
+@pytest.fixture
+def stopped_in(node: Node, disk: MakeDisk, images: Path, tmp_path: Path) -> Callable[..., tuple[Call, Path, dict]]:
+    """Start a create that waits in a phase; gives the call, its disk and its environment."""
+
+    def start(phase: str, before_waiting: str = "") -> tuple[Call, Path, dict[str, str]]:
+        here = tmp_path / "waiting"
+        wait = f"{before_waiting}\n: > {here}\nwhile [ -e {here} ]; do sleep 0.05; done\n"
+        node.image(images / "small.tar.zst", f"same-{trees.ARCH}.tar.zst")
+        target = disk()
+        environment = node.environment(target, OSP_IMAGE_NAME="same", PATH=f"{tmp_path}/fake:{PATH}")
+        if phase == "settings":
+            node.variant("default", wait)
+        elif phase == "hook":
+            node.hook("waits", f"#!/bin/sh\n{wait}")
+        else:
+            fake = tmp_path / "fake" / TOOLS[phase]
+            real = run("sh", "-c", f"PATH={PATH} command -v {fake.name}").strip()
+            # only when it works on the disk or the archive, not when asked for its version or a few bytes
+            node.write(fake, f'#!/bin/sh\n{wait}exec {real} "$@"\n')
+            fake.chmod(0o755)
+        call = node.start("create", environment)
+        call.wait_for(here.exists, f"in {phase}")
+        return call, target, environment
+
+    yield start
+
+
+def assert_ended(call: Call, number: int, seconds: float = 3) -> None:
+    """Ended with 128+n (a shell's view of SIGKILL) in time; and what it started is gone."""
+    result = call.result(seconds)
+    assert result.status == 128 + number, result.log
+    wait_until(lambda: not session(call.process.pid), 3, "all processes of the call are gone")
+
+
+def session(leader: int) -> list[str]:
+    """The living processes that a call has started."""
+    lines = run("ps", "--no-headers", "-o", "stat,pid,args", "--sid", str(leader), check=False).splitlines()
+    return [line for line in lines if not line.startswith("Z")]
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("phase", PHASES)
+def test_signal(
+    phase: str,
+    number: signal.Signals,
+    group: bool,
+    node: Node,
+    tmp_path: Path,
+    stopped_in: Callable[..., tuple[Call, Path, dict[str, str]]],
+) -> None:
+    call, target, environment = stopped_in(phase)
+    before = digest(target)
+    call.kill(number, group)
+    assert_ended(call, number)
+    if number != signal.SIGKILL:
+        assert number.name in call.log().splitlines()[-1], call.log()
+    if phase == "settings":
+        assert digest(target) == before, "written to before the settings were known"
+    # a new run finds nothing in its way
+    (tmp_path / "waiting").unlink()
+    run("rm", "-rf", tmp_path / "fake")
+    node.variant("default")
+    Path("/etc/ganeti/instance-image/hooks/waits").unlink(missing_ok=True)
+    node.call("create", environment).ok()
+    assert partitions(target)[-1].content["TYPE"] == "ext4"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("phase", ["settings", "filesystem", "decompress", "hook"])
+def test_children_that_ignore_signals(
+    phase: str, number: signal.Signals, stopped_in: Callable[..., tuple[Call, Path, dict[str, str]]]
+) -> None:
+    call, _, _ = stopped_in(phase, "trap '' TERM INT HUP")
+    call.kill(number)
+    assert_ended(call, number)
+
+
+@pytest.mark.parametrize("phase", ["filesystem", "hook"])
+def test_terminated_run_disarms(phase: str, stopped_in: Callable[..., tuple[Call, Path, dict[str, str]]]) -> None:
+    from support import signatures
+
+    call, target, _ = stopped_in(phase)
+    call.kill(signal.SIGTERM)
+    assert_ended(call, signal.SIGTERM)
+    assert signatures(target) == []
+    with target.open("rb") as file:
+        assert not any(file.read(1 << 20))
+
+
+def test_terminated_twice(stopped_in: Callable[..., tuple[Call, Path, dict[str, str]]]) -> None:
+    """An impatient operator, or Ganeti's SIGTERM to a whole group, which the supervisor passes on again."""
+    call, _, _ = stopped_in("hook", "trap '' TERM")
+    for _ in range(3):
+        call.kill(signal.SIGTERM, group=True)
+    assert_ended(call, signal.SIGTERM)
+
+
+def test_block_device_is_free_after_kill(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    """What Ganeti does next with the volume of a killed create must not find it busy."""
+    here = tmp_path / "waiting"
+    node.hook("waits", f"#!/bin/sh\n: > {here}\nwhile [ -e {here} ]; do sleep 0.05; done\n")
+    with attached(disk()) as device:
+        call = node.start("create", node.environment(device))
+        call.wait_for(here.exists, "the hook runs")
+        call.kill(signal.SIGKILL)
+        assert_ended(call, signal.SIGKILL)
+        wait_until(lambda: exclusively(device), 3, "the volume is free")
+
+
+def exclusively(device: Path) -> bool:
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+    except OSError:
+        return False
+    return True

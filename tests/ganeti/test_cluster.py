@@ -1,0 +1,190 @@
+"""imageos on a real Ganeti cluster of one node (see one-node-cluster), made anew for each test."""
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from debian import debian
+from qemu import Console
+from support import PATH, TESTS, run
+
+CLUSTER = TESTS / "ganeti/one-node-cluster"
+OS_DIR = "/usr/share/ganeti/os/image"
+SITE = "/etc/ganeti/instance-image"
+IMAGES = "/var/cache/ganeti-instance-image"
+ADD = (
+    "gnt-instance add -t file --no-start --no-name-check --no-ip-check -B memory=256"
+    " --net 0:mode=routed,link=100,ip=192.0.2.50 -n node1.example.org"
+)
+
+
+class Cluster:
+    """What starts throw-away clusters on which imageos is installed, and runs a script on each."""
+
+    def __init__(self, imageos: Path, work: Path) -> None:
+        self.imageos, self.work = imageos, work
+
+    @contextmanager
+    def running(self, script: str, kvm: bool = False) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+        """The process and the file with all that it prints; the cluster ends with the context."""
+        log = self.work / f"cluster-{len(list(self.work.glob('cluster-*')))}.log"
+        argv = ["setpriv", "--pdeathsig", "KILL", str(CLUSTER), *(["--kvm"] if kvm else [])]
+        argv += ["bash", "-euo", "pipefail", "-c", f"{self.imageos} install\n{script}"]
+        environment = {"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8"}
+        with log.open("wb") as output:
+            process = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        with process:
+            try:
+                yield process, log
+            finally:
+                process.kill()
+
+    def run(self, script: str, seconds: float = 120) -> str:
+        """All that the script printed. It stops at the first command that fails, and that fails the test."""
+        with self.running(script) as (process, log):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+            text = log.read_text(errors="backslashreplace")
+            assert process.returncode is not None, f"not finished within {seconds} s\n{text}"
+        assert process.returncode == 0, text
+        return text
+
+
+@pytest.fixture
+def cluster(imageos: Path, tmp_path: Path) -> Cluster:
+    return Cluster(imageos, tmp_path)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """An image with as little in it as a system can have."""
+    tree = tmp_path / "tree"
+    for directory in ("bin", "boot", "etc"):
+        (tree / directory).mkdir(parents=True)
+    (tree / "etc/os-release").write_text("ID=tiny\n")
+    (tree / "etc/hostname").write_text("image\n")
+    image = tmp_path / "tiny-x86_64.tar.gz"
+    run("tar", "--create", "--gzip", "--numeric-owner", "--directory", tree, "--file", image, ".")
+    return image
+
+
+def between(text: str, mark: str) -> str:
+    """What the script printed between two lines `mark`."""
+    return text.split(f"{mark}\n")[1]
+
+
+def test_the_os_definition_is_valid(cluster: Cluster) -> None:
+    script = f"""
+        echo DIAGNOSE; gnt-os diagnose; echo DIAGNOSE
+        echo LIST; gnt-os list --no-headers; echo LIST
+        echo INFO; gnt-os info image; echo INFO
+        echo FILE; cat {OS_DIR}/parameters.list; echo FILE
+        echo VERIFY; gnt-cluster verify --error-codes || true; echo VERIFY
+    """
+    log = cluster.run(script)
+    assert "OS: image [global status: valid]" in between(log, "DIAGNOSE"), log
+    assert "invalid" not in between(log, "DIAGNOSE")
+    assert between(log, "LIST").split() == ["image+default"]
+    info = between(log, "INFO")
+    assert re.search(r"valid: True", info), info
+    for version in ("10", "15", "20"):
+        assert re.search(rf"^ *- {version}$", info, re.MULTILINE), info
+    known = [line.split()[0] for line in between(log, "FILE").splitlines()]
+    assert {"image_name", "filesystem", "swap_size", "kernel_args"} <= set(known)
+    for name in known:
+        assert re.search(rf"^ *- {name}: \S", info, re.MULTILINE), f"{name} is not in\n{info}"
+    verified = between(log, "VERIFY")
+    assert "Verifying node status" in verified
+    assert "ENODEOS" not in verified, verified
+
+
+def test_an_instance_is_added_and_reinstalled(cluster: Cluster, tiny: Path) -> None:
+    """A variant of the site and OS parameters; a file as disk; then the same instance again."""
+    script = f"""
+        cp {tiny} {IMAGES}/
+        echo small >>{SITE}/variants.list
+        printf 'IMAGE_NAME=tiny\\nIMAGE_TYPE=tarball\\nFILESYSTEM=ext2\\nBOOT_SIZE=40\\n' >{SITE}/variants/small.conf
+        gnt-os list
+        {ADD} --disk 0:size=1G -o image+small -O filesystem=ext4,swap_size=16 inst1.example.org
+        disk=$(echo /srv/ganeti/file-storage/inst1.example.org/*)
+        echo TABLE; sfdisk --json "$disk"; echo TABLE
+        echo TYPES
+        for offset in $(sfdisk --dump "$disk" | sed -n 's/.*start= *\\([0-9]*\\).*/\\1/p'); do
+          blkid --probe --offset $((offset * 512)) --output value --match-tag TYPE "$disk"
+        done
+        echo TYPES
+        gnt-instance reinstall --force inst1.example.org
+        gnt-instance startup inst1.example.org
+        echo LIST; gnt-instance list --no-headers -o name,os,status; echo LIST
+        echo LOOPS; losetup --list --noheadings --output BACK-FILE | grep /srv/ganeti || true; echo LOOPS
+        echo LOG; cat /var/log/ganeti/os/*; echo LOG
+    """
+    log = cluster.run(script)
+    table = json.loads(between(log, "TABLE"))["partitiontable"]
+    assert [entry["size"] // 2048 for entry in table["partitions"]][:2] == [40, 16]
+    assert between(log, "TYPES").split() == ["ext4", "swap", "ext4"]
+    assert between(log, "LIST").split() == ["inst1.example.org", "image+small", "running"]
+    assert between(log, "LOOPS") == ""
+    said = between(log, "LOG")
+    assert said.count("instance inst1.example.org is ready") == 2, said
+    assert said.isascii()
+
+
+def test_a_wrong_parameter_is_refused_before_anything_is_made(cluster: Cluster) -> None:
+    script = f"""
+        if {ADD} --disk 0:size=1G -o image+default -O filesystem=ext5 inst1.example.org; then exit 3; fi
+        if gnt-os modify -O swap=perhaps image+default; then exit 4; fi
+        gnt-os modify -O swap=no,filesystem=xfs image+default
+        echo LIST; gnt-instance list --no-headers; echo LIST
+    """
+    log = cluster.run(script)
+    assert "FILESYSTEM" in log and "ext5" in log, log
+    assert "SWAP" in log and "perhaps" in log, log
+    assert between(log, "LIST") == ""
+
+
+def test_the_job_shows_why_a_creation_failed(cluster: Cluster, tiny: Path) -> None:
+    """Its instance stays, so that it can be reinstalled when the cause is gone."""
+    script = f"""
+        echo ADD
+        if {ADD} --disk 0:size=1G -o image+default -O image_name=tiny,image_type=tarball inst1.example.org
+        then exit 3; fi
+        echo ADD
+        cp {tiny} {IMAGES}/
+        gnt-instance reinstall --force inst1.example.org
+        gnt-instance startup inst1.example.org
+        echo LIST; gnt-instance list --no-headers -o name,status; echo LIST
+    """
+    log = cluster.run(script)
+    shown = between(log, "ADD")
+    *_, hint, cause = (line for line in shown.splitlines() if line.startswith("imageos: "))
+    assert hint.startswith("imageos: hint: "), shown
+    assert f"cannot find image {IMAGES}/tiny-x86_64.tar" in cause, shown
+    assert between(log, "LIST").split() == ["inst1.example.org", "running"]
+
+
+def test_an_added_debian_boots_under_kvm(cluster: Cluster) -> None:
+    """From `gnt-instance add` to the login prompt on the serial socket that Ganeti offers."""
+    image = debian("bookworm")
+    socket = "/run/ganeti/kvm-hypervisor/ctrl/inst1.example.org.serial"
+    script = f"""
+        cp {image.tarball} {IMAGES}/debian-12-x86_64.tar.zst
+        chmod +x {SITE}/hooks/grub
+        {ADD} --disk 0:size=2G -o image+default -O image_name=debian-12,image_type=tarball inst1.example.org
+        gnt-instance startup inst1.example.org
+        socat -u UNIX-CONNECT:{socket} STDOUT
+    """
+    with cluster.running(script, kvm=True) as (process, log):
+        console = Console(process, log)
+        console.wait_for(r"^Debian GNU/Linux 12 inst1 ttyS0$", r"^inst1 login: ")
+        facts = console.facts()
+    assert facts.failed == []
+    assert facts["state"] == "running"
+    assert facts["fqdn"] == "inst1.example.org"
+    assert facts.mounts["/"].source == "/dev/vda3"
+    assert facts.swaps == ["/dev/vda2"]
+    assert not facts.host_keys & image.host_keys

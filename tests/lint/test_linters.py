@@ -1,0 +1,62 @@
+"""What the linters say, with the configuration of ruff.toml and setup.cfg."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+HOOKS = sorted(
+    f"hooks.d/{path.name}"
+    for path in (CHECKOUT / "hooks.d").iterdir()
+    if path.is_file() and "python" in path.read_text().partition("\n")[0]
+)
+PRODUCT = ["imageos", "build.py", *HOOKS]
+# mypy knows one module of each name: every directory with a conftest.py of its own is a run of its own
+TYPED_TESTS = ["unit", "lint"]
+
+
+def lint(tool: str, *arguments: str) -> None:
+    """Run a linter of the environment that pytest runs in; nothing is left in the checkout."""
+    done = subprocess.run(
+        [sys.executable, "-m", tool, *arguments],
+        cwd=CHECKOUT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+    )
+    if done.returncode:
+        pytest.fail(f"{tool} {' '.join(arguments)}\n{done.stdout}", pytrace=False)
+
+
+@pytest.mark.parametrize("paths", [PRODUCT, ["tests"]], ids=["product", "tests"])
+def test_ruff_check(paths: list[str]) -> None:
+    lint("ruff", "check", "--no-cache", "--quiet", *paths)
+
+
+@pytest.mark.parametrize("paths", [PRODUCT, ["tests"]], ids=["product", "tests"])
+def test_ruff_format(paths: list[str]) -> None:
+    lint("ruff", "format", "--no-cache", "--quiet", "--diff", *paths)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"--cache-dir={tmp_path_factory.mktemp('mypy')}"
+
+
+def test_mypy(cache: str) -> None:
+    lint("mypy", cache, "--scripts-are-modules", *PRODUCT)
+
+
+@pytest.mark.parametrize("tier", TYPED_TESTS)
+def test_mypy_of_tests(tier: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # conftest.py puts `tests` into sys.path; what is imported from there has its own rules
+    monkeypatch.setenv("MYPYPATH", f"{CHECKOUT}:{CHECKOUT}/tests")
+    lint(
+        "mypy",
+        cache,
+        "--follow-imports=silent",
+        *(str(path) for path in sorted((CHECKOUT / "tests" / tier).glob("*.py"))),
+    )

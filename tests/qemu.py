@@ -1,0 +1,126 @@
+"""A disk booted in qemu, and what its guest says on the serial console.
+
+Always software emulation, which is what every machine has. qemu gets a snapshot of the disk, so that the disk stays
+as it was, and ends with the context or, should this process be killed, with it.
+"""
+
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Not `max` alone: the emulation of cmpxchg16b in qemu 7.2 (Debian 12) spoils the flags at times, and every
+# second boot of Linux 6.12 panics; without the feature Linux does not use the instruction.
+CPU = "max,-cx16"
+DEADLINE = 300  # seconds from power on; a Debian guest takes 25 to 60 on an idle core
+PATIENCE = 20  # seconds between the report and the prompt
+# What a guest says that will not come up any more.
+HOPELESS = re.compile(
+    r"Kernel panic|\(initramfs\)|grub rescue>|^grub> |No bootable device|Boot failed: not a bootable"
+    r"|emergency mode|Give root password|Press Enter for maintenance|error: no such device",
+    re.MULTILINE,
+)
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()c78=>].?|\r")
+
+
+class Console:
+    """The serial console of a running virtual machine."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
+        self.process, self.log = process, log
+        self.started = time.monotonic()
+
+    def text(self) -> str:
+        return ESCAPES.sub("", self.log.read_text(errors="replace"))
+
+    def wait_for(self, *patterns: str) -> str:
+        """Wait until every pattern was seen; the console's text so far."""
+        reported = float("inf")  # when the guest had reported about itself: it is up then, and a prompt is due
+        while True:
+            ended = self.process.poll() is not None  # asked before reading, so that nothing is missed
+            now = time.monotonic()
+            text = self.text()
+            missing = [one for one in patterns if not re.search(one, text, re.MULTILINE)]
+            if not missing:
+                return text
+            hopeless = HOPELESS.search(text)
+            if "FACTS-END" in text:
+                reported = min(reported, now)
+            why = (
+                "qemu has ended" if ended
+                else f"the guest says {hopeless.group()!r}" if hopeless
+                else "the guest is up" if now > reported + PATIENCE
+                else f"{DEADLINE} s have passed" if now > self.started + DEADLINE
+                else ""
+            )  # fmt: skip
+            if why:
+                raise AssertionError(f"{why}, but there is no {missing}; the console's end:\n{text[-6000:]}")
+            time.sleep(0.2)
+
+    def facts(self) -> "Facts":
+        """What the guest reports about itself (see REPORT in debian.py)."""
+        text = self.wait_for(r"^FACTS-BEGIN$", r"^FACTS-END$")
+        return Facts.parse(text[text.index("FACTS-BEGIN") : text.index("FACTS-END")])
+
+
+@contextmanager
+def booting(disk: Path, log: Path) -> Iterator[Console]:
+    """A virtual machine that has just been switched on; `log` gets what it prints on ttyS0."""
+    argv = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"]
+    argv += ["-accel", "tcg", "-cpu", CPU, "-m", "512", "-smp", "1", "-display", "none", "-monitor", "none"]
+    argv += ["-drive", f"file={disk},format=raw,if=virtio,cache=unsafe,snapshot=on", "-nic", "none"]
+    argv += ["-serial", "stdio", "-no-reboot"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    with process:
+        try:
+            yield Console(process, log)
+        finally:
+            process.kill()
+
+
+@dataclass(frozen=True)
+class Mount:
+    target: str
+    source: str
+    fstype: str
+    uuid: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A guest's report from inside."""
+
+    one: dict[str, str]
+    mounts: dict[str, Mount] = field(default_factory=dict)  # by mount point
+    sizes: dict[str, int] = field(default_factory=dict)  # of block devices, in bytes
+    swaps: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    host_keys: set[str] = field(default_factory=set)
+
+    @classmethod
+    def parse(cls, report: str) -> "Facts":
+        facts = cls({})
+        for line in re.findall(r"^FACT (.*)$", report, re.MULTILINE):
+            name, _, value = line.partition(" ")
+            words = value.split()
+            if name == "mount":
+                facts.mounts[words[0]] = Mount(*words[:4], size=int(words[4]))
+            elif name == "block":
+                facts.sizes[words[0]] = int(words[1])
+            elif name == "swap":
+                facts.swaps.append(words[0])
+            elif name == "failed":
+                facts.failed.append(value)
+            elif name == "host-key":
+                facts.host_keys.add(words[1])
+            else:
+                facts.one[name] = value
+        return facts
+
+    def __getitem__(self, name: str) -> str:
+        return self.one[name]

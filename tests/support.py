@@ -1,0 +1,409 @@
+"""What the tiers share: commands, recorded environments, calling a script as Ganeti does, looking at disks.
+
+Nothing here is specific to one tier; nothing is left behind that is not undone by a context manager.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Optional, Union
+
+TESTS = Path(__file__).resolve().parent
+MIB = 1 << 20
+SITE = Path("/etc/ganeti/instance-image")
+DEFAULTS = Path("/etc/default/ganeti-instance-image")
+PATH = "/sbin:/bin:/usr/sbin:/usr/bin"  # Ganeti's
+CLONE_NEWNS = 0x00020000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+Name = Union[str, "os.PathLike[str]"]
+
+
+def run(*argv: Name, check: bool = True, text: str = "") -> str:
+    """Run a command of the test itself, `text` as its stdin; its stdout. A failure shows what it printed."""
+    done = subprocess.run(
+        [os.fspath(word) for word in argv], input=text, capture_output=True, encoding="utf-8", errors="backslashreplace"
+    )
+    assert not check or done.returncode == 0, f"{argv}: status {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def recorded(name: str) -> dict[str, str]:
+    """The environment that a real cluster gave to a script: tests/env/NAME.env."""
+    lines = (TESTS / "env" / f"{name}.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+
+
+def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+# Calls
+
+
+@dataclass(frozen=True)
+class Result:
+    """An ended call: its status as the shell would show it, and the whole log file."""
+
+    status: int
+    log: str
+    seconds: float
+
+    @property
+    def lines(self) -> list[str]:
+        return [line for line in self.log.splitlines() if line.strip()]
+
+    @property
+    def last(self) -> str:
+        return self.lines[-1] if self.lines else ""
+
+    def ok(self) -> "Result":
+        assert self.status == 0, self.log
+        return self
+
+    def failed(self, *names: str) -> "Result":
+        """It failed in the agreed way, and the last line names what is wrong."""
+        assert self.status == 1, f"status {self.status}\n{self.log}"
+        for name in names:
+            assert name in self.last, f"{name!r} is not in the last line:\n{self.log}"
+        return self
+
+
+class Call:
+    """A script started as Ganeti starts it: only `environment`, cwd = directory of the script, umask 077,
+    stdin a pipe at EOF, stdout and stderr one log file. It leads a process group of its own."""
+
+    def __init__(self, script: Path, environment: Mapping[str, str], log: Path, arguments: Sequence[str] = ()) -> None:
+        self.log_file = log
+        self.started = time.monotonic()
+        reader, writer = os.pipe()
+        os.close(writer)
+        try:
+            with log.open("wb") as output:
+                self.process = subprocess.Popen(
+                    [str(script), *arguments],
+                    env=dict(environment),
+                    cwd=script.parent,
+                    stdin=reader,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    preexec_fn=_umask_077,
+                )
+        finally:
+            os.close(reader)
+
+    def log(self) -> str:
+        return self.log_file.read_bytes().decode("ascii", "strict")
+
+    def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+        """Wait for something that happens while the call runs."""
+
+        def happened() -> bool:
+            assert self.process.poll() is None, f"ended while we waited: {what}\n{self.log()}"
+            return bool(condition())
+
+        wait_until(happened, seconds, what)
+
+    def kill(self, number: int, group: bool = False) -> None:
+        (os.killpg if group else os.kill)(self.process.pid, number)
+
+    def result(self, seconds: float = 120) -> Result:
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            raise AssertionError(f"not finished within {seconds} s\n{self.log()}") from None
+        log = self.log()  # fails unless it is ASCII
+        assert "Traceback (most recent call last)" not in log, log
+        return Result(status if status >= 0 else 128 - status, log, time.monotonic() - self.started)
+
+
+def _umask_077() -> None:
+    os.umask(0o077)
+
+
+class Node:
+    """A node with imageos installed under `root`; /etc is a private copy for the duration of one test.
+
+    Sizes of swap and /boot are small unless a test says otherwise.
+    """
+
+    def __init__(self, imageos: Path, root: Path, work: Path, layer: Path) -> None:
+        """`layer` is the directory that gets what is written to /etc."""
+        self.imageos, self.root, self.work, self.layer = imageos, root, work, layer
+        self.os_dir = root / "usr/share/ganeti/os/image"
+        self.images = work / "images"
+        self.images.mkdir()
+        self.calls = 0
+        self.defaults()
+        self.variant("default")
+
+    def defaults(self, text: str = "") -> None:
+        """The defaults file: what the tests want in general, then `text`."""
+        self.write(
+            DEFAULTS,
+            f"IMAGE_DIR={self.images}\nIMAGE_TYPE=tarball\nFILESYSTEM=ext4\nSWAP_SIZE=8\nBOOT_SIZE=24\n{text}\n",
+        )
+
+    def variant(self, name: str, text: str = "") -> None:
+        self.write(SITE / "variants" / f"{name}.conf", text)
+        known = SITE / "variants.list"
+        before = known.read_text().splitlines() if known.exists() else []
+        if name not in before:
+            self.write(known, "".join(f"{line}\n" for line in [*before, name]))
+
+    def hook(self, name: str, text: str, mode: int = 0o755) -> Path:
+        path = SITE / "hooks" / name
+        self.write(path, text)
+        path.chmod(mode)
+        return path
+
+    def image(self, source: Path, name: str) -> Path:
+        """Make the file `source` known under `name` (complete, as `tiny-x86_64.tar.gz`)."""
+        path = self.images / name
+        run("cp", "--reflink=auto", "--sparse=always", source, path)
+        return path
+
+    def environment(
+        self, disk: Name, *more_disks: Name, env: str = "create", **overrides: Optional[object]
+    ) -> dict[str, str]:
+        """A recorded environment with these disks; an override None removes the variable."""
+        values = {name: value for name, value in recorded(env).items() if not name.startswith(("DISK_1_", "OSP_"))}
+        disks = [disk, *more_disks]
+        values.update(OSP_IMAGE_NAME="tiny", DISK_COUNT=str(len(disks)))
+        for number, path in enumerate(disks):
+            values[f"DISK_{number}_PATH"] = os.fspath(path)
+            values[f"DISK_{number}_ACCESS"] = "rw"
+            values[f"DISK_{number}_SIZE"] = str(size_of(path) // MIB)
+        for name, value in overrides.items():
+            values.pop(name, None)
+            if value is not None:
+                values[name] = str(value)
+        return values
+
+    def start(self, command: str, environment: Mapping[str, str], *arguments: str) -> Call:
+        self.calls += 1
+        log = self.work / f"{command}-{self.calls}.log"
+        return Call(self.os_dir / command, environment, log, arguments)
+
+    def call(self, command: str, environment: Mapping[str, str], *arguments: str, seconds: float = 120) -> Result:
+        before = listing(self.layer)
+        result = self.start(command, environment, *arguments).result(seconds)
+        written = {path for path, entry in listing(self.layer).items() if before.get(path) != entry}
+        assert not written, f"{command} wrote to the node's /etc: {written}\n{result.log}"
+        return result
+
+    def create(
+        self, disk: Name, *more_disks: Name, env: str = "create", seconds: float = 120, **overrides: Optional[object]
+    ) -> Result:
+        return self.call("create", self.environment(disk, *more_disks, env=env, **overrides), seconds=seconds)
+
+    @staticmethod
+    def write(path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def listing(top: Path) -> dict[str, tuple]:
+    """Every file below `top` with what a write would change."""
+    found = {}
+    for directory, _, files in os.walk(top):
+        for name in [".", *files]:
+            entry = os.lstat(os.path.join(directory, name))
+            found[os.path.join(directory, name)] = (entry.st_mode, entry.st_uid, entry.st_size, entry.st_mtime_ns)
+    return found
+
+
+# Disks
+
+
+def size_of(path: Name) -> int:
+    """Bytes of a file or block device; 0 for what is neither."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return 0
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        return 0
+    with open(path, "rb") as disk:
+        return disk.seek(0, os.SEEK_END)
+
+
+def digest(path: Name) -> str:
+    """A hash of the content; holes of a file are not read."""
+    total = hashlib.sha256()
+    with open(path, "rb") as disk:
+        end = disk.seek(0, os.SEEK_END)
+        for start, stop in _data(disk.fileno(), end):
+            total.update(b"%d:" % start)
+            disk.seek(start)
+            while start < stop:
+                block = disk.read(min(MIB, stop - start))
+                start += len(block)
+                total.update(block if any(block) else b"")
+    return total.hexdigest()
+
+
+def _data(descriptor: int, end: int) -> Iterator["tuple[int, int]"]:
+    if stat.S_ISBLK(os.fstat(descriptor).st_mode):
+        yield 0, end
+        return
+    stop = 0
+    while stop < end:
+        try:
+            start = os.lseek(descriptor, stop, os.SEEK_DATA)
+        except OSError:  # only a hole from here
+            return
+        stop = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, stop
+
+
+@contextmanager
+def attached(path: Name, offset: int = 0, size: int = 0, read_only: bool = False) -> Iterator[Path]:
+    """A loop device over (a part of) a disk."""
+    part = ["--offset", str(offset), "--sizelimit", str(size)] if size else []
+    mode = ["--read-only"] if read_only else []
+    device = run("losetup", "--find", "--show", *part, *mode, path).strip()
+    try:
+        yield Path(device)
+    finally:
+        run("losetup", "--detach", device)
+
+
+@contextmanager
+def mounted(disk: Name, where: Path, partition: "Optional[Partition]" = None, options: str = "ro") -> Iterator[Path]:
+    """A filesystem of `disk` (or all of it), mounted at `where` for the test only."""
+    where.mkdir(exist_ok=True)
+    start, size = (partition.start, partition.size) if partition else (0, 0)
+    read_only = "ro" in options.split(",")
+    with attached(disk, start, size, read_only) as device:
+        run("mount", "-o", options, device, where)
+        try:
+            yield where
+        finally:
+            run("umount", where)
+    where.rmdir()
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One entry of a table as sfdisk reads it, in bytes, with what blkid finds in it."""
+
+    number: int
+    start: int
+    size: int
+    type: str
+    bootable: bool
+    content: Mapping[str, str]
+
+
+def partitions(disk: Name) -> list[Partition]:
+    """In the order of their numbers. sfdisk must have nothing to complain about."""
+    table = table_of(disk)
+    return [
+        Partition(
+            number,
+            entry["start"] * 512,
+            entry["size"] * 512,
+            entry["type"],
+            entry.get("bootable", False),
+            probe(disk, entry["start"] * 512, entry["size"] * 512),
+        )
+        for number, entry in enumerate(table["partitions"], 1)
+    ]
+
+
+def table_of(disk: Name) -> dict[str, object]:
+    done = subprocess.run(
+        ["sfdisk", "--json", os.fspath(disk)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LC_ALL": "C"},
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return dict(json.loads(done.stdout)["partitiontable"])
+
+
+def probe(disk: Name, offset: int = 0, size: int = 0) -> dict[str, str]:
+    """What blkid finds at a place of the disk, read from the device itself, not from a cache."""
+    part = ["--offset", str(offset), "--size", str(size)] if size else []
+    text = run("blkid", "--probe", "--output", "export", *part, disk, check=False)
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def signatures(disk: Name) -> list[str]:
+    """The types of all signatures that wipefs sees on the whole disk."""
+    text = run("wipefs", "--noheadings", "--parsable", "--output", "TYPE", "--no-act", disk)
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+@contextmanager
+def locked(path: Name) -> Iterator[None]:
+    """Hold flock(LOCK_EX) on a disk, as another run or udev would."""
+    with open(path, "rb") as disk:
+        fcntl.flock(disk, fcntl.LOCK_EX)
+        yield
+
+
+# Trees
+
+
+def describe(top: Name, directory_times: bool = False) -> dict[bytes, tuple]:
+    """Everything that a copy of the tree `top` must keep, by path."""
+    root = os.fsencode(top)
+    found: dict[bytes, tuple] = {}
+    first_name: dict[int, bytes] = {}
+    for directory, directories, files in os.walk(root):
+        directories.sort()
+        for name in sorted(
+            [b".", *files, *(one for one in directories if os.path.islink(os.path.join(directory, one)))]
+        ):
+            path = os.path.normpath(os.path.join(directory, name))
+            shown = os.path.relpath(path, root)
+            entry = os.lstat(path)
+            kind = stat.S_IFMT(entry.st_mode)
+            content: object = None
+            if kind == stat.S_IFREG:
+                with open(path, "rb") as file:
+                    content = (entry.st_size, hashlib.sha256(file.read()).hexdigest())
+            elif kind == stat.S_IFLNK:
+                content = os.readlink(path)
+            elif kind in (stat.S_IFCHR, stat.S_IFBLK):
+                content = entry.st_rdev
+            same = first_name.setdefault(entry.st_ino, shown) if kind != stat.S_IFDIR else shown
+            attributes = {
+                key: os.getxattr(path, key, follow_symlinks=False) for key in os.listxattr(path, follow_symlinks=False)
+            }
+            found[shown] = (
+                oct(entry.st_mode),
+                entry.st_uid,
+                entry.st_gid,
+                content,
+                same,
+                attributes,
+                entry.st_mtime_ns // 10**9 if directory_times or kind != stat.S_IFDIR else None,
+            )
+    return found
+
+
+def private_mounts() -> None:
+    """Give this process a mount namespace of its own, which still follows unmounts of the machine."""
+    if _libc.unshare(CLONE_NEWNS) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    run("mount", "--make-rslave", "/")

@@ -1,0 +1,214 @@
+"""The rules that hold the modules together, read from their source."""
+
+import ast
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Union
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PACKAGE = CHECKOUT / "imageos"
+
+# Lowest first: a module imports only from those before it. A new module goes as far up as it can.
+ORDER = [
+    # what everything stands on
+    *("errors", "log", "outcome", "run", "linux", "isolation"),
+    # what Ganeti and the site say
+    *("ganeti", "settings"),
+    # disks and filesystems
+    *("layout", "disk", "filesystem"),
+    # the guest's root, and what is in it
+    *("sandbox", "target", "guest", "hostname", "network", "cloudinit", "discovery", "grow"),
+    # images
+    *("web", "checksums", "cache", "fetch", "imagefile", "qcow2", "tarball", "dump", "diskimage", "images"),
+    # backups
+    *("ext", "usage", "stream", "restore", "legacy"),
+    # hooks: what one imports, and what runs them
+    *("hook", "hooks"),
+    # commands
+    *("commands", "commands.create", "commands.import_", "commands.export", "commands.rename", "commands.verify"),
+    *("commands.mount_disks", "commands.umount_disks"),
+    *("commands.make_dump", "commands.make_qemu_img", "commands.ganeti_image"),
+    *("commands.install", "commands.uninstall", "commands.doctor"),
+    "cli",
+]
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).replace(".__init__", ""): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
+}
+HOOKS = {path.name: path for path in sorted((CHECKOUT / "hooks.d").iterdir()) if path.is_file()}
+PYTHON_HOOKS = {name: path for name, path in HOOKS.items() if "python" in path.read_text().partition("\n")[0]}
+SOURCES = {**MODULES, **{f"hooks.d/{name}": path for name, path in PYTHON_HOOKS.items()}}
+# sys.stdlib_module_names is new in Python 3.10: this is for 3.9
+STDLIB = [
+    *("__future__", "abc", "argparse", "array", "ast", "base64", "bisect", "calendar", "codecs", "collections"),
+    *("configparser", "contextlib", "copy", "csv", "ctypes", "dataclasses", "datetime", "difflib", "email", "enum"),
+    *(
+        "errno",
+        "fcntl",
+        "fnmatch",
+        "functools",
+        "getopt",
+        "glob",
+        "grp",
+        "gzip",
+        "hashlib",
+        "heapq",
+        "hmac",
+        "html",
+        "http",
+    ),
+    *("importlib", "inspect", "io", "ipaddress", "itertools", "json", "locale", "logging", "lzma", "math", "mmap"),
+    *(
+        "operator",
+        "os",
+        "pathlib",
+        "pkgutil",
+        "platform",
+        "pwd",
+        "queue",
+        "random",
+        "re",
+        "resource",
+        "secrets",
+        "select",
+    ),
+    *("selectors", "shlex", "shutil", "signal", "socket", "ssl", "stat", "statistics", "string", "struct"),
+    *("subprocess", "sys", "syslog", "tarfile", "tempfile", "textwrap", "threading", "time", "traceback", "types"),
+    *("typing", "unicodedata", "urllib", "uuid", "warnings", "weakref", "xml", "zipfile", "zipimport", "zlib"),
+]
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(SOURCES[name].read_text(), filename=str(SOURCES[name]))
+
+
+def imported(name: str) -> set[str]:
+    """Full names of the modules that a source imports, wherever in it."""
+    found = set()
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import in line {node.lineno}"
+            assert node.module
+            # `from imageos import run` is a module, `from imageos.run import run` a function of it
+            modules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= modules if node.module in ("imageos", "imageos.commands") else {node.module}
+    return found
+
+
+def own(name: str) -> set[str]:
+    """The modules of the package that a source imports; __version__ is no module."""
+    inner = {one.partition(".")[2] for one in imported(name) if one.partition(".")[0] == "imageos"}
+    return inner - {"__version__"}
+
+
+def dotted(node: ast.AST) -> str:
+    """`os.path.join` of the node that says so."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@cache
+def used(name: str) -> frozenset[str]:
+    """Every name and attribute in a source, as `os.fork`."""
+    return frozenset(dotted(node) for node in ast.walk(tree(name)) if isinstance(node, (ast.Attribute, ast.Name)))
+
+
+# The list
+
+
+def test_every_module_has_its_place() -> None:
+    assert len(ORDER) == len(set(ORDER))
+    missing = set(MODULES) - set(ORDER)
+    assert not missing, "put them into ORDER, as far up as their imports allow"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_only_from_before(name: str) -> None:
+    before = ORDER[: ORDER.index(name)]
+    assert own(name) <= set(before)
+
+
+@pytest.mark.parametrize("name", PYTHON_HOOKS)
+def test_hooks_import_only_what_is_for_them(name: str) -> None:
+    assert own(f"hooks.d/{name}") <= set(ORDER[: ORDER.index("hook") + 1])
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_the_standard_library(name: str) -> None:
+    known: Union[frozenset[str], list[str]] = getattr(sys, "stdlib_module_names", STDLIB)
+    assert {one.partition(".")[0] for one in imported(name)} <= {"imageos", *known}
+
+
+def test_list_for_old_python_is_right() -> None:
+    known = getattr(sys, "stdlib_module_names", None) or STDLIB
+    assert set(STDLIB) <= set(known)
+
+
+# Who may do what
+
+
+STARTERS = ("fork", "forkpty", "system", "popen", "posix_spawn", "exec", "spawn")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_processes_are_started_in_one_place(name: str) -> None:
+    if name != "run":
+        assert not {"subprocess", "multiprocessing", "pty", "concurrent.futures"} & imported(name)
+    starts = {one for one in used(name) if one.startswith(tuple(f"os.{starter}" for starter in STARTERS))}
+    assert starts <= ({"os.fork"} if name in ("isolation", "sandbox") else set())
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_command_is_text_for_a_shell(name: str) -> None:
+    keywords = [node for node in ast.walk(tree(name)) if isinstance(node, ast.keyword)]
+    assert not [one.value.lineno for one in keywords if one.arg == "shell"]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_system_calls_are_in_one_place(name: str) -> None:
+    assert "ctypes" not in imported(name) or name == "linux"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_stdout_belongs_to_the_backup(name: str) -> None:
+    """Messages go through log; only what was asked for (help, a report) is printed."""
+    if name not in ("cli", "isolation") and not name.startswith("commands."):
+        assert not {"print", "sys.stdout"} & used(name)
+
+
+ROOTS = {"isolation.TARGET", "TARGET", "context.target"}
+JOINS = ("os.path.join", "Path", "pathlib.Path", "PurePath")
+
+
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"isolation", "sandbox", "target"}))
+def test_no_path_is_made_below_the_mounted_root(name: str) -> None:
+    """A link of the guest's could lead it to the node: Target resolves the guest's paths."""
+    if not ROOTS & used(name):
+        return
+    for node in ast.walk(tree(name)):
+        if isinstance(node, (ast.JoinedStr, ast.BinOp)) or (isinstance(node, ast.Call) and dotted(node.func) in JOINS):
+            parts = {dotted(one) for one in ast.walk(node)}
+            assert not ROOTS & parts, f"{name}: line {node.lineno}"
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"hooks.d/{hook}" for hook in PYTHON_HOOKS), "guest", "hostname", "cloudinit", "network"]
+)
+def test_guest_is_reached_through_target_alone(name: str) -> None:
+    """What changes a guest has no other means to open a file."""
+    if name in SOURCES:
+        assert not {"os", "os.path", "pathlib", "shutil", "io", "glob", "tempfile"} & imported(name)
+        assert "open" not in used(name)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_module_says_what_it_is(name: str) -> None:
+    assert ast.get_docstring(tree(name))

@@ -1,0 +1,219 @@
+"""What build.py computes: nothing is built and no process started here."""
+
+from __future__ import annotations
+
+import ast
+import io
+import zipfile
+from pathlib import Path, PurePath
+
+import pytest
+
+import build
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("subprocess.run", refuse)
+    monkeypatch.setattr("subprocess.Popen", refuse)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["deploy"], ["--debian"], ["demo", "--fedora"], ["demo", "--debian", "x"], ["--version"]],
+)
+def test_unknown_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert build.main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("usage: ./build.py")
+    assert output.err.splitlines()[-1].startswith("build: unknown arguments: ")
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build.main([option]) == 0
+    shown = capsys.readouterr().out
+    for command in ("./build.py demo", "./build.py demo --debian", "./build.py test"):
+        assert command in shown
+
+
+@pytest.mark.parametrize("arguments", [["demo"], ["demo", "--debian"], ["test"]])
+def test_what_needs_root_says_so(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    command = " ".join(arguments)
+    assert build.main(arguments) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"build: hint: sudo ./build.py {command}",
+        f"build: {command} needs root",
+    ]
+
+
+def test_errors_of_the_system_are_no_tracebacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise PermissionError(13, "Permission denied", "/checkout/dist/imageos")
+
+    monkeypatch.setattr(build, "build", fail)
+    assert build.main([]) == 1
+    hint, cause = capsys.readouterr().err.splitlines()
+    assert hint.startswith("build: hint: ")
+    assert cause == "build: /checkout/dist/imageos: Permission denied"
+
+
+# What is needed
+
+
+def test_tools_are_pinned() -> None:
+    for tool in build.TEST_TOOLS:
+        assert tool.count("==") == 1
+    assert set(build.BUILD_TOOLS) < set(build.TEST_TOOLS)
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *commands: str) -> None:
+    """Pretend that the machine has these commands and no other."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name in commands else None)
+
+
+NEEDS = [build.Need("mkfs.xfs", "xfsprogs", "xfsprogs", ""), build.Need("gnt-x", "ganeti", "", "")]
+
+
+def test_packages_on_debian(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "apt-get", "dnf")
+    assert build.install_commands([*NEEDS, *NEEDS]) == [
+        ["apt-get", "update"],
+        ["apt-get", "install", "--yes", "--no-install-recommends", "ganeti", "xfsprogs"],
+    ]
+
+
+def test_packages_on_fedora(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "dnf")
+    [command] = build.install_commands(NEEDS)
+    assert command[:2] == ["dnf", "install"]
+    assert command[-1] == "xfsprogs"
+
+
+def test_packages_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch)
+    with pytest.raises(build.BuildError, match="to install mkfs.xfs, gnt-x"):
+        build.install_commands(NEEDS)
+
+
+def test_user_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    only(monkeypatch, "apt-get")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(build.BuildError) as raised:
+        build.install_packages(NEEDS)
+    line = "sudo apt-get update && sudo apt-get install --yes --no-install-recommends"
+    assert str(raised.value).endswith(f": {line} ganeti xfsprogs")
+    assert "missing: mkfs.xfs" in capsys.readouterr().err
+
+
+def test_nothing_is_installed_where_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "mkfs.xfs", "gnt-x")
+    build.install_packages(NEEDS)
+
+
+def test_present(tmp_path: Path) -> None:
+    assert build.present("sh")
+    assert not build.present("no-such-command")
+    assert build.present(str(tmp_path))
+    assert not build.present(str(tmp_path / "absent"))
+    assert build.present("python:zipfile")
+    assert not build.present("python:no_such_module")
+
+
+# The archive
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("imageos/cli.py", True),
+        ("imageos/commands/create.py", True),
+        ("imageos/__pycache__/cli.cpython-311.pyc", False),
+        ("imageos/cli.py~", False),
+        ("imageos/.#cli.py", False),
+        ("hooks.d/grub", True),
+        ("hooks.d/grub~", False),
+        ("hooks.d/.grub.swp", False),
+        ("hooks.d/__pycache__/grub.cpython-311.pyc", False),
+        ("defaults/variants/default.conf", True),
+        ("defaults/.git/config", False),
+    ],
+)
+def test_what_is_packed(name: str, expected: bool) -> None:
+    assert build.is_source(PurePath(name)) is expected
+
+
+def test_where_it_is_packed() -> None:
+    assert build.staged_name(PurePath("imageos/cli.py")) == PurePath("imageos/cli.py")
+    assert build.staged_name(PurePath("hooks.d/grub")) == PurePath("imageos/hooks.d/grub")
+
+
+def test_members_do_not_depend_on_the_builder(tmp_path: Path) -> None:
+    header = build.member_header("a")
+    assert header.date_time == (1980, 1, 1, 0, 0, 0)
+    assert header.create_system == 3
+    assert header.external_attr >> 16 == 0o100644
+    assert header.compress_type == zipfile.ZIP_STORED
+
+
+def test_start_replaces_the_bootstrap(tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("_bootstrap/__init__.py", "")
+        archive.writestr("__main__.py", "import _bootstrap")
+        archive.writestr("site-packages/imageos/cli.py", "x = 1")
+    (tmp_path / "shiv").write_bytes(packed.getvalue())
+    assert build.archive_members(tmp_path / "shiv") == {
+        "__main__.py": build.MAIN.encode(),
+        "site-packages/imageos/cli.py": b"x = 1",
+    }
+
+
+def test_old_python_can_read_the_start() -> None:
+    tree = ast.parse(build.MAIN, feature_version=(3, 5))
+    first = next(node for node in tree.body if not isinstance(node, ast.Import))
+    assert isinstance(first, ast.If), "the version is checked before anything of ours is imported"
+    assert "version_info" in ast.dump(first.test)
+
+
+# The demonstration
+
+
+def test_environment_of_create(tmp_path: Path) -> None:
+    disk = tmp_path / "disk0"
+    with open(disk, "wb") as file:
+        file.truncate(3 << 30)
+    recorded = "# argv: x\nDISK_COUNT=2\nDISK_0_ACCESS=rw\nDISK_1_PATH=/x\nA=b=c\nOS_NAME=probe\n"
+    environment = build.create_environment(recorded, disk, Path("debian-12-x86_64.tar.zst"))
+    assert environment == {
+        "A": "b=c",
+        "DISK_0_ACCESS": "rw",
+        "DISK_0_PATH": str(disk),
+        "DISK_0_SIZE": "3072",
+        "DISK_COUNT": "1",
+        "INSTANCE_OS": "image+default",
+        "OSP_IMAGE_NAME": "debian-12",
+        "OSP_IMAGE_TYPE": "tarball",
+        "OS_NAME": "image",
+    }
+
+
+def test_start_of_the_root_partition() -> None:
+    dump = "/d1 : start=        2048, size= 204800, type=83\n/d3 : start= 731136, size=1, type=83\n"
+    assert build.root_start(dump) == 731136 * 512
+
+
+def test_recorded_environment_is_there() -> None:
+    assert "INSTANCE_NAME=" in build.RECORDED.read_text()

@@ -1,0 +1,189 @@
+"""A disk that is a file, as far as no root is needed: claimed, refused, wiped."""
+
+import ctypes
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imageos import disk, linux
+from imageos.disk import SIGNATURES, Attached, Device
+from imageos.errors import Failure
+from imageos.layout import MIB
+
+F_OFD_SETLK = 37  # fcntl.h
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "disk0"
+    file.write_bytes(b"\xaa" * (5 * MIB))
+    return file
+
+
+@pytest.fixture
+def attached(path: Path) -> Iterator[Attached]:
+    """The file in the place of the loop device."""
+    with path.open("r+b", buffering=0) as file:
+        yield Attached("/dev/loop7", file.fileno(), path.stat().st_size)
+
+
+# Claimed
+
+
+def test_claimed(path: Path) -> None:
+    with disk.claimed(str(path)) as device:
+        assert (device.path, device.size, device.is_file) == (str(path), 5 * MIB, True)
+        os.fstat(device.descriptor)
+        assert not os.get_inheritable(device.descriptor)
+    with pytest.raises(OSError):
+        os.fstat(device.descriptor)
+
+
+def test_two_runs_on_one_disk(path: Path) -> None:
+    with disk.claimed(str(path)), pytest.raises(Failure) as raised, disk.claimed(str(path)):
+        pass
+    assert str(raised.value) == f"disk {path} is in use: another process has locked it"
+    assert "stop the instance first" in str(raised.value.hint)
+
+
+def test_readers_share(path: Path) -> None:
+    reader = disk.claimed(str(path), read_only=True)
+    with reader, disk.claimed(str(path), read_only=True), pytest.raises(Failure, match="in use"):
+        disk.claimed(str(path)).__enter__()
+    with disk.claimed(str(path)):
+        pass
+
+
+def test_virtual_machine_uses_it(path: Path) -> None:
+    """qemu locks single bytes of its images, by open file description."""
+    with path.open("r+b") as other:
+        fcntl.fcntl(other, F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 100, 1, 0))
+        with pytest.raises(Failure, match="in use: a virtual machine"), disk.claimed(str(path)):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "No such file or directory"),
+        ("dangling link", "No such file or directory"),
+        ("directory", "is neither a block device nor a regular file"),
+        ("fifo", "is neither a block device nor a regular file"),
+    ],
+)
+def test_no_disk(kind: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "dangling link":
+        path.symlink_to("nowhere")
+    with pytest.raises(Failure) as raised, disk.claimed(str(path)):
+        pass
+    assert str(raised.value).startswith(f"disk {path}")
+    assert message in str(raised.value)
+
+
+def test_no_descriptor_stays(path: Path) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    with disk.claimed(str(path)), pytest.raises(Failure), disk.claimed(str(path)):
+        pass
+    with pytest.raises(RuntimeError), disk.claimed(str(path)):
+        raise RuntimeError
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+# Wiped
+
+
+def zeroed(path: Path) -> list[int]:
+    """The MiB of the file that are zero."""
+    content = path.read_bytes()
+    return [n for n in range(len(content) // MIB) if not any(content[n * MIB : (n + 1) * MIB])]
+
+
+def test_both_ends_of_each_range(path: Path, attached: Attached) -> None:
+    disk.wipe(attached.descriptor, [(0, 5 * MIB)])
+    assert zeroed(path) == [0, 4]
+    disk.wipe(attached.descriptor, [(2 * MIB, MIB)])
+    assert zeroed(path) == [0, 2, 4]
+    assert path.stat().st_size == 5 * MIB
+
+
+def test_small_range_is_all_that_is_wiped(path: Path, attached: Attached) -> None:
+    disk.wipe(attached.descriptor, [(MIB, SIGNATURES // 2)])
+    content = path.read_bytes()
+    assert content.count(b"\0") == SIGNATURES // 2
+    assert content.find(b"\0") == MIB
+
+
+@pytest.fixture
+def device(path: Path, attached: Attached, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """The same as a disk, of which the kernel knows one partition."""
+    monkeypatch.setattr(disk, "_kernel_partitions", lambda _: {1: (MIB, 3 * MIB)})
+    return Device(str(path), attached.descriptor, attached.size, is_file=True)
+
+
+def test_failure_disarms(path: Path, device: Device, attached: Attached) -> None:
+    with pytest.raises(RuntimeError), disk.disarmed_on_failure(device, attached):
+        raise RuntimeError
+    assert zeroed(path) == [0, 1, 3, 4]
+
+
+def test_success_leaves_it_as_it_is(path: Path, device: Device, attached: Attached) -> None:
+    with disk.disarmed_on_failure(device, attached):
+        pass
+    assert zeroed(path) == []
+
+
+def test_root_cause_is_not_hidden(
+    device: Device, attached: Attached, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pwrite", broken)
+    with pytest.raises(Failure, match="^the real cause$"), disk.disarmed_on_failure(device, attached):
+        raise Failure("the real cause")
+    assert f"disk {device.path} may still look bootable" in capfd.readouterr().err
+
+
+def test_partition_node() -> None:
+    assert Attached("/dev/loop7", -1, 0).partition(15) == "/dev/loop7p15"
+
+
+# What the kernel is given: sizes of its structures (include/uapi/linux/loop.h, blkpg.h)
+
+
+def test_loop_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(fcntl, "ioctl", lambda *arguments: calls.append(arguments))
+    linux.configure_loop(7, 8, linux.LO_FLAGS_AUTOCLEAR | linux.LO_FLAGS_PARTSCAN)
+    ((descriptor, request, config),) = calls
+    assert (descriptor, request, len(config)) == (7, 0x4C0A, 304)
+    backing, block_size = struct.unpack_from("=II", config)
+    (flags,) = struct.unpack_from("=I", config, 8 + 5 * 8 + 3 * 4)
+    assert (backing, block_size, flags) == (8, 512, 4 | 8)
+
+
+@pytest.mark.parametrize("operation", ["add", "delete"])
+def test_partition_is_told(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def ioctl(descriptor: int, request: int, argument: bytes) -> None:
+        code, _, length, pointer = struct.unpack("@iiiP", argument)
+        data = ctypes.string_at(pointer, length)
+        seen.append((descriptor, request, code, length, struct.unpack_from("@qqi", data)))
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    if operation == "add":
+        linux.add_partition(7, 3, MIB, 4 * MIB)
+        assert seen == [(7, 0x1269, 1, 152, (MIB, 4 * MIB, 3))]
+    else:
+        linux.delete_partition(7, 3)
+        assert seen == [(7, 0x1269, 2, 152, (0, 0, 3))]

@@ -1,0 +1,290 @@
+"""Images from a URL: names, checksum files, what is shown and sent. Downloading is for the tier with a server."""
+
+import json
+import os
+from email.message import Message
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imageos import cache, checksums, fetch, web
+from imageos.cache import Copy
+from imageos.checksums import checksum_in
+from imageos.errors import Failure
+from imageos.settings import Settings
+
+HEX = "0123456789abcdef" * 4
+LONG = HEX * 2
+SHA1 = HEX[:40]
+
+
+# --- checksum files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{HEX}  debian.qcow2",
+        f"{HEX} *debian.qcow2",
+        f"{HEX.upper()}  debian.qcow2",
+        f"{HEX}  ./debian.qcow2",
+        f"{HEX}\tdebian.qcow2\r",
+        f"SHA256 (debian.qcow2) = {HEX}",
+        f"SHA256(debian.qcow2)= {HEX}",
+    ],
+)
+def test_formats(line: str) -> None:
+    text = f"# a comment\n\n{LONG[:64]}  other.qcow2\n{line}\n{HEX[::-1]}  debian.qcow2.sig\n"
+    assert checksum_in(text, "debian.qcow2", checksums.STRONG) == ("sha256", HEX)
+
+
+def test_strongest_counts() -> None:
+    text = f"{SHA1}  a\n{HEX}  a\n{LONG}  a\n"
+    assert checksum_in(text, "a", ("sha1", "sha256", "sha512")) == ("sha512", LONG)
+    assert checksum_in(text, "a", ("sha1", "sha256")) == ("sha256", HEX)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        f"{HEX}  b\n",
+        f"{HEX}  dir/a\n",
+        f"{HEX[:-1]}  a\n",
+        f"{SHA1}  a\n",
+        f"{HEX}\n",
+        f"<html>{HEX}  a</html>",
+        f"MD5 (a) = {HEX[:32]}",
+    ],
+)
+def test_no_checksum(text: str) -> None:
+    assert checksum_in(text, "a", checksums.STRONG) is None
+
+
+def test_file_about_one_image() -> None:
+    for text in (HEX, f"{HEX}\n", f"{HEX}  build/another-name-1.2\n"):
+        assert checksum_in(text, "a", checksums.STRONG, is_only=True) == ("sha256", HEX)
+    two = f"{HEX}  a\n{HEX[::-1]}  b\n"
+    assert checksum_in(two, "a", checksums.STRONG, is_only=True) == ("sha256", HEX)
+    assert checksum_in(two, "c", checksums.STRONG, is_only=True) is None
+
+
+@given(st.text(), st.text())
+def test_any_text(text: str, name: str) -> None:
+    found = checksum_in(text, name, checksums.STRONG, is_only=True)
+    assert found is None or len(found[1]) in (64, 128)
+
+
+@pytest.mark.parametrize("verify, text, digest", [(True, "sha256:" + HEX.upper(), HEX), (True, "no", None),
+                                                  (True, "", None), (False, "sha256:" + HEX, None)])  # fmt: skip
+def test_pinned(verify: bool, text: str, digest: object) -> None:
+    found = checksums.pinned(Settings(image_checksum=text, image_verify=verify))
+    assert (found.hex if found else None) == digest
+
+
+# --- URLs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url, shown",
+    [
+        ("http://host/a", "http://host/a"),
+        ("https://user:pass@host:8443/a?token=secret#part", "https://host:8443/a?..."),
+        ("http://user:pa@ss@host/a", "http://host/a"),
+        ("http://[2001:db8::1]:80/a", "http://[2001:db8::1]:80/a"),
+        ("http://user:pa/ss@host/a", "http://..."),
+        ("http://[bad", "http://..."),
+    ],
+)
+def test_shown(url: str, shown: str) -> None:
+    assert web.shown(url) == shown
+
+
+@given(st.text(alphabet=st.characters(exclude_characters="/?#[]@", exclude_categories=("C", "Z")), min_size=6))
+def test_password_is_never_shown(password: str) -> None:
+    assert f":{password}@" not in web.shown(f"http://user:{password}@host/a?b={password}")
+
+
+@pytest.mark.parametrize(
+    "url, sent",
+    [
+        ("http://host/a b/ä?q=ö#f", "http://host/a%20b/%C3%A4?q=%C3%B6"),
+        ("http://host/a%20b", "http://host/a%20b"),
+        ("http://host", "http://host"),
+        ("http://host/\udcff", "http://host/%FF"),
+    ],
+)
+def test_cleaned(url: str, sent: str) -> None:
+    assert web.cleaned(url) == sent
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/a", "http:///a", "http://host:port/", "http://["])
+def test_not_a_url(url: str) -> None:
+    with pytest.raises(Failure):
+        web.cleaned(url)
+
+
+@pytest.mark.parametrize(
+    "location, to",
+    [
+        ("/b", "https://u:p@host/b"),
+        ("c", "https://u:p@host/dir/c"),
+        ("https://host/b", "https://u:p@host/b"),
+        ("https://host:444/b", "https://host:444/b"),
+        ("http://host/b", "http://host/b"),
+        ("//other/b", "https://other/b"),
+        ("https://x:y@other/b", "https://x:y@other/b"),
+    ],
+)
+def test_redirects_keep_credentials_within_one_server(location: str, to: str) -> None:
+    assert web.redirected("https://u:p@host/dir/a", location) == to
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://host/a", "javascript:1", "http://[", "data:,x"])
+def test_redirects_elsewhere(location: str) -> None:
+    with pytest.raises(Failure, match="refused to be redirected"):
+        web.redirected("https://u:secret@host/a", location)
+
+
+@pytest.mark.parametrize(
+    "no_proxy, is_exempt",
+    [("", False), ("*", True), ("example.org", True), (".example.org", True), ("other, a.Example.org", True),
+     ("ample.org", False), ("b.a.example.org", False), (" , ", False)],
+)  # fmt: skip
+def test_no_proxy(no_proxy: str, is_exempt: bool) -> None:
+    assert web.is_exempt("a.example.org", no_proxy) is is_exempt
+
+
+def test_beside() -> None:
+    assert web.beside("http://u:p@h/d/a.img?t=1", "SHA256SUMS") == "http://u:p@h/d/SHA256SUMS?t=1"
+
+
+# --- names ------------------------------------------------------------------------------------------------
+
+
+def paths(url: str, *names: str, image_type: str = "tarball") -> list[str]:
+    known = Settings(image_url=url, image_type=image_type)
+    return [urlsplit(one).path for one in fetch.urls(known, names)]
+
+
+def test_directory_url() -> None:
+    names = ("a-x86_64.tar.gz", "a-x86_64.tar")
+    for url in ("http://h/images", "http://h/images/"):
+        assert paths(url, *names) == ["/images/a-x86_64.tar.gz", "/images/a-x86_64.tar"]
+    assert paths("http://h", names[0]) == ["/a-x86_64.tar.gz"]
+    assert paths("http://h/d", "a b?#%.tar") == ["/d/a%20b%3F%23%25.tar"]
+
+
+@pytest.mark.parametrize(
+    "path, image_type",
+    [("/x.tar.zst", "tarball"), ("/x.qcow2", "qemu"), ("/x.img", "raw"), ("/x.raw.xz", "raw"), ("/x.vmdk", "qcow2"),
+     ("/x-root.dump", "dump"), ("/x-root.dump.gz", "dump"), ("/x.tgz", "tarball")],
+)  # fmt: skip
+def test_url_of_one_image(path: str, image_type: str) -> None:
+    assert fetch.is_one_image("http://h" + path)
+    assert paths("http://h" + path, "ignored", image_type=image_type) == [path]
+
+
+def test_dump_of_boot() -> None:
+    assert paths("http://h/root.dump/x-root.dump.gz", "n-boot.dump", image_type="dump") == ["/root.dump/x-boot.dump.gz"]
+
+
+@pytest.mark.parametrize("path, image_type", [("/x.tar.gz", "qcow2"), ("/x.qcow2", "dump"), ("/x.dump", "tarball")])
+def test_url_that_does_not_fit(path: str, image_type: str) -> None:
+    with pytest.raises(Failure, match=f"does not fit IMAGE_TYPE={image_type}"):
+        paths("http://u:secret@h" + path, "a", image_type=image_type)
+
+
+def test_one_checksum_for_two_files() -> None:
+    known = Settings(image_url="http://h/d", image_type="dump", image_checksum="sha256:" + HEX)
+    with pytest.raises(Failure, match="a dump consists of two"):
+        fetch.urls(known, ["a-root.dump"])
+
+
+def test_cache_names() -> None:
+    names = [fetch.cache_name(url) for url in ("http://h/d/a.img", "http://h/e/a.img", "http://h/d/a.img?b", "http://u@h/d/a.img")]
+    assert len(set(names)) == 4
+    assert all(name.endswith("-a.img") and len(name) == 16 + 1 + 5 for name in names)
+    long = fetch.cache_name("http://h/" + 300 * "%C3%A4" + ".qcow2")
+    assert len(long) < 200 and long.endswith(".qcow2")
+
+
+@pytest.mark.parametrize("path", ["/", "", "/.hidden", "/a%2Fb", "/%2e%2e", "/a%00b", "/a%0Ab", "/a%FF%1b"])
+def test_names_that_are_none(path: str) -> None:
+    with pytest.raises(Failure, match="name of a file"):
+        fetch.cache_name("http://h/d" + path if path else "http://h")
+
+
+@given(st.text(min_size=1))
+def test_cache_names_stay_in_the_directory(name: str) -> None:
+    try:
+        found = fetch.cache_name(web.cleaned("http://h/d/" + name))
+    except Failure:
+        return
+    assert "/" not in found and found.isascii() and len(found) < 200
+
+
+# --- what is known of a copy ------------------------------------------------------------------------------
+
+
+def message(**headers: str) -> Message:
+    made = Message()
+    for name, value in headers.items():
+        made[name.replace("_", "-")] = value
+    return made
+
+
+def test_is_it_current() -> None:
+    copy = Copy("http://h/a", etag='"1"', last_modified="Mon", size=5)
+    assert copy.is_of(message(ETag='"1"', Last_Modified="Tue"))
+    assert not copy.is_of(message(ETag='"2"', Last_Modified="Mon"))
+    assert copy.is_of(message(Last_Modified="Mon"))
+    assert copy.is_of(message(Last_Modified="Mon", Content_Length="5"))
+    assert not copy.is_of(message(Last_Modified="Mon", Content_Length="6"))
+    assert not copy.is_of(message(Content_Length="5")), "the size alone tells nothing"
+
+
+def test_condition_of_a_resume() -> None:
+    assert Copy("", '"1"', "Mon", 5).condition == '"1"'
+    assert Copy("", 'W/"1"', "Mon", 5).condition == "Mon"
+    assert Copy("", 'W/"1"', "", 5).condition == ""
+
+
+def test_kept_beside_the_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "a")
+    Path(path).write_bytes(b"content")
+    copy = Copy("http://h/a", '"1"', "Mon", 7, cache.identity(path), checksums.digests_of(path, ["sha256"]), "sums")
+    cache.save(path, copy)
+    assert cache.load(path) == copy
+    assert os.stat(path + ".json").st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"url": 1}', '{"etag": "", "unknown": 1}'])
+def test_damaged_notes(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+    (tmp_path / "a.json").write_text(text)
+    assert cache.load(str(tmp_path / "a")) is None
+
+
+def test_touched_or_changed(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"content")
+    digests = checksums.digests_of(str(path), ["sha256"])
+    cache.save(str(path), Copy("", '"1"', "", 7, cache.identity(str(path)), digests))
+    os.utime(path, (1, 1))
+    touched = cache.load(str(path))
+    assert touched and touched.identity == cache.identity(str(path))
+    assert json.loads((tmp_path / "a.json").read_text())["identity"] == list(touched.identity)
+    path.write_bytes(b"CONTENT")
+    assert cache.load(str(path)) is None
+
+
+def test_lock_leaves_nothing(tmp_path: Path) -> None:
+    path = str(tmp_path / "a")
+    for _ in range(2):
+        with cache.locked(path, "http://h/a"):
+            assert os.listdir(tmp_path) == ["a.lock"]
+        assert os.listdir(tmp_path) == []

@@ -1,0 +1,164 @@
+"""Filesystems as values: what goes where, how it is made, and the fstab."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from imageos import filesystem, layout
+from imageos.filesystem import FILESYSTEMS, Volume
+from imageos.layout import MIB, Layout
+
+EXT2 = "none,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
+EXT3 = f"{EXT2},has_journal"
+EXT4 = f"{EXT3},extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize"
+# What an older e2fsck or GRUB in the guest cannot read
+TOO_NEW = {"metadata_csum_seed", "orphan_file", "inline_data", "casefold", "encrypt", "verity", "bigalloc"}
+
+ROOT_UUID = "11111111-1111-4111-8111-111111111111"
+BOOT_UUID = "22222222-2222-4222-8222-222222222222"
+SWAP_UUID = "33333333-3333-4333-8333-333333333333"
+
+
+def planned(table: str = "gpt", boot: int = 100, swap: int = 256) -> Layout:
+    return layout.plan(table, 10 << 30, boot=boot * MIB, swap=swap * MIB, arch="x86_64", smallest_root=16 * MIB)
+
+
+def node(number: int) -> str:
+    return f"/dev/loop7p{number}"
+
+
+# What goes where
+
+
+@pytest.mark.parametrize(
+    ("kind", "boot_kind"), [("ext2", "ext2"), ("ext3", "ext3"), ("ext4", "ext4"), ("xfs", "ext4"), ("btrfs", "ext4")]
+)
+def test_volumes(kind: str, boot_kind: str) -> None:
+    made = filesystem.plan_volumes(planned(), kind, node)
+    assert [(one.role, one.kind, one.device) for one in made] == [
+        ("esp", "vfat", "/dev/loop7p2"),
+        ("boot", boot_kind, "/dev/loop7p3"),
+        ("swap", "swap", "/dev/loop7p4"),
+        ("root", kind, "/dev/loop7p5"),
+    ]
+
+
+def test_volumes_without_boot_and_swap() -> None:
+    made = filesystem.plan_volumes(planned("msdos", 0, 0), "ext4", node)
+    assert [(one.role, one.kind, one.device) for one in made] == [("root", "ext4", "/dev/loop7p1")]
+
+
+def test_every_volume_has_a_uuid_of_its_own() -> None:
+    made = filesystem.plan_volumes(planned(), "ext4", node)
+    assert len({one.uuid for one in made}) == len(made)
+    for one in made:
+        form = r"[0-9A-F]{4}-[0-9A-F]{4}" if one.kind == "vfat" else r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+        assert re.fullmatch(form, one.uuid)
+
+
+@pytest.mark.parametrize(
+    ("table", "kind", "expected"),
+    [
+        ("msdos", "ext4", {"sfdisk", "mkfs.ext4", "mkswap"}),
+        ("msdos", "xfs", {"sfdisk", "mkfs.ext4", "mkswap", "mkfs.xfs"}),
+        ("gpt", "btrfs", {"sfdisk", "mkfs.vfat", "mkfs.ext4", "mkswap", "mkfs.btrfs"}),
+    ],
+)
+def test_programs(table: str, kind: str, expected: set[str]) -> None:
+    assert set(filesystem.programs(planned(table), kind)) == expected
+
+
+# How it is made
+
+
+def ext_command(kind: str, features: str, label: str = "/") -> list[str]:
+    return [f"mkfs.{kind}", "-F", "-q", "-O", features, "-U", ROOT_UUID, "-L", label, "/dev/loop7p3"]
+
+
+@pytest.mark.parametrize(
+    ("role", "kind", "uuid", "command"),
+    [
+        ("root", "ext2", ROOT_UUID, ext_command("ext2", EXT2)),
+        ("root", "ext3", ROOT_UUID, ext_command("ext3", EXT3)),
+        ("root", "ext4", ROOT_UUID, ext_command("ext4", EXT4)),
+        ("boot", "ext4", ROOT_UUID, ext_command("ext4", EXT4, "/boot")),
+        (
+            "root",
+            "xfs",
+            ROOT_UUID,
+            ["mkfs.xfs", "-f", "-q", "-m", f"uuid={ROOT_UUID}", "-L", "/", "/dev/loop7p3"],
+        ),
+        ("root", "btrfs", ROOT_UUID, ["mkfs.btrfs", "-f", "-q", "-U", ROOT_UUID, "-L", "/", "/dev/loop7p3"]),
+        ("swap", "swap", SWAP_UUID, ["mkswap", "--uuid", SWAP_UUID, "/dev/loop7p3"]),
+        ("esp", "vfat", "12AB-34CD", ["mkfs.vfat", "-F", "32", "-n", "ESP", "-i", "12AB34CD", "/dev/loop7p3"]),
+    ],
+)
+def test_make_command(role: str, kind: str, uuid: str, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystem, "_XFS_PROFILE", "/nonexistent")
+    assert filesystem.make_command(Volume(role, kind, "/dev/loop7p3", uuid)) == command
+
+
+def test_xfs_that_older_kernels_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = tmp_path / "lts.conf"
+    profile.touch()
+    monkeypatch.setattr(filesystem, "_XFS_PROFILE", str(profile))
+    command = filesystem.make_command(Volume("root", "xfs", "/dev/loop7p3", ROOT_UUID))
+    assert command[3:5] == ["-c", f"options={profile}"]
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext3", "ext4"])
+def test_ext_has_nothing_that_is_too_new(kind: str) -> None:
+    command = filesystem.make_command(Volume("root", kind, "/dev/loop7p3", ROOT_UUID))
+    features = command[command.index("-O") + 1].split(",")
+    assert features[0] == "none", "what this node's mkfs would add is switched off"
+    assert not TOO_NEW & set(features)
+
+
+# fstab
+
+
+def volumes(*roles: str, kind: str = "ext4") -> list[Volume]:
+    every = {
+        "esp": Volume("esp", "vfat", "/dev/loop7p2", "12AB-34CD"),
+        "boot": Volume("boot", "ext4" if kind in ("xfs", "btrfs") else kind, "/dev/loop7p3", BOOT_UUID),
+        "swap": Volume("swap", "swap", "/dev/loop7p4", SWAP_UUID),
+        "root": Volume("root", kind, "/dev/loop7p5", ROOT_UUID),
+    }
+    return [every[role] for role in roles]
+
+
+def test_fstab_of_msdos() -> None:
+    assert filesystem.fstab(volumes("boot", "swap", "root")) == (
+        "# /etc/fstab: written by imageos\n"
+        "# <filesystem>                            <mount point> <type> <options>         <dump> <pass>\n"
+        "UUID=11111111-1111-4111-8111-111111111111 /             ext4   errors=remount-ro 0      1\n"
+        "UUID=22222222-2222-4222-8222-222222222222 /boot         ext4   defaults          0      2\n"
+        "UUID=33333333-3333-4333-8333-333333333333 none          swap   sw                0      0\n"
+    )
+
+
+def test_fstab_of_gpt_with_xfs() -> None:
+    assert filesystem.fstab(volumes("esp", "boot", "swap", "root", kind="xfs")) == (
+        "# /etc/fstab: written by imageos\n"
+        "# <filesystem>                            <mount point> <type> <options>         <dump> <pass>\n"
+        "UUID=11111111-1111-4111-8111-111111111111 /             xfs    defaults          0      0\n"
+        "UUID=22222222-2222-4222-8222-222222222222 /boot         ext4   defaults          0      2\n"
+        "UUID=12AB-34CD                            /boot/efi     vfat   umask=0077,nofail 0      1\n"
+        "UUID=33333333-3333-4333-8333-333333333333 none          swap   sw                0      0\n"
+    )
+
+
+def test_fstab_of_one_partition() -> None:
+    assert filesystem.fstab(volumes("root", kind="btrfs")) == (
+        "# /etc/fstab: written by imageos\n"
+        "# <filesystem>                            <mount point> <type> <options> <dump> <pass>\n"
+        "UUID=11111111-1111-4111-8111-111111111111 /             btrfs  defaults  0      0\n"
+    )
+
+
+@pytest.mark.parametrize("kind", sorted(FILESYSTEMS))
+def test_fstab_rows_have_six_fields(kind: str) -> None:
+    rows = filesystem.fstab(volumes("esp", "boot", "swap", "root", kind=kind)).splitlines()[2:]
+    assert [len(row.split()) for row in rows] == [6] * 4
+    assert [row.split()[1] for row in rows] == ["/", "/boot", "/boot/efi", "none"]

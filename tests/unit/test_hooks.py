@@ -1,0 +1,200 @@
+"""The site's hooks: which ones, in what order, and what they are told."""
+
+import os
+from pathlib import Path
+from typing import Optional
+
+import pytest
+from support import recorded
+
+from imageos import hook, hooks, settings
+from imageos.disk import Attached, Device
+from imageos.errors import Failure
+from imageos.filesystem import Volume
+from imageos.hook import Hook
+from imageos.settings import Settings
+
+ROOT = Volume("root", "ext4", "/dev/loop7p3", "11111111-1111-4111-8111-111111111111")
+BOOT = Volume("boot", "ext4", "/dev/loop7p1", "22222222-2222-4222-8222-222222222222")
+SWAP = Volume("swap", "swap", "/dev/loop7p2", "33333333-3333-4333-8333-333333333333")
+KNOWN = Settings(image_type="tarball", image_name="debian-12", user_data="#cloud-config\nx: 1\n", swap_size=256)
+
+
+def context(
+    *volumes: Volume, action: str = "create", known: Settings = KNOWN, environ: Optional[dict[str, str]] = None
+) -> hooks.Context:
+    return hooks.Context(
+        action,
+        recorded("create-kvm-network") if environ is None else environ,
+        known,
+        "/run/imageos/root",
+        Device("/dev/xenvg/disk0", -1, 1 << 30, is_file=False),
+        Attached("/dev/loop7", -1, 1 << 30),
+        volumes or (BOOT, SWAP, ROOT),
+    )
+
+
+# Found
+
+
+def put(directory: Path, *names: str, mode: int = 0o755) -> None:
+    for name in names:
+        (directory / name).touch()
+        (directory / name).chmod(mode)
+
+
+def test_order_of_the_c_locale(tmp_path: Path) -> None:
+    put(tmp_path, "zz_ddns", "grub", "10-first", "Zed", "_x", "9", "interfaces", "ssh", "a-b", "a_b", "ab")
+    assert hooks.find(str(tmp_path)) == [
+        *("10-first", "9", "Zed", "_x", "a-b", "a_b", "ab", "grub", "interfaces", "ssh", "zz_ddns")
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["grub.new", "grub~", ".grub", "grub.dpkg-old", "README.rst", "#grub#", "a b", "gr\u00fcb", "grub\n", "a\nb"],
+)
+def test_names_that_are_ignored(name: str, tmp_path: Path) -> None:
+    put(tmp_path, "grub", name)
+    assert hooks.find(str(tmp_path)) == ["grub"]
+
+
+def test_what_cannot_be_executed_is_ignored(tmp_path: Path) -> None:
+    put(tmp_path, "plain", mode=0o644)
+    put(tmp_path, "real", mode=0o700)
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "link-to-plain").symlink_to("plain")
+    os.mkfifo(tmp_path / "fifo", 0o755)
+    assert hooks.find(str(tmp_path)) == ["link", "real"]
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    assert hooks.find(str(tmp_path / "missing")) == []
+
+
+def test_no_directory_but_a_file(tmp_path: Path) -> None:
+    put(tmp_path, "file")
+    with pytest.raises(Failure, match=f"^cannot list CUSTOMIZE_DIR {tmp_path}/file: Not a directory$"):
+        hooks.find(str(tmp_path / "file"))
+
+
+# Told
+
+
+def test_everything_from_ganeti() -> None:
+    env = hooks.variables(context())
+    left_out = {"PATH", "LC_CTYPE"}
+    assert {name: env.get(name) for name in recorded("create-kvm-network") if name not in left_out} == {
+        name: value for name, value in recorded("create-kvm-network").items() if name not in left_out
+    }
+
+
+def test_every_setting() -> None:
+    env = hooks.variables(context(known=Settings(unknown={"CINIT_TYPE": "nocloud", "helper": "x"})))
+    assert set(map(str.upper, settings.TABLE)) < set(env)
+    assert (env["SWAP"], env["FILESYSTEM"], env["SWAP_SIZE"]) == ("yes", "ext3", "")
+    assert (env["CINIT_TYPE"], env["helper"]) == ("nocloud", "x")
+
+
+def test_disks() -> None:
+    env = hooks.variables(context())
+    names = ("TARGET", "BLOCKDEV", "DISK_DEV", "ROOT_DEV", "BOOT_DEV", "SWAP_DEV")
+    assert {name: env[name] for name in names} == {
+        "TARGET": "/run/imageos/root",
+        "BLOCKDEV": "/dev/xenvg/disk0",
+        "DISK_DEV": "/dev/loop7",
+        "ROOT_DEV": "/dev/loop7p3",
+        "BOOT_DEV": "/dev/loop7p1",
+        "SWAP_DEV": "/dev/loop7p2",
+    }
+
+
+def test_disks_without_boot_and_swap() -> None:
+    env = hooks.variables(context(ROOT))
+    assert (env["ROOT_DEV"], env["BOOT_DEV"], env["SWAP_DEV"]) == ("/dev/loop7p3", "", "")
+
+
+@pytest.mark.parametrize("action", ["create", "import", "rename"])
+def test_action(action: str) -> None:
+    env = hooks.variables(context(action=action))
+    assert env["IMAGEOS_ACTION"] == action
+    assert env.get("IMPORT_SCRIPT") == ("1" if action == "import" else None)
+
+
+def test_package_is_found(tmp_path: Path) -> None:
+    env = hooks.variables(context())
+    assert Path(env["PYTHONPATH"], "imageos/hook.py").is_file()
+    assert Path(env["IMAGEOS"]).exists()
+
+
+def test_nothing_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "/x.so")
+    environ = {**recorded("create"), "LD_PRELOAD": "/x.so", "SHIV_INTERPRETER": "/x"}
+    env = hooks.variables(context(environ=environ))
+    assert not {"LD_PRELOAD", "SHIV_INTERPRETER"} & set(env)
+
+
+def test_ganeti_cannot_be_overruled_by_a_setting() -> None:
+    """A parameter is a value: it does not change what the command itself tells."""
+    env = hooks.variables(
+        context(known=Settings(unknown={"TARGET": "/", "PYTHONPATH": "/tmp", "BLOCKDEV": "/dev/sda"}))
+    )
+    assert (env["TARGET"], env["BLOCKDEV"]) == ("/run/imageos/root", "/dev/xenvg/disk0")
+    assert env["PYTHONPATH"] != "/tmp"
+
+
+# The same, as a hook in Python gets it
+
+
+@pytest.fixture
+def environ(guest: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment of a hook whose guest is `guest`; its disks are files, they need only exist."""
+    volumes = []
+    for volume in (BOOT, SWAP, ROOT):
+        node = guest.parent / os.path.basename(volume.device)
+        node.touch()
+        volumes.append(Volume(volume.role, volume.kind, str(node), volume.uuid))
+    env = {**hooks.variables(context(*volumes)), "TARGET": str(guest), "DISK_DEV": str(guest.parent)}
+    monkeypatch.setattr(os, "environ", env)
+    monkeypatch.setattr("sys.argv", ["/etc/ganeti/instance-image/hooks/x", "-r"])
+    return env
+
+
+def test_hook_gets_what_the_command_knows(environ: dict[str, str], guest: Path) -> None:
+    seen: list[Hook] = []
+
+    def main(one: Hook) -> None:
+        one.target.write("/etc/motd", f"This is {one.instance.name}\n")
+        seen.append(one)
+
+    with pytest.raises(SystemExit) as raised:
+        Hook.run(main)
+    assert raised.value.code == 0
+    (one,) = seen
+    assert (guest / "etc/motd").read_text() == "This is inst1.example.org\n"
+    assert one.action == "create"
+    assert one.arguments == ("-r",)
+    assert one.settings == KNOWN
+    assert one.instance.nics[0].network["NAME"] == "net1"
+    assert [(volume.role, volume.kind, volume.uuid) for volume in one.volumes] == [
+        (volume.role, volume.kind, volume.uuid) for volume in (BOOT, SWAP, ROOT)
+    ]
+    assert one.environ == environ
+
+
+def test_hook_that_fails(environ: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
+    def main(_: Hook) -> None:
+        raise Failure("no GRUB", hint="install it")
+
+    with pytest.raises(SystemExit) as raised:
+        Hook.run(main)
+    assert raised.value.code == 1
+    assert capfd.readouterr().err == "imageos: hint: install it\nimageos: no GRUB\n"
+
+
+def test_disk_as_the_sandbox_shows_it() -> None:
+    shown = hook.guest_disk("/dev/loop7", (BOOT, SWAP, ROOT))
+    assert list(shown.nodes) == ["/dev/loop7", BOOT.device, SWAP.device, ROOT.device]
+    assert list(shown.uuids) == [(volume.uuid, volume.device) for volume in (BOOT, SWAP, ROOT)]

@@ -1,0 +1,244 @@
+"""Images: found by name, told by their first bytes. Unpacking is for the tier of real disks."""
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imageos import images, tarball
+from imageos.errors import Failure
+from imageos.imagefile import Image
+from imageos.settings import Settings
+
+MAGIC = {
+    "gzip": b"\x1f\x8b\x08\x00",
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "xz": b"\xfd7zXZ\x00",
+    "bzip2": b"BZh9",
+    "lz4": b"\x04\x22\x4d\x18",
+}
+SUFFIX = {"gzip": ".tar.gz", "zstd": ".tar.zst", "xz": ".tar.xz", "bzip2": ".tar.bz2", "lz4": ".tar.lz4"}
+
+
+def archive(name: str = "etc/hostname", size: int = 7, form: int = tarfile.PAX_FORMAT) -> bytes:
+    """A tar archive that holds one file."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w", format=form) as tar:
+        member = tarfile.TarInfo(name)
+        member.size = size
+        tar.addfile(member, io.BytesIO(b"x" * size))
+    return made.getvalue()
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> Settings:
+    """The settings for an image `tiny` in an empty directory."""
+    directory = tmp_path / "images"
+    directory.mkdir()
+    return Settings(image_dir=str(directory), image_name="tiny", arch="x86_64", image_type="tarball")
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_stays(tmp_path: Path) -> Iterator[None]:
+    """An image that was found stays open until the command ends: closed here."""
+    yield
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}").startswith(str(tmp_path)):
+                os.close(int(name))
+        except OSError:
+            continue  # the descriptor that listed them
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only directory of PATH: every program but the parallel ones."""
+    directory = tmp_path / "tools"
+    directory.mkdir()
+    for name in ("tar", "gzip", "zstd", "xz", "bzip2", "lz4"):
+        add(directory, name)
+    monkeypatch.setenv("PATH", str(directory))
+    return directory
+
+
+def add(directory: Path, name: str) -> None:
+    (directory / name).touch()
+    (directory / name).chmod(0o755)
+
+
+def put(known: Settings, content: bytes, suffix: str = ".tar") -> Path:
+    path = Path(known.image_dir, f"tiny-x86_64{suffix}")
+    path.write_bytes(content)
+    return path
+
+
+# Found
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tar", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4"])
+def test_found_by_name(suffix: str, known: Settings) -> None:
+    path = put(known, archive(), suffix)
+    found = images.find(known)
+    assert found.path == str(path)
+    assert found.size == path.stat().st_size
+    assert os.path.samestat(os.stat(found.descriptor), path.stat())
+
+
+@pytest.mark.parametrize("compression", MAGIC)
+def test_content_counts_not_the_name(compression: str, known: Settings, tools: Path) -> None:
+    put(known, MAGIC[compression] + bytes(1000), ".tar")
+    assert images.find(known).decompress[0] == compression
+
+
+def test_suffix_does_not_count(known: Settings) -> None:
+    put(known, archive(), ".tar.gz")
+    assert images.find(known).compression == ""
+    assert images.find(known).decompress == ()
+
+
+@pytest.mark.parametrize(("compression", "parallel"), [("gzip", "pigz"), ("bzip2", "lbzip2")])
+def test_faster_program_first(compression: str, parallel: str, known: Settings, tools: Path) -> None:
+    put(known, MAGIC[compression], SUFFIX[compression])
+    assert images.find(known).decompress == (compression, "-dc")
+    add(tools, parallel)
+    assert images.find(known).decompress == (parallel, "-dc")
+
+
+def test_what_is_missing_is_named(known: Settings, tools: Path) -> None:
+    (tools / "zstd").unlink()
+    put(known, MAGIC["zstd"], ".tar.zst")
+    with pytest.raises(Failure, match="missing on this node: zstd"):
+        tarball.check(images.find(known))
+
+
+def test_no_name() -> None:
+    with pytest.raises(Failure, match="^IMAGE_NAME is not set$") as raised:
+        images.find(Settings())
+    assert "image_name" in str(raised.value.hint)
+
+
+def test_missing_image(known: Settings) -> None:
+    for name in ("other-x86_64.tar.gz", "tiny-x86.tar.gz"):
+        Path(known.image_dir, name).touch()
+    with pytest.raises(Failure) as raised:
+        images.find(known)
+    assert str(raised.value).startswith(f"cannot find image {known.image_dir}/tiny-x86_64.tar")
+    for name in ("IMAGE_NAME", "ARCH", "IMAGE_DIR", "tiny-x86.tar.gz", "other-x86_64.tar.gz"):
+        assert name in str(raised.value.hint)
+
+
+def test_missing_image_in_a_full_directory(known: Settings) -> None:
+    for n in range(100):
+        Path(known.image_dir, f"image-{n:02d}.tar").touch()
+    with pytest.raises(Failure) as raised:
+        images.find(known)
+    assert str(raised.value.hint).endswith("image-06.tar, image-07.tar, and 92 more")
+
+
+def test_missing_directory(known: Settings) -> None:
+    os.rmdir(known.image_dir)
+    with pytest.raises(Failure) as raised:
+        images.find(known)
+    assert f"IMAGE_DIR {known.image_dir}: No such file or directory" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "dangling link", "empty"])
+def test_what_is_no_image(kind: str, known: Settings) -> None:
+    path = put(known, b"")
+    if kind != "empty":
+        path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "dangling link":
+        path.symlink_to("nowhere")
+    with pytest.raises(Failure) as raised:
+        images.find(known)
+    assert str(path) in str(raised.value)
+
+
+# The header of a tarball, uncompressed
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("name", ["a", "etc/\u00fcmlaut", "d/" * 90 + "f"], ids=["short", "umlaut", "long"])
+def test_real_archives(form: int, name: str, known: Settings, tools: Path) -> None:
+    put(known, archive(name, form=form))
+    tarball.check(images.find(known))
+
+
+NO_ARCHIVE = {
+    "zeroes": bytes(10240),
+    "text": b"this is not an archive\n" * 500,
+    "error page": b"<!DOCTYPE html><title>404 Not Found</title>".ljust(10240),
+    "garbage": bytes(range(256)) * 40,
+    "half a header": archive()[:511],
+    "one byte": b"x",
+}
+
+
+@pytest.mark.parametrize("content", NO_ARCHIVE)
+def test_no_archive(content: str, known: Settings, tools: Path) -> None:
+    put(known, NO_ARCHIVE[content])
+    with pytest.raises(Failure, match="is not a tarball, or damaged at its beginning"):
+        tarball.check(images.find(known))
+
+
+@pytest.mark.parametrize("cut", [1, 512, 1024])
+def test_end_is_missing(cut: int, known: Settings, tools: Path) -> None:
+    whole = archive(size=10 * 512)
+    put(known, whole.rstrip(b"\0") + bytes(1024 - cut))
+    with pytest.raises(Failure, match="truncated"):
+        tarball.check(images.find(known))
+
+
+HEADER = archive("name", 8)[:512]
+
+
+def is_archive(header: bytes) -> bool:
+    """Whether an archive that begins so is taken for one."""
+    descriptor = os.memfd_create("image")
+    try:
+        os.write(descriptor, header + bytes(1024))
+        tarball.check(Image("image", descriptor, len(header) + 1024, ""))
+    except Failure:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def test_checksum_may_be_signed() -> None:
+    """As old programs wrote it."""
+    block = bytearray(HEADER)
+    block[0] = 0xE4
+    block[148:156] = b" " * 8
+    signed = sum(byte - 256 if byte > 127 else byte for byte in block)
+    block[148:156] = b"%06o\0 " % signed
+    assert is_archive(bytes(block))
+
+
+@given(st.integers(0, 511), st.integers(1, 255))
+def test_any_changed_byte_is_noticed(place: int, change: int) -> None:
+    assert is_archive(HEADER)
+    block = bytearray(HEADER)
+    block[place] ^= change
+    # only white space around the checksum, or another way to write it, leaves its value as it was
+    if is_archive(bytes(block)):
+        assert 148 <= place < 156
+
+
+@given(st.binary(min_size=512, max_size=512))
+def test_garbage(block: bytes) -> None:
+    assert not is_archive(block)
+
+
+@given(st.binary(min_size=8, max_size=8))
+def test_garbage_for_a_checksum(checksum: bytes) -> None:
+    is_archive(HEADER[:148] + checksum + HEADER[156:])

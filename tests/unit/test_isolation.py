@@ -1,0 +1,40 @@
+"""Signals become an exception that nothing swallows. Namespaces are for the tier of real disks."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from imageos import isolation
+from imageos.errors import Failure, Interrupted
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {one: signal.getsignal(one) for one in isolation.SIGNALS}
+    isolation.handle_signals()
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_first_signal_interrupts(number: signal.Signals) -> None:
+    with pytest.raises(Interrupted) as raised:
+        signal.raise_signal(number)
+    assert raised.value.signum == number
+
+
+def test_cleaning_up_is_not_interrupted() -> None:
+    with pytest.raises(Interrupted):
+        signal.raise_signal(signal.SIGTERM)
+    for one in isolation.SIGNALS:
+        signal.raise_signal(one)
+
+
+def test_namespaces_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(Failure, match="^this needs root$") as raised:
+        isolation.enter()
+    assert raised.value.hint == "run it with sudo"

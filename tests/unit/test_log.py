@@ -1,0 +1,155 @@
+"""Messages: ASCII, one prefix, nothing on stdout."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from imageos import log
+
+Capture = pytest.CaptureFixture[str]
+
+
+# DEFECT: DEL is ASCII, but not printable (ascii_only: "everything but printable ASCII escaped").
+@example("\x7f")
+@given(st.text())
+def test_only_printable_ascii(text: str) -> None:
+    assert all(" " <= c <= "~" for c in log.ascii_only(text))
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126)))
+def test_ascii_is_unchanged(text: str) -> None:
+    assert log.ascii_only(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[2J", "\\x1b[2J"),
+        ("a\rb", "a\\x0db"),
+        ("tab\t", "tab\\x09"),
+        ("stra\u00dfe", "stra\\xdfe"),
+        ("\u20ac", "\\u20ac"),
+        ("\U0001f600", "\\U0001f600"),
+        ("\udcff", "\\udcff"),  # a byte that was not UTF-8
+        ("\x7f", "\\x7f"),
+        ("\x80", "\\x80"),
+    ],
+)
+def test_escapes(text: str, shown: str) -> None:
+    assert log.ascii_only(text) == shown
+
+
+def test_every_line_has_the_prefix(capfd: Capture) -> None:
+    log.info("one\ntwo\u2028imageos: three\r\nfour\n")
+    log.info("")
+    log.warning("odd")
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines() == [
+        "imageos: one",
+        "imageos: two",
+        "imageos: imageos: three",
+        "imageos: four",
+        "imageos: ",
+        "imageos: warning: odd",
+    ]
+
+
+def test_debug_only_when_wanted(capfd: Capture) -> None:
+    log.debug("unseen")
+    log.set_debug(True)
+    log.debug("seen\nby all")
+    assert capfd.readouterr().err == "imageos: debug: seen\nimageos: debug: by all\n"
+
+
+def test_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_descriptor: int, _data: bytes) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", broken)
+    log.info("the exit status still tells")
+
+
+def test_phase_says_how_long_it_took(capfd: Capture, clock: Iterator[float]) -> None:
+    with log.phase("unpacked"):
+        next(clock)
+    assert capfd.readouterr().err == "imageos: unpacked (2.0 s)\n"
+
+
+def test_phase_that_fails_is_not_done(capfd: Capture) -> None:
+    with pytest.raises(RuntimeError), log.phase("unpacked"):
+        raise RuntimeError
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (512 << 20, "512 MiB"),
+        (3 << 29, "1.5 GiB"),
+        ((100 << 30) + 1, "100 GiB"),
+        (2 << 40, "2 TiB"),
+        (5000 << 40, "5000 TiB"),
+    ],
+)
+def test_size(count: int, shown: str) -> None:
+    assert log.size(count) == shown
+
+
+# Progress: each look at the clock is a second later
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[float]:
+    times = (float(n) for n in range(10**6))
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    return times
+
+
+def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch, capfd: Capture, clock: Iterator[float]) -> None:
+    monkeypatch.setattr(os, "isatty", lambda _: False)
+    progress = log.Progress("unpacking", 100 << 20)
+    for done in range(36):
+        progress.update(done << 20)
+    progress.close()
+    assert capfd.readouterr().err.splitlines() == [
+        "imageos: unpacking:   9% of 100 MiB, 101 s left",
+        "imageos: unpacking:  19% of 100 MiB, 85 s left",
+        "imageos: unpacking:  29% of 100 MiB, 73 s left",
+    ]
+
+
+def test_progress_of_a_short_step_is_silent(
+    monkeypatch: pytest.MonkeyPatch, capfd: Capture, clock: Iterator[float]
+) -> None:
+    monkeypatch.setattr(os, "isatty", lambda _: False)
+    progress = log.Progress("unpacking", 100)
+    progress.update(100)
+    progress.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capfd: Capture, clock: Iterator[float]) -> None:
+    monkeypatch.setattr(os, "isatty", lambda _: True)
+    progress = log.Progress("unpacking", 100)
+    progress.update(50)
+    progress.update(150)  # the total was too small a guess
+    progress.close()
+    half, full, clear = capfd.readouterr().err.split("\r\x1b[K")[1:]
+    assert half == f"imageos: [{'#' * 15}{' ' * 15}] unpacking:  50% of 100 bytes"
+    assert full == f"imageos: [{'#' * 30}] unpacking: 100% of 100 bytes, 0 s left"
+    assert clear == ""
+
+
+def test_progress_without_a_total(capfd: Capture, clock: Iterator[float]) -> None:
+    progress = log.Progress("unpacking", 0)
+    for _ in range(50):
+        progress.update(0)
+    assert capfd.readouterr().err == ""

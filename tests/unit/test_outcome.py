@@ -1,0 +1,90 @@
+"""How a command ends: exit status, hint, and the cause on the last line."""
+
+import argparse
+import errno
+import os
+from typing import NoReturn
+
+import pytest
+
+from imageos.errors import Failure, Interrupted, Usage, signal_name
+from imageos.outcome import guard
+
+Capture = pytest.CaptureFixture[str]
+
+
+def raising(error: BaseException) -> int:
+    def call() -> NoReturn:
+        raise error
+
+    return guard(call)
+
+
+@pytest.mark.parametrize("status", [0, 1, 3])
+def test_status_of_the_command(status: int, capfd: Capture) -> None:
+    assert guard(lambda: status) == status
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "cause"),
+    [
+        (Failure("no such image"), 1, "no such image"),
+        (Usage("no command given"), 2, "no command given"),
+        (Interrupted(15), 143, "ended by SIGTERM"),
+        (Interrupted(1), 129, "ended by SIGHUP"),
+        (KeyboardInterrupt(), 130, "ended by SIGINT"),
+        (OSError(errno.ENOSPC, "No space left on device", "/etc/x"), 1, "/etc/x: No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device", b"/etc/x"), 1, "/etc/x: No space left on device"),
+        (OSError(errno.EIO, "Input/output error"), 1, "Input/output error"),
+        (OSError("odd"), 1, "odd"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "Broken pipe"),
+    ],
+)
+def test_cause_is_all_that_is_said(error: BaseException, status: int, cause: str, capfd: Capture) -> None:
+    assert raising(error) == status
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert shown.err == f"imageos: {cause}\n"
+
+
+def test_details_and_hint_come_before(capfd: Capture) -> None:
+    assert raising(Failure("tar failed", hint="another image", details=["$ tar", "tar: bad"])) == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "imageos: $ tar",
+        "imageos: tar: bad",
+        "imageos: hint: another image",
+        "imageos: tar failed",
+    ]
+
+
+@pytest.mark.parametrize("error", [ValueError("oops"), AssertionError("oops"), MemoryError("oops"), KeyError("oops")])
+def test_internal_error(error: Exception, capfd: Capture) -> None:
+    assert raising(error) == 1
+    *trace, last = capfd.readouterr().err.splitlines()
+    assert "Traceback" in trace[0]
+    assert last.startswith(f"imageos: internal error, please report it with the lines above: {type(error).__name__}: ")
+    assert "oops" in last
+    assert all(line.startswith("imageos: ") for line in trace)
+
+
+def test_usage_errors_of_argparse_pass() -> None:
+    with pytest.raises(SystemExit) as raised:
+        guard(lambda: bool(argparse.ArgumentParser().parse_args(["--frobnicate"])))
+    assert raised.value.code == 2
+
+
+def test_what_is_made_is_readable() -> None:
+    """Ganeti's umask is 077."""
+    os.umask(0o077)
+    assert guard(lambda: os.umask(0o022)) == 0o022
+
+
+def test_signal_name() -> None:
+    assert signal_name(9) == "SIGKILL"
+    assert signal_name(200) == "signal 200"
+
+
+def test_no_handler_swallows_an_interruption() -> None:
+    assert not issubclass(Interrupted, Exception)
+    assert Interrupted(15).signum == 15

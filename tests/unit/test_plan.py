@@ -1,0 +1,67 @@
+"""The layouts of the contract, from the settings and the instance that ask for them."""
+
+from pathlib import Path
+
+import pytest
+
+from imageos.commands import create
+from imageos.disk import Device
+from imageos.errors import Failure
+from imageos.ganeti import Instance
+from imageos.layout import MIB
+from imageos.settings import Settings
+
+DISK = Device("/dev/xvg/disk0", -1, 10 << 30, is_file=False)
+
+
+def instance(kernel_path: str = "") -> Instance:
+    return Instance("inst1.example.org", "kvm", 256, (), (), kernel_path, True, 38400, False)
+
+
+def sizes(known: Settings, kernel_path: str = "") -> dict[str, int]:
+    """Role -> MiB, in the order of the disk."""
+    guest = instance(kernel_path)
+    made = create.plan(known.resolved(guest.memory), guest, DISK)
+    return {one.role: one.size // MIB for one in made.partitions if one.role not in ("bios", "esp", "root")}
+
+
+@pytest.mark.parametrize(
+    ("known", "kernel_path", "expected"),
+    [
+        (Settings(), "", {"boot": 100, "swap": 256}),
+        (Settings(swap=False), "", {"boot": 100}),
+        (Settings(), "/boot/vmlinuz", {"swap": 256}),
+        (Settings(swap=False), "/boot/vmlinuz", {}),
+        (Settings(partition_table="gpt"), "", {"boot": 512, "swap": 256}),
+        (Settings(partition_table="gpt"), "/boot/vmlinuz", {"swap": 256}),
+        (Settings(partition_table="gpt", swap=False), "/boot/vmlinuz", {}),
+        (Settings(boot_size=64, swap_size=32), "", {"boot": 64, "swap": 32}),
+        (Settings(partition_table="gpt", boot_size=64, swap_size=32), "", {"boot": 64, "swap": 32}),
+    ],
+)
+def test_sizes(known: Settings, kernel_path: str, expected: dict[str, int]) -> None:
+    assert sizes(known, kernel_path) == expected
+
+
+@pytest.mark.parametrize(("filesystem", "needs"), [("ext4", "16 MiB"), ("btrfs", "128 MiB"), ("xfs", "300 MiB")])
+def test_each_filesystem_has_a_smallest_root(filesystem: str, needs: str) -> None:
+    known = Settings(filesystem=filesystem, swap_size=10200).resolved(256)
+    with pytest.raises(Failure, match=f"needs {needs}"):
+        create.plan(known, instance(), Device("/dev/xvg/disk0", -1, 10304 << 20, is_file=False))
+
+
+def test_instance_without_a_disk() -> None:
+    with pytest.raises(Failure, match="inst1.example.org has no disk") as raised:
+        create.create(instance(), Settings())
+    assert "CDINSTALL=yes" in str(raised.value.hint)
+
+
+def test_installer_leaves_the_disks_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def touched(*_: object) -> None:
+        raise AssertionError("the disk was touched")
+
+    environment = {"OS_API_VERSION": "20", "INSTANCE_NAME": "inst1.example.org", "OSP_CDINSTALL": "yes"}
+    monkeypatch.setattr("os.environ", environment)
+    monkeypatch.setattr("imageos.settings.load.__defaults__", (str(tmp_path / "none"),))
+    monkeypatch.setattr(create, "create", touched)
+    assert create.main([]) == 0

@@ -1,0 +1,495 @@
+"""The settings: the contract's table, what is accepted, who has the last word, what an error says."""
+
+import dataclasses
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Callable, Optional, Union
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imageos import settings
+from imageos.errors import Failure
+from imageos.run import Finished
+from imageos.settings import Settings
+
+SITE = "/etc/ganeti/instance-image"
+CACHE = "/var/cache/ganeti-instance-image"
+SECRET = "$6$never$shown"
+
+# The contract: setting, its default as text (empty: none), whether it is an OS parameter.
+CONTRACT = [
+    ("CDINSTALL", "no", True),
+    ("SWAP", "yes", True),
+    ("SWAP_SIZE", "", True),  # the instance's memory
+    ("BOOT_SIZE", "", True),  # 100; 512 with PARTITION_TABLE=gpt
+    ("FILESYSTEM", "ext3", True),
+    ("PARTITION_TABLE", "msdos", True),
+    ("KERNEL_ARGS", "", True),
+    ("IMAGE_NAME", "", True),
+    ("ARCH", "", True),  # the node's
+    ("IMAGE_TYPE", "dump", True),
+    ("IMAGE_DIR", CACHE, False),
+    ("IMAGE_URL", "", True),
+    ("IMAGE_CHECKSUM", "", True),
+    ("IMAGE_KEYRING", "", False),
+    ("IMAGE_VERIFY", "yes", False),
+    ("IMAGE_CLEANUP", "no", False),
+    ("CACHE_DIR", CACHE, False),
+    ("EXPORT_DIR", "/tmp", False),
+    ("FDISK", "sfdisk", False),
+    ("GROW", "yes", True),
+    ("NOMOUNT", "no", True),
+    ("OVERLAY", "", True),
+    ("CUSTOMIZE_DIR", f"{SITE}/hooks", False),
+    ("VARIANTS_DIR", f"{SITE}/variants", False),
+    ("NETWORKS_DIR", f"{SITE}/networks", False),
+    ("OVERLAYS_DIR", f"{SITE}/overlays", False),
+    ("IMPORT_HOOKS", "grub", False),
+    ("RENAME_HOOKS", "zz_ddns", False),
+    ("DNS_SERVERS", "", True),
+    ("DNS_SEARCH", "", True),
+    ("DNS_DOMAIN", "", True),
+    ("SSH_AUTHORIZED_KEYS", "", True),
+    ("ROOT_PASSWORD_HASH", "", True),
+    ("USER_DATA", "", True),
+    ("GUEST_TIMEOUT", "600", False),
+    ("IMAGE_DEBUG", "no", True),
+]
+SECRETS = {"SSH_AUTHORIZED_KEYS", "ROOT_PASSWORD_HASH", "USER_DATA"}
+YES_NO = ("CDINSTALL", "SWAP", "GROW", "NOMOUNT", "IMAGE_DEBUG")
+
+
+def given_values(**parameters: str) -> dict[str, str]:
+    """What Ganeti's environment says: OS parameters."""
+    return {f"OSP_{name.upper()}": value for name, value in parameters.items()}
+
+
+def load(**parameters: str) -> Settings:
+    return settings.load(given_values(**parameters), "/nonexistent")
+
+
+def refused(**parameters: str) -> str:
+    with pytest.raises(Failure) as raised:
+        load(**parameters)
+    return str(raised.value)
+
+
+# The table
+
+
+@pytest.mark.parametrize(("name", "default", "parameter"), CONTRACT)
+def test_contract(name: str, default: str, parameter: bool) -> None:
+    entry = settings.TABLE[name.lower()]
+    assert entry["default"] == default
+    assert entry["parameter"] is parameter
+    assert Settings().variables()[name] == default
+    assert (name.lower() in settings.PARAMETERS) is parameter
+
+
+def test_nothing_but_the_contract() -> None:
+    assert [name.upper() for name in settings.TABLE] == [name for name, _, _ in CONTRACT]
+
+
+def test_secrets_are_marked() -> None:
+    assert {name.upper() for name, entry in settings.TABLE.items() if entry["secret"]} == SECRETS
+
+
+def test_descriptions_are_one_line_of_ascii() -> None:
+    for name in settings.TABLE:
+        assert re.fullmatch(r"[ -~]{3,}", settings.describe(name))
+
+
+def test_sizes_that_depend_on_others() -> None:
+    assert Settings().resolved(256).swap_size == 256
+    assert Settings(swap_size=7).resolved(256).swap_size == 7
+    assert Settings().resolved(256).boot_size == 100
+    assert Settings(partition_table="gpt").resolved(256).boot_size == 512
+    assert Settings(partition_table="gpt", boot_size=9).resolved(256).boot_size == 9
+
+
+# What is accepted
+
+
+@pytest.mark.parametrize("name", YES_NO)
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("yes", True), ("1", True), ("true", True), ("YES", True), ("no", False), ("0", False), ("False", False)],
+)
+def test_yes_or_no(name: str, text: str, value: bool) -> None:
+    assert getattr(load(**{name: text}), name.lower()) is value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "accepted"),
+    [
+        ("swap", "maybe", "yes or no"),
+        ("cdinstall", "y", "yes or no"),
+        ("swap_size", "1G", "a whole number of MiB"),
+        ("swap_size", "-1", "a whole number of MiB"),
+        ("swap_size", "1.5", "a whole number of MiB"),
+        ("swap_size", "\u0661", "a whole number of MiB"),
+        ("boot_size", "1" * 10, "a whole number of MiB"),
+        ("filesystem", "zfs", "one of ext2, ext3, ext4, xfs, btrfs"),
+        ("filesystem", "EXT4", "one of ext2, ext3, ext4, xfs, btrfs"),
+        ("partition_table", "bsd", "one of msdos, gpt"),
+        ("image_type", "iso", "one of tarball, dump, qemu, raw, qcow2"),
+        ("image_name", "../../etc/shadow", "a name without / that does not begin with a dot"),
+        ("image_name", "a/b", "a name without / that does not begin with a dot"),
+        ("image_name", "/etc/shadow", "a name without / that does not begin with a dot"),
+        ("image_name", "..", "a name without / that does not begin with a dot"),
+        ("image_name", ".hidden", "a name without / that does not begin with a dot"),
+        ("image_name", "a\nb", "a name without / that does not begin with a dot"),
+        ("overlay", "../..", "a name without / that does not begin with a dot"),
+        ("overlay", ".", "a name without / that does not begin with a dot"),
+        ("arch", "../x86", "an architecture, such as x86_64"),
+        ("arch", "x86 64", "an architecture, such as x86_64"),
+        ("kernel_args", "quiet\nsplash", "one line of text"),
+        ("kernel_args", "quiet\x1b[2J", "one line of text"),
+        ("dns_servers", "192.0.2.1\n192.0.2.2", "one line of text"),
+        ("image_url", "ftp://example.org/", "a URL that begins with http:// or https://"),
+        ("image_url", "file:///etc/shadow", "a URL that begins with http:// or https://"),
+        ("image_url", "http://", "a URL that begins with http:// or https://"),
+        ("image_url", "https:///etc", "a URL that begins with http:// or https://"),
+        ("image_url", "https://example.org/a b", "a URL that begins with http:// or https://"),
+        ("image_checksum", "md5:00", "sha256:HEX, sha512:HEX or no"),
+        ("image_checksum", "sha256:abc", "sha256:HEX, sha512:HEX or no"),
+        ("image_checksum", "sha512:" + "0" * 64, "sha256:HEX, sha512:HEX or no"),
+    ],
+)
+def test_refused(name: str, text: str, accepted: str) -> None:
+    """The message names the setting, its value, where it comes from and what is accepted."""
+    assert refused(**{name: text}) == (
+        f"{name.upper()}={text!r} as OS parameter {name} is not accepted: it must be {accepted}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("swap_size", "0"),
+        ("filesystem", "btrfs"),
+        ("image_name", "debian-12.5"),
+        ("image_name", "a..b"),
+        ("arch", "aarch64"),
+        ("kernel_args", "console=tty0 quiet\tsplash='a b'"),
+        ("image_url", "http://example.org"),
+        ("image_url", "https://[2001:db8::1]:8080/images/debian-12-x86_64.tar.zst?x=1"),
+        ("image_checksum", "no"),
+        ("image_checksum", "sha256:" + "0aF" * 21 + "0"),
+        ("image_checksum", "sha512:" + "0" * 128),
+        ("user_data", "#cloud-config\npackages: [vim]\n"),
+        ("ssh_authorized_keys", "ssh-ed25519 AAAA a\nssh-ed25519 BBBB b\n"),
+        ("root_password_hash", "$6$salt$hash"),
+    ],
+)
+def test_accepted(name: str, text: str) -> None:
+    assert load(**{name: text}).variables()[name.upper()] == text
+
+
+@given(
+    st.sampled_from(["image_name", "overlay"]),
+    st.text(alphabet=st.characters() | st.sampled_from("./\0\n"), min_size=1),
+)
+def test_accepted_names_stay_in_their_directory(name: str, text: str) -> None:
+    try:
+        accepted = getattr(load(**{name: text}), name)
+    except Failure:
+        return
+    inside = os.path.normpath(f"/directory/{accepted}")
+    assert os.path.dirname(inside) == "/directory"
+    assert "\0" not in accepted
+
+
+@given(st.sampled_from(sorted(settings.PARAMETERS)), st.text())
+def test_no_parameter_is_an_internal_error(name: str, text: str) -> None:
+    known, problems = settings.examine(given_values(**{name: text}), "/nonexistent")
+    assert isinstance(known, Settings)
+    assert all(isinstance(problem, Failure) for problem in problems)
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "10 s", ""])
+def test_timeout(text: str) -> None:
+    if not text:
+        assert settings.from_variables({"GUEST_TIMEOUT": text}).guest_timeout == 600
+        return
+    with pytest.raises(Failure, match="a whole number of seconds, at least 1"):
+        settings.from_variables({"GUEST_TIMEOUT": text})
+
+
+@pytest.mark.parametrize("name", [name for name, default, _ in CONTRACT if name.endswith("_DIR")])
+def test_directories_are_absolute(name: str) -> None:
+    assert getattr(settings.from_variables({name: "/x"}), name.lower()) == "/x"
+    with pytest.raises(Failure, match="an absolute path"):
+        settings.from_variables({name: "x"})
+
+
+# OS parameters
+
+
+def test_parameter_wins_over_built_in() -> None:
+    known = load(filesystem="xfs", swap="no", boot_size="12")
+    assert (known.filesystem, known.swap, known.boot_size) == ("xfs", False, 12)
+    assert known.partition_table == "msdos"
+
+
+@pytest.mark.parametrize("name", settings.PARAMETERS)
+def test_empty_parameter_is_the_default(name: str) -> None:
+    assert dataclasses.replace(load(**{name: ""}), arch="") == Settings()
+
+
+@pytest.mark.parametrize("name", [name for name, _, parameter in CONTRACT if not parameter])
+def test_what_is_the_sites_only(name: str) -> None:
+    assert refused(**{name: "/etc"}) == f"{name} cannot be set by an OS parameter (OSP_{name})"
+
+
+def test_unknown_parameter_is_warned_about(capfd: pytest.CaptureFixture[str]) -> None:
+    load(image_nam="debian-12", zzz="1")
+    assert capfd.readouterr().err.splitlines() == [
+        "imageos: warning: unknown OS parameter image_nam (did you mean image_name?)",
+        "imageos: warning: unknown OS parameter zzz",
+    ]
+
+
+def test_all_problems_are_told(capfd: pytest.CaptureFixture[str]) -> None:
+    environment = given_values(swap="maybe", filesystem="zfs", image_dir="/x")
+    known, problems = settings.examine(environment, "/nonexistent")
+    assert len(problems) == 3
+    assert known.filesystem == "ext3"
+    with pytest.raises(Failure) as raised:
+        settings.load(environment, "/nonexistent")
+    told = [*capfd.readouterr().err.splitlines(), f"imageos: {raised.value}"]
+    assert told == [f"imageos: {problem}" for problem in problems]
+
+
+@pytest.mark.parametrize(
+    ("machine", "arch"), [("x86_64", "x86_64"), ("i686", "x86"), ("i386", "x86"), ("aarch64",) * 2]
+)
+def test_arch_of_the_node(machine: str, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.uname", lambda: os.uname_result(("Linux", "node", "6.1", "#1", machine)))
+    assert load().arch == arch
+    assert load(arch="sparc").arch == "sparc"
+
+
+# Secrets
+
+
+@pytest.mark.parametrize("name", sorted(SECRETS))
+def test_secrets_are_never_shown(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    environment = {**given_values(**{name: f"{SECRET}\0\n", f"{name}_typo": SECRET}), "OSP_IMAGE_DEBUG": "yes"}
+    _, problems = settings.examine(environment, "/nonexistent")
+    assert [SECRET in str(problem) for problem in problems] == [False]
+    assert f"{name}=(secret)" in str(problems[0])
+    settings.load({**environment, f"OSP_{name}": SECRET}, "/nonexistent")
+    assert SECRET not in capfd.readouterr().err
+
+
+# The files, with a shell that is a function here: the tier of real disks runs the real one
+
+
+Layer = Mapping[str, str]
+
+
+@dataclasses.dataclass
+class Shell:
+    """Answers for the shell: each layer is what one file sets."""
+
+    layers: Sequence[Layer]
+    status: int = 0
+    said: str = ""
+
+    def pipeline(self, stages: Sequence[Sequence[str]], *, env: Layer, **options: object) -> list[Finished]:
+        assert options["private"] is True, "what the files set may be secret"
+        printed = ""
+        values = {**env, "SHLVL": "1", "_": "/usr/bin/env"}
+        for layer in self.layers:
+            values = {**values, **layer}
+            printed += "".join(f"{name}={value}\0" for name, value in values.items()) + "\0"
+        return [Finished(stages[0], self.status, printed.encode("utf-8", "surrogateescape"), self.said)]
+
+
+Load = Callable[..., Settings]
+
+
+@pytest.fixture
+def with_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
+    """The settings when the files set `layers`."""
+    defaults = tmp_path / "defaults"
+    defaults.touch()
+
+    def load(
+        *layers: Layer, status: int = 0, said: str = "", environ: Optional[Layer] = None, variant: str = ""
+    ) -> Settings:
+        monkeypatch.setattr(settings, "pipeline", Shell(layers, status, said).pipeline)
+        return settings.load({"OS_VARIANT": variant, **(environ or {})}, str(defaults))
+
+    return load
+
+
+def test_last_word(with_files: Load) -> None:
+    assert with_files({"SWAP_SIZE": "1"}).swap_size == 1
+    assert with_files({"SWAP_SIZE": "1"}, {"SWAP_SIZE": "2"}, variant="v").swap_size == 2
+    both = with_files({"SWAP_SIZE": "1"}, {"SWAP_SIZE": "2"}, variant="v", environ=given_values(swap_size="3"))
+    assert both.swap_size == 3
+    kept = with_files({"FILESYSTEM": "xfs"}, {"SWAP": "no"}, variant="v")
+    assert (kept.filesystem, kept.swap) == ("xfs", False)
+
+
+def test_empty_in_a_file_is_the_default(with_files: Load) -> None:
+    assert with_files({"FILESYSTEM": "xfs", "BOOT_SIZE": ""}, {"FILESYSTEM": ""}, variant="v").filesystem == "ext3"
+
+
+def test_wrong_value_names_the_file(with_files: Load, tmp_path: Path) -> None:
+    with pytest.raises(Failure) as raised:
+        with_files({"FILESYSTEM": "zfs"})
+    assert str(raised.value).startswith(f"FILESYSTEM='zfs' in {tmp_path}/defaults is not accepted: it must be one of ")
+    with pytest.raises(Failure, match=f"in {SITE}/variants/v.conf is not accepted"):
+        with_files({}, {"FILESYSTEM": "zfs"}, variant="v")
+    with pytest.raises(Failure, match="in /srv/variants/v.conf is not accepted"):
+        with_files({"VARIANTS_DIR": "/srv/variants"}, {"FILESYSTEM": "zfs"}, variant="v")
+
+
+def test_wrong_secret_in_a_file(with_files: Load) -> None:
+    with pytest.raises(Failure) as raised:
+        with_files({"ROOT_PASSWORD_HASH": f"{SECRET}\n"})
+    assert SECRET not in str(raised.value)
+
+
+def test_unknown_setting(with_files: Load, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Warned about once, whatever the number of files; hooks get it."""
+    known = with_files(
+        {"IMAGE_NAM": "a", "CINIT_TYPE": "b", "helper": "c", "SITE_SPECIAL": "d"}, {"IMAGE_NAM": "e"}, variant="v"
+    )
+    assert known.unknown == {"IMAGE_NAM": "e", "CINIT_TYPE": "b", "helper": "c", "SITE_SPECIAL": "d"}
+    assert {name: known.variables()[name] for name in known.unknown} == known.unknown
+    assert capfd.readouterr().err.splitlines() == [
+        f"imageos: warning: unknown setting IMAGE_NAM in {tmp_path}/defaults (did you mean IMAGE_NAME?)",
+        f"imageos: warning: unknown setting SITE_SPECIAL in {tmp_path}/defaults",
+    ]
+
+
+def test_ganetis_variables_are_not_settings(with_files: Load, capfd: pytest.CaptureFixture[str]) -> None:
+    known = with_files({"INSTANCE_NAME": "changed"}, environ={"INSTANCE_NAME": "inst1"})
+    assert known.unknown == {}
+    assert capfd.readouterr().err == ""
+
+
+def test_text_of_a_file_survives(with_files: Load) -> None:
+    text = "a=b\n'quoted' \udcff \u20ac"
+    assert with_files({"USER_DATA": text}).user_data == text
+
+
+@pytest.mark.parametrize("status", [0, 3, -9])
+def test_file_that_ends_the_shell(status: int, with_files: Load, tmp_path: Path) -> None:
+    with pytest.raises(Failure) as raised:
+        with_files(status=status, said="no such command\n")
+    assert str(raised.value) == f"settings file {tmp_path}/defaults: it ended the shell with status {status}"
+    assert raised.value.details == ("no such command",)
+
+
+def test_syntax_error(with_files: Load, tmp_path: Path) -> None:
+    said = f"{tmp_path}/defaults: line 3: unexpected EOF while looking for matching `\"'\nsecond line\n"
+    with pytest.raises(Failure) as raised:
+        with_files(status=101, said=said)
+    assert str(raised.value) == (
+        f"settings file {tmp_path}/defaults: line 3: unexpected EOF while looking for matching `\"'"
+    )
+    assert f"bash -n {tmp_path}/defaults" in str(raised.value.hint)
+
+
+def test_variant_without_a_file(with_files: Load) -> None:
+    with pytest.raises(Failure) as raised:
+        with_files({}, status=102, variant="nosuch")
+    assert str(raised.value) == f"variant nosuch has no file {SITE}/variants/nosuch.conf"
+    assert "variants.list" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("name", ["../../etc/shadow", "a/b", "a.b", "a b", "a;b", "$(id)", "a\n"])
+def test_variant_is_a_name(name: str) -> None:
+    with pytest.raises(Failure, match="is not the name of a variant"):
+        settings.load({"OS_VARIANT": name}, "/nonexistent")
+
+
+@pytest.mark.parametrize("kind", ["directory", "dangling link"])
+def test_defaults_file_that_is_none(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "defaults"
+    if kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(Failure, match="is not a regular file"):
+        settings.load({}, str(path))
+
+
+# For hooks
+
+
+Value = Union[str, int, bool, None]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"swap_size": 12, "boot_size": 3, "swap": False, "cdinstall": True},
+        {"filesystem": "btrfs", "partition_table": "gpt", "image_type": "qcow2", "arch": "aarch64"},
+        {"image_name": "debian-12", "overlay": "web", "kernel_args": "a b='c d'", "guest_timeout": 5},
+        {"user_data": "#cloud-config\n\u20ac\udcff\n", "root_password_hash": SECRET, "image_dir": "/srv/images"},
+    ],
+)
+def test_hooks_find_the_same(values: dict[str, Value]) -> None:
+    known = Settings(**values)  # type: ignore[arg-type]
+    text = known.variables()
+    assert all(isinstance(value, str) for value in text.values())
+    assert settings.from_variables(text) == known
+
+
+@given(st.text(st.characters(exclude_characters="\0")), st.integers(1, 10**9 - 1), st.booleans())
+def test_hooks_find_the_same_text(text: str, number: int, flag: bool) -> None:
+    known = Settings(user_data=text, swap_size=number, grow=flag)
+    assert settings.from_variables(known.variables()) == known
+
+
+def test_only_the_settings_of_an_environment() -> None:
+    assert settings.from_variables({"PATH": "/bin", "OSP_SWAP": "no", "swap": "no"}) == Settings()
+
+
+# The file that is installed
+
+
+ASSIGNMENT = re.compile(r"(# )?([A-Z_]+)=(.*)")
+
+
+def assignments() -> list[tuple[bool, str, str]]:
+    """(whether it takes effect, setting, value as the shell reads it), of the text that is installed."""
+    found = [ASSIGNMENT.fullmatch(line) for line in settings.defaults_file().splitlines()]
+    return [(not one[1], one[2], "".join(shlex.split(one[3]))) for one in found if one]
+
+
+def test_defaults_file_names_every_setting_once() -> None:
+    assert [name for _, name, _ in assignments()] == [name for name, _, _ in CONTRACT]
+
+
+def test_defaults_file_sets_only_what_is_better_than_built_in() -> None:
+    assert [(name, value) for active, name, value in assignments() if active] == [("FILESYSTEM", "ext4")]
+
+
+def test_defaults_file_shows_the_defaults() -> None:
+    built_in = {name: default for name, default, _ in CONTRACT}
+    assert {name: value for active, name, value in assignments() if not active} == {
+        name: default for name, default in built_in.items() if name != "FILESYSTEM"
+    }
+
+
+def test_defaults_file_is_comments_and_assignments() -> None:
+    text = settings.defaults_file()
+    assert text.isascii()
+    assert text.endswith("\n")
+    for line in text.splitlines():
+        assert not line or line.startswith("# ") or ASSIGNMENT.fullmatch(line)
+    for name in settings.PARAMETERS:
+        assert f"; OS parameter {name}\n" in text
