@@ -36,7 +36,7 @@ def dispatch(argv: list[str]) -> int:
     arguments = argv[1:]
     if name not in COMMANDS:
         if not arguments:
-            raise Usage(f"no command given\n{USAGE}")
+            raise Usage("no command given", hint=USAGE)
         name, *arguments = arguments
     if name in ("--version", "-V"):
         print(f"imageos {__version__}")
@@ -45,7 +45,7 @@ def dispatch(argv: list[str]) -> int:
         print(overview(), end="")
         return 0
     if name not in COMMANDS:
-        raise Usage(f"unknown command {name}{_nearest(name)}\n{USAGE}")
+        raise Usage(f"unknown command {name}{_nearest(name)}", hint=USAGE)
     return _load(name)(arguments)
 
 

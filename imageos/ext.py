@@ -161,13 +161,15 @@ def _used_in_group(read: Read, superblock: Superblock, group: int, descriptor: b
 
 
 def _uninitialised(superblock: Superblock, group: int, count: int) -> int:
-    """The blocks at the beginning of a group without bitmap that may be in use: copies of what is in the first."""
-    if superblock.first_meta_group < 1 << 32:
-        return count
-    if not superblock.has_backup(group):
-        return 0
+    """The blocks at the beginning of a group without bitmap that are in use: copies of what is in the first."""
     descriptors = -(-superblock.groups * superblock.descriptor_size // superblock.block_size)
-    return min(count, 1 + descriptors + superblock.reserved)
+    per_block = superblock.block_size // superblock.descriptor_size
+    found = 1 if superblock.has_backup(group) else 0
+    if group // per_block < superblock.first_meta_group:
+        found += found * (min(descriptors, superblock.first_meta_group) + superblock.reserved)
+    elif group % per_block in (0, 1, per_block - 1):
+        found += 1
+    return min(count, found)
 
 
 def _block(read: Read, superblock: Superblock, number: int) -> bytes:

@@ -114,7 +114,11 @@ def inittab(text: str, terminal: str, speed: int, getty: str) -> str:
     sysvinit = re.search(r"^[^#:]*:[^:]*:initdefault:", text, re.MULTILINE)
     start = f"{getty} -L {speed} {terminal} vt100"
     line = f"S{terminal[-1]}:2345:respawn:{start}" if sysvinit else f"{terminal}::respawn:{start}"
-    others = [one for one in text.splitlines() if not re.match(rf"#?\s*[^:]*:[^:]*:respawn:.*\b{terminal}\b", one)]
+    others = [
+        one
+        for one in text.splitlines()
+        if not re.match(rf"#?\s*({terminal}:|[^:]*:[^:]*:respawn:.*\b{terminal}\b)", one)
+    ]
     return "\n".join([*others, line]) + "\n"
 
 

@@ -78,10 +78,13 @@ class Progress:
 
 def ascii_only(text: str) -> str:
     """`text` with everything but printable ASCII escaped, so that no guest can forge a line."""
-    return "".join(
-        c if " " <= c <= "~" else c.encode("ascii", "backslashreplace").decode() if ord(c) > 126 else f"\\x{ord(c):02x}"
-        for c in text
-    )
+    return "".join(c if " " <= c <= "~" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    if ord(character) < 0x80:
+        return f"\\x{ord(character):02x}"
+    return character.encode("ascii", "backslashreplace").decode()
 
 
 def size(count: int) -> str:

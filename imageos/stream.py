@@ -249,9 +249,9 @@ class Source:
 
 
 def is_ours(begin: bytes) -> bool:
-    """Whether a stream that begins so is one of imageos."""
-    name = f"PaxHeaders/{MANIFEST}".encode()
-    return begin.startswith(name + b"\0")
+    """Whether a stream that begins so is one of imageos; as far as can be told, if that is all of it."""
+    name = f"PaxHeaders/{MANIFEST}\0".encode()
+    return bool(begin) and begin[: len(name)] == name[: len(begin)]
 
 
 def read_manifest(source: Source) -> Manifest:

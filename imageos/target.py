@@ -22,6 +22,7 @@ from imageos.sandbox import ENVIRONMENT, GuestDisk, entering
 READ_LIMIT = 1 << 20  # bytes; a configuration file that is larger is not one
 LINK_LIMIT = 40  # as the kernel's own
 PROGRAM_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 COPIED_ATTRIBUTES = ("security.selinux", "system.posix_acl_access")
 
 
@@ -114,11 +115,11 @@ class Target:
         """Give `path` the content `text`; `mode` is for a new file. Missing directories are made (0755)."""
         data = text.encode("utf-8", "surrogateescape")
         with self._parent(path, make=True) as (parent, name):
-            old = _lstat(parent, name)
-            if old and stat.S_ISDIR(old.st_mode):
-                raise Failure(f"the guest's {path} is a directory, not a file")
-            temporary = f".{name[:64]}.{secrets.token_hex(6)}"
+            temporary = f".imageos-{secrets.token_hex(6)}"
             try:
+                old = _lstat(parent, name)
+                if old and stat.S_ISDIR(old.st_mode):
+                    raise Failure(f"the guest's {path} is a directory, not a file")
                 _write_new(parent, temporary, data, mode)
                 if old and stat.S_ISREG(old.st_mode):
                     _copy_attributes(parent, name, temporary, old)
@@ -141,7 +142,7 @@ class Target:
     def symlink(self, text: str, path: str) -> None:
         """Make `path` itself a link with the content `text`, in the place of a link or file."""
         with self._parent(path, make=True, follow=False) as (parent, name):
-            temporary = f".{name[:64]}.{secrets.token_hex(6)}"
+            temporary = f".imageos-{secrets.token_hex(6)}"
             try:
                 os.symlink(text, temporary, dir_fd=parent)
                 os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
@@ -224,20 +225,27 @@ class Target:
             os.close(parent)
 
     def _directory(self, path: str, make: bool, mode: int) -> int:
+        """A descriptor of the directory `path`; with `make`, what is missing of it is made first."""
         flags = os.O_RDONLY | os.O_DIRECTORY
         try:
             return linux.open_in_root(self._root, path, flags)
         except FileNotFoundError:
             if not make:
                 raise
-        above, name = os.path.split(path.rstrip("/"))
-        parent = self._directory(above, make, 0o755)
-        try:
-            os.mkdir(name, dir_fd=parent)
-            os.chmod(name, mode, dir_fd=parent)
-        finally:
-            os.close(parent)
-        return linux.open_in_root(self._root, path, flags)
+        names = [name for name in path.split("/") if name]
+        current = linux.open_in_root(self._root, "/", flags)
+        for depth, name in enumerate(names, 1):
+            try:
+                try:
+                    below = linux.open_in_root(self._root, "/".join(names[:depth]), flags)
+                except FileNotFoundError:
+                    os.mkdir(name, dir_fd=current)
+                    os.chmod(name, mode if depth == len(names) else 0o755, dir_fd=current)
+                    below = linux.open_in_root(self._root, "/".join(names[:depth]), flags)
+            finally:
+                os.close(current)
+            current = below
+        return current
 
 
 @contextmanager
@@ -284,28 +292,43 @@ def _copy_attributes(parent: int, old_name: str, new_name: str, old: os.stat_res
 
 
 def _remove_tree(parent: int, name: str) -> None:
-    status = os.stat(name, dir_fd=parent, follow_symlinks=False)
-    if not stat.S_ISDIR(status.st_mode):
+    """Remove a file, a link or a directory with all in it: any depth, with two descriptors."""
+    if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
         os.unlink(name, dir_fd=parent)
         return
-    directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    current = os.open(name, DIRECTORY, dir_fd=parent)
+    way: list[str] = []  # the names that lead from the top to `current`
+    below = [_remove_files(current)]  # on each level, the directories that are still to go
     try:
-        for _, directories, files, above in os.fwalk(".", topdown=False, dir_fd=directory):
-            for entry in files:
-                os.unlink(entry, dir_fd=above)
-            for entry in directories:
-                _remove_directory_or_link(above, entry)
+        while way or below[-1]:
+            if below[-1]:
+                way.append(below[-1].pop())
+                current = _moved(current, way[-1])
+                below.append(_remove_files(current))
+            else:
+                current = _moved(current, "..")
+                os.rmdir(way.pop(), dir_fd=current)
+                below.pop()
     finally:
-        os.close(directory)
+        os.close(current)
     os.rmdir(name, dir_fd=parent)
 
 
-def _remove_directory_or_link(parent: int, name: str) -> None:
-    # fwalk lists a link to a directory among the directories
-    if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-        os.unlink(name, dir_fd=parent)
-    else:
-        os.rmdir(name, dir_fd=parent)
+def _moved(current: int, name: str) -> int:
+    """Change from one open directory to another, as cd does."""
+    new = os.open(name, DIRECTORY, dir_fd=current)
+    os.close(current)
+    return new
+
+
+def _remove_files(directory: int) -> list[str]:
+    """Remove everything from a directory but directories; gives their names."""
+    with os.scandir(directory) as entries:
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_directory in found:
+        if not is_directory:
+            os.unlink(name, dir_fd=directory)
+    return [name for name, is_directory in found if is_directory]
 
 
 def _remove_quietly(parent: int, name: str) -> None:

@@ -19,13 +19,13 @@ from imageos.layout import MIB
 RUN = MIB  # bytes of the longest run
 ZERO_UNIT = 16 << 10  # bytes; a shorter stretch of zeroes costs more to leave out than to keep
 SMALLEST_BLOCK = 1024  # of the map, and of an ext filesystem
-MAP_BITS = 1 << 27  # 16 MiB of memory; a disk of more than 128 GiB has larger blocks
+MAP_BITS = 1 << 26  # 8 MiB of memory; a disk of more than 64 GiB has larger blocks
 SWAP_HEADER = 1 << 16  # the first page, on any architecture
 _SOMETHING = re.compile(rb"[^\0]")
 
 
 class Map:
-    """One bit for each block of a disk: whether it is in use. Takes at most 16 MiB, whatever the disk."""
+    """One bit for each block of a disk: whether it is in use. Takes at most 8 MiB, whatever the disk."""
 
     def __init__(self, size: int, smallest_block: int = SMALLEST_BLOCK) -> None:
         self.size = size

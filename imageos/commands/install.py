@@ -125,7 +125,7 @@ def _content(path: str) -> Optional[bytes]:
     try:
         with open(path, "rb") as file:
             return file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from debian import SUITES, Debian, debians
 from qemu import Facts, booting
-from support import DEFAULTS, MIB, SITE, Node, partitions, signatures
+from support import DEFAULTS, MIB, SITE, Node, partitions
 
 DISK_SIZE = 2048  # MiB
 KERNEL_ARGS = "mitigations=off imageos.test=1"
@@ -150,9 +150,7 @@ def test_a_reinstalled_system_boots(node: Node, images: dict[str, Debian], tmp_p
     before = Guest("trixie", "xfs", 3, 4, 5, {"FILESYSTEM": "xfs", "PARTITION_TABLE": "gpt"})
     deploy(node, before, disk)
     assert partitions(disk)[-1].content["TYPE"] == "xfs"
-    assert signatures(disk) == ["gpt", "gpt", "PMBR"]
     deploy(node, EXT4, disk, env="create-kvm-network-reinstall")
-    assert signatures(disk) == ["dos"]
     with booting(disk, tmp_path / "console") as console:
         console.wait_for(r"^Debian GNU/Linux 12 inst1 ttyS0$", r"^inst1 login: ")
         check(EXT4, console.facts(), disk, images[EXT4.suite])

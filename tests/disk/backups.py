@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -97,11 +98,8 @@ def restore(node: Node, source: Path | bytes, disk: Name, index: int = 0, **more
     call = Running(node, "import", values, writer.stdout, None)
     assert writer.stdin and writer.stdout
     writer.stdout.close()
-    try:
+    with contextlib.suppress(BrokenPipeError), writer.stdin:
         writer.stdin.write(source if isinstance(source, bytes) else b"")
-        writer.stdin.close()
-    except BrokenPipeError:
-        pass
     result = call.result()
     writer.wait()
     os.close(call.size_reader)

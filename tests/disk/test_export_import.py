@@ -232,9 +232,9 @@ def test_read_only_block_device(node: Node, disk: MakeDisk, block_disk: MakeDisk
     run("sfdisk", "--quiet", source, text="label: gpt\n,50M\n")
     make(source, 1, "ext4")
     with read_only(source) as snapshot:
-        before = digest(source)
+        before = run("sha256sum", source)
         stream = exported(node, snapshot)
-        assert digest(source) == before
+        assert run("sha256sum", source) == before
     target = block_disk(70)
     with target.open("r+b") as device:
         device.write(MARKER * (70 * MIB // len(MARKER)))
@@ -331,10 +331,8 @@ def test_first_disk_is_grown(layout: str, node: Node, disk: MakeDisk, small_tree
     old, new = place(guest.path, guest.root), place(target, guest.root)
     if old and new:
         assert new.start == old.start and new.size >= old.size + 97 * MIB
-        assert new.content == {
-            **old.content,
-            **{key: new.content[key] for key in ("FSSIZE", "FSLASTBLOCK") if key in new.content},
-        }
+        for name in ("TYPE", "UUID", "LABEL"):
+            assert new.content.get(name) == old.content.get(name)
     with mounted(target, tmp_path / "mnt", new) as top:
         stat = os.statvfs(top)
         assert stat.f_blocks * stat.f_frsize > 80 * MIB + (old.size if old else mib * MIB) * 0.7
@@ -698,7 +696,7 @@ def test_hooks(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> 
     assert "chosen" not in restore(node, stream, target, OSP_NOMOUNT="yes").ok().log
     node.hook("chosen", "#!/bin/sh\nexit 3\n")
     restore(node, stream, target).failed("chosen", "status 3")
-    with mounted(target, tmp_path / "mnt", partitions(target)[0]) as top:
+    with mounted(target, tmp_path / "mnt", partitions(target)[0], "ro,noload") as top:
         assert (top / "etc/os-release").exists(), "the disk was whole, and should have stayed so"
     empty = exported(node, disk(16))
     assert "no root filesystem" in restore(node, empty, disk(16)).ok().log

@@ -707,10 +707,12 @@ def test_progress(server: Server, known: Settings, monkeypatch: pytest.MonkeyPat
 def make_certificate(directory: Path, name: str, extensions: str, ca: Optional[Path] = None) -> Path:
     """A key, and a certificate signed with the key of `ca` or its own; both are in the file returned."""
     config, key, request, made = (directory / f"{name}.{suffix}" for suffix in ("cnf", "key", "csr", "pem"))
-    config.write_text("[req]\ndistinguished_name=dn\n[dn]\n[server]\nsubjectAltName=IP:127.0.0.1\n"
-                      "[ca]\nbasicConstraints=critical,CA:TRUE\n")
+    config.write_text(
+        "[req]\ndistinguished_name=dn\n[dn]\n"
+        "[server]\nsubjectAltName=IP:127.0.0.1\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid:always\n"
+        "[ca]\nbasicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\nsubjectKeyIdentifier=hash\n")
     run("openssl", "req", "-new", "-config", config, "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", request,
-        "-subj", f"/CN={name}")
+        "-subj", f"/CN={name}", "-sha256")
     signer = ["-CA", ca, "-CAkey", ca, "-CAcreateserial"] if ca else ["-signkey", key]
     run("openssl", "x509", "-req", "-in", request, "-out", made, "-extfile", config, "-extensions", extensions, *signer)
     made.write_text(key.read_text() + made.read_text())

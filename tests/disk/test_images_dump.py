@@ -87,6 +87,9 @@ def check(target: Path, tree: Path, tmp_path: Path) -> None:
     for path, expected in describe(tree).items():
         if path in CHANGED or path.startswith(REMOVED) or (boot and path.startswith(b"boot")):
             continue
+        if root.content["TYPE"] == "xfs":  # keeps meaningless fields of an ACL as restore writes them
+            for entry in (found[path], expected):
+                entry[5].pop("system.posix_acl_access", None)
         assert found[path] == expected, path
 
 

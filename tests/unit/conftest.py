@@ -40,8 +40,35 @@ def process_state() -> Iterator[None]:
     log.set_debug(False)
 
 
+NOBODY = 65534
+
+
 @pytest.fixture
-def guest(tmp_path: Path) -> Path:
+def unprivileged(tmp_path: Path) -> Iterator[None]:
+    """Without root's power for one test, in a directory that belongs to it.
+
+    What is tested here removes whole trees. Were it broken, it would remove the machine's.
+    """
+    if os.geteuid() != 0:
+        yield
+        return
+    groups, group = os.getgroups(), os.getegid()
+    for directory in (tmp_path.parent, tmp_path):
+        directory.chmod(0o711)
+    os.chown(tmp_path, NOBODY, NOBODY)
+    os.setgroups([])
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
+
+
+@pytest.fixture
+def guest(unprivileged: None, tmp_path: Path) -> Path:
     """An empty root of a guest."""
     root = tmp_path / "guest"
     root.mkdir()
@@ -49,7 +76,25 @@ def guest(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def target(guest: Path) -> Iterator[Target]:
+def target(guest: Path, tmp_path: Path) -> Iterator[Target]:
     """`guest`, opened as a command does it."""
     with opened(str(guest), "inst1", GuestDisk([], []), 5) as root:
+        check_confined(root, guest, tmp_path / "outside")
         yield root
+
+
+def check_confined(root: Target, guest: Path, outside: Path) -> None:
+    """End the whole run if a path leads out of the guest: nothing may be changed through such a Target.
+
+    Looks only, and changes nothing but what it makes itself.
+    """
+    outside.mkdir()
+    (outside / "file").write_text("the node's own")
+    (guest / "link").symlink_to(outside)
+    for directory in (str(outside), "/../outside", "/link"):
+        path = f"{directory}/file"
+        if root.exists(path) or root.read(path) is not None or root.glob(f"{directory}/*"):
+            pytest.exit(f"a guest's path leads to the node: {path}", returncode=3)
+    (guest / "link").unlink()
+    (outside / "file").unlink()
+    outside.rmdir()

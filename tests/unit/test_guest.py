@@ -35,9 +35,10 @@ OS_RELEASE = {
     "leap": 'ID="opensuse-leap"\nID_LIKE="suse opensuse"\n',
     "tumbleweed": 'ID="opensuse-tumbleweed"\nID_LIKE="opensuse suse"\n',
     "sles": 'ID="sles"\nID_LIKE="suse"\n',
+    "micro": 'ID="sle-micro"\nID_LIKE="suse"\n',
     "misleading": "ID=other\nVARIANT_ID=rhel\nHOME_URL=https://fedora.example.org/\n",
 }
-FULL = {"rhel", "rocky", "fedora", "leap", "tumbleweed", "sles"}
+FULL = {"rhel", "rocky", "fedora", "leap", "tumbleweed", "sles", "micro"}
 
 
 def tree(root: Path, files: dict[str, str]) -> None:

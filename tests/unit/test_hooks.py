@@ -17,6 +17,7 @@ from imageos.settings import Settings
 ROOT = Volume("root", "ext4", "/dev/loop7p3", "11111111-1111-4111-8111-111111111111")
 BOOT = Volume("boot", "ext4", "/dev/loop7p1", "22222222-2222-4222-8222-222222222222")
 SWAP = Volume("swap", "swap", "/dev/loop7p2", "33333333-3333-4333-8333-333333333333")
+ENVIRONMENT = recorded("create-kvm-network")
 KNOWN = Settings(image_type="tarball", image_name="debian-12", user_data="#cloud-config\nx: 1\n", swap_size=256)
 
 
@@ -25,7 +26,7 @@ def context(
 ) -> hooks.Context:
     return hooks.Context(
         action,
-        recorded("create-kvm-network") if environ is None else environ,
+        ENVIRONMENT if environ is None else environ,
         known,
         "/run/imageos/root",
         Device("/dev/xenvg/disk0", -1, 1 << 30, is_file=False),

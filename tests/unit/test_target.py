@@ -40,7 +40,7 @@ def temporary_files(top: Path) -> list[str]:
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Path]:
+def node(unprivileged: None, tmp_path: Path) -> Iterator[Path]:
     """A directory of the node beside the guest's: whatever a test does, it stays as it is."""
     outside = tmp_path / "node"
     (outside / "sub").mkdir(parents=True)
@@ -52,55 +52,55 @@ def node(tmp_path: Path) -> Iterator[Path]:
     assert (outside / "canary").read_text() == SECRET
 
 
-# Links that would lead outside. Each is made at /etc in the guest or below it; the path is the one to use.
+# Links that would lead outside. Each is made at /unit-etc in the guest or below it; the path is the one to use.
 
 
 def absolute(guest: Path, node: Path) -> str:
-    (guest / "etc").mkdir()
-    (guest / "etc/x").symlink_to(node / "canary")
-    return "/etc/x"
+    (guest / "unit-etc").mkdir()
+    (guest / "unit-etc/x").symlink_to(node / "canary")
+    return "/unit-etc/x"
 
 
 def dot_dot(guest: Path, node: Path) -> str:
-    (guest / "etc").mkdir()
-    (guest / "etc/x").symlink_to("../../node/canary")
-    return "/etc/x"
+    (guest / "unit-etc").mkdir()
+    (guest / "unit-etc/x").symlink_to("../../node/canary")
+    return "/unit-etc/x"
 
 
 def many_dot_dots(guest: Path, node: Path) -> str:
-    (guest / "etc").mkdir()
-    (guest / "etc/x").symlink_to("../" * 30 + str(node / "canary").lstrip("/"))
-    return "/etc/x"
+    (guest / "unit-etc").mkdir()
+    (guest / "unit-etc/x").symlink_to("../" * 30 + str(node / "canary").lstrip("/"))
+    return "/unit-etc/x"
 
 
 def absolute_directory(guest: Path, node: Path) -> str:
-    (guest / "etc").symlink_to(node)
-    return "/etc/canary"
+    (guest / "unit-etc").symlink_to(node)
+    return "/unit-etc/canary"
 
 
 def relative_directory(guest: Path, node: Path) -> str:
-    (guest / "etc").symlink_to("../node")
-    return "/etc/sub/canary"
+    (guest / "unit-etc").symlink_to("../node")
+    return "/unit-etc/sub/canary"
 
 
 def chain(guest: Path, node: Path) -> str:
-    (guest / "etc").symlink_to("/usr/etc")
-    (guest / "usr").symlink_to("usr2")
+    (guest / "unit-etc").symlink_to("/unit-usr/etc")
+    (guest / "unit-usr").symlink_to("usr2")
     (guest / "usr2").mkdir()
     (guest / "usr2/etc").symlink_to("../../node")
-    return "etc/canary"
+    return "unit-etc/canary"
 
 
 def link_to_link(guest: Path, node: Path) -> str:
-    (guest / "etc").mkdir()
-    (guest / "etc/x").symlink_to("y")
-    (guest / "etc/y").symlink_to("/../node/canary")
-    return "/etc/x"
+    (guest / "unit-etc").mkdir()
+    (guest / "unit-etc/x").symlink_to("y")
+    (guest / "unit-etc/y").symlink_to("/../node/canary")
+    return "/unit-etc/x"
 
 
 def path_with_dot_dots(guest: Path, node: Path) -> str:
-    (guest / "etc").mkdir()
-    return "/etc/../../node/canary"
+    (guest / "unit-etc").mkdir()
+    return "/unit-etc/../../node/canary"
 
 
 def plain_path_to_the_node(guest: Path, node: Path) -> str:
@@ -154,7 +154,7 @@ def test_written_where_the_guest_would_see_it(escape: Escape, guest: Path, node:
     path = escape(guest, node)
     target.write(path, "guest\n")
     assert target.read(path) == "guest\n"
-    assert (guest / "etc/x").is_symlink()
+    assert (guest / "unit-etc/x").is_symlink()
 
 
 def test_parent_link_written_where_the_guest_would_see_it(guest: Path, target: Target) -> None:
@@ -177,14 +177,14 @@ def test_usual_links_are_usable(guest: Path, target: Target) -> None:
     assert (guest / "etc/resolv.conf").is_symlink()
 
 
-@pytest.mark.parametrize("loop", ["x", "./x", "y", "/etc/x", "../etc/x"])
+@pytest.mark.parametrize("loop", ["x", "./x", "y", "/unit-etc/x", "../unit-etc/x"])
 @pytest.mark.parametrize("use", USES)
 def test_endless_links(loop: str, use: str, guest: Path, target: Target) -> None:
-    (guest / "etc").mkdir()
-    (guest / "etc/x").symlink_to(loop)
-    (guest / "etc/y").symlink_to("x")
+    (guest / "unit-etc").mkdir()
+    (guest / "unit-etc/x").symlink_to(loop)
+    (guest / "unit-etc/y").symlink_to("x")
     try:
-        assert not USES[use](target, "/etc/x") or use == "glob"
+        assert not USES[use](target, "/unit-etc/x") or use == "glob"
     except Failure as failure:
         assert "the guest's" in str(failure)
     assert temporary_files(guest) == []
@@ -301,20 +301,24 @@ def test_new_files_and_directories(umask: int, guest: Path, target: Target) -> N
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o4755, 0o2755])
-def test_mode_owner_and_attributes_stay(mode: int, guest: Path, target: Target) -> None:
+def test_mode_and_owner_stay(mode: int, guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     file = guest / "file"
     file.write_text("old")
-    owner = (1234, 5678) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
-    os.chown(file, *owner)
-    os.setxattr(file, "user.note", b"kept")
     file.chmod(mode)
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "fchown", lambda _, user, group: given.append((user, group)))
     target.write("/file", "new")
-    status = file.stat()
     assert file.read_text() == "new"
-    assert (status.st_uid, status.st_gid) == owner
-    assert stat.S_IMODE(status.st_mode) == mode
-    assert os.getxattr(file, "user.note") == b"kept"
+    assert given == [(file.stat().st_uid, file.stat().st_gid)]
+    assert stat.S_IMODE(file.stat().st_mode) == mode
     assert os.listdir(guest) == ["file"]
+
+
+def test_attributes_stay(guest: Path, target: Target) -> None:
+    (guest / "file").write_text("old")
+    os.setxattr(guest / "file", "user.note", b"kept")
+    target.write("/file", "new")
+    assert os.getxattr(guest / "file", "user.note") == b"kept"
 
 
 def test_other_names_of_a_file_keep_the_old_content(guest: Path, target: Target) -> None:
@@ -496,12 +500,13 @@ def test_removes_a_link_not_what_it_leads_to(guest: Path, node: Path, target: Ta
 
 
 def test_pattern_characters_in_names_are_not_patterns(guest: Path, target: Target) -> None:
+    (guest / "unit-names").mkdir()
     for name in ("*", "[a]", "a", "b"):
-        (guest / name).touch()
-    target.remove("/[[]a]")
-    assert sorted(os.listdir(guest)) == ["*", "a", "b"]
-    target.clear("/", keep=["a", "b"])
-    assert sorted(os.listdir(guest)) == ["a", "b"]
+        (guest / "unit-names" / name).touch()
+    target.remove("/unit-names/[[]a]")
+    assert sorted(os.listdir(guest / "unit-names")) == ["*", "a", "b"]
+    target.clear("/unit-names", keep=["a", "b"])
+    assert sorted(os.listdir(guest / "unit-names")) == ["a", "b"]
 
 
 def test_clear(guest: Path, target: Target) -> None:
@@ -566,18 +571,19 @@ def test_link_through_many_directories(guest: Path, target: Target) -> None:
 # The root itself
 
 
-def test_descriptors_are_closed(guest: Path) -> None:
+def test_descriptors_are_closed(guest: Path, target: Target) -> None:
     """One that stayed open would keep the filesystem busy."""
+    (guest / "unit").mkdir()
     before = sorted(os.listdir("/proc/self/fd"))
-    with opened(str(guest), "inst1", GuestDisk([], []), 5) as target:
-        (guest / "loop").symlink_to("loop")
-        (guest / "file").touch()
-        for use in USES.values():
-            for path in ("/file", "/loop", "/missing/x", "/file/x", "/new"):
-                try:
-                    use(target, path)
-                except Failure:
-                    continue
+    for use in USES.values():
+        for name in ("file", "loop", "missing/x", "file/x", "new"):
+            (guest / "unit").mkdir(exist_ok=True)
+            if not os.path.lexists(guest / "unit/loop"):
+                (guest / "unit/loop").symlink_to("loop")
+            try:
+                use(target, f"/unit/{name}")
+            except Failure:
+                continue
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
