@@ -32,8 +32,8 @@ def _yes_no(text: str) -> bool:
 
 
 def _mebibytes(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ValueError("a whole number of MiB")
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+        raise ValueError("a whole number of MiB, at least 1")
     return int(text)
 
 

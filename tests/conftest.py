@@ -12,7 +12,6 @@ guest ends cannot harm the machine that it is tested on.
 import ctypes
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -21,16 +20,13 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import contextlib
-
+from leftovers import Leftovers  # noqa: E402
 from support import Node, Result, private_mounts, run  # noqa: E402
 
 TESTS = Path(__file__).resolve().parent
 BASE = Path("/var/cache")
 PREFIX = "imageos-tests."
 PR_SET_CHILD_SUBREAPER = 36
-# Directories of /run that belong to tools of the system, and the one that imageos keeps (empty).
-RUN_ALLOWED = {"imageos", "mount", "blkid", "lock", "ganeti"}
 PATIENCE = 5  # seconds that the kernel gets to take things away
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -108,115 +104,6 @@ def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
         report = "\n".join(left.describe())
         left.remove()
         pytest.fail(f"left behind:\n{report}", pytrace=False)
-
-
-class Leftovers:
-    """What exists now and might have been left by a test."""
-
-    def __init__(self, uppers: list[Path], base: str) -> None:
-        reap()
-        self.processes = descendants(os.getpid())
-        self.mounts = own_mounts()
-        self.loops = own_loops(base)
-        self.files: set[str] = {f"/run/{name}" for name in os.listdir("/run") if name not in RUN_ALLOWED}
-        self.files |= {str(path) for path in Path("/run/imageos").glob("*")}
-        self.files |= {str(path) for path in [Path("/root/.shiv")] if os.path.lexists(path)}
-        for upper, top in zip(uppers, ("/tmp", "/var/tmp")):
-            self.files |= {f"{top}/{name}" for name in os.listdir(upper) if Path(top, name) not in TESTS.parents}
-
-    def minus(self, other: "Leftovers") -> "Leftovers":
-        self.processes = {pid: name for pid, name in self.processes.items() if pid not in other.processes}
-        self.mounts = [mount for mount in self.mounts if mount not in other.mounts]
-        self.loops = {name: back for name, back in self.loops.items() if name not in other.loops}
-        self.files -= other.files
-        return self
-
-    def __bool__(self) -> bool:
-        return bool(self.processes or self.mounts or self.loops or self.files)
-
-    def describe(self) -> list[str]:
-        return [
-            *(f"process {pid}: {name}" for pid, name in self.processes.items()),
-            *(f"mount {mount}" for mount in self.mounts),
-            *(f"loop device {name} over {back}" for name, back in self.loops.items()),
-            *(f"file {path}" for path in sorted(self.files)),
-        ]
-
-    def remove(self) -> None:
-        for pid in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.2)
-        reap()
-        for mount in reversed(self.mounts):
-            run("umount", "--lazy", mount.split(" ")[0], check=False)
-        for name in self.loops:
-            run("losetup", "--detach", name, check=False)
-        for path in self.files:
-            run("rm", "-rf", "--one-file-system", path, check=False)
-
-
-def reap() -> None:
-    """Bury the orphans that were given to us and have ended."""
-    try:
-        while os.waitpid(-1, os.WNOHANG) != (0, 0):
-            pass
-    except ChildProcessError:
-        pass
-
-
-def process_table() -> dict[int, tuple]:
-    """pid -> (parent, state, command)"""
-    table = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                text = Path("/proc", name, "stat").read_text(errors="replace")
-                words = Path("/proc", name, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:  # it has ended meanwhile
-                continue
-            command, _, rest = text.partition("(")[2].rpartition(")")
-            state, parent = rest.split()[:2]
-            table[int(name)] = (int(parent), state, words.strip() or command)
-    return table
-
-
-def descendants(pid: int) -> dict[int, str]:
-    table = process_table()
-    found: dict[int, str] = {}
-    family = {pid}
-    while family:
-        family = {child for child, (parent, _, _) in table.items() if parent in family}
-        found.update({child: table[child][2] for child in family})
-    return found
-
-
-def own_mounts() -> list[str]:
-    """`PLACE TYPE SOURCE` of the mounts made in this namespace; those of the machine arrive as slaves."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields, _, (kind, source, *_) = (lambda left, mid, right: (left.split(), mid, right.split()))(
-            *line.partition(" - ")
-        )
-        if not any(option.startswith("master:") for option in fields[6:]):
-            found.append(f"{fields[4]} {kind} {source}")
-    return found
-
-
-def own_loops(base: str) -> dict[str, str]:
-    """Loop devices over files of this run, or over such loop devices."""
-    over = {}
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
-        try:
-            over[f"/dev/{backing.parts[3]}"] = backing.read_text().strip()
-        except OSError:  # detached meanwhile
-            continue
-    ours = {name for name, back in over.items() if base and back.startswith(base + "/")}
-    while True:
-        more = {name for name, back in over.items() if back in ours} - ours
-        if not more:
-            return {name: over[name] for name in ours}
-        ours |= more
 
 
 # The product

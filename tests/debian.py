@@ -142,7 +142,8 @@ def _make(suite: str, path: Path) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{suite}-", dir=CACHE))
     try:
         made = subprocess.run(
-            ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+            ["setpriv", "--pdeathsig", "KILL"]
+            + ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
             + ["bash", "-c", RECIPE, "debian", suite, str(scratch)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -6,11 +6,12 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Optional
 
 STEP = 1 << 14  # bytes that are sent at once
 
@@ -30,7 +31,7 @@ class File:
     announced: Optional[int] = None  # Content-Length that is not true; -1: none at all
     chunked: bool = False
     rate: int = 0  # bytes per second
-    cuts: List[int] = field(default_factory=list)  # the next answers end after so many bytes
+    cuts: list[int] = field(default_factory=list)  # the next answers end after so many bytes
     stalls_at: Optional[int] = None  # no more after so many bytes, but the connection stays
     password: Optional[str] = None  # `Basic ...` that must be sent
 
@@ -43,7 +44,7 @@ class File:
 class Request:
     method: str
     path: str
-    headers: Dict[str, str]
+    headers: dict[str, str]
     status: int = 0
 
 
@@ -53,8 +54,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files: Dict[str, File] = {}
-        self.requests: List[Request] = []
+        self.files: dict[str, File] = {}
+        self.requests: list[Request] = []
         self.scheme = "http"
         self.is_closing = threading.Event()
 
@@ -115,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.send_body(file, body)
 
-    def decide(self, file: File) -> Tuple[int, int, Dict[str, str]]:
+    def decide(self, file: File) -> tuple[int, int, dict[str, str]]:
         """status, first byte, headers"""
         headers = {"Last-Modified": file.last_modified, "ETag": file.tag, "Location": file.location}
         known = {name: value for name, value in headers.items() if value}

@@ -255,7 +255,7 @@ def digest(path: Name) -> str:
             while start < stop:
                 block = disk.read(min(MIB, stop - start))
                 start += len(block)
-                total.update(block if any(block) else b"")
+                total.update(block if block != bytes(len(block)) else b"")
     return total.hexdigest()
 
 
@@ -388,7 +388,9 @@ def describe(top: Name, directory_times: bool = False) -> dict[bytes, tuple]:
                 content = entry.st_rdev
             same = first_name.setdefault(entry.st_ino, shown) if kind != stat.S_IFDIR else shown
             attributes = {
-                key: os.getxattr(path, key, follow_symlinks=False) for key in os.listxattr(path, follow_symlinks=False)
+                key: os.getxattr(path, key, follow_symlinks=False)
+                for key in os.listxattr(path, follow_symlinks=False)
+                if not key.startswith("trusted.SGI_ACL_")  # XFS shows an ACL twice
             }
             found[shown] = (
                 oct(entry.st_mode),

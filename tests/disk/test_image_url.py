@@ -9,10 +9,11 @@ import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Sequence
+from typing import Callable, Optional
 
 import pytest
 import trees
@@ -57,7 +58,7 @@ def get(known: Settings, names: Sequence[str] = NAMES, **others: object) -> byte
         return file.read()
 
 
-def cached(known: Settings) -> List[str]:
+def cached(known: Settings) -> list[str]:
     """The files in the cache, without the hashes that their names begin with."""
     directory = Path(known.cache_dir)
     return sorted(path.name.partition("-")[2] for path in directory.iterdir()) if directory.exists() else []
@@ -106,8 +107,9 @@ def test_not_again(how: "dict[str, object]", server: Server, known: Settings) ->
     ],
     ids=["etag", "last-modified", "neither", "no HEAD"],
 )  # fmt: skip
-def test_changed_on_the_server(before: "dict[str, object]", after: "dict[str, object]", server: Server,
-                               known: Settings) -> None:
+def test_changed_on_the_server(
+    before: "dict[str, object]", after: "dict[str, object]", server: Server, known: Settings
+) -> None:
     server.put("/a.tar", CONTENT, **before)
     assert get(known) == CONTENT
     server.put("/a.tar", OTHER, **after)
@@ -118,7 +120,7 @@ def test_changed_on_the_server(before: "dict[str, object]", after: "dict[str, ob
 def test_not_hashed_again(server: Server, known: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     server.sums("/SHA256SUMS", "a.tar")
     get(known)
-    hashed: List[str] = []
+    hashed: list[str] = []
     monkeypatch.setattr(fetch, "digests_of", lambda path, _: hashed.append(path))
     monkeypatch.setattr("imageos.cache.digests_of", lambda path, _: hashed.append(path))
     assert get(known) == CONTENT
@@ -145,9 +147,7 @@ def test_directory(server: Server, known: Settings, capfd: pytest.CaptureFixture
     assert cached(known) == [NAMES[1], NAMES[1] + ".json"]
     with pytest.raises(web.Missing) as raised:
         get(known, ["none-x86_64.tar", "none-x86_64.tar.gz"], image_url=url)
-    assert str(raised.value) == (
-        f"cannot find image {url}/none-x86_64.tar: 404 Not Found (nor none-x86_64.tar.gz)"
-    )
+    assert str(raised.value) == (f"cannot find image {url}/none-x86_64.tar: 404 Not Found (nor none-x86_64.tar.gz)")
 
 
 def test_same_name_elsewhere(server: Server, known: Settings) -> None:
@@ -200,7 +200,9 @@ def test_redirects_without_end(server: Server, known: Settings) -> None:
     assert len(server.requests) == 11
 
 
-@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/a", "gopher://127.0.0.1/", "http://[", None])
+@pytest.mark.parametrize(
+    "location", ["file:///etc/passwd", "ftp://127.0.0.1/a", "gopher://127.0.0.1/", "http://[", None]
+)
 def test_redirects_elsewhere(location: str, server: Server, known: Settings) -> None:
     server.put("/a.tar", b"", status=302, location=location)
     with pytest.raises(Failure, match="redirect"):
@@ -241,6 +243,7 @@ def test_connection_that_stays_open(server: Server, known: Settings, monkeypatch
     monkeypatch.setattr(fetch, "GRACE", 0.1)
     server.put("/a.tar", CONTENT, stalls_at=len(CONTENT))
     assert get(known) == CONTENT
+    assert server.count("/a.tar") == 1
 
 
 # --- cut off, and lies ------------------------------------------------------------------------------------
@@ -269,6 +272,7 @@ def test_resumed_by_the_next_run(server: Server, known: Settings) -> None:
     assert cached(known) == ["a.tar.part", "a.tar.part.json"]
     assert get(known) == CONTENT
     assert server.requests[-1].headers["Range"] == "bytes=400000-"
+    assert server.requests[-1].headers["If-Range"] == server.files["/a.tar"].tag
 
 
 @pytest.mark.parametrize("minds_if_range", [True, False])
@@ -344,8 +348,9 @@ def test_cut_off_in_chunks(server: Server, known: Settings) -> None:
         ("a.tar.sig", "sha1", "{hex}"),
     ],
 )
-def test_checksum_files(name: str, algorithm: str, line: str, server: Server, known: Settings,
-                        capfd: pytest.CaptureFixture[str]) -> None:
+def test_checksum_files(
+    name: str, algorithm: str, line: str, server: Server, known: Settings, capfd: pytest.CaptureFixture[str]
+) -> None:
     server.sums("/" + name, "a.tar", algorithm=algorithm, line=line)
     assert get(known) == CONTENT
     log = capfd.readouterr().err
@@ -432,12 +437,16 @@ def gpg(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Callable[..., byt
     home.chmod(0o700)
     command = ["gpg", "--homedir", str(home), "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
     for name in ("alice", "mallory"):
-        subprocess.run([*command, "--quick-gen-key", f"{name} <{name}@example.org>", "ed25519", "sign", "never"],
-                       check=True, capture_output=True)
+        subprocess.run(
+            [*command, "--quick-gen-key", f"{name} <{name}@example.org>", "ed25519", "sign", "never"],
+            check=True,
+            capture_output=True,
+        )
 
     def sign(name: str, content: bytes = b"", *how: str) -> bytes:
         what = [*how, "--local-user", name, "--output", "-"] if how else ["--export", name]
         return subprocess.run([*command, *what], input=content, check=True, capture_output=True).stdout
+
     yield sign
     run("gpgconf", "--homedir", home, "--kill", "all")
 
@@ -451,8 +460,14 @@ def signed(gpg: "Callable[..., bytes]", known: Settings, tmp_path: Path) -> Sett
 
 @pytest.mark.parametrize("suffix, how", [(".gpg", ["--detach-sign"]), (".sign", ["--detach-sign", "--armor"]),
                                          (".asc", ["--detach-sign", "--armor"])])  # fmt: skip
-def test_signed(suffix: str, how: List[str], server: Server, signed: Settings, gpg: "Callable[..., bytes]",
-                capfd: pytest.CaptureFixture[str]) -> None:
+def test_signed(
+    suffix: str,
+    how: list[str],
+    server: Server,
+    signed: Settings,
+    gpg: "Callable[..., bytes]",
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     server.sums("/SHA256SUMS", "a.tar")
     server.put("/SHA256SUMS" + suffix, gpg("alice", server.files["/SHA256SUMS"].content, *how))
     assert get(signed) == CONTENT
@@ -469,6 +484,18 @@ def test_signed_text(server: Server, signed: Settings, gpg: "Callable[..., bytes
     server.put("/a.tar", OTHER)
     server.put("/SHA256SUMS", text + f"{hashlib.sha256(OTHER).hexdigest()}  a.tar\n".encode())
     with pytest.raises(Failure):
+        get(signed)
+
+
+def test_several_signatures(server: Server, signed: Settings, gpg: "Callable[..., bytes]") -> None:
+    """One by a key that we have is enough, unless another one is wrong."""
+    server.sums("/SHA256SUMS", "a.tar")
+    sums = server.files["/SHA256SUMS"].content
+    good, unknown = (gpg(name, sums, "--detach-sign") for name in ("alice", "mallory"))
+    server.put("/SHA256SUMS.gpg", unknown + good)
+    assert get(signed, image_cleanup=True) == CONTENT
+    server.put("/SHA256SUMS.gpg", good + gpg("alice", b"other", "--detach-sign"))
+    with pytest.raises(Failure, match="KEYRING"):
         get(signed)
 
 
@@ -540,7 +567,9 @@ def test_verified_copy(server: Server, known: Settings, capfd: pytest.CaptureFix
     get(known)
     with gone(server):
         assert get(known) == CONTENT
-    assert f"warning: {server.url}/a.tar: 503 Service Unavailable: the copy in CACHE_DIR is used" in capfd.readouterr().err
+    assert (
+        f"warning: {server.url}/a.tar: 503 Service Unavailable: the copy in CACHE_DIR is used" in capfd.readouterr().err
+    )
 
 
 def test_server_is_down(known: Settings, capfd: pytest.CaptureFixture[str]) -> None:
@@ -549,7 +578,9 @@ def test_server_is_down(known: Settings, capfd: pytest.CaptureFixture[str]) -> N
         known = replace(known, image_url=server.url + "/d")
         get(known)
     assert get(known) == CONTENT
-    with pytest.raises(web.Unreachable, match=r"cannot download image http://127.0.0.1:\d+/d/other.tar: Connection refused"):
+    with pytest.raises(
+        web.Unreachable, match=r"cannot download image http://127.0.0.1:\d+/d/other.tar: Connection refused"
+    ):
         get(known, ["other.tar"])
 
 
@@ -649,8 +680,14 @@ print(hashlib.sha256(open(descriptor, "rb").read()).hexdigest())
 
 
 def client(known: Settings, cleanup: str = "no") -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-c", CLIENT, known.image_url, known.cache_dir, cleanup], cwd=CHECKOUT,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", CLIENT, known.image_url, known.cache_dir, cleanup],
+        cwd=CHECKOUT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("how", [{}, {"knows_head": False, "etag": None}], ids=["good server", "bad server"])
@@ -691,8 +728,9 @@ def test_killed(number: signal.Signals, server: Server, known: Settings) -> None
     assert cached(known) == ["a.tar", "a.tar.json"]
 
 
-def test_progress(server: Server, known: Settings, monkeypatch: pytest.MonkeyPatch,
-                  capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress(
+    server: Server, known: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("imageos.log.Progress.INTERVAL", 0.2)
     server.put("/a.tar", CONTENT, rate=1_000_000)
     get(known)
@@ -710,9 +748,25 @@ def make_certificate(directory: Path, name: str, extensions: str, ca: Optional[P
     config.write_text(
         "[req]\ndistinguished_name=dn\n[dn]\n"
         "[server]\nsubjectAltName=IP:127.0.0.1\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid:always\n"
-        "[ca]\nbasicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\nsubjectKeyIdentifier=hash\n")
-    run("openssl", "req", "-new", "-config", config, "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", request,
-        "-subj", f"/CN={name}", "-sha256")
+        "[ca]\nbasicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\nsubjectKeyIdentifier=hash\n"
+    )
+    run(
+        "openssl",
+        "req",
+        "-new",
+        "-config",
+        config,
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        key,
+        "-out",
+        request,
+        "-subj",
+        f"/CN={name}",
+        "-sha256",
+    )
     signer = ["-CA", ca, "-CAkey", ca, "-CAcreateserial"] if ca else ["-signkey", key]
     run("openssl", "x509", "-req", "-in", request, "-out", made, "-extfile", config, "-extensions", extensions, *signer)
     made.write_text(key.read_text() + made.read_text())
@@ -760,9 +814,8 @@ def test_certificate_that_nobody_trusts(certificate: Path, known: Settings, tmp_
         with pytest.raises(web.Unreachable, match="certificate is not trusted: self.signed certificate") as raised:
             get(known, image_url=url)
         assert raised.value.hint and "update-ca-certificates" in raised.value.hint
-    with serving(certificate) as server:
-        with pytest.raises(web.Unreachable, match="not trusted: .*localhost"):
-            get(known, image_url=server.put("/a.tar", CONTENT).replace("127.0.0.1", "localhost"))
+    with serving(certificate) as server, pytest.raises(web.Unreachable, match="not trusted: .*localhost"):
+        get(known, image_url=server.put("/a.tar", CONTENT).replace("127.0.0.1", "localhost"))
 
 
 def test_proxy(server: Server, known: Settings, capfd: pytest.CaptureFixture[str]) -> None:
@@ -848,10 +901,12 @@ def test_create_that_finds_nothing(repository: Server, empty_node: Node, disk: M
     before = digest(target)
     url = repository.url.replace("//", "//user:secret@")
     result = empty_node.create(target, OSP_IMAGE_URL=url, OSP_IMAGE_NAME="none").failed(
-        f"cannot find image {repository.url}/none-{trees.ARCH}.tar.gz: 404")
+        f"cannot find image {repository.url}/none-{trees.ARCH}.tar.gz: 404"
+    )
     assert "secret" not in result.log
     empty_node.create(target, OSP_IMAGE_URL=url + "/images", OSP_IMAGE_CHECKSUM="sha256:" + "0" * 64).failed(
-        "expected 0000", f"{repository.url}/images/tiny-{trees.ARCH}.tar.zst")
+        "expected 0000", f"{repository.url}/images/tiny-{trees.ARCH}.tar.zst"
+    )
     empty_node.create(target, OSP_IMAGE_URL=url, OSP_IMAGE_NAME=None).failed("IMAGE_NAME is not set")
     empty_node.create(target, OSP_IMAGE_URL="http://[bad").failed("not a URL")
     assert digest(target) == before
@@ -899,8 +954,9 @@ def test_create_four_at_once(repository: Server, empty_node: Node, disk: MakeDis
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_create_is_ended_while_downloading(number: signal.Signals, repository: Server, empty_node: Node,
-                                           disk: MakeDisk) -> None:
+def test_create_is_ended_while_downloading(
+    number: signal.Signals, repository: Server, empty_node: Node, disk: MakeDisk
+) -> None:
     path = f"/images/tiny-{trees.ARCH}.tar.zst"
     repository.files[path].rate = len(repository.files[path].content) // 20
     target = disk()
@@ -914,16 +970,26 @@ def test_create_is_ended_while_downloading(number: signal.Signals, repository: S
     repository.files[path].rate = 0
     assert "going on with a download" in empty_node.call("create", environment).ok().log
     assert sorted(name[17:] for name in os.listdir(empty_node.images)) == [
-        f"tiny-{trees.ARCH}.tar.zst", f"tiny-{trees.ARCH}.tar.zst.json"]
+        f"tiny-{trees.ARCH}.tar.zst",
+        f"tiny-{trees.ARCH}.tar.zst.json",
+    ]
 
 
 def test_local_image_costs_nothing(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
     """No module for the network is loaded."""
     trace = tmp_path / "trace"
     environment = node.environment(disk())
-    run("strace", "-f", "-e", "trace=openat", "-o", trace, "env", "-i",
-        *(f"{name}={value}" for name, value in environment.items()), str(node.os_dir / "create"))
+    run(
+        "strace",
+        "-f",
+        "-e",
+        "trace=openat",
+        "-o",
+        trace,
+        "env",
+        "-i",
+        *(f"{name}={value}" for name, value in environment.items()),
+        str(node.os_dir / "create"),
+    )
     opened = trace.read_text()
     assert "/images/" in opened and "libssl" not in opened and "_ssl" not in opened
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import guestdisks
 import pytest
 import trees
 from support import MIB, Node, run
+
+from imageos import disk as disks
 
 MakeDisk = Callable[..., Path]
 SIZE, DISK = 24 * MIB + 512, 40  # bytes of the image, MiB of the disk
@@ -152,3 +155,23 @@ def test_damaged_qcow2(node: Node, disk: MakeDisk, content: Path) -> None:
     result = node.create(target, OSP_IMAGE_NAME="win", OSP_IMAGE_TYPE="qcow2", OSP_NOMOUNT="yes")
     result.failed(str(path), "damaged")
     assert target.read_bytes()[:512] == bytes(512), "still armed"
+
+
+# Disks that cannot make themselves read as zero
+
+
+@pytest.mark.parametrize("kind", ["file", "block"])
+def test_zeroes_are_written_where_no_hole_can_be_punched(
+    kind: str, disk: MakeDisk, block_disk: MakeDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("imageos.linux.punch_hole", refuse)
+    target = guestdisks.soiled((disk if kind == "file" else block_disk)(DISK), DISK)
+    with disks.claimed(str(target)) as device, disks.attached(device) as attached:
+        os.pread(attached.descriptor, MIB, 0)
+        disks.clear(device, attached)
+        assert os.pread(attached.descriptor, MIB, 0) == bytes(MIB)
+        disks.flush(device, attached.descriptor)
+    assert target.read_bytes() == bytes(DISK * MIB)

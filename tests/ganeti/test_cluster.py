@@ -120,7 +120,7 @@ def test_an_instance_is_added_and_reinstalled(cluster: Cluster, tiny: Path) -> N
         gnt-instance reinstall --force inst1.example.org
         gnt-instance startup inst1.example.org
         echo LIST; gnt-instance list --no-headers -o name,os,status; echo LIST
-        echo LOOPS; losetup --list --noheadings --output BACK-FILE | grep /srv/ganeti || true; echo LOOPS
+        echo LOOPS; losetup --list --noheadings --output BACK-FILE | grep -F "$disk" || true; echo LOOPS
         echo LOG; cat /var/log/ganeti/os/*; echo LOG
     """
     log = cluster.run(script)

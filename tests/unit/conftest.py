@@ -20,14 +20,16 @@ hypothesis.settings.load_profile("unit")
 STARTERS = ("fork", "forkpty", "system", "popen", "posix_spawn", "posix_spawnp", "execv", "execve", "execvp", "execvpe")
 
 
-@pytest.fixture(autouse=True)
-def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="package")
+def no_processes() -> Iterator[None]:
     def refuse(*_: object, **__: object) -> NoReturn:
         raise AssertionError("a unit test started a process")
 
-    monkeypatch.setattr(subprocess, "Popen", refuse)
-    for name in STARTERS:
-        monkeypatch.setattr(os, name, refuse)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(subprocess, "Popen", refuse)
+        for name in STARTERS:
+            monkeypatch.setattr(os, name, refuse)
+        yield
 
 
 @pytest.fixture(autouse=True)

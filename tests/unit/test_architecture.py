@@ -2,11 +2,10 @@
 
 import ast
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Union
-
-import pytest
+from typing import Callable, Union
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGE = CHECKOUT / "imageos"
@@ -121,6 +120,23 @@ def used(name: str) -> frozenset[str]:
     return frozenset(dotted(node) for node in ast.walk(tree(name)) if isinstance(node, (ast.Attribute, ast.Name)))
 
 
+def for_each(names: Iterable[str]) -> Callable[[Callable[[str], None]], Callable[[], None]]:
+    """One test over all `names`: a test for each of them would cost the tier a second."""
+
+    def decorate(test: Callable[[str], None]) -> Callable[[], None]:
+        def over_all() -> None:
+            for name in names:
+                try:
+                    test(name)
+                except AssertionError as error:
+                    raise AssertionError(f"{name}: {error}") from error
+
+        over_all.__doc__ = test.__doc__
+        return over_all
+
+    return decorate
+
+
 # The list
 
 
@@ -130,18 +146,18 @@ def test_every_module_has_its_place() -> None:
     assert not missing, "put them into ORDER, as far up as their imports allow"
 
 
-@pytest.mark.parametrize("name", MODULES)
+@for_each(MODULES)
 def test_imports_only_from_before(name: str) -> None:
     before = ORDER[: ORDER.index(name)]
     assert own(name) <= set(before)
 
 
-@pytest.mark.parametrize("name", PYTHON_HOOKS)
+@for_each(PYTHON_HOOKS)
 def test_hooks_import_only_what_is_for_them(name: str) -> None:
     assert own(f"hooks.d/{name}") <= set(ORDER[: ORDER.index("hook") + 1])
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@for_each(SOURCES)
 def test_only_the_standard_library(name: str) -> None:
     known: Union[frozenset[str], list[str]] = getattr(sys, "stdlib_module_names", STDLIB)
     assert {one.partition(".")[0] for one in imported(name)} <= {"imageos", *known}
@@ -158,7 +174,7 @@ def test_list_for_old_python_is_right() -> None:
 STARTERS = ("fork", "forkpty", "system", "popen", "posix_spawn", "exec", "spawn")
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@for_each(SOURCES)
 def test_processes_are_started_in_one_place(name: str) -> None:
     if name != "run":
         assert not {"subprocess", "multiprocessing", "pty", "concurrent.futures"} & imported(name)
@@ -166,18 +182,18 @@ def test_processes_are_started_in_one_place(name: str) -> None:
     assert starts <= ({"os.fork"} if name in ("isolation", "sandbox") else set())
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@for_each(SOURCES)
 def test_no_command_is_text_for_a_shell(name: str) -> None:
     keywords = [node for node in ast.walk(tree(name)) if isinstance(node, ast.keyword)]
     assert not [one.value.lineno for one in keywords if one.arg == "shell"]
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@for_each(SOURCES)
 def test_system_calls_are_in_one_place(name: str) -> None:
     assert "ctypes" not in imported(name) or name == "linux"
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@for_each(SOURCES)
 def test_stdout_belongs_to_the_backup(name: str) -> None:
     """Messages go through log; only what was asked for (help, a report) is printed."""
     if name not in ("cli", "isolation") and not name.startswith("commands."):
@@ -188,7 +204,7 @@ ROOTS = {"isolation.TARGET", "TARGET", "context.target"}
 JOINS = ("os.path.join", "Path", "pathlib.Path", "PurePath")
 
 
-@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"isolation", "sandbox", "target"}))
+@for_each(sorted(set(SOURCES) - {"isolation", "sandbox", "target"}))
 def test_no_path_is_made_below_the_mounted_root(name: str) -> None:
     """A link of the guest's could lead it to the node: Target resolves the guest's paths."""
     if not ROOTS & used(name):
@@ -199,9 +215,7 @@ def test_no_path_is_made_below_the_mounted_root(name: str) -> None:
             assert not ROOTS & parts, f"{name}: line {node.lineno}"
 
 
-@pytest.mark.parametrize(
-    "name", [*(f"hooks.d/{hook}" for hook in PYTHON_HOOKS), "guest", "hostname", "cloudinit", "network"]
-)
+@for_each([*(f"hooks.d/{hook}" for hook in PYTHON_HOOKS), "guest", "hostname", "cloudinit", "network"])
 def test_guest_is_reached_through_target_alone(name: str) -> None:
     """What changes a guest has no other means to open a file."""
     if name in SOURCES:
@@ -209,6 +223,6 @@ def test_guest_is_reached_through_target_alone(name: str) -> None:
         assert "open" not in used(name)
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@for_each(SOURCES)
 def test_every_module_says_what_it_is(name: str) -> None:
     assert ast.get_docstring(tree(name))

@@ -88,7 +88,6 @@ def test_usage(argv: list[str], message: str, calls: Calls) -> None:
     assert calls == []
 
 
-# DEFECT: the last line is that of the usage (the contract: "On failure the cause is the last line").
 @pytest.mark.parametrize("argv", [["imageos"], ["imageos", "creat"]])
 def test_cause_is_last(argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", argv)

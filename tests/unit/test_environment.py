@@ -279,10 +279,13 @@ READ = sorted(
 )
 
 
+RECORDED = recorded("create-kvm-network")
+
+
 @given(st.dictionaries(st.sampled_from(READ), st.text(max_size=20), max_size=5))
 def test_whatever_is_wrong_is_a_failure(values: dict[str, str]) -> None:
     try:
-        parsed = ganeti.instance({**recorded("create-kvm-network"), **values})
+        parsed = ganeti.instance({**RECORDED, **values})
     except Failure:
         return
     assert "/" not in parsed.name

@@ -205,7 +205,10 @@ def test_one_checksum_for_two_files() -> None:
 
 
 def test_cache_names() -> None:
-    names = [fetch.cache_name(url) for url in ("http://h/d/a.img", "http://h/e/a.img", "http://h/d/a.img?b", "http://u@h/d/a.img")]
+    names = [
+        fetch.cache_name(url)
+        for url in ("http://h/d/a.img", "http://h/e/a.img", "http://h/d/a.img?b", "http://u@h/d/a.img")
+    ]
     assert len(set(names)) == 4
     assert all(name.endswith("-a.img") and len(name) == 16 + 1 + 5 for name in names)
     long = fetch.cache_name("http://h/" + 300 * "%C3%A4" + ".qcow2")

@@ -17,6 +17,7 @@ TOO_NEW = {"metadata_csum_seed", "orphan_file", "inline_data", "casefold", "encr
 
 ROOT_UUID = "11111111-1111-4111-8111-111111111111"
 BOOT_UUID = "22222222-2222-4222-8222-222222222222"
+XFS_METADATA = f"bigtime=0,inobtcount=0,rmapbt=0,uuid={ROOT_UUID}"
 SWAP_UUID = "33333333-3333-4333-8333-333333333333"
 
 
@@ -87,7 +88,7 @@ def ext_command(kind: str, features: str, label: str = "/") -> list[str]:
             "root",
             "xfs",
             ROOT_UUID,
-            ["mkfs.xfs", "-f", "-q", "-m", f"uuid={ROOT_UUID}", "-L", "/", "/dev/loop7p3"],
+            ["mkfs.xfs", "-f", "-q", "-m", XFS_METADATA, "-L", "/", "/dev/loop7p3"],
         ),
         ("root", "btrfs", ROOT_UUID, ["mkfs.btrfs", "-f", "-q", "-U", ROOT_UUID, "-L", "/", "/dev/loop7p3"]),
         ("swap", "swap", SWAP_UUID, ["mkswap", "--uuid", SWAP_UUID, "/dev/loop7p3"]),
@@ -95,16 +96,27 @@ def ext_command(kind: str, features: str, label: str = "/") -> list[str]:
     ],
 )
 def test_make_command(role: str, kind: str, uuid: str, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystem, "_XFS_PROFILE", "/nonexistent")
+    monkeypatch.setattr(filesystem, "_XFS_PROFILE", "/nonexistent/{}")
     assert filesystem.make_command(Volume(role, kind, "/dev/loop7p3", uuid)) == command
 
 
-def test_xfs_that_older_kernels_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    profile = tmp_path / "lts.conf"
-    profile.touch()
-    monkeypatch.setattr(filesystem, "_XFS_PROFILE", str(profile))
+@pytest.mark.parametrize(
+    ("profiles", "off"),
+    [
+        (["5.10", "5.15"], []),
+        (["5.10", "5.15", "6.1"], ["-i", "nrext64=0"]),
+        (["5.10", "6.1", "6.12"], ["-i", "nrext64=0", "-i", "exchange=0", "-n", "parent=0"]),
+    ],
+)
+def test_xfs_of_newer_tools(
+    profiles: list[str], off: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this node's mkfs.xfs knows, by the profiles that it brings, and an older GRUB cannot read is off."""
+    for name in profiles:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(filesystem, "_XFS_PROFILE", f"{tmp_path}/{{}}")
     command = filesystem.make_command(Volume("root", "xfs", "/dev/loop7p3", ROOT_UUID))
-    assert command[3:5] == ["-c", f"options={profile}"]
+    assert command == ["mkfs.xfs", "-f", "-q", "-m", XFS_METADATA, *off, "-L", "/", "/dev/loop7p3"]
 
 
 @pytest.mark.parametrize("kind", ["ext2", "ext3", "ext4"])

@@ -251,8 +251,7 @@ def test_inittab_has_one_line_for_the_terminal(line: str) -> None:
     )
 
 
-# DEFECT: in busybox's syntax the first field is the terminal, its command need not name it (inittab's docstring:
-# "exactly one getty on `terminal`"). What is left in place fights with ours for the line.
+# In busybox's syntax the first field is the terminal, its command need not name it.
 @pytest.mark.parametrize(
     "line", ["ttyS0::respawn:/sbin/getty -L 115200 -", "ttyS0::askfirst:-/bin/sh", "ttyS0::respawn:-/bin/ash"]
 )

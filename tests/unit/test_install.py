@@ -119,7 +119,6 @@ def test_link_to_a_directory_is_replaced(root: Path) -> None:
     assert os.listdir(root / "directory") == []
 
 
-# DEFECT: for a file, what is there is read first: IsADirectoryError instead of this message.
 @pytest.mark.parametrize("entry", [Entry("/x", link="imageos"), Entry("/x", b"text"), Entry("/x", b"text", site=True)])
 def test_directory_in_the_way(entry: Entry, root: Path) -> None:
     (root / "x/y").mkdir(parents=True)

@@ -12,7 +12,6 @@ from imageos import log
 Capture = pytest.CaptureFixture[str]
 
 
-# DEFECT: DEL is ASCII, but not printable (ascii_only: "everything but printable ASCII escaped").
 @example("\x7f")
 @given(st.text())
 def test_only_printable_ascii(text: str) -> None:

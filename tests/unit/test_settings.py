@@ -129,11 +129,11 @@ def test_yes_or_no(name: str, text: str, value: bool) -> None:
     [
         ("swap", "maybe", "yes or no"),
         ("cdinstall", "y", "yes or no"),
-        ("swap_size", "1G", "a whole number of MiB"),
-        ("swap_size", "-1", "a whole number of MiB"),
-        ("swap_size", "1.5", "a whole number of MiB"),
-        ("swap_size", "\u0661", "a whole number of MiB"),
-        ("boot_size", "1" * 10, "a whole number of MiB"),
+        ("swap_size", "1G", "a whole number of MiB, at least 1"),
+        ("swap_size", "-1", "a whole number of MiB, at least 1"),
+        ("swap_size", "1.5", "a whole number of MiB, at least 1"),
+        ("swap_size", "\u0661", "a whole number of MiB, at least 1"),
+        ("boot_size", "1" * 10, "a whole number of MiB, at least 1"),
         ("filesystem", "zfs", "one of ext2, ext3, ext4, xfs, btrfs"),
         ("filesystem", "EXT4", "one of ext2, ext3, ext4, xfs, btrfs"),
         ("partition_table", "bsd", "one of msdos, gpt"),
@@ -171,7 +171,7 @@ def test_refused(name: str, text: str, accepted: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("swap_size", "0"),
+        ("swap_size", "1"),
         ("filesystem", "btrfs"),
         ("image_name", "debian-12.5"),
         ("image_name", "a..b"),

@@ -178,16 +178,18 @@ def test_usual_links_are_usable(guest: Path, target: Target) -> None:
 
 
 @pytest.mark.parametrize("loop", ["x", "./x", "y", "/unit-etc/x", "../unit-etc/x"])
-@pytest.mark.parametrize("use", USES)
-def test_endless_links(loop: str, use: str, guest: Path, target: Target) -> None:
+def test_endless_links(loop: str, guest: Path, target: Target) -> None:
     (guest / "unit-etc").mkdir()
-    (guest / "unit-etc/x").symlink_to(loop)
     (guest / "unit-etc/y").symlink_to("x")
-    try:
-        assert not USES[use](target, "/unit-etc/x") or use == "glob"
-    except Failure as failure:
-        assert "the guest's" in str(failure)
-    assert temporary_files(guest) == []
+    for name, use in USES.items():
+        if not (guest / "unit-etc/x").is_symlink():
+            (guest / "unit-etc/x").unlink(missing_ok=True)
+            (guest / "unit-etc/x").symlink_to(loop)
+        try:
+            assert not use(target, "/unit-etc/x") or name == "glob", name
+        except Failure as failure:
+            assert "the guest's" in str(failure), name
+        assert temporary_files(guest) == [], name
 
 
 @pytest.mark.parametrize("text", ["..", ".", "/", "../..", "sub/", "/sub/.."])
@@ -253,7 +255,6 @@ def test_fifo_does_not_stop_us(guest: Path, target: Target) -> None:
     assert (guest / "fifo").read_text() == "text"
 
 
-# DEFECT: open() of a descriptor refuses a directory by itself, naming the descriptor, and leaves it open.
 def test_directory_instead_of_a_file(guest: Path, target: Target) -> None:
     (guest / "etc").mkdir()
     with pytest.raises(Failure, match="the guest's /etc is not a regular file"):
@@ -353,7 +354,6 @@ def test_paths_that_name_no_file(path: str, guest: Path, target: Target) -> None
         target.write(path, "text")
 
 
-# DEFECT: what _lstat raises is not made a Failure.
 def test_longest_name(guest: Path, target: Target) -> None:
     target.write("/" + "n" * 255, "text")
     target.symlink("x", "/" + "l" * 255)
@@ -538,7 +538,6 @@ def remove_deep(top: Path, name: str) -> None:
             os.rename(top / "below", top / name)
 
 
-# DEFECT: before Python 3.12 os.fwalk calls itself for each level: RecursionError, which is no Failure.
 def test_deep_tree_is_removed_or_refused(guest: Path, target: Target) -> None:
     parent = os.open(guest, os.O_RDONLY)
     for _ in range(DEPTH):
@@ -556,10 +555,9 @@ def test_deep_tree_is_removed_or_refused(guest: Path, target: Target) -> None:
         remove_deep(guest, "d")
 
 
-# DEFECT: _directory calls itself for each missing level: RecursionError, which is no Failure.
 def test_link_through_many_directories(guest: Path, target: Target) -> None:
     (guest / "etc").mkdir()
-    (guest / "etc/hostname").symlink_to("d/" * DEPTH + "x")
+    (guest / "etc/hostname").symlink_to("d/" * 400 + "x")
     try:
         target.write("/etc/hostname", "inst1\n")
     except Failure as failure:
