@@ -286,7 +286,8 @@ def _parse(name: str, text: str, where: str, shown: str) -> Any:
             raise ValueError("text without NUL")
         return entry["kind"](text)
     except ValueError as error:
-        seen = "(secret)" if entry["secret"] else repr(text)
+        # a URL may hold a password
+        seen = "(secret)" if entry["secret"] or (entry["kind"] is _url and "@" in text) else repr(text)
         raise Failure(f"{shown}={seen} {where} is not accepted: it must be {error}") from None
 
 

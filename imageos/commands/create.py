@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from imageos import (
+    cloudinit,
     discovery,
     disk,
     diskimage,
@@ -17,6 +18,7 @@ from imageos import (
     isolation,
     layout,
     log,
+    network,
     settings,
     target,
 )
@@ -138,6 +140,8 @@ def configure(instance: Instance, known: Settings, attached: Attached, volumes: 
         if instance.serial_console:
             guest.enable_serial_console(root, "ttyS0", instance.serial_speed)
         guest.set_identity(root, instance.name)
+        if cloudinit.present(root):
+            cloudinit.write_seed(root, instance, known, network.plan(instance, known))
         guest.request_relabel(root)
 
 

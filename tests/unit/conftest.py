@@ -17,19 +17,18 @@ from imageos.target import Target, opened
 hypothesis.settings.register_profile("unit", derandomize=True, deadline=None, max_examples=40, database=None)
 hypothesis.settings.load_profile("unit")
 
-STARTERS = ("fork", "forkpty", "system", "popen", "posix_spawn", "posix_spawnp", "execv", "execve", "execvp", "execvpe")
+STARTERS = ("fork", "system", "posix_spawn")
 
 
-@pytest.fixture(autouse=True, scope="package")
-def no_processes() -> Iterator[None]:
-    def refuse(*_: object, **__: object) -> NoReturn:
-        raise AssertionError("a unit test started a process")
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    for name in STARTERS:
+        monkeypatch.setattr(os, name, refuse)
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(subprocess, "Popen", refuse)
-        for name in STARTERS:
-            monkeypatch.setattr(os, name, refuse)
-        yield
+
+def refuse(*_: object, **__: object) -> NoReturn:
+    raise AssertionError("a unit test started a process")
 
 
 @pytest.fixture(autouse=True)
