@@ -41,17 +41,21 @@ def compression(begin: bytes) -> str:
 
 @contextmanager
 def decompressed(source: Source, name: str) -> Iterator[Source]:
-    """What comes out of the rest of `source`, which is read to its end."""
+    """What comes out of the rest of `source`."""
     commands = COMPRESSIONS[name].commands
     command = next((one for one in commands if run.available(one[0])), commands[-1])
     run.require(command[0])
     with source.replayed() as (ahead, descriptor):
         stages = [["cat", f"/dev/fd/{ahead}", "-"], command]
-        with run.output_of(stages, descriptor, keep=[ahead]) as output:
-            inner = Source(output)
-            yield inner
-            while inner.read(MIB):
-                pass  # only at its end has it checked everything
+        with run.output_of(stages, descriptor, keep=[ahead]) as (output, check_stages):
+
+            def check() -> None:
+                try:
+                    check_stages()
+                except Failure as failure:
+                    raise Failure(f"the backup stream is damaged or truncated: {failure}") from None
+
+            yield Source(output, check)
 
 
 def is_archive(begin: bytes) -> bool:
@@ -78,8 +82,7 @@ def members(source: Source) -> Iterator[Member]:
         if source.position != place + BLOCK + size:
             raise AssertionError(f"{name} was not read to its end")
         source.exactly(-size % BLOCK)
-    while source.read(MIB):
-        pass
+    source.end()
 
 
 def unpack_dump(source: Source, member: Member, directory: str) -> None:

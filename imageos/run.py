@@ -156,10 +156,12 @@ def pipeline(
 
 
 @contextmanager
-def output_of(stages: Sequence[Sequence[str]], stdin: int, keep: Sequence[int] = ()) -> Iterator[int]:
-    """Run `stages` as in `pipeline` and give the descriptor of the last one's stdout, which is read to its end.
+def output_of(
+    stages: Sequence[Sequence[str]], stdin: int, keep: Sequence[int] = ()
+) -> Iterator[tuple[int, Callable[[], None]]]:
+    """Run `stages` as in `pipeline`; the descriptor of the last one's stdout, and a function to call at its end.
 
-    Left without an error, it raises Failure unless every status is 0. `keep`: descriptors that the stages inherit.
+    That function raises Failure unless every status is 0. `keep`: descriptors that the stages inherit.
     """
     log.debug("$ " + " | ".join(shlex.join(stage) for stage in stages))
     with ExitStack() as stack:
@@ -185,12 +187,15 @@ def output_of(stages: Sequence[Sequence[str]], stdin: int, keep: Sequence[int] =
             processes.append(process)
             assert process.stdout
             stdin = process.stdout.fileno()
-        yield stdin
-        for stage, process, error_file in zip(stages, processes, errors):
-            status = process.wait()
-            error_file.seek(0)
-            if status:
-                raise Finished(stage, status, b"", _text(error_file.read(OUTPUT_LIMIT))).failure()
+
+        def check() -> None:
+            for stage, process, error_file in zip(stages, processes, errors):
+                status = process.wait()
+                error_file.seek(0)
+                if status:
+                    raise Finished(stage, status, b"", _text(error_file.read(OUTPUT_LIMIT))).failure()
+
+        yield stdin, check
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -178,10 +178,14 @@ def _write(output: int, buffers: list[bytes | memoryview]) -> None:
 
 
 class Source:
-    """Bytes that are read once, from first to last, but can be looked at before."""
+    """Bytes that are read once, from first to last, but can be looked at before.
 
-    def __init__(self, descriptor: int) -> None:
+    `check` is called at the end; it raises Failure if they cannot be trusted although they came.
+    """
+
+    def __init__(self, descriptor: int, check: Callable[[], None] = lambda: None) -> None:
         self._descriptor = descriptor
+        self._check = check
         self._ahead = b""
         self.position = 0
 
@@ -219,6 +223,12 @@ class Source:
         if self.fill(memoryview(data)) < count:
             raise truncated(self.position)
         return bytes(data)
+
+    def end(self) -> None:
+        """Read what is left: who sends it must not be left with a broken pipe."""
+        while self.read(RUN):
+            pass
+        self._check()
 
     @contextmanager
     def replayed(self) -> Iterator[tuple[int, int]]:
@@ -327,10 +337,11 @@ def _read_end(source: Source, place: int, size: int, digest: str, totals: Totals
         raise damaged(place, "its totals are not those of the runs before them")
     _read_content(source, memoryview(bytearray(size)), digest, place)
     more = source.exactly(len(TRAILER))
-    while more:  # up to the end of the stream: who sends it must not be left with a broken pipe
+    while more:
         if more.strip(b"\0"):
             raise damaged(source.position - len(more), "something follows its end")
         more = source.read(RUN)
+    source.end()
 
 
 def _read_header(source: Source, created: int) -> tuple[str, int, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 from imageos import (
@@ -73,7 +73,7 @@ def restore_any(source: Source, device: Device, instance: Instance, known: Setti
             return restore_any(inner, device, instance, known)
     if legacy.is_archive(begin):
         return restore_archive(source, device, instance, known)
-    return restore_plain(source, device)
+    return restore_plain(source, device, source.end)
 
 
 def restore_stream(source: Source, device: Device) -> int:
@@ -96,8 +96,11 @@ def restore_stream(source: Source, device: Device) -> int:
     return manifest.disk_size
 
 
-def restore_plain(source: Source, device: Device, size: int | None = None) -> int:
-    """A bare disk of `size` bytes, if that is known; else the stream ends where it does."""
+def restore_plain(source: Source, device: Device, finish: Callable[[], None], size: int | None = None) -> int:
+    """A bare disk of `size` bytes, if that is known; else the stream ends where it does.
+
+    `finish` checks the rest of the stream, before the disk becomes one that can boot.
+    """
     begin = source.peek(MIB if size is None else min(MIB, size))
     table = legacy.read_table(begin)
     if table is None:
@@ -111,6 +114,7 @@ def restore_plain(source: Source, device: Device, size: int | None = None) -> in
     with restore.writing(device, [(part.start, part.size) for part in table.parts if part.number]) as writer:
         received = restore.copy_plain(source, writer, device.size, size)
         legacy.check_complete(received, table)
+        finish()
     return received
 
 
@@ -119,10 +123,7 @@ def restore_archive(source: Source, device: Device, instance: Instance, known: S
     members = legacy.members(source)
     first = next(members, None)
     if first and first.name == legacy.IMAGE:
-        size = restore_image(source, first, device, known)
-        if next(members, None):
-            raise Failure(f"the archive in the stream holds more than {legacy.IMAGE}")
-        return size
+        return restore_image(source, first, members, device, known)
     if first and first.name in legacy.DUMPS:
         restore_dumps(source, itertools.chain([first], members), device, instance, known)
         return device.size
@@ -133,11 +134,18 @@ def restore_archive(source: Source, device: Device, instance: Instance, known: S
     )
 
 
-def restore_image(source: Source, member: Member, device: Device, known: Settings) -> int:
+def restore_image(
+    source: Source, image_member: Member, others: Iterator[Member], device: Device, known: Settings
+) -> int:
+    def finish() -> None:
+        if next(others, None):
+            raise Failure(f"the archive in the stream holds more than {legacy.IMAGE}")
+
     if source.peek(len(qcow2.MAGIC)) != qcow2.MAGIC:
-        return restore_plain(source, device, member.size)
+        return restore_plain(source, device, finish, image_member.size)
     # qcow2 cannot be read from its first byte to its last
-    with legacy.staged(source, member, known.export_dir) as image:
+    with legacy.staged(source, image_member, known.export_dir) as image:
+        finish()
         diskimage.check_size(image, device.size)
         with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached):
             diskimage.write(image, device, attached)

@@ -61,7 +61,7 @@ def test_odd_tree_on_other_filesystems(
     with mounted(target, tmp_path / "root", partitions(target)[-1]) as guest:
         expected = describe(odd_tree / "odd", directory_times=True)
         found = describe(guest / "odd", directory_times=True)
-        if filesystem in ("ext2", "ext3"):  # their inodes of 128 bytes, where a site wants them, end in 2038
+        if filesystem != "btrfs":  # small inodes, and an xfs that every GRUB can read, end in 2038
             for tree in (expected, found):
                 tree.pop(b"from 2100")
         assert found == expected

@@ -456,6 +456,40 @@ def test_bare_disk(command: list[str], node: Node, disk: MakeDisk, small_tree: P
     assert digest(small) == before
 
 
+@pytest.mark.parametrize("command", [["zstd", "-q", "-c", "--check"], ["gzip", "-1", "-c"]], ids=lambda one: one[0])
+def test_checksum_of_the_compression(command: list[str], node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    """It comes last: all was written, and must not stay."""
+    source = disk(32)
+    make(source, 0, "ext4")
+    stream = compressed(source, *command)
+    data = bytearray(stream.read_bytes())
+    data[-4 if command[0] == "zstd" else -8] ^= 1
+    stream.write_bytes(data)
+    target = disk(32)
+    restore(node, stream, target, index=1).failed("damaged or truncated")
+    assert is_disarmed(target, [])
+
+
+def test_compressed_backup(
+    node: Node, disk: MakeDisk, backup: tuple[bytes, list[tuple[int, int]]], tmp_path: Path
+) -> None:
+    stream, one, other = tmp_path / "backup", disk(32), disk(32)
+    stream.write_bytes(backup[0])
+    restore(node, stream, one, index=1).ok()
+    restore(node, compressed(stream, "gzip", "-1", "-c"), other, index=1).ok()
+    assert same(one, other)
+
+
+@pytest.mark.parametrize("version", ["10", "15"])
+def test_older_interfaces(version: str, node: Node, disk: MakeDisk) -> None:
+    """API 10 has no variants."""
+    source, target = disk(8), disk(8)
+    source.write_bytes(os.urandom(8 * MIB))
+    more = {"OS_API_VERSION": version, "OS_VARIANT": None if version == "10" else "default"}
+    restore(node, exported(node, source, **more), target, **more).ok()
+    assert same(source, target)
+
+
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "swap", "vfat"])
 def test_bare_filesystem(kind: str, node: Node, tmp_path: Path) -> None:
     source = blank(tmp_path / "source", 340)
@@ -551,7 +585,9 @@ def test_disk_img(image_format: str, node: Node, disk: MakeDisk, small_tree: Pat
     before = digest(small)
     restore(node, whole, small, index=1).failed(str(100 * MIB))
     assert digest(small) == before
-    restore(node, whole.read_bytes()[:-200_000], target, index=1).failed("truncated")
+    for end in (-10240, -200_000):
+        restore(node, whole.read_bytes()[:end], target, index=1).failed("truncated")
+        assert is_disarmed(target, []) or image_format == "qcow2"  # which is written when all has come
 
 
 def test_disk_img_with_a_backing_file(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
