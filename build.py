@@ -558,7 +558,7 @@ def show(title: str, text: str) -> None:
 
 def boot(disk: Path) -> None:
     say("booting it in qemu (software emulation)")
-    machine = ["-accel", "tcg", "-cpu", "max", "-m", "512", "-nic", "none", "-no-reboot"]
+    machine = ["-accel", "tcg", "-cpu", "max,-cx16", "-m", "512", "-nic", "none", "-no-reboot"]
     console = ["-display", "none", "-monitor", "none", "-serial", "stdio"]
     drive = ["-drive", f"file={disk},format=raw,if=virtio"]
     # --pdeathsig: no qemu survives us, however we end.

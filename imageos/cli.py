@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from types import ModuleType
 
 from imageos import __version__
 from imageos.errors import Usage
@@ -22,6 +22,9 @@ COMMANDS = {
     "verify": "check settings, variant and OS parameters (called by Ganeti)",
     "install": "put the OS definition, defaults and hooks in place on this node",
 }
+
+# Those that Ganeti calls: without arguments, but for `verify parameters`.
+SCRIPTS = ("create", "import", "export", "rename", "verify")
 
 USAGE = "usage: imageos COMMAND [ARGUMENT...] | imageos --help | imageos --version"
 
@@ -46,7 +49,22 @@ def dispatch(argv: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise Usage(f"unknown command {name}{_nearest(name)}", hint=USAGE)
-    return _load(name)(arguments)
+    module = _load(name)
+    if name in SCRIPTS:
+        if arguments[:1] in (["--help"], ["-h"]):
+            print(script_help(name, module), end="")
+            return 0
+        if arguments and [name, *arguments] != ["verify", "parameters"]:
+            raise Usage(f"{name} takes no argument {arguments[-1]!r}", hint=f"imageos {name} --help")
+    status: int = module.main(arguments)
+    return status
+
+
+def script_help(name: str, module: ModuleType) -> str:
+    argument = " parameters" if name == "verify" else ""
+    about = (module.__doc__ or "").strip()
+    elsewhere = "Everything else is in the environment: see ganeti-os-interface(7)."
+    return f"usage: imageos {name}{argument}\n\n{about}\n\n{elsewhere}\n"
 
 
 def overview() -> str:
@@ -69,15 +87,13 @@ def overview() -> str:
     )
 
 
-def _load(name: str) -> Callable[[list[str]], int]:
+def _load(name: str) -> ModuleType:
     from importlib import import_module
 
     from imageos.isolation import handle_signals
 
     handle_signals()
-    module = import_module("imageos.commands." + ("import_" if name == "import" else name.replace("-", "_")))
-    command: Callable[[list[str]], int] = module.main
-    return command
+    return import_module("imageos.commands." + ("import_" if name == "import" else name.replace("-", "_")))
 
 
 def _nearest(name: str) -> str:

@@ -60,13 +60,34 @@ def _find_at_url(settings: Settings, with_boot: bool) -> Image:
 
     if not fetch.is_one_image(settings.image_url):
         _require_name(settings)
-    names = [f"{settings.image_name}-{settings.arch}{suffix}" for suffix in IMAGE_TYPES[settings.image_type].suffixes]
-    image = open_image(*fetch.fetched(settings, names))
+    image = open_image(*fetch.fetched(settings, _names(settings)))
     if settings.image_type == "dump" and with_boot:
         with suppress(web.Missing):
-            boot = fetch.fetched(settings, [dump.boot_path(name) for name in names])
+            boot = fetch.fetched(settings, [dump.boot_path(name) for name in _names(settings)])
             image = dataclasses.replace(image, boot=open_image(*boot))
     return image
+
+
+def why_unreachable(settings: Settings) -> str | None:
+    """What stands in the way of a download from IMAGE_URL now; None if the server has the image."""
+    from imageos import fetch, web
+
+    server = web.Web(settings.unknown)
+    for url in fetch.urls(settings, _names(settings)):
+        try:
+            server.headers(url)
+            return None
+        except web.Missing as missing:
+            reason = str(missing)
+        except Failure as failure:
+            return str(failure)
+    return reason
+
+
+def _names(settings: Settings) -> list[str]:
+    """The files in which the image may be."""
+    suffixes = IMAGE_TYPES[settings.image_type].suffixes
+    return [f"{settings.image_name}-{settings.arch}{suffix}" for suffix in suffixes]
 
 
 def _require_name(settings: Settings) -> None:

@@ -241,6 +241,12 @@ def examine(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> t
     return Settings(**values, unknown=unknown), problems
 
 
+def unknown_parameters(environ: Mapping[str, str]) -> list[str]:
+    """The OS parameters that are none of ours; Ganeti lets only those in parameters.list through."""
+    names = (variable[len("OSP_") :].lower() for variable in environ if variable.startswith("OSP_"))
+    return [name for name in names if name not in TABLE]
+
+
 def from_variables(environ: Mapping[str, str]) -> Settings:
     """The settings as a hook finds them in its environment (see `Settings.variables`)."""
     values = {

@@ -113,7 +113,7 @@ def old_btrfs(path: Path) -> None:
     run("mkfs.btrfs", "-q", path)
 
 
-def old_zfs_like_gpt(path: Path) -> None:
+def old_gpt(path: Path) -> None:
     run("sfdisk", "--quiet", path, text="label: gpt\n,20M\n,30M\n,\n")
     put(path, 1024 * 1024 + 0x438, b"\x53\xef")
 
@@ -126,7 +126,7 @@ def put(path: Path, offset: int, data: bytes) -> None:
 
 @pytest.mark.parametrize(
     "old, seen",
-    [(old_lvm, "LVM2_member"), (old_raid, "linux_raid_member"), (old_btrfs, "btrfs"), (old_zfs_like_gpt, "gpt")],
+    [(old_lvm, "LVM2_member"), (old_raid, "linux_raid_member"), (old_btrfs, "btrfs"), (old_gpt, "gpt")],
 )
 @pytest.mark.parametrize("table", ["msdos", "gpt"])
 def test_signatures_of_the_last_tenant(

@@ -231,10 +231,25 @@ def test_verify_good(node: Node) -> None:
     verify(node, OSP_IMAGE_NAME="tiny", OSP_FILESYSTEM="xfs", OSP_SWAP_SIZE="100").ok()
 
 
-def test_verify_does_not_want_an_image(node: Node) -> None:
-    """It runs on every node, before there is an instance; the image may be given by a parameter later."""
-    (node.images / f"tiny-{trees.ARCH}.tar.gz").unlink()
+def test_verify_looks_for_the_image(node: Node) -> None:
+    """One that is not named may be given by a parameter later."""
+    image = node.images / f"tiny-{trees.ARCH}.tar.gz"
+    image.write_bytes(b"garbage")
+    verify(node, OSP_IMAGE_NAME="tiny").failed(str(image), "not a tarball")
+    image.unlink()
+    verify(node, OSP_IMAGE_NAME="tiny").failed("cannot find image", str(image))
+    verify(node, OSP_IMAGE_NAME="tiny", OSP_CDINSTALL="yes").ok()
     verify(node).ok()
+
+
+def test_verify_only_warns_of_a_server_that_is_down(node: Node) -> None:
+    url = "http://127.0.0.1:9"  # discard: nobody listens
+    result = verify(node, OSP_IMAGE_NAME="tiny", OSP_IMAGE_URL=url).ok()
+    assert [line for line in result.lines if "warning" in line and url in line], result.log
+
+
+def test_verify_unknown_parameter(node: Node) -> None:
+    verify(node, OSP_FILESYSTEMS="ext4").failed("unknown OS parameter filesystems")
 
 
 def test_verify_names_all_problems(node: Node) -> None:
@@ -252,6 +267,7 @@ def test_verify_names_all_problems(node: Node) -> None:
         ({"OSP_IMAGE_DIR": "/tmp"}, ["IMAGE_DIR"]),
         ({"OS_VARIANT": "forgotten"}, ["forgotten"]),
         ({"OSP_IMAGE_NAME": "../x"}, ["IMAGE_NAME", "../x"]),
+        ({"OSP_IMAGE_CHECKSUM": "sha256:abc"}, ["IMAGE_CHECKSUM", "sha256:HEX"]),
     ],
 )
 def test_verify_bad(overrides: dict[str, str], names: list, node: Node) -> None:

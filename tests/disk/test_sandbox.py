@@ -1,7 +1,7 @@
 """What a program of the guest can reach: its own root and disk, nothing of the node."""
 
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Callable
 
 import pytest
 from support import Node
@@ -22,7 +22,7 @@ def main(hook):
 Hook.run(main)
 """
 # One line for each attempt: `NAME refused` or `NAME DONE`
-ATTEMPTS: Dict[str, str] = {
+ATTEMPTS: dict[str, str] = {
     "mknod": "busybox mknod /node b 7 0",
     "mount": "busybox mount -t tmpfs none /mnt",
     "remount-proc": "busybox mount -o remount,rw /proc",
@@ -40,7 +40,7 @@ ATTEMPTS: Dict[str, str] = {
 }
 
 
-def probe(node: Node, disk: Path, script: str) -> List[str]:
+def probe(node: Node, disk: Path, script: str) -> list[str]:
     """What the guest's script prints."""
     path = node.work / "probe"
     path.write_text(script)
@@ -53,14 +53,19 @@ def test_a_guest_program_is_refused_what_is_not_its_own(node: Node, disk: MakeDi
     canary = tmp_path / "canary"
     canary.write_text("of the node\n")
     attempts = {name: command.format(canary=canary) for name, command in ATTEMPTS.items()}
-    script = "".join(f"(exec >/dev/null 2>&1; {command}) && echo {name} DONE || echo {name} refused\n"
-                     for name, command in attempts.items())
+    script = "".join(
+        f"(exec >/dev/null 2>&1; {command}) && echo {name} DONE || echo {name} refused\n"
+        for name, command in attempts.items()
+    )
     said = probe(node, disk(), script)
     assert said == [f"{name} refused" for name in attempts]
 
 
 def test_a_guest_program_sees_only_its_own(node: Node, disk: MakeDisk) -> None:
-    said = probe(node, disk(), """
+    said = probe(
+        node,
+        disk(),
+        """
         echo pid $$
         echo net $(busybox ls /sys/class/net)
         echo dev $(busybox ls /dev)
@@ -69,7 +74,8 @@ def test_a_guest_program_sees_only_its_own(node: Node, disk: MakeDisk) -> None:
         echo open $(for one in /proc/$$/fd/*; do busybox readlink $one; done)
         echo environment $(busybox env | busybox cut -d= -f1 | busybox sort)
         busybox sleep 1000 &
-    """)
+    """,
+    )
     facts = dict(line.split(" ", 1) for line in said)
     assert facts["pid"] == "1"
     assert facts["net"] == "lo"
@@ -94,12 +100,14 @@ def test_a_guest_program_that_does_not_end_is_ended(node: Node, disk: MakeDisk) 
 
 
 @pytest.mark.parametrize("name", ["dev", "proc"])
-def test_a_link_in_the_place_of_a_mount_point_is_refused(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path,
-                                                         name: str) -> None:
+def test_a_link_in_the_place_of_a_mount_point_is_refused(
+    node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path, name: str
+) -> None:
     """A mount that follows it would land on the node."""
     import shutil
 
     import trees
+
     tree = tmp_path / "hostile"
     shutil.copytree(small_tree, tree, symlinks=True)
     (tree / name).rmdir()

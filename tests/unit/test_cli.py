@@ -1,7 +1,6 @@
 """The command line: which command is meant."""
 
-import sys
-from typing import Callable
+from types import ModuleType
 
 import pytest
 
@@ -23,12 +22,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """The commands that are called, with their arguments."""
     made: Calls = []
 
-    def load(name: str) -> Callable[[list[str]], int]:
+    def load(name: str) -> ModuleType:
         def command(arguments: list[str]) -> int:
             made.append((name, arguments))
             return 7
 
-        return command
+        module = ModuleType(name, f"{name}: does nothing.")
+        module.__dict__["main"] = command
+        return module
 
     monkeypatch.setattr(cli, "_load", load)
     return made
@@ -43,13 +44,27 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         (["imageos", "create"], ("create", [])),
         (["/tmp/imageos-1.0", "install", "--root", "/x"], ("install", ["--root", "/x"])),
         (["/a name", "verify"], ("verify", [])),
-        (["create", "--help"], ("create", ["--help"])),
-        (["create", "verify"], ("create", ["verify"])),
+        (["install", "--help"], ("install", ["--help"])),
     ],
 )
 def test_command_by_name_or_argument(argv: list[str], call: tuple[str, list[str]], calls: Calls) -> None:
     assert cli.dispatch(argv) == 7
     assert calls == [call]
+
+
+@pytest.mark.parametrize("argv", [["create", "verify"], ["imageos", "export", "x"], ["verify", "parameters", "x"]])
+def test_scripts_take_no_arguments(argv: list[str], calls: Calls) -> None:
+    """An option that were ignored would have somebody's disk overwritten."""
+    with pytest.raises(Usage, match="takes no argument"):
+        cli.dispatch(argv)
+    assert calls == []
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_of_a_script(option: str, capfd: pytest.CaptureFixture[str], calls: Calls) -> None:
+    assert cli.dispatch(["create", option]) == 0
+    assert capfd.readouterr().out.startswith("usage: imageos create\n\ncreate: does nothing.\n")
+    assert calls == []
 
 
 @pytest.mark.parametrize("option", ["--version", "-V"])
@@ -112,8 +127,8 @@ def test_commands_are_those_of_the_contract() -> None:
 def test_every_command_has_its_module(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     handled = []
     monkeypatch.setattr("imageos.isolation.handle_signals", lambda: handled.append(True))
-    main = cli._load(name)
+    module = cli._load(name)
     assert handled == [True]
-    module = sys.modules[main.__module__]
+    assert callable(module.main)
     assert module.__name__.rpartition(".")[2].rstrip("_").replace("_", "-") == name
     assert (module.__doc__ or "").startswith(f"{name}: ")

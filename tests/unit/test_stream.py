@@ -210,7 +210,7 @@ def test_runs_that_cannot_be(runs: list[Run]) -> None:
         {"instance": None},
         {"volumes": (replace(VOLUME, start=1 << 40),)},
         {"volumes": (replace(VOLUME, size=-1),)},
-        {"volumes": (replace(VOLUME, size="1"),)},
+        {"volumes": (replace(VOLUME, size="1"),)},  # type: ignore[arg-type]
     ],
 )
 def test_manifest_that_makes_no_sense(change: dict[str, object]) -> None:

@@ -29,7 +29,7 @@ def test_map(made: list[tuple[bool, int, int]]) -> None:
         else:
             used.clear(start, end)
             expected -= set(range(-(-start // 1024), BLOCKS if end >= SIZE else end // 1024))
-    blocks = []
+    blocks: list[int] = []
     reached = -1
     for offset, length in used.runs(longest=64 * 1024):
         assert offset >= reached and 0 < length <= 64 * 1024 and offset + length <= SIZE
