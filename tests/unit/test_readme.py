@@ -1,0 +1,44 @@
+"""README.rst says what the code does."""
+
+import re
+from pathlib import Path
+
+from imageos import cli, settings
+
+README = (Path(__file__).resolve().parents[2] / "README.rst").read_text()
+
+
+def section(title: str) -> str:
+    """The text under a heading, up to the next of its kind."""
+    return re.split(r"\n\n[^\n]+\n-{3,}\n", README.split(f"\n{title}\n---", 1)[1])[0]
+
+
+def test_settings() -> None:
+    """The table has every setting, with its default, whether it is an OS parameter, and its description."""
+    rows = re.findall(r"^``([A-Z_]+)`` +(.*)$", section("Settings"), re.MULTILINE)
+    assert [name.lower() for name, _ in rows] == list(settings.TABLE)
+    for name, rest in rows:
+        entry = settings.TABLE[name.lower()]
+        parameter = "yes" if entry["parameter"] else "no"
+        assert rest.split(None, 1 if not entry["default"] else 2) == [
+            *([entry["default"]] if entry["default"] else []),
+            parameter,
+            entry["doc"],
+        ], name
+
+
+def test_variables_of_hooks() -> None:
+    text = section("Hooks")
+    for name in ("TARGET", "BLOCKDEV", "DISK_DEV", "ROOT_DEV", "BOOT_DEV", "SWAP_DEV", "IMAGEOS", "IMAGEOS_ACTION"):
+        assert f"``{name}``" in text
+        assert f'"{name}"' in (Path(settings.__file__).parent / "hooks.py").read_text()
+
+
+def test_the_two_commands() -> None:
+    assert "sudo ./build.py demo" in section("Try it")
+    assert "sudo ./build.py test" in section("Try it")
+
+
+def test_commands_that_are_called_exist() -> None:
+    for command in re.findall(r"(?:``|dist/)imageos ([a-z-]+)", README):
+        assert command in cli.COMMANDS, command
