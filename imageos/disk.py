@@ -202,6 +202,9 @@ def _open_exclusively(path: str, read_only: bool, is_file: bool) -> int:
         if error.errno == errno.EBUSY:
             raise _in_use(path, "it is mounted, or part of another device") from None
         raise Failure(f"disk {path}: {error.strerror}") from None
+    if not (is_file or read_only) and linux.is_read_only(descriptor):
+        os.close(descriptor)
+        raise Failure(f"disk {path} is read-only")
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:

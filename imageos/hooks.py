@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Optional
 
@@ -105,8 +106,9 @@ def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
         log.info(f"{name}: {line}")
 
     # private: its output is in the log already
-    finished = pipeline([argv], env=env, cwd=os_directory(), on_line=pass_on, private=True)[0]
-    _end_leftovers(name)
+    finished = pipeline(
+        [argv], env=env, cwd=os_directory(), on_line=pass_on, on_exit=lambda: _end_leftovers(name), private=True
+    )[0]
     if finished.status:
         how = (
             f"was killed by {signal_name(-finished.status)}"
@@ -119,15 +121,24 @@ def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
 
 def _end_leftovers(name: str) -> None:
     """End what a hook left running: it would keep the guest's filesystems busy, and gnt-backup waiting."""
-    for pid in leftover_processes():
-        try:
-            with open(f"/proc/{pid}/comm", encoding="utf-8", errors="backslashreplace") as file:
-                command = file.read().strip()
-            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="backslashreplace") as file:
-                is_zombie = file.read().rpartition(")")[2].split()[0] == "Z"
-            if not is_zombie:
+    reported: set[int] = set()
+    while running := {pid: command for pid in leftover_processes() if (command := _command(pid))}:
+        for pid, command in running.items():
+            with suppress(OSError):  # gone by itself
                 os.kill(pid, signal.SIGKILL)
-                log.warning(f"hook {name} left {command} running (process {pid}): ended")
-            os.waitpid(pid, 0)  # we are process 1: it is our child now
-        except (OSError, ChildProcessError):
-            continue  # gone by itself, or a grandchild that its parent's end brings to us
+                if pid not in reported:
+                    log.warning(f"hook {name} left {command} running (process {pid}): ended")
+                reported.add(pid)
+        for pid in running:
+            with suppress(OSError):  # not ours yet: its parent, which is just ending, is
+                os.waitpid(pid, 0)  # we are process 1: orphans are our children
+
+
+def _command(pid: int) -> str:
+    """The name of a process; empty if it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="backslashreplace") as file:
+            before, _, after = file.read().rpartition(")")
+    except OSError:
+        return ""
+    return "" if after.split()[0] in "ZX" else before.partition("(")[2]

@@ -32,7 +32,7 @@ CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1,
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
 CAPABILITY_VERSION_3 = 0x20080522
 # fs.h, loop.h, blkpg.h
-BLKPG, BLKFLSBUF, BLKGETSIZE64, BLKSSZGET = 0x1269, 0x1261, 0x80081272, 0x1268
+BLKROGET, BLKPG, BLKFLSBUF, BLKGETSIZE64, BLKSSZGET = 0x125E, 0x1269, 0x1261, 0x80081272, 0x1268
 BLKPG_ADD_PARTITION, BLKPG_DEL_PARTITION = 1, 2
 FS_IOC_SHUTDOWN, SHUTDOWN_NO_LOG_FLUSH = 0x8004587D, 2
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10  # falloc.h
@@ -178,6 +178,11 @@ def zero_device(device: int, start: int, length: int) -> None:
 def device_size(device: int) -> int:
     """Bytes of an open block device."""
     return int(struct.unpack("=Q", fcntl.ioctl(device, BLKGETSIZE64, bytes(8)))[0])
+
+
+def is_read_only(device: int) -> bool:
+    """Whether an open block device refuses to be written, though it could be opened for it."""
+    return bool(struct.unpack("=i", fcntl.ioctl(device, BLKROGET, bytes(4)))[0])
 
 
 def flush_buffers(device: int) -> None:

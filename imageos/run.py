@@ -106,12 +106,14 @@ def pipeline(
     prepare: Optional[Callable[[], None]] = None,
     on_line: Optional[Callable[[str], None]] = None,
     tick: Optional[Callable[[], None]] = None,
+    on_exit: Optional[Callable[[], None]] = None,
     private: bool = False,
 ) -> list[Finished]:
     """Run `stages` with each one's stdout as the next one's stdin; judge nothing.
 
     `env` replaces the environment (default: `environment()`); it, `cwd` and `prepare` are for every stage.
-    `tick` is called every now and then; the output of a `private` command stays out of the debug log.
+    `tick` is called every now and then; `on_exit` when the last stage has ended, while a process that it left behind
+    may still hold its output open; the output of a `private` command stays out of the debug log.
     """
     log.debug("$ " + " | ".join(shlex.join(stage) for stage in stages))
     processes: list[subprocess.Popen[bytes]] = []
@@ -136,7 +138,7 @@ def pipeline(
             source = process.stdout.fileno() if process.stdout else subprocess.DEVNULL
         if input is not None and processes[0].stdin:
             _feed(processes[0], input)
-        captured = _capture(processes, timeout, on_line, tick)
+        captured = _capture(processes, timeout, on_line, tick, on_exit)
         finished = [
             Finished(stage, process.wait(), captured.get(2 * n, b""), _text(captured[2 * n + 1]))
             for n, (stage, process) in enumerate(zip(stages, processes))
@@ -261,12 +263,18 @@ def _capture(
     timeout: Optional[float],
     on_line: Optional[Callable[[str], None]],
     tick: Optional[Callable[[], None]],
+    on_exit: Optional[Callable[[], None]],
 ) -> dict[int, bytes]:
     """Read the last stage's stdout (key 2n) and every stage's stderr (key 2n+1) until all are closed."""
     deadline = None if timeout is None else time.monotonic() + timeout
     buffers: dict[int, bytearray] = {}
     lines: dict[int, bytearray] = {}
-    with selectors.DefaultSelector() as selector:
+    with ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        if on_exit:
+            exited = os.pidfd_open(processes[-1].pid)  # readable once it has ended
+            stack.callback(os.close, exited)
+            selector.register(exited, selectors.EVENT_READ, on_exit)
         for n, process in enumerate(processes):
             for key, pipe in ((2 * n, process.stdout), (2 * n + 1, process.stderr)):
                 if pipe and not pipe.closed:
@@ -282,6 +290,11 @@ def _capture(
             if deadline is not None and time.monotonic() >= deadline:
                 raise Failure(f"{processes[0].args[0]}: not finished after {timeout:.0f} s, ended")  # type: ignore
             for event, _ in ready:
+                if event.data is on_exit:
+                    selector.unregister(event.fileobj)
+                    processes[-1].wait()  # before `on_exit` can meet it as a zombie
+                    event.data()
+                    continue
                 data = os.read(event.fd, 1 << 16)
                 if not data:
                     selector.unregister(event.fileobj)

@@ -37,6 +37,7 @@ from imageos.target import Target
 
 def main(_arguments: Sequence[str]) -> int:
     instance = ganeti.instance(os.environ)
+    isolation.enter()
     known = settings.load(os.environ).resolved(instance.memory)
     if known.cdinstall:
         log.info("CDINSTALL=yes: the disks are left alone, boot the instance from an installer")
@@ -55,7 +56,6 @@ def create(instance: Instance, known: Settings) -> None:
     image_type = IMAGE_TYPES[known.image_type]
     image = images.find(known, with_boot=not instance.kernel_path)
     image_type.check(image)
-    isolation.enter()
     with disk.claimed(instance.disks[0].path) as device:
         if image_type.deploy:
             intended = plan(known, instance, device)

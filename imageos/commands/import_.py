@@ -46,8 +46,8 @@ from imageos.target import Target
 def main(_arguments: Sequence[str]) -> int:
     backup = ganeti.backup(os.environ, "IMPORT")
     instance = ganeti.instance(os.environ)
-    known = settings.load(os.environ).resolved(instance.memory)
     isolation.enter()
+    known = settings.load(os.environ).resolved(instance.memory)
     with disk.claimed(backup.device) as device:
         with log.phase(f"restored disk {backup.index}"):
             size = restore_any(Source(0), device, instance, known)

@@ -37,6 +37,7 @@ class Entry:
     link: str = ""
     mode: int = 0o644
     site: bool = False  # the site may change it: never overwritten
+    offered: bool = True  # whether a newer version is put beside it then
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,7 +63,7 @@ def entries(os_dir: str, bin_dir: str) -> Iterator[Entry]:
     yield Entry(f"{os_dir}/ganeti_api_version", "".join(f"{n}\n" for n in ganeti.API_VERSIONS).encode())
     yield Entry(f"{os_dir}/parameters.list", parameters_list().encode())
     yield Entry(f"{os_dir}/common.sh", _shipped("defaults", "common.sh"))
-    yield Entry(f"{settings.SITE_DIR}/variants.list", _shipped("defaults", "variants.list"), site=True)
+    yield Entry(f"{settings.SITE_DIR}/variants.list", _shipped("defaults", "variants.list"), site=True, offered=False)
     yield Entry(f"{os_dir}/variants.list", link=f"{settings.SITE_DIR}/variants.list")
     yield Entry(f"{settings.SITE_DIR}/variants/default.conf", _shipped("defaults", "default.conf"), site=True)
     yield Entry(settings.DEFAULTS_FILE, settings.defaults_file().encode(), site=True)
@@ -89,6 +90,8 @@ def put(root: str, entry: Entry) -> bool:
     if old == entry.content and (entry.site or os.stat(path).st_mode & 0o7777 == entry.mode):
         return False
     if entry.site and old is not None:
+        if not entry.offered:
+            return False
         if _content(path + ".new") == entry.content:
             return False
         _replace(path + ".new", entry)

@@ -18,12 +18,12 @@ from imageos.settings import Settings
 def main(_arguments: Sequence[str]) -> int:
     instance = ganeti.instance(os.environ)
     old = ganeti.old_name(os.environ)
+    isolation.enter()
     known = settings.load(os.environ)
     if known.nomount or not instance.disks:
         reason = "NOMOUNT=yes" if known.nomount else "the instance has no disk"
         log.info(f"{reason}: there is no guest to rename")
         return 0
-    isolation.enter()
     with disk.claimed(instance.disks[0].path) as device, disk.attached(device) as attached:
         try:
             found = discovery.find(attached)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from imageos import ganeti, images, log, settings
+from imageos import ganeti, images, isolation, log, settings
 from imageos.errors import Failure
 from imageos.settings import Settings
 
@@ -11,6 +11,7 @@ from imageos.settings import Settings
 def main(_arguments: Sequence[str]) -> int:
     """Ganeti gives no instance here: what depends on one is checked by create."""
     ganeti.check_api(os.environ)
+    isolation.enter()
     unknown = settings.unknown_parameters(os.environ)
     known, problems = settings.examine(os.environ)
     problems += [Failure(f"unknown OS parameter {name}") for name in unknown]

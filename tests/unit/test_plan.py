@@ -63,5 +63,6 @@ def test_installer_leaves_the_disks_alone(monkeypatch: pytest.MonkeyPatch, tmp_p
     environment = {"OS_API_VERSION": "20", "INSTANCE_NAME": "inst1.example.org", "OSP_CDINSTALL": "yes"}
     monkeypatch.setattr("os.environ", environment)
     monkeypatch.setattr("imageos.settings.load.__defaults__", (str(tmp_path / "none"),))
+    monkeypatch.setattr("imageos.isolation.enter", lambda: None)
     monkeypatch.setattr(create, "create", touched)
     assert create.main([]) == 0
