@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn, Optional
 
@@ -52,7 +53,13 @@ def enter() -> None:
 def handle_signals() -> None:
     """Turn the first of SIGTERM, SIGINT and SIGHUP into Interrupted, ignore what follows."""
 
+    interrupted = False
+
     def interrupt(signum: int, _frame: Optional[FrameType]) -> None:
+        nonlocal interrupted
+        if interrupted:
+            return  # it came before the first could be ignored; a second exception would cut the cleaning up short
+        interrupted = True
         for one in SIGNALS:
             signal.signal(one, signal.SIG_IGN)
         raise Interrupted(signum)
@@ -80,7 +87,8 @@ def _private_mounts() -> None:
 
 def _supervise(child: int) -> NoReturn:
     def forward(signum: int, _frame: Optional[FrameType]) -> None:
-        os.kill(child, signum)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, signum)
 
     for one in SIGNALS:
         signal.signal(one, forward)
