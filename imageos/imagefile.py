@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ def check_stages(image: Image, finished: Sequence[Finished]) -> None:
     for stage in upstream:
         # gzip says 2 for a warning: garbage behind the end, which does no harm
         garbage = stage.status == 2 and "trailing garbage" in stage.stderr and not last.status
-        # tar stops reading at the archive's end: a SIGPIPE then is no fault
-        stopped = stage.status == -13
+        # what stops because nobody reads any more is not at fault: who should have read is
+        stopped = stage.status == -signal.SIGPIPE and last.status
         if garbage:
             log.warning(f"image {image.path}: trailing garbage ignored")
         elif stage.status and not stopped:

@@ -52,16 +52,13 @@ def enter() -> None:
 
 def handle_signals() -> None:
     """Turn the first of SIGTERM, SIGINT and SIGHUP into Interrupted, ignore what follows."""
-
     interrupted = False
 
     def interrupt(signum: int, _frame: Optional[FrameType]) -> None:
         nonlocal interrupted
         if interrupted:
-            return  # it came before the first could be ignored; a second exception would cut the cleaning up short
+            return  # a second exception would cut the cleaning up short
         interrupted = True
-        for one in SIGNALS:
-            signal.signal(one, signal.SIG_IGN)
         raise Interrupted(signum)
 
     for one in SIGNALS:

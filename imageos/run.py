@@ -132,13 +132,17 @@ def pipeline(
                 )
             except OSError as error:
                 raise _missing(stage[0], error) from None
-            if processes and processes[-1].stdout:
-                processes[-1].stdout.close()  # the only reader is the next stage
             processes.append(process)
             source = process.stdout.fileno() if process.stdout else subprocess.DEVNULL
         if input is not None and processes[0].stdin:
             _feed(processes[0], input)
-        captured = _capture(processes, timeout, on_line, tick, on_exit)
+
+        def at_exit() -> None:
+            _run_dry(processes)
+            if on_exit:
+                on_exit()
+
+        captured = _capture(processes, timeout, on_line, tick, at_exit)
         finished = [
             Finished(stage, process.wait(), captured.get(2 * n, b""), _text(captured[2 * n + 1]))
             for n, (stage, process) in enumerate(zip(stages, processes))
@@ -263,7 +267,7 @@ def _capture(
     timeout: Optional[float],
     on_line: Optional[Callable[[str], None]],
     tick: Optional[Callable[[], None]],
-    on_exit: Optional[Callable[[], None]],
+    on_exit: Callable[[], None],
 ) -> dict[int, bytes]:
     """Read the last stage's stdout (key 2n) and every stage's stderr (key 2n+1) until all are closed."""
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -271,13 +275,12 @@ def _capture(
     lines: dict[int, bytearray] = {}
     with ExitStack() as stack:
         selector = stack.enter_context(selectors.DefaultSelector())
-        if on_exit:
-            exited = os.pidfd_open(processes[-1].pid)  # readable once it has ended
-            stack.callback(os.close, exited)
-            selector.register(exited, selectors.EVENT_READ, on_exit)
+        exited = os.pidfd_open(processes[-1].pid)  # readable once it has ended
+        stack.callback(os.close, exited)
+        selector.register(exited, selectors.EVENT_READ, on_exit)
         for n, process in enumerate(processes):
             for key, pipe in ((2 * n, process.stdout), (2 * n + 1, process.stderr)):
-                if pipe and not pipe.closed:
+                if pipe and (process is processes[-1] or pipe is process.stderr):
                     selector.register(pipe, selectors.EVENT_READ, key)
                     buffers[key], lines[key] = bytearray(), bytearray()
         while selector.get_map():
@@ -306,6 +309,18 @@ def _capture(
                 if on_line:
                     _emit_lines(lines[event.data], data, on_line)
     return {key: bytes(buffer) for key, buffer in buffers.items()}
+
+
+def _run_dry(processes: list["subprocess.Popen[bytes]"]) -> None:
+    """The last stage has ended: if it wants no more of good input, let those before it come to their own end.
+
+    tar stops at the end of its archive; only the decompressor's end tells whether what it gave was right.
+    """
+    for process in processes[:-1]:
+        if process.stdout:
+            while processes[-1].returncode == 0 and os.read(process.stdout.fileno(), 1 << 16):
+                pass
+            process.stdout.close()  # if more comes: SIGPIPE
 
 
 def _emit_lines(pending: bytearray, data: bytes, on_line: Callable[[str], None]) -> None:
