@@ -13,7 +13,7 @@ def test_verdict_of_the_first_is_awaited_when_the_second_has_enough() -> None:
 
 
 def test_first_is_stopped_when_the_second_fails() -> None:
-    assert statuses("yes", "exit 3") == [-13, 3]
+    assert [one.status for one in pipeline([["yes"], ["false"]])] == [-13, 1]
 
 
 def test_much_output_after_the_end_of_the_second() -> None:
