@@ -136,6 +136,27 @@ def test_an_instance_is_added_and_reinstalled(cluster: Cluster, tiny: Path) -> N
     assert said.isascii()
 
 
+def test_private_and_secret_parameters(cluster: Cluster, tiny: Path) -> None:
+    """They reach a hook, again on a reinstall if they are private; the log has neither."""
+    script = f"""
+        cp {tiny} {IMAGES}/
+        printf '#!/bin/sh\\necho "keys: ${{#SSH_AUTHORIZED_KEYS}}, hash: ${{#ROOT_PASSWORD_HASH}}"\\n' >{SITE}/hooks/tell
+        chmod +x {SITE}/hooks/tell
+        {ADD} --disk 0:size=1G -o image+default -O image_name=tiny,image_type=tarball,image_debug=yes \\
+            --os-parameters-private ssh_authorized_keys=PrivateWord \\
+            --os-parameters-secret root_password_hash=SecretWords inst1.example.org
+        gnt-instance reinstall --force inst1.example.org
+        echo LOG; cat /var/log/ganeti/os/*; echo LOG
+    """
+    said = between(cluster.run(script), "LOG")
+    assert re.findall(r"tell: (keys: \d+, hash: \d+)$", said, re.MULTILINE) == [
+        "keys: 11, hash: 11",
+        "keys: 11, hash: 0",
+    ]
+    assert "PrivateWord" not in said
+    assert "SecretWords" not in said
+
+
 def test_a_wrong_parameter_is_refused_before_anything_is_made(cluster: Cluster) -> None:
     script = f"""
         if {ADD} --disk 0:size=1G -o image+default -O filesystem=ext5 inst1.example.org; then exit 3; fi
