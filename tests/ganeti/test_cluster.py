@@ -140,8 +140,9 @@ def test_private_and_secret_parameters(cluster: Cluster, tiny: Path) -> None:
     """They reach a hook, again on a reinstall if they are private; the log has neither."""
     script = f"""
         cp {tiny} {IMAGES}/
-        printf '#!/bin/sh\\necho "keys: ${{#SSH_AUTHORIZED_KEYS}}, hash: ${{#ROOT_PASSWORD_HASH}}"\\n' >{SITE}/hooks/tell
-        chmod +x {SITE}/hooks/tell
+        tell={SITE}/hooks/tell
+        printf '#!/bin/sh\\necho "keys: ${{#SSH_AUTHORIZED_KEYS}}, hash: ${{#ROOT_PASSWORD_HASH}}"\\n' >$tell
+        chmod +x $tell
         {ADD} --disk 0:size=1G -o image+default -O image_name=tiny,image_type=tarball,image_debug=yes \\
             --os-parameters-private ssh_authorized_keys=PrivateWord \\
             --os-parameters-secret root_password_hash=SecretWords inst1.example.org
