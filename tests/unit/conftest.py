@@ -14,7 +14,7 @@ from imageos.sandbox import GuestDisk
 from imageos.target import Target, opened
 
 # The same examples in each run, no timing (a busy machine is no fault), and nothing left in the checkout.
-hypothesis.settings.register_profile("unit", derandomize=True, deadline=None, max_examples=40, database=None)
+hypothesis.settings.register_profile("unit", derandomize=True, deadline=None, max_examples=20, database=None)
 hypothesis.settings.load_profile("unit")
 
 STARTERS = ("fork", "system", "posix_spawn")
