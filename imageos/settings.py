@@ -81,6 +81,17 @@ def _line(text: str) -> str:
     return text
 
 
+def _addresses(text: str) -> str:
+    import ipaddress  # only where it is set
+
+    for word in _line(text).split():
+        try:
+            ipaddress.ip_address(word)
+        except ValueError:
+            raise ValueError("IP addresses, separated by spaces") from None
+    return text
+
+
 def _url(text: str) -> str:
     if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", text):
         raise ValueError("a URL that begins with http:// or https://")
@@ -160,7 +171,7 @@ class Settings:
     overlays_dir: str = _setting(_directory, SITE_DIR + "/overlays", "where the overlays are")
     import_hooks: str = _setting(_hook_names, "grub", "the hooks that an import runs")
     rename_hooks: str = _setting(_hook_names, "zz_ddns", "the hooks that a rename runs")
-    dns_servers: str = _setting(_line, "", "DNS servers of the guest, separated by spaces", parameter=True)
+    dns_servers: str = _setting(_addresses, "", "DNS servers of the guest, separated by spaces", parameter=True)
     dns_search: str = _setting(_line, "", "DNS search list of the guest", parameter=True)
     dns_domain: str = _setting(_line, "", "DNS domain of the guest", parameter=True)
     ssh_authorized_keys: str = _setting(_text, "", "public keys that may log in as root", parameter=True, secret=True)

@@ -157,6 +157,8 @@ def test_yes_or_no(name: str, text: str, value: bool) -> None:
         ("image_url", "https:///etc", "a URL that begins with http:// or https://"),
         ("image_url", "https://example.org/a b", "a URL that begins with http:// or https://"),
         ("image_checksum", "md5:00", "sha256:HEX, sha512:HEX or no"),
+        ("dns_servers", "192.0.2.1, 192.0.2.2", "IP addresses, separated by spaces"),
+        ("dns_servers", "dns.example.org", "IP addresses, separated by spaces"),
         ("image_checksum", "sha256:abc", "sha256:HEX, sha512:HEX or no"),
         ("image_checksum", "sha512:" + "0" * 64, "sha256:HEX, sha512:HEX or no"),
     ],
