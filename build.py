@@ -97,6 +97,7 @@ TEST_NEEDS = (
     Need("mcopy", "mtools", "mtools", "EFI system partition"),
     Need("qemu-img", "qemu-utils", "qemu-img", "disk images"),
     Need("dump", "dump", "dump", "dump images"),
+    Need("/usr/share/OVMF/OVMF_CODE_4M.fd", "ovmf", "edk2-ovmf", "boots from UEFI"),
     Need("gpg", "gpg", "gnupg2", "signs what gpgv checks"),
     Need("gpgv", "gpgv", "gnupg2", "IMAGE_KEYRING"),
     Need("openssl", "openssl", "openssl", "certificates of an https server"),

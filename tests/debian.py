@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Debian systems, real ones, as images for the tests: made by debootstrap, packed by tar, kept between runs.
 
-`debian("bookworm")` gives one and makes it first when it is not there; `python3 tests/debian.py` makes all of them.
-A system is made on a tmpfs in namespaces of its own, so that an interrupted run leaves neither mounts nor a tree.
+`debian("bookworm")` gives one and makes it first when it is not there, `debian("bookworm", "netplan")` one with a few
+packages more; `python3 tests/debian.py` makes all suites. A system is made on a tmpfs in namespaces of its own, so that
+an interrupted run leaves neither mounts nor a tree.
 """
 
 import fcntl
@@ -24,8 +25,10 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache" / "debian"
 PACKAGES = (
     "linux-image-cloud-amd64",
     "grub-pc-bin",
+    "grub-efi-amd64-bin",
     "grub2-common",
     "e2fsprogs",
+    "iproute2",
     "systemd-sysv",
     "udev",
     "dbus",
@@ -33,6 +36,14 @@ PACKAGES = (
     "passwd",
     "openssh-server",
 )
+# What a system may have besides: who rules its network.
+FLAVOURS = {
+    "ifupdown": ("ifupdown", "isc-dhcp-client"),
+    "networkd": ("systemd-resolved",),
+    "netplan": ("netplan.io", "systemd-resolved"),
+    "network-manager": ("network-manager",),
+    "cloud-init": ("cloud-init", "netplan.io", "systemd-resolved"),
+}
 
 # What the guest says about itself once it is up, on the serial console: `FACT NAME VALUE` lines between two marks.
 # It waits for the getty, because systemd hangs up the terminal before it starts one.
@@ -42,6 +53,12 @@ tries=30
 while [ $tries -gt 0 ]; do
   getty=$(systemctl show --property MainPID --value serial-getty@ttyS0.service)
   [ "$(cat "/proc/$getty/comm" 2>/dev/null)" = agetty ] && break
+  sleep 1
+  tries=$((tries - 1))
+done
+# An address may still be on its way from a DHCP server.
+tries=20
+while [ $tries -gt 0 ] && [ "$(ip -o link show | grep -c ether)" -gt "$(ip -o -4 addr show scope global | wc -l)" ]; do
   sleep 1
   tries=$((tries - 1))
 done
@@ -61,6 +78,13 @@ fact() { printf 'FACT %s\n' "$*"; }
   systemctl list-units --failed --no-legend --plain --full | while read -r line; do fact failed "$line"; done
   fact sshd "$(systemctl is-active ssh.service)"
   for key in /etc/ssh/ssh_host_*_key.pub; do fact host-key "$(ssh-keygen -l -f "$key")"; done
+  ip -o link show | grep ether | while read -r line; do fact link "$line"; done
+  ip -o addr show scope global | while read -r _ name _ address _; do fact address "$name $address"; done
+  { ip -4 route show; ip -6 route show default; } | while read -r line; do fact route "$line"; done
+  { resolvectl dns 2>/dev/null | sed 's/^[^:]*://'; sed -n 's/^nameserver//p' /etc/resolv.conf; } | tr ' ' '\n' |
+    sort -u | while read -r line; do [ -z "$line" ] || fact dns "$line"; done
+  fact firmware "$([ -d /sys/firmware/efi ] && echo uefi || echo bios)"
+  if command -v cloud-init >/dev/null; then fact cloud-init "$(cloud-init status --wait)"; fi
   echo FACTS-END
 } >/run/report-facts
 cat /run/report-facts >/dev/ttyS0
@@ -77,13 +101,18 @@ ExecStart=/usr/local/sbin/report-facts
 WantedBy=multi-user.target
 """
 
-# $1 suite, $2 directory for the result: image.tar.zst, machine-id, host-keys
-RECIPE = f"""
+# $1 directory for the result: image.tar.zst, machine-id, host-keys; $2 suite; a flavour: $3 the image to start from,
+# $4... the packages to add
+BEGIN = """
 set -euo pipefail
-work=$2/tree
+result=$1 suite=$2
+work=$result/tree
 mkdir "$work"
 mount -t tmpfs -o mode=755,size=3G debian "$work"
-debootstrap --variant=minbase --include={",".join(PACKAGES)} "$1" "$work" http://deb.debian.org/debian
+"""
+
+SYSTEM = f"""
+debootstrap --variant=minbase --include={",".join(PACKAGES)} "$suite" "$work" http://deb.debian.org/debian
 cat >"$work/usr/local/sbin/report-facts" <<'END'
 {REPORT}END
 chmod 755 "$work/usr/local/sbin/report-facts"
@@ -91,12 +120,33 @@ cat >"$work/etc/systemd/system/report-facts.service" <<'END'
 {UNIT}END
 chroot "$work" systemctl --quiet enable report-facts.service
 echo image >"$work/etc/hostname"
-rm -rf "$work"/etc/resolv.conf "$work"/var/cache/apt/*.bin "$work"/var/cache/apt/archives/*.deb
-rm -rf "$work"/var/lib/apt/lists/* "$work"/usr/share/{{doc,info,locale,man}}/* "$work"/var/log/bootstrap.log
-cp "$work/etc/machine-id" "$2/machine-id"
-for key in "$work"/etc/ssh/ssh_host_*_key.pub; do ssh-keygen -l -f "$key"; done | cut -d' ' -f2 >"$2/host-keys"
+"""
+
+FLAVOUR = """
+tar --extract --file "$3" --directory "$work" --numeric-owner --xattrs --xattrs-include='*' --acls
+shift 3
+cp /etc/resolv.conf "$work/etc/resolv.conf"
+mount -t proc proc "$work/proc"
+export DEBIAN_FRONTEND=noninteractive
+printf '#!/bin/sh\nexit 101\n' >"$work/usr/sbin/policy-rc.d"
+chmod 755 "$work/usr/sbin/policy-rc.d"
+chroot "$work" apt-get -q update
+chroot "$work" apt-get -q --yes --no-install-recommends install "$@"
+rm "$work/usr/sbin/policy-rc.d"
+case " $* " in
+  *systemd-resolved*) chroot "$work" systemctl --quiet enable systemd-networkd systemd-resolved ;;
+esac
+umount "$work/proc"
+"""
+
+END = """
+case $(readlink "$work/etc/resolv.conf") in *systemd*) ;; *) rm -f "$work/etc/resolv.conf" ;; esac
+rm -rf "$work"/var/cache/apt/*.bin "$work"/var/cache/apt/archives/*.deb "$work"/var/log/bootstrap.log
+rm -rf "$work"/var/lib/apt/lists/* "$work"/usr/share/{doc,info,locale,man}/*
+cp "$work/etc/machine-id" "$result/machine-id"
+for key in "$work"/etc/ssh/ssh_host_*_key.pub; do ssh-keygen -l -f "$key"; done | cut -d' ' -f2 >"$result/host-keys"
 tar --create --directory "$work" --numeric-owner --xattrs --xattrs-include='*' --acls \\
-  --use-compress-program 'zstd -3 -T0 --quiet' --file "$2/image.tar.zst" .
+  --use-compress-program 'zstd -3 -T0 --quiet' --file "$result/image.tar.zst" .
 umount "$work"
 rmdir "$work"
 """
@@ -110,13 +160,14 @@ class Debian:
     host_keys: frozenset[str]  # fingerprints
 
 
-def debian(suite: str) -> Debian:
+def debian(suite: str, flavour: str = "") -> Debian:
     """The image of one suite, out of the cache when it is there."""
-    path = CACHE / f"{suite}-{_key()}"
+    path = CACHE / f"{_name(suite, flavour)}-{_key(flavour)}"
     if not path.is_dir():
-        with _lock(suite):
+        base = [str(debian(suite).tarball), *FLAVOURS[flavour]] if flavour else []
+        with _lock(_name(suite, flavour)):
             if not path.is_dir():  # nobody else has made it meanwhile
-                _make(suite, path)
+                _make(suite, flavour, path, base)
     return Debian(
         suite,
         path / "image.tar.zst",
@@ -132,19 +183,37 @@ def debians(suites: Iterable[str]) -> dict[str, Debian]:
         return dict(zip(names, pool.map(debian, names)))
 
 
-def _key() -> str:
-    return hashlib.sha256(RECIPE.encode()).hexdigest()[:12]
+def flavours(suite: str, names: Iterable[str]) -> dict[str, Debian]:
+    """Several flavours of one suite, two at a time."""
+    debian(suite)
+    wanted = sorted(set(names))
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(wanted, pool.map(lambda flavour: debian(suite, flavour), wanted)))
 
 
-def _make(suite: str, path: Path) -> None:
-    for outdated in [*CACHE.glob(f"{suite}-*"), *CACHE.glob(f".{suite}-*")]:
+def _name(suite: str, flavour: str) -> str:
+    return f"{suite}+{flavour}" if flavour else suite
+
+
+def _recipe(flavour: str) -> str:
+    return BEGIN + (FLAVOUR if flavour else SYSTEM) + END
+
+
+def _key(flavour: str) -> str:
+    made_of = BEGIN + SYSTEM + END + (FLAVOUR + " ".join(FLAVOURS[flavour]) if flavour else "")
+    return hashlib.sha256(made_of.encode()).hexdigest()[:12]
+
+
+def _make(suite: str, flavour: str, path: Path, base: "list[str]") -> None:
+    name = _name(suite, flavour)
+    for outdated in [*CACHE.glob(f"{name}-*"), *CACHE.glob(f".{name}-*")]:
         shutil.rmtree(outdated)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{suite}-", dir=CACHE))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=CACHE))
     try:
         made = subprocess.run(
             ["setpriv", "--pdeathsig", "KILL"]
             + ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-            + ["bash", "-c", RECIPE, "debian", suite, str(scratch)],
+            + ["bash", "-c", _recipe(flavour), "debian", str(scratch), suite, *base],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -153,7 +222,7 @@ def _make(suite: str, path: Path) -> None:
             errors="replace",
         )
         if made.returncode:
-            raise RuntimeError(f"cannot make a Debian {suite}:\n" + "\n".join(made.stdout.splitlines()[-30:]))
+            raise RuntimeError(f"cannot make a Debian {name}:\n" + "\n".join(made.stdout.splitlines()[-30:]))
         scratch.rename(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

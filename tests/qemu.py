@@ -5,9 +5,10 @@ as it was, and ends with the context or, should this process be killed, with it.
 """
 
 import re
+import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 # Not `max` alone: the emulation of cmpxchg16b in qemu 7.2 (Debian 12) spoils the flags at times, and every
 # second boot of Linux 6.12 panics; without the feature Linux does not use the instruction.
 CPU = "max,-cx16"
+OVMF = "/usr/share/OVMF"
 DEADLINE = 300  # seconds from power on; a Debian guest takes 25 to 60 on an idle core
 PATIENCE = 20  # seconds between the report and the prompt
 # What a guest says that will not come up any more.
@@ -67,11 +69,28 @@ class Console:
 
 
 @contextmanager
-def booting(disk: Path, log: Path) -> Iterator[Console]:
-    """A virtual machine that has just been switched on; `log` gets what it prints on ttyS0."""
+def booting(disk: Path, log: Path, firmware: str = "bios", macs: Sequence[str] = ()) -> Iterator[Console]:
+    """A virtual machine that has just been switched on; `log` gets what it prints on ttyS0.
+
+    Without a NIC, or with one for each of `macs`, on a network of its own with a DHCP server: qemu's user network
+    10.0.INDEX.0/24, router .2, DNS server .3. UEFI starts with empty variables: it only finds the removable path.
+    """
     argv = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"]
     argv += ["-accel", "tcg", "-cpu", CPU, "-m", "512", "-smp", "1", "-display", "none", "-monitor", "none"]
-    argv += ["-drive", f"file={disk},format=raw,if=virtio,cache=unsafe,snapshot=on", "-nic", "none"]
+    argv += ["-drive", f"file={disk},format=raw,if=virtio,cache=unsafe,snapshot=on"]
+    if firmware == "uefi":
+        variables = log.with_suffix(".vars")
+        shutil.copyfile(f"{OVMF}/OVMF_VARS_4M.fd", variables)
+        argv += ["-machine", "q35", "-drive", f"if=pflash,format=raw,readonly=on,file={OVMF}/OVMF_CODE_4M.fd"]
+        argv += ["-drive", f"if=pflash,format=raw,file={variables}"]
+    for index, mac in enumerate(macs):
+        argv += [
+            "-netdev",
+            f"user,id=net{index},net=10.0.{index}.0/24",
+            "-device",
+            f"virtio-net-pci,netdev=net{index},mac={mac}",
+        ]
+    argv += [] if macs else ["-nic", "none"]
     argv += ["-serial", "stdio", "-no-reboot"]
     with log.open("wb") as output:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
@@ -101,6 +120,10 @@ class Facts:
     swaps: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     host_keys: set[str] = field(default_factory=set)
+    links: dict[str, str] = field(default_factory=dict)  # name -> MAC
+    addresses: dict[str, list[str]] = field(default_factory=dict)  # of an interface, with their prefixes
+    routes: list[str] = field(default_factory=list)  # as `ip route` prints them
+    dns: set[str] = field(default_factory=set)
 
     @classmethod
     def parse(cls, report: str) -> "Facts":
@@ -118,6 +141,14 @@ class Facts:
                 facts.failed.append(value)
             elif name == "host-key":
                 facts.host_keys.add(words[1])
+            elif name == "link":
+                facts.links[words[1].rstrip(":")] = words[words.index("link/ether") + 1]
+            elif name == "address":
+                facts.addresses.setdefault(words[0], []).append(words[1])
+            elif name == "route":
+                facts.routes.append(value)
+            elif name == "dns":
+                facts.dns.add(value)
             else:
                 facts.one[name] = value
         return facts
