@@ -22,6 +22,7 @@ from pathlib import Path
 
 SUITES = ("bullseye", "bookworm", "trixie")
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "debian"
+KEEP = 86400  # seconds that images of another recipe stay in the cache
 PACKAGES = (
     "linux-image-cloud-amd64",
     "grub-pc-bin",
@@ -206,8 +207,9 @@ def _key(flavour: str) -> str:
 
 def _make(suite: str, flavour: str, path: Path, base: "list[str]") -> None:
     name = _name(suite, flavour)
-    for outdated in [*CACHE.glob(f"{name}-*"), *CACHE.glob(f".{name}-*")]:
-        shutil.rmtree(outdated)
+    for other in [*CACHE.glob(f"{name}-*"), *CACHE.glob(f".{name}-*")]:
+        if other.stat().st_mtime < time.time() - KEEP:  # a younger one may be another checkout's
+            shutil.rmtree(other)
     scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=CACHE))
     try:
         made = subprocess.run(
