@@ -3,6 +3,7 @@
        sudo ./build.py demo            build it, deploy a tiny image onto a file and show the result
        sudo ./build.py demo --debian   the same with Debian, and boot it in qemu to its login prompt
        sudo ./build.py test [ARGS...]  build it and run all tests; ARGS are for pytest
+       sudo ./build.py bench [NAME...] build it and measure it against the same work done by hand
        ./build.py --help               show this
 
 What is missing is installed: system packages by apt-get or dnf (only as root; another user is
@@ -102,6 +103,7 @@ TEST_NEEDS = (
     Need("gpgv", "gpgv", "gnupg2", "IMAGE_KEYRING"),
     Need("openssl", "openssl", "openssl", "certificates of an https server"),
     Need("gzip", "gzip", "gzip", "compressed images"),
+    Need("pigz", "pigz", "pigz", "compressed images"),
     Need("bzip2", "bzip2", "bzip2", "compressed images"),
     Need("xz", "xz-utils", "xz", "compressed images"),
     Need("lz4", "lz4", "lz4", "compressed images"),
@@ -219,6 +221,8 @@ def dispatch(arguments: list[str]) -> int:
         demo_debian()
     elif arguments[0] == "test":
         return test(arguments[1:])
+    elif arguments[0] == "bench":
+        return bench(arguments[1:])
     else:
         print(__doc__, file=sys.stderr)
         say(f"unknown arguments: {shlex.join(arguments)}")
@@ -278,6 +282,14 @@ def test(arguments: list[str]) -> int:
     if status == 5:  # pytest's EXIT_NOTESTSCOLLECTED
         say("pytest found no tests")
     return status
+
+
+def bench(names: list[str]) -> int:
+    require_root("bench")
+    install_packages(TEST_NEEDS)
+    python = virtual_environment(TEST_TOOLS)
+    build()
+    return subprocess.run([str(python), str(CHECKOUT / "tests/bench/bench.py"), *names], cwd=CHECKOUT).returncode
 
 
 # --- System packages and the virtual environment --------------------------------------------------

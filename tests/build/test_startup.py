@@ -19,17 +19,21 @@ LIMIT = 1.5
 
 @pytest.fixture
 def empty(tmp_path: Path) -> Path:
+    return empty_zipapp(tmp_path)
+
+
+def empty_zipapp(directory: Path) -> Path:
     """What shiv makes of nothing, started by the same interpreter with the same options."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site/empty.py").write_text("def main():\n    pass\n")
-    zipapp = tmp_path / "empty"
-    shiv = [CHECKOUT / ".venv/bin/python3", "-Im", "shiv", "--site-packages", tmp_path / "site"]
-    options = ["--root", tmp_path / "root", "-e", "empty:main", "-p", SHEBANG, "-o", zipapp]
+    (directory / "site").mkdir()
+    (directory / "site/empty.py").write_text("def main():\n    pass\n")
+    zipapp = directory / "empty"
+    shiv = [CHECKOUT / ".venv/bin/python3", "-Im", "shiv", "--site-packages", directory / "site"]
+    options = ["--root", directory / "unpacked", "-e", "empty:main", "-p", SHEBANG, "-o", zipapp]
     subprocess.run([*shiv, *options], check=True)
     return zipapp
 
 
-def seconds(*command: str | Path) -> float:
+def seconds_of(*command: str | Path) -> float:
     environment = {"PATH": "/sbin:/bin:/usr/sbin:/usr/bin"}
     start = time.perf_counter()
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
@@ -38,7 +42,7 @@ def seconds(*command: str | Path) -> float:
 
 def test_start_up(imageos: Path, empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Interleaved, because other load comes and goes; the first round is not warm."""
-    rounds = [(seconds(imageos, "--version"), seconds(empty)) for _ in range(ROUNDS + 1)][1:]
+    rounds = [(seconds_of(imageos, "--version"), seconds_of(empty)) for _ in range(ROUNDS + 1)][1:]
     ours, theirs = (statistics.median(times) for times in zip(*rounds))
     with capsys.disabled():
         print(f" {1000 * ours:.1f} ms, empty zipapp {1000 * theirs:.1f} ms ", end="")

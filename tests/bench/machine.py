@@ -1,0 +1,135 @@
+"""Where the benchmark runs: a node of its own, fresh disks, and commands that are timed."""
+
+import os
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+from support import Call, Node, private_mounts, run
+
+GIB = 1 << 30
+Step = Callable[[], float]  # does it once; seconds
+
+
+@contextmanager
+def own_node(imageos: Path, work: Path) -> Iterator[Node]:
+    """A node with imageos installed; its /etc is seen by this process and its children only."""
+    private_mounts()
+    root, layer = work / "root", work / "etc"
+    run(imageos, "install", "--root", root)
+    run("mkdir", layer)
+    run("mount", "-t", "tmpfs", "-o", "mode=700", "tmpfs", layer)
+    for name in ("upper", "work"):
+        (layer / name).mkdir()
+    options = f"lowerdir={root}/etc:/etc,upperdir={layer}/upper,workdir={layer}/work"
+    run("mount", "-t", "overlay", "-o", options, "overlay", "/etc")
+    try:
+        yield Node(imageos, root, work, layer / "upper")
+    finally:
+        run("umount", "/etc")
+        run("umount", layer)
+
+
+def disk(work: Path, size: int) -> Path:
+    """A new sparse file as the disk, in the place of the one before; what was written before is on its device."""
+    path = work / "disk"
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
+        file.truncate(size)
+    os.sync()
+    return path
+
+
+def forget_cache() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("1")
+
+
+def by_hand(work: Path, script: str, **variables: object) -> float:
+    """Seconds that a shell script takes, started as Ganeti would start it; `disk` is attached at $loop."""
+    path = work / "by-hand"
+    path.write_text(f"#!/bin/bash\nset -euo pipefail\n{script}\n")
+    path.chmod(0o755)
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+    environment.update((name, str(value)) for name, value in variables.items())
+    return Call(path, environment, work / "by-hand.log").result(900).ok().seconds
+
+
+def seconds(call: Call) -> float:
+    return call.result(900).ok().seconds
+
+
+def pipe(argv: Sequence[str], environment: "dict[str, str]", source: Path, sink: Path) -> float:
+    """Seconds of export or import, with files (or /dev/null) as their stream."""
+    start = time.monotonic()
+    with source.open("rb") as stdin, sink.open("wb") as stdout:
+        done = subprocess.run(argv, env=environment, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return time.monotonic() - start
+
+
+# --- measuring -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    ours: float  # seconds, median
+    other: float
+    peak: int  # bytes, of one of our own processes; its children are other people's programs
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.other
+
+
+def compare(ours: Step, other: Step, rounds: int) -> Measured:
+    """Medians of interleaved rounds. The first is not counted: it warms what may be warm, and memory is watched."""
+    with peak_memory() as peak:
+        ours()
+    other()
+    pairs = [(ours(), other()) for _ in range(rounds)]
+    medians = [statistics.median(times) for times in zip(*pairs)]
+    return Measured(*medians, peak=peak[0])
+
+
+@contextmanager
+def peak_memory() -> Iterator["list[int]"]:
+    """Watch the processes of imageos; [bytes of the largest so far]."""
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak[0] = max([peak[0], *map(_resident, _ours())])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _ours() -> "list[int]":
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if b"-IS\0" in Path("/proc", name, "cmdline").read_bytes():
+                found.append(int(name))
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def _resident(process: int) -> int:
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")), 0)
