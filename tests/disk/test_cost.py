@@ -1,0 +1,52 @@
+"""What one create costs in processes, syncs and sleeps: it must not creep back. `./build.py bench` has the seconds."""
+
+import os
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Callable
+
+from support import Node
+
+MakeDisk = Callable[..., Path]
+PROGRAMS = {
+    "create": 1,
+    "python3": 1,
+    "bash": 3,  # the settings: one evaluates both files, and has the syntax of each looked at before
+    "env": 2,  # what each of the files has set
+    "pigz": 2,  # one looks at the beginning of the image, one unpacks it
+    "tar": 1,
+    "sfdisk": 1,
+    "mkfs.ext4": 2,
+    "mkswap": 1,
+}
+SYNCS = 5  # old signatures wiped; the loop device and the disk, after unmounting and at the end
+CALLS = "execve,sync,syncfs,fsync,fdatasync,msync,nanosleep,clock_nanosleep"
+
+
+def test_processes_syncs_and_sleeps_of_one_create(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    subprocess.run(
+        ["strace", "--follow-forks", "--output", trace, "--trace", CALLS, node.os_dir / "create"],
+        env=node.environment(disk()),
+        cwd=node.os_dir,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+    )
+    programs: Counter[str] = Counter()
+    ours: Counter[str] = Counter()  # calls of our own processes; what mkfs does is its own business
+    others = set()  # processes that have become another program
+    for process, call, rest in re.findall(r"^(\d+) +(\w+)\((.*)", trace.read_text(), re.MULTILINE):
+        if call == "execve":
+            if "ENOENT" not in rest:
+                name = os.path.basename(rest.split('"')[1])
+                programs[name] += 1
+                others |= {process} - ({process} if name in ("create", "python3") else set())
+        elif process not in others:
+            ours[call] += 1
+    assert programs == PROGRAMS
+    sleeps = ours.pop("clock_nanosleep", 0) + ours.pop("nanosleep", 0)
+    assert ours == {"fsync": SYNCS}
+    assert sleeps <= 3, "the loop device goes in the background: polled every 5 ms"
