@@ -9,6 +9,7 @@ import errno
 import fnmatch
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,11 +20,13 @@ from imageos.errors import Failure
 from imageos.run import run
 from imageos.sandbox import ENVIRONMENT, GuestDisk, entering
 
-READ_LIMIT = 1 << 20  # bytes; a configuration file that is larger is not one
+MIB = 1 << 20
+READ_LIMIT = MIB  # bytes; a configuration file that is larger is not one
 LINK_LIMIT = 40  # as the kernel's own
 PROGRAM_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 COPIED_ATTRIBUTES = ("security.selinux", "system.posix_acl_access")
+NODE_LABEL = "security.selinux"  # of a file of the node: means nothing in the guest
 
 
 class Target:
@@ -150,6 +153,19 @@ class Target:
                 _remove_quietly(parent, temporary)
                 raise _failure("link", path, error) from None
 
+    def copy_tree(self, source: str) -> None:
+        """Copy what is in the node's directory `source` over the root: owners, modes, times, extended attributes.
+
+        A directory that the guest has keeps its own, and a link to one is followed inside the guest. Everything else
+        is replaced: a link itself, not what it leads to.
+        """
+        try:
+            for directory, directories, files in os.walk(source, onerror=_raise):
+                for name in sorted([*directories, *files]):
+                    self._copy(f"{directory}/{name}", f"{directory[len(source) :]}/{name}")
+        except OSError as error:
+            raise Failure(f"cannot read {os.fsdecode(error.filename)}: {error.strerror}") from None
+
     def remove(self, pattern: str) -> None:
         """Remove files, links (not what they lead to) and whole directories whose names match."""
         for path in self.glob(pattern):
@@ -178,6 +194,41 @@ class Target:
         )
 
     # --- inside ---
+
+    def _copy(self, source: str, path: str) -> None:
+        status = os.lstat(source)
+        if stat.S_ISDIR(status.st_mode):
+            self._copy_directory(source, path, status)
+            return
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
+            raise Failure(f"{source} is neither a file nor a directory nor a link: it cannot be copied into the guest")
+        with self._parent(path, follow=False) as (parent, name):
+            temporary = f".imageos-{secrets.token_hex(6)}"
+            try:
+                old = _lstat(parent, name)
+                if old and stat.S_ISDIR(old.st_mode):
+                    raise Failure(f"the guest's {path} is a directory, {source} is none")
+                if stat.S_ISLNK(status.st_mode):
+                    os.symlink(os.readlink(source), temporary, dir_fd=parent)
+                else:
+                    _copy_content(source, parent, temporary)
+                _copy_metadata(source, status, f"/proc/self/fd/{parent}/{temporary}")
+                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+            except OSError as error:
+                _remove_quietly(parent, temporary)
+                raise Failure(f"cannot copy {source} to the guest's {path}: {error.strerror}") from None
+
+    def _copy_directory(self, source: str, path: str, status: os.stat_result) -> None:
+        if self.is_dir(path):
+            return
+        if self.exists(path):
+            raise Failure(f"{source} is a directory, the guest's {path} is none")
+        self.mkdir(path)
+        with self.directory(path) as made:
+            try:
+                _copy_metadata(source, status, f"{made}/.")
+            except OSError as error:
+                raise Failure(f"cannot copy {source} to the guest's {path}: {error.strerror}") from None
 
     def _remove(self, path: str) -> None:
         with self._parent(path, follow=False) as (parent, name):
@@ -289,6 +340,28 @@ def _copy_attributes(parent: int, old_name: str, new_name: str, old: os.stat_res
     finally:
         os.close(source)
         os.close(copy)
+
+
+def _copy_content(source: str, parent: int, name: str) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(source, "rb") as original, open(os.open(name, flags, 0o600, dir_fd=parent), "wb") as copy:
+        shutil.copyfileobj(original, copy, MIB)
+
+
+def _copy_metadata(source: str, status: os.stat_result, copy: str) -> None:
+    # in this order: a new owner takes away set-user-ID and capabilities, a new mode changes an ACL
+    os.chown(copy, status.st_uid, status.st_gid, follow_symlinks=False)
+    if not stat.S_ISLNK(status.st_mode):
+        os.chmod(copy, stat.S_IMODE(status.st_mode))
+    for attribute in os.listxattr(source, follow_symlinks=False):
+        if attribute != NODE_LABEL:
+            value = os.getxattr(source, attribute, follow_symlinks=False)
+            os.setxattr(copy, attribute, value, follow_symlinks=False)
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _remove_tree(parent: int, name: str) -> None:
