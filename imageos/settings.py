@@ -81,6 +81,19 @@ def _line(text: str) -> str:
     return text
 
 
+def _lines(text: str) -> str:
+    if not all(c == "\t" or c.isprintable() for line in text.split("\n") for c in line.rstrip("\r")):
+        raise ValueError("lines of text")
+    return text
+
+
+def _password_hash(text: str) -> str:
+    """As crypt(5) describes the second field of /etc/shadow; `!` and `*` lock the password."""
+    if not re.fullmatch(r"[!*]|!?\$[a-z0-9]+\$[\"-)+-9<-\[\]-~]+", text):  # ASCII without blanks and :;*!\
+        raise ValueError("a hash that begins with $, as `openssl passwd -6` prints it, or * for none")
+    return text
+
+
 def _addresses(text: str) -> str:
     import ipaddress  # only where it is set
 
@@ -174,8 +187,10 @@ class Settings:
     dns_servers: str = _setting(_addresses, "", "DNS servers of the guest, separated by spaces", parameter=True)
     dns_search: str = _setting(_line, "", "DNS search list of the guest", parameter=True)
     dns_domain: str = _setting(_line, "", "DNS domain of the guest", parameter=True)
-    ssh_authorized_keys: str = _setting(_text, "", "public keys that may log in as root", parameter=True, secret=True)
-    root_password_hash: str = _setting(_line, "", "root's password as in /etc/shadow", parameter=True, secret=True)
+    ssh_authorized_keys: str = _setting(_lines, "", "public keys that may log in as root", parameter=True, secret=True)
+    root_password_hash: str = _setting(
+        _password_hash, "", "root's password as in /etc/shadow", parameter=True, secret=True
+    )
     user_data: str = _setting(_text, "", "user-data for cloud-init", parameter=True, secret=True)
     guest_timeout: int = _setting(_seconds, "600", "seconds that one command of the guest may take")
     image_debug: bool = _setting(_yes_no, "no", "yes: every command and its output in the log", parameter=True)

@@ -145,13 +145,13 @@ def test_private_and_secret_parameters(cluster: Cluster, tiny: Path) -> None:
         chmod +x $tell
         {ADD} --disk 0:size=1G -o image+default -O image_name=tiny,image_type=tarball,image_debug=yes \\
             --os-parameters-private ssh_authorized_keys=PrivateWord \\
-            --os-parameters-secret root_password_hash=SecretWords inst1.example.org
+            --os-parameters-secret 'root_password_hash=$6$salt$SecretWords' inst1.example.org
         gnt-instance reinstall --force inst1.example.org
         echo LOG; cat /var/log/ganeti/os/*; echo LOG
     """
     said = between(cluster.run(script), "LOG")
     assert re.findall(r"tell: (keys: \d+, hash: \d+)$", said, re.MULTILINE) == [
-        "keys: 11, hash: 11",
+        "keys: 11, hash: 19",
         "keys: 11, hash: 0",
     ]
     assert "PrivateWord" not in said

@@ -187,10 +187,45 @@ def test_refused(name: str, text: str, accepted: str) -> None:
         ("user_data", "#cloud-config\npackages: [vim]\n"),
         ("ssh_authorized_keys", "ssh-ed25519 AAAA a\nssh-ed25519 BBBB b\n"),
         ("root_password_hash", "$6$salt$hash"),
+        ("root_password_hash", "$6$rounds=5000$a./b$" + "x" * 86),
+        ("root_password_hash", "$y$j9T$salt$hash"),
+        ("root_password_hash", "$2b$12$hash"),
+        ("root_password_hash", "*"),
+        ("root_password_hash", "!"),
+        ("root_password_hash", "!$6$salt$hash"),
     ],
 )
 def test_accepted(name: str, text: str) -> None:
     assert load(**{name: text}).variables()[name.upper()] == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "secret",
+            "TopSecret12345",
+            "$6$",
+            "$6$salt:0:0",
+            "$6$sa lt$hash",
+            "$6$salt$hash\n",
+            "$6$salt$h\nroot::0",
+            "x",
+        ),
+        *("$6$salt$ha\u00dfh", "!!", "**", "$6$salt$ha*sh", "$6$salt$ha!sh", "$6$salt$ha\\sh", "$6$salt$ha\x7fsh"),
+    ],
+)
+def test_password_that_is_no_hash(text: str) -> None:
+    assert refused(root_password_hash=text) == (
+        "ROOT_PASSWORD_HASH=(secret) as OS parameter root_password_hash is not accepted: "
+        "it must be a hash that begins with $, as `openssl passwd -6` prints it, or * for none"
+    )
+
+
+def test_keys_are_lines_of_text() -> None:
+    assert load(ssh_authorized_keys="ssh-rsa A\r\n\nssh-rsa B\n").ssh_authorized_keys == "ssh-rsa A\r\n\nssh-rsa B\n"
+    for text in ("ssh-rsa A\x1b[2J", "ssh-rsa A\rB", "\x00"):
+        assert "(secret)" in refused(ssh_authorized_keys=text)
 
 
 @given(
