@@ -35,13 +35,13 @@ REPEATED = {
 }
 
 
-def rename(root: Target, old: str, new: str) -> None:
-    """Change the name in all places, unless the guest has a name of its own."""
+def rename(root: Target, old: str, new: str) -> bool:
+    """Change the name in all places, unless the guest has a name of its own; whether anything was changed."""
     for path, pattern in OWN.items():
         current = find(root.read(path) or "", pattern)
         if current and current.lower() not in _forms(old, new) and current.lower() not in _forms(new, new):
             log.warning(f"the guest is called {current} (in {path}), not {old}: its name is left as it is")
-            return
+            return False
         if current:
             break
     changed = []
@@ -53,6 +53,7 @@ def rename(root: Target, old: str, new: str) -> None:
                 root.write(found, replaced)
                 changed.append(found)
     log.info(f"renamed the guest from {old} to {new}: {', '.join(changed) or 'its name was nowhere'}")
+    return bool(changed)
 
 
 def find(text: str, pattern: str) -> str:

@@ -19,6 +19,7 @@ from imageos import (
     filesystem,
     ganeti,
     grow,
+    guest,
     hooks,
     isolation,
     legacy,
@@ -52,7 +53,7 @@ def main(_arguments: Sequence[str]) -> int:
         with log.phase(f"restored disk {backup.index}"):
             size = restore_any(Source(0), device, instance, known)
         if backup.index == 0:
-            adapt(device, known, is_larger=size < device.size)
+            adapt(device, instance, known, is_larger=size < device.size)
     return 0
 
 
@@ -192,9 +193,10 @@ def fit(root: Target, volumes: tuple[Volume, ...]) -> None:
     kept = legacy.other_mounts(root.read("/etc/fstab") or "", ["/", "/boot", "/boot/efi"])
     root.write("/etc/fstab", filesystem.fstab(volumes) + "".join(f"{line}\n" for line in kept))
     root.remove("/etc/udev/rules.d/z*_persistent-net.rules")
+    guest.request_relabel(root)
 
 
-def adapt(device: Device, known: Settings, is_larger: bool) -> None:
+def adapt(device: Device, instance: Instance, known: Settings, is_larger: bool) -> None:
     """What an import changes in the guest on the first disk: the size of its root, and what hooks do.
 
     The disk is whole by now: what fails here leaves it so.
@@ -217,6 +219,9 @@ def adapt(device: Device, known: Settings, is_larger: bool) -> None:
                 filesystem.mount_all(stack, found.volumes, isolation.TARGET)
                 context = hooks.Context("import", os.environ, known, isolation.TARGET, device, attached, found.volumes)
                 hooks.run_all(names, context)
+                seen = guest_disk(attached.path, found.volumes)
+                with targets.opened(isolation.TARGET, instance.short_name, seen, known.guest_timeout) as root:
+                    guest.request_relabel(root)
         disk.flush(device, attached.descriptor)
 
 

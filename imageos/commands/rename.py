@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from imageos import discovery, disk, filesystem, ganeti, hooks, hostname, isolation, log, settings, target
+from imageos import discovery, disk, filesystem, ganeti, guest, hooks, hostname, isolation, log, settings, target
 from imageos.discovery import Found
 from imageos.disk import Attached, Device
 from imageos.errors import Failure
@@ -39,13 +39,15 @@ def main(_arguments: Sequence[str]) -> int:
 def rename(instance: Instance, old: str, known: Settings, device: Device, attached: Attached, found: Found) -> None:
     with ExitStack() as stack:
         filesystem.mount_all(stack, found.volumes, isolation.TARGET)
-        with target.opened(
-            isolation.TARGET, instance.short_name, guest_disk(attached.path, found.volumes), known.guest_timeout
-        ) as root:
-            if old == instance.name:
-                log.info(f"the guest's name {old} stays as it is")
-            else:
-                hostname.rename(root, old, instance.name)
+        disk_seen = guest_disk(attached.path, found.volumes)
+        root = stack.enter_context(target.opened(isolation.TARGET, instance.short_name, disk_seen, known.guest_timeout))
+        changed = False
+        if old == instance.name:
+            log.info(f"the guest's name {old} stays as it is")
+        else:
+            changed = hostname.rename(root, old, instance.name)
         names = [name for name in hooks.find(known.customize_dir) if name in known.rename_hooks.split()]
         context = hooks.Context("rename", os.environ, known, isolation.TARGET, device, attached, found.volumes)
         hooks.run_all(names, context, ["-r"])
+        if changed or names:
+            guest.request_relabel(root)
