@@ -14,7 +14,7 @@ SFDISK=sfdisk
 VOL_ID="blkid -c /dev/null -o value -s UUID"
 VOL_TYPE="blkid -c /dev/null -o value -s TYPE"
 
-SCRIPT_NAME=${IMAGEOS_ACTION:-${0##*/}}
+SCRIPT_NAME=${0##*/}
 KERNEL_PATH=${INSTANCE_HV_kernel_path-}
 INSTANCE_MEM=${INSTANCE_BE_memory:-${INSTANCE_BE_maxmem-}}
 instance=${INSTANCE_NAME-}

@@ -1,9 +1,12 @@
 """What a hook written in Python imports.
 
-    from imageos.hook import Hook
+    from imageos.hook import Failure, Hook
 
     def main(hook: Hook) -> None:
+        if not hook.instance.nics:
+            raise Failure("the instance has no network", hint="gnt-instance modify --net add INSTANCE")
         hook.target.write("/etc/motd", f"This is {hook.instance.name}\\n")
+        hook.log("greeted")
 
     if __name__ == "__main__":
         Hook.run(main)
@@ -18,12 +21,15 @@ from dataclasses import dataclass
 from typing import Callable, NoReturn
 
 from imageos import ganeti, log, settings
+from imageos.errors import Failure
 from imageos.filesystem import Volume
 from imageos.ganeti import Instance
 from imageos.outcome import guard
 from imageos.sandbox import GuestDisk
 from imageos.settings import Settings
 from imageos.target import Target, opened
+
+__all__ = ["Failure", "Hook"]  # what a hook imports from here
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,13 @@ class Hook:
     volumes: tuple[Volume, ...]  # the guest's partitions that have a role
     arguments: tuple[str, ...]  # `-r` on rename
     environ: Mapping[str, str]
+
+    def log(self, message: str) -> None:
+        """A line in the log of the command; the name of the hook is put before it."""
+        log.info(message)
+
+    def warning(self, message: str) -> None:
+        log.warning(message)
 
     @staticmethod
     def run(main: Callable[["Hook"], None]) -> NoReturn:

@@ -50,6 +50,19 @@ def find(directory: str) -> list[str]:
     )
 
 
+def check_overlay(known: Settings) -> None:
+    """Fail if the overlay that the hook `overlays` will copy is missing; warn if there is one, but not the hook."""
+    if not known.overlay or known.nomount:
+        return
+    overlay = f"{known.overlays_dir}/{known.overlay}"
+    if "overlays" not in find(known.customize_dir):
+        log.warning(
+            f"OVERLAY={known.overlay} is for the hook overlays, which is off: chmod +x {known.customize_dir}/overlays"
+        )
+    elif not os.path.isdir(overlay):
+        raise Failure(f"cannot find overlay {overlay}", hint="make that directory on every node, or correct OVERLAY")
+
+
 def run_all(names: Sequence[str], context: Context, arguments: Sequence[str] = ()) -> None:
     """Run the hooks `names`; the first that fails raises Failure with its name and status."""
     env = variables(context)
@@ -102,6 +115,7 @@ def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
     said: list[Optional[str]] = [None]
 
     def pass_on(line: str) -> None:
+        line = line.removeprefix(log.PREFIX)  # of a hook that uses ours
         said[0] = line if line.strip() else said[0]
         log.info(f"{name}: {line}")
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+PREFIX = "imageos: "
 # Whether `debug` prints; set once by the settings. As global as stderr itself.
 _debug = False
 
@@ -20,7 +21,7 @@ def set_debug(enabled: bool) -> None:
 def info(message: str) -> None:
     """Print `message`, every line of it with the prefix."""
     for line in message.splitlines() or [""]:
-        _write(f"imageos: {line}\n")
+        _write(f"{PREFIX}{line}\n")
 
 
 def warning(message: str) -> None:
@@ -30,7 +31,7 @@ def warning(message: str) -> None:
 def debug(message: str) -> None:
     if _debug:
         for line in message.splitlines():
-            _write(f"imageos: debug: {line}\n")
+            _write(f"{PREFIX}debug: {line}\n")
 
 
 @contextmanager

@@ -53,6 +53,7 @@ def create(instance: Instance, known: Settings) -> None:
             f"instance {instance.name} has no disk to put an image on",
             hint="add one (gnt-instance modify --disk add:size=10G), or set CDINSTALL=yes",
         )
+    hooks.check_overlay(known)
     image_type = IMAGE_TYPES[known.image_type]
     image = images.find(known, with_boot=not instance.kernel_path)
     image_type.check(image)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from imageos import ganeti, images, isolation, log, settings
+from imageos import ganeti, hooks, images, isolation, log, settings
 from imageos.errors import Failure
 from imageos.settings import Settings
 
@@ -16,6 +16,7 @@ def main(_arguments: Sequence[str]) -> int:
     known, problems = settings.examine(os.environ)
     problems += [Failure(f"unknown OS parameter {name}") for name in unknown]
     problems += image_problems(known)
+    problems += overlay_problems(known)
     for problem in problems[:-1]:
         _say(problem)
     if problems:
@@ -35,6 +36,14 @@ def image_problems(known: Settings) -> list[Failure]:
         return []
     try:
         images.IMAGE_TYPES[known.image_type].check(images.find(known))
+    except Failure as problem:
+        return [problem]
+    return []
+
+
+def overlay_problems(known: Settings) -> list[Failure]:
+    try:
+        hooks.check_overlay(known)
     except Failure as problem:
         return [problem]
     return []

@@ -1,6 +1,7 @@
 """The site's hooks: which ones, in what order, and what they are told."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Optional
 
@@ -79,6 +80,39 @@ def test_no_directory_but_a_file(tmp_path: Path) -> None:
     put(tmp_path, "file")
     with pytest.raises(Failure, match=f"^cannot list CUSTOMIZE_DIR {tmp_path}/file: Not a directory$"):
         hooks.find(str(tmp_path / "file"))
+
+
+# The overlay, before anything is written
+
+
+@pytest.fixture
+def with_overlays(tmp_path: Path) -> Settings:
+    (tmp_path / "hooks").mkdir()
+    (tmp_path / "overlays/web").mkdir(parents=True)
+    (tmp_path / "overlays/file").touch()
+    put(tmp_path / "hooks", "overlays")
+    return Settings(customize_dir=f"{tmp_path}/hooks", overlays_dir=f"{tmp_path}/overlays")
+
+
+@pytest.mark.parametrize("name", ["missing", "file", "web "])
+def test_overlay_that_is_missing(name: str, with_overlays: Settings) -> None:
+    with pytest.raises(Failure, match=f"^cannot find overlay {with_overlays.overlays_dir}/{name}$"):
+        hooks.check_overlay(replace(with_overlays, overlay=name))
+    hooks.check_overlay(replace(with_overlays, overlay=name, nomount=True))
+
+
+def test_overlay_without_its_hook(with_overlays: Settings, capfd: pytest.CaptureFixture[str]) -> None:
+    """The setting may be for another hook of the site."""
+    script = f"{with_overlays.customize_dir}/overlays"
+    hooks.check_overlay(replace(with_overlays, overlay="web"))
+    assert capfd.readouterr().err == ""
+    os.chmod(script, 0o644)
+    hooks.check_overlay(with_overlays)
+    assert capfd.readouterr().err == ""
+    hooks.check_overlay(replace(with_overlays, overlay="missing"))
+    assert f"warning: OVERLAY=missing is for the hook overlays, which is off: chmod +x {script}" in (
+        capfd.readouterr().err
+    )
 
 
 # Told
