@@ -15,6 +15,7 @@ from imageos.errors import Failure, signal_name
 from imageos.filesystem import Volume
 from imageos.isolation import leftover_processes
 from imageos.run import environment, pipeline
+from imageos.sandbox import devices
 from imageos.settings import Settings
 
 OS_DIR = "/usr/share/ganeti/os/image"
@@ -65,10 +66,13 @@ def check_overlay(known: Settings) -> None:
 
 def run_all(names: Sequence[str], context: Context, arguments: Sequence[str] = ()) -> None:
     """Run the hooks `names`; the first that fails raises Failure with its name and status."""
+    if not names:
+        return
     env = variables(context)
-    for name in names:
-        with log.phase(f"hook {name}"):
-            _run_one(name, [f"{context.settings.customize_dir}/{name}", *arguments], env)
+    with devices(context.target):
+        for name in names:
+            with log.phase(f"hook {name}"):
+                _run_one(name, [f"{context.settings.customize_dir}/{name}", *arguments], env)
 
 
 def variables(context: Context) -> dict[str, str]:
