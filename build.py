@@ -110,6 +110,8 @@ TEST_NEEDS = (
     Need("setfacl", "acl", "acl", "images with ACLs"),
     Need("setfattr", "attr", "attr", "images with extended attributes"),
     Need("setcap", "libcap2-bin", "libcap", "images with capabilities"),
+    Need("dnsmasq", "dnsmasq-base", "dnsmasq", "DHCP that puts names into the DNS"),
+    Need("dhclient", "isc-dhcp-client", "dhcp-client", "DHCP that puts names into the DNS"),
     Need("gnt-cluster", "ganeti", "", "a real cluster"),
     Need("sshd", "openssh-server", "openssh-server", "a real cluster"),
     Need("socat", "socat", "socat", "serial consoles of a real cluster"),

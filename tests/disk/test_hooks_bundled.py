@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -229,6 +230,51 @@ def test_ddns_on_create_and_rename(node: Node, disk: MakeDisk, small_tree: Path,
     assert "hook zz_ddns" in log
     with guest_of(target, tmp_path / "root") as top:
         assert (top / "etc/dhcp/dhclient.conf").read_text() == 'send host-name "inst9";\n'
+
+
+# The guest's client and a DHCP server, alone in a network; both end with it
+ASK = """
+cd "$1"
+ip link set lo up
+ip link add server type veth peer name guest
+ip addr add 192.0.2.1/24 dev server
+ip link set server up
+ip link set guest up
+dnsmasq --conf-file=/dev/null --no-resolv --no-hosts --user=root --interface=server --bind-interfaces \\
+    --dhcp-authoritative --no-ping --dhcp-range=192.0.2.100,192.0.2.100 --domain=example.org \\
+    --dhcp-leasefile="$1/leases" --pid-file="$1/dnsmasq.pid"
+dhclient -1 -cf "$1/dhclient.conf" -lf "$1/leases-of-guest" -pf "$1/dhclient.pid" -sf /bin/true guest
+busybox nslookup -type=a inst1.example.org 192.0.2.1
+"""
+
+
+def test_ddns_gets_the_name_into_the_dns(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
+    enable("zz_ddns")
+    image_with(node, small_tree, {"etc/dhcp/dhclient.conf": "request subnet-mask, routers;\n"}, tmp_path)
+    target = disk()
+    node.create(target, env="create-kvm-network").ok()
+    with guest_of(target, tmp_path / "root") as top:
+        (tmp_path / "dhclient.conf").write_text((top / "etc/dhcp/dhclient.conf").read_text())
+    alone = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]
+    answer = run(*alone, "bash", "-e", "-c", ASK, "ask", tmp_path)
+    assert answer.split()[-4:] == ["Name:", "inst1.example.org", "Address:", "192.0.2.100"]
+
+
+# What README.rst shows
+
+
+def test_example_of_the_readme(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "README.rst").read_text()
+    block = re.search(r"^    #!/usr/bin/env python3\n(?:(?:    .*)?\n)+", text, re.MULTILINE)
+    assert block
+    node.hook("motd", re.sub("^    ", "", block[0], flags=re.MULTILINE))
+    target = disk()
+    log = node.create(target, env="create-kvm-network").ok().log
+    assert "imageos: motd: the guest knows that it is inst1.example.org\n" in log
+    with guest_of(target, tmp_path / "root") as top:
+        assert (top / "etc/motd").read_text().startswith("This is inst1.example.org (")
+    result = node.create(target, NIC_COUNT="0").failed("hook motd", "the instance has no network")
+    assert "imageos: motd: hint: gnt-instance modify --net add" in result.log
 
 
 # SELinux: what was written has no label
