@@ -1,11 +1,15 @@
 """README.rst says what the code does."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 from imageos import cli, settings
+from imageos.hook import Hook
+from imageos.target import Target
 
-README = (Path(__file__).resolve().parents[2] / "README.rst").read_text()
+CHECKOUT = Path(__file__).resolve().parents[2]
+README = (CHECKOUT / "README.rst").read_text()
 
 
 def section(title: str) -> str:
@@ -42,3 +46,15 @@ def test_the_two_commands() -> None:
 def test_commands_that_are_called_exist() -> None:
     for command in re.findall(r"(?:``|dist/)imageos ([a-z-]+)", README):
         assert command in cli.COMMANDS, command
+
+
+def test_what_hooks_find() -> None:
+    """Every bundled hook, everything of a Hook and its target, every function that a shell hook finds."""
+    text = section("Hooks")
+    bundled = {path.name for path in (CHECKOUT / "hooks.d").iterdir() if path.is_file()}
+    parts = {field.name for field in dataclasses.fields(Hook)}
+    methods = {name for name in vars(Target) if not name.startswith("_")} - {"directory"}
+    functions = set(re.findall(r"^([a-z]\w*)\(\) \{$", (CHECKOUT / "defaults/common.sh").read_text(), re.MULTILINE))
+    assert len(functions) == 6
+    words = set(re.findall(r"[\w-]+", " ".join(re.findall(r"``([^`]+)``", text))))
+    assert bundled | parts | methods | functions <= words
