@@ -243,7 +243,8 @@ ip link set guest up
 dnsmasq --conf-file=/dev/null --no-resolv --no-hosts --user=root --interface=server --bind-interfaces \\
     --dhcp-authoritative --no-ping --dhcp-range=192.0.2.100,192.0.2.100 --domain=example.org \\
     --dhcp-leasefile="$1/leases" --pid-file="$1/dnsmasq.pid"
-dhclient -1 -cf "$1/dhclient.conf" -lf "$1/leases-of-guest" -pf "$1/dhclient.pid" -sf /bin/true guest
+cp "$(command -v dhclient)" "$1/client"  # AppArmor knows it by its path, and what files it may use
+"$1/client" -1 -cf "$1/dhclient.conf" -lf "$1/leases-of-guest" -pf "$1/dhclient.pid" -sf /bin/true guest
 busybox nslookup -type=a inst1.example.org 192.0.2.1
 """
 
