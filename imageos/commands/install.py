@@ -1,14 +1,18 @@
 """install: put the OS definition, the defaults and the hooks in place on this node.
 
-Done again, it changes nothing. What belongs to imageos is replaced; what belongs to the site is made where it is
-missing, and never changed: a newer version is put beside it as FILE.new.
+Done again, it changes nothing; done by a newer version, it upgrades. What belongs to imageos is replaced; a file of
+the site's is replaced if it is still as install has put it there, else it is kept, and the newer version is put beside
+it as FILE.new. There is no cache to prune: imageos runs from its file.
 """
 
 import argparse
+import dataclasses
+import hashlib
+import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Optional
 
@@ -17,7 +21,9 @@ from imageos.errors import Failure
 from imageos.hooks import OS_DIR, program_file
 
 SCRIPTS = ("create", "import", "export", "rename", "verify")
+TOOLS = ("mount-disks", "umount-disks", "make-dump", "make-qemu-img", "ganeti-image")
 BIN_DIR = "/usr/local/sbin"
+RECORD = "installed.json"  # in the directory of the OS definition
 DIRECTORIES = (
     f"{settings.SITE_DIR}/variants",
     f"{settings.SITE_DIR}/hooks",
@@ -40,16 +46,29 @@ class Entry:
     offered: bool = True  # whether a newer version is put beside it then
 
 
+@dataclass(frozen=True)
+class Record:
+    """What install has put in place, by path; `package`: the package that did so instead."""
+
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the content
+    links: dict[str, str] = field(default_factory=dict)  # text of the link
+    package: str = ""
+
+
 def main(arguments: Sequence[str]) -> int:
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     root = os.path.abspath(options.root)
+    before = read_record(root, options.os_dir)
+    refuse_package(before, options.os_dir, "upgrade")
+    wanted = list(entries(options.os_dir, options.bin_dir))
     changed = 0
     for directory in DIRECTORIES:
-        os.makedirs(_under(root, directory), exist_ok=True)
-    for entry in entries(options.os_dir, options.bin_dir):
-        changed += put(root, entry)
+        os.makedirs(under(root, directory), exist_ok=True)
+    for entry in wanted:
+        changed += put(root, entry, before.files)
+    put(root, record_entry(root, options.os_dir, wanted))
     log.info(
-        f"imageos {__version__} is installed in {_under(root, options.os_dir)}"
+        f"imageos {__version__} is installed in {under(root, options.os_dir)}"
         + ("" if changed else ": nothing had to be changed")
     )
     return 0
@@ -60,6 +79,8 @@ def entries(os_dir: str, bin_dir: str) -> Iterator[Entry]:
     yield Entry(f"{os_dir}/imageos", _program(), mode=0o755)
     for script in SCRIPTS:
         yield Entry(f"{os_dir}/{script}", link="imageos")
+    for tool in TOOLS:
+        yield Entry(f"{os_dir}/tools/{tool}", link="../imageos")
     yield Entry(f"{os_dir}/ganeti_api_version", "".join(f"{n}\n" for n in ganeti.API_VERSIONS).encode())
     yield Entry(f"{os_dir}/parameters.list", parameters_list().encode())
     yield Entry(f"{os_dir}/common.sh", _shipped("defaults", "common.sh"))
@@ -69,7 +90,8 @@ def entries(os_dir: str, bin_dir: str) -> Iterator[Entry]:
     yield Entry(settings.DEFAULTS_FILE, settings.defaults_file().encode(), site=True)
     for hook in sorted(one.name for one in (resources.files("imageos") / "hooks.d").iterdir()):
         yield Entry(f"{settings.SITE_DIR}/hooks/{hook}", _shipped("hooks.d", hook), site=True)
-    yield Entry(f"{bin_dir}/imageos", link=f"{os_dir}/imageos")
+    for command in ("imageos", *TOOLS):
+        yield Entry(f"{bin_dir}/{command}", link=f"{os_dir}/imageos")
 
 
 def parameters_list() -> str:
@@ -77,28 +99,77 @@ def parameters_list() -> str:
     return "".join(f"{name} {settings.describe(name)}\n" for name in settings.PARAMETERS)
 
 
-def put(root: str, entry: Entry) -> bool:
-    """Make `entry` so; whether something had to be done."""
-    path = _under(root, entry.path)
+def put(root: str, entry: Entry, known: Mapping[str, str] = {}) -> bool:  # noqa: B006
+    """Make `entry` so; whether something had to be done. `known`: the files of the last install."""
+    path = under(root, entry.path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if entry.link:
         if os.path.islink(path) and os.readlink(path) == entry.link:
             return False
         _replace(path, entry)
         return True
-    old = _content(path)
+    # The ancestor has links where we have files: followed, they lead out of `root`.
+    old = None if os.path.islink(path) and not entry.site else content(path)
     if old == entry.content and (entry.site or os.stat(path).st_mode & 0o7777 == entry.mode):
-        return False
+        return entry.site and _withdraw(path, entry, known)
     if entry.site and old is not None:
-        if not entry.offered:
-            return False
-        if _content(path + ".new") == entry.content:
+        if digest(old) == known.get(entry.path) and not os.path.islink(path):
+            # a hook that the site has made executable stays so
+            _replace(path, dataclasses.replace(entry, mode=os.stat(path).st_mode & 0o777))
+            _withdraw(path, entry, known)
+            return True
+        if not entry.offered or content(path + ".new") == entry.content:
             return False
         _replace(path + ".new", entry)
         log.info(f"{path} is kept as the site has it; this version's is {path}.new")
         return True
     _replace(path, entry)
     return True
+
+
+def _withdraw(path: str, entry: Entry, known: Mapping[str, str]) -> bool:
+    """Take away what was put beside a file, if it is still there as it was."""
+    offered = content(path + ".new")
+    if offered is None or digest(offered) not in (known.get(entry.path + ".new"), digest(entry.content)):
+        return False
+    os.unlink(path + ".new")
+    return True
+
+
+# --- the record ---------------------------------------------------------------------------------------------
+
+
+def record_entry(root: str, os_dir: str, wanted: Iterable[Entry]) -> Entry:
+    """The file that tells the next install what the site has changed since, and uninstall what is ours."""
+    files, links = {}, {}
+    for entry in wanted:
+        if entry.link:
+            links[entry.path] = entry.link
+            continue
+        for path in (entry.path, entry.path + ".new"):
+            if content(under(root, path)) == entry.content:
+                files[path] = digest(entry.content)
+    text = json.dumps(dataclasses.asdict(Record(files, links)), indent=1)
+    return Entry(f"{os_dir}/{RECORD}", f"{text}\n".encode())
+
+
+def read_record(root: str, os_dir: str) -> Record:
+    """What the last install put there; nothing, if there was none."""
+    path = under(root, f"{os_dir}/{RECORD}")
+    text = content(path)
+    if text is None:
+        return Record()
+    try:
+        return Record(**json.loads(text))
+    except (ValueError, TypeError):
+        raise Failure(
+            f"{path} is damaged", hint=f"remove it; what differs from this version is then kept: rm {path}"
+        ) from None
+
+
+def refuse_package(record: Record, os_dir: str, what: str) -> None:
+    if record.package:
+        raise Failure(f"{os_dir} belongs to the package {record.package}", hint=f"{what} the package instead")
 
 
 def _replace(path: str, entry: Entry) -> None:
@@ -124,7 +195,11 @@ def _replace(path: str, entry: Entry) -> None:
         raise Failure(f"cannot write {path}: {error.strerror}") from None
 
 
-def _content(path: str) -> Optional[bytes]:
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def content(path: str) -> Optional[bytes]:
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -132,7 +207,7 @@ def _content(path: str) -> Optional[bytes]:
         return None
 
 
-def _under(root: str, path: str) -> str:
+def under(root: str, path: str) -> str:
     return os.path.join(root, path.lstrip("/"))
 
 
@@ -148,9 +223,9 @@ def _program() -> bytes:
         return file.read()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="imageos install", description=__doc__.splitlines()[0])
-    parser.add_argument("--root", default="/", help="put everything under this directory")
-    parser.add_argument("--os-dir", default=OS_DIR, help="directory of the OS definition (default: %(default)s)")
-    parser.add_argument("--bin-dir", default=BIN_DIR, help="directory of the commands (default: %(default)s)")
-    return parser
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog="imageos install", description=__doc__.splitlines()[0])
+    options.add_argument("--root", default="/", help="put everything under this directory")
+    options.add_argument("--os-dir", default=OS_DIR, help="directory of the OS definition (default: %(default)s)")
+    options.add_argument("--bin-dir", default=BIN_DIR, help="directory of the commands (default: %(default)s)")
+    return options

@@ -2,13 +2,14 @@
 
 import os
 import re
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
 from imageos import settings
-from imageos.commands import install
+from imageos.commands import install, uninstall
 from imageos.commands.install import Entry
 from imageos.errors import Failure
 
@@ -83,6 +84,47 @@ def test_site_file_is_kept(root: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert put(root, "/conf", "shipped 3", site=True)
     assert (root / "conf.new").read_text() == "shipped 3"
     assert sorted(os.listdir(root)) == ["conf", "conf.new"]
+
+
+def test_site_file_that_nobody_changed_is_replaced(root: Path) -> None:
+    put(root, "/hooks/grub", "shipped 1", site=True)
+    (root / "hooks/grub").chmod(0o755)
+    known = {"/hooks/grub": install.digest(b"shipped 1")}
+    assert install.put(str(root), Entry("/hooks/grub", b"shipped 2", site=True), known)
+    assert (root / "hooks/grub").read_text() == "shipped 2"
+    assert os.access(root / "hooks/grub", os.X_OK), "the site has enabled it"
+    assert os.listdir(root / "hooks") == ["grub"]
+
+
+def test_link_of_the_site_is_kept(root: Path) -> None:
+    """Some manage /etc as links into a checkout."""
+    (root / "managed").write_text("shipped 1")
+    (root / "conf").symlink_to(root / "managed")
+    known = {"/conf": install.digest(b"shipped 1")}
+    assert install.put(str(root), Entry("/conf", b"shipped 2", site=True), known)
+    assert (root / "managed").read_text() == "shipped 1"
+    assert (root / "conf.new").read_text() == "shipped 2"
+
+
+def test_what_was_offered_is_taken_away_once_it_is_taken_over(root: Path) -> None:
+    put(root, "/conf", "the site's", site=True)
+    put(root, "/conf", "shipped", site=True)
+    (root / "conf").write_text("shipped")
+    assert put(root, "/conf", "shipped", site=True)
+    assert os.listdir(root) == ["conf"]
+    (root / "conf.new").write_text("somebody's")
+    assert not put(root, "/conf", "shipped", site=True)
+    assert (root / "conf.new").read_text() == "somebody's"
+
+
+def test_link_in_place_of_our_file_is_not_followed(root: Path, tmp_path: Path) -> None:
+    """The ancestor's parameters.list is a link into /etc."""
+    outside = tmp_path / "outside"
+    outside.write_text("new")
+    (root / "file").symlink_to(outside)
+    assert put(root, "/file", "new")
+    assert not (root / "file").is_symlink()
+    assert outside.exists()
 
 
 def test_site_may_enable_a_hook(root: Path) -> None:
@@ -167,6 +209,9 @@ def test_paths_of_the_contract(shipped: Path) -> None:
     made = {entry.path: entry for entry in everything()}
     for name in ("create", "import", "export", "rename", "verify"):
         assert made[f"{OS_DIR}/{name}"].link
+    for name in ("mount-disks", "umount-disks", "make-dump", "make-qemu-img", "ganeti-image"):
+        assert made[f"{OS_DIR}/tools/{name}"].link == "../imageos"
+        assert made[f"/usr/local/sbin/{name}"].link == f"{OS_DIR}/imageos"
     assert made[f"{OS_DIR}/variants.list"].link == f"{SITE_DIR}/variants.list"
     assert made[f"{OS_DIR}/ganeti_api_version"].content == b"20\n15\n10\n"
     assert made["/usr/local/sbin/imageos"].link == f"{OS_DIR}/imageos"
@@ -226,6 +271,167 @@ def test_source_tree_cannot_be_installed(root: Path) -> None:
     with pytest.raises(Failure, match="from the built file only") as raised:
         install.main(["--root", str(root)])
     assert "build.py" in str(raised.value.hint)
+
+
+# Upgrades, and the end
+
+
+def call(command: str, root: Path) -> int:
+    return {"install": install, "uninstall": uninstall}[command].main(["--root", str(root)])
+
+
+def tree(root: Path) -> dict[str, object]:
+    """Every path with what it is."""
+    return {
+        str(path.relative_to(root)): os.readlink(path)
+        if path.is_symlink()
+        else (path.read_bytes(), path.stat().st_mode)
+        if path.is_file()
+        else None
+        for path in root.rglob("*")
+    }
+
+
+def newer(package: Path) -> None:
+    """Make the package one with another default.conf, defaults file and hook."""
+    for name in ("defaults", "hooks.d"):
+        copy = package / f"{name}.copy"
+        shutil.copytree(CHECKOUT / name, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        (package / name).unlink()
+        copy.rename(package / name)
+    for path in (package / "defaults/default.conf", package / "defaults/variants.list", package / "hooks.d/grub"):
+        path.write_text(path.read_text() + "# of version 2\n")
+
+
+def test_upgrade_replaces_what_nobody_changed(shipped: Path, root: Path) -> None:
+    call("install", root)
+    newer(shipped)
+    call("install", root)
+    site = root / SITE_DIR.lstrip("/")
+    for name in ("variants/default.conf", "variants.list", "hooks/grub"):
+        assert "of version 2" in (site / name).read_text()
+    assert not list(root.rglob("*.new"))
+
+
+def test_upgrade_keeps_what_the_site_changed(shipped: Path, root: Path) -> None:
+    call("install", root)
+    site = root / SITE_DIR.lstrip("/")
+    for name in ("variants/default.conf", "variants.list", "hooks/grub"):
+        (site / name).write_text(f"the site's {name}\n")
+    newer(shipped)
+    call("install", root)
+    for name in ("variants/default.conf", "variants.list", "hooks/grub"):
+        assert (site / name).read_text() == f"the site's {name}\n"
+    assert sorted(path.name for path in root.rglob("*.new")) == ["default.conf.new", "grub.new"]
+    before = tree(root)
+    call("install", root)
+    assert tree(root) == before
+
+
+def test_what_was_removed_comes_back(shipped: Path, root: Path) -> None:
+    call("install", root)
+    before = tree(root)
+    (root / SITE_DIR.lstrip("/") / "variants.list").unlink()
+    (root / OS_DIR.lstrip("/") / "create").unlink()
+    call("install", root)
+    assert tree(root) == before
+
+
+def test_uninstall_leaves_nothing_of_its_own(shipped: Path, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    call("install", root)
+    assert call("uninstall", root) == 0
+    assert [path for path in root.rglob("*") if not path.is_dir()] == []
+    for directory in (OS_DIR, SITE_DIR, settings.CACHE_DIR):
+        assert not (root / directory.lstrip("/")).exists()
+    for directory in ("usr/share/ganeti/os", "etc/ganeti", "etc/default", "usr/local/sbin", "var/cache"):
+        assert (root / directory).is_dir(), "not ours"
+    assert "left" not in capfd.readouterr().err
+    assert call("uninstall", root) == 0
+    assert "nothing to remove" in capfd.readouterr().err
+
+
+def test_uninstall_leaves_what_the_site_made(shipped: Path, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    call("install", root)
+    kept = {
+        f"{SITE_DIR}/variants/default.conf": "changed",
+        f"{SITE_DIR}/hooks/mine": "made",
+        "/etc/default/ganeti-instance-image": "changed",
+        "/var/cache/ganeti-instance-image/debian-12-x86_64.tar.gz": "an image",
+        f"{OS_DIR}/verify": "the site's own script",
+    }
+    for path, text in kept.items():
+        place = root / path.lstrip("/")
+        place.unlink(missing_ok=True)
+        place.write_text(text)
+    assert call("uninstall", root) == 0
+    said = capfd.readouterr().err
+    for path, text in kept.items():
+        assert (root / path.lstrip("/")).read_text() == text
+        assert f"left: {root}{path}\n" in said
+    assert len([path for path in root.rglob("*") if not path.is_dir()]) == len(kept)
+    assert not (root / SITE_DIR.lstrip("/") / "networks").exists()
+    call("install", root)
+    assert (root / SITE_DIR.lstrip("/") / "variants/default.conf").read_text() == "changed"
+
+
+def test_uninstall_knows_where_the_commands_are(shipped: Path, root: Path) -> None:
+    install.main(["--root", str(root), "--bin-dir", "/opt/bin"])
+    call("uninstall", root)
+    assert list((root / "opt/bin").iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_what_a_package_has_installed_is_left_to_it(command: str, shipped: Path, root: Path) -> None:
+    call("install", root)
+    record = root / OS_DIR.lstrip("/") / install.RECORD
+    record.write_text('{"package": "ganeti-instance-image"}')
+    before = tree(root)
+    with pytest.raises(Failure, match="belongs to the package ganeti-instance-image"):
+        call(command, root)
+    assert tree(root) == before
+
+
+def test_damaged_record(shipped: Path, root: Path) -> None:
+    call("install", root)
+    (root / OS_DIR.lstrip("/") / install.RECORD).write_text("{")
+    with pytest.raises(Failure, match="installed.json is damaged"):
+        call("install", root)
+
+
+def test_ancestor_is_taken_over_with_its_configuration(shipped: Path, root: Path) -> None:
+    """Its scripts are replaced, also where they are links; what is in /etc and /var stays as it was."""
+    ancestor = {
+        "/etc/default/ganeti-instance-image": 'SWAP="no"\n',
+        f"{SITE_DIR}/variants.list": "centos-6\n",
+        f"{SITE_DIR}/parameters.list": "swap Make swap\n",
+        f"{SITE_DIR}/variants/default.conf": "",
+        f"{SITE_DIR}/variants/centos-6.conf": 'IMAGE_NAME="centos-6.6"\n',
+        f"{SITE_DIR}/hooks/grub": "#!/bin/bash\n. common.sh\n",
+        f"{SITE_DIR}/networks/subnets/vlan100": "NETMASK=255.255.255.0\n",
+        "/var/cache/ganeti-instance-image/centos-6.6-x86_64.tgz": "image",
+    }
+    scripts = ("create", "import", "export", "rename", "verify", "common.sh", "tools/mount-disks")
+    for path in (*ancestor, *(f"{OS_DIR}/{name}" for name in scripts)):
+        place = root / path.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(ancestor.get(path, "#!/bin/bash\n"))
+    (root / SITE_DIR.lstrip("/") / "hooks/grub").chmod(0o755)
+    os_dir = root / OS_DIR.lstrip("/")
+    for name in ("variants.list", "parameters.list"):
+        (os_dir / name).symlink_to(f"{SITE_DIR}/{name}")
+    (root / "usr/sbin").mkdir()
+
+    call("install", root)
+    for path, text in ancestor.items():
+        assert (root / path.lstrip("/")).read_text() == text, path
+    assert os.access(root / SITE_DIR.lstrip("/") / "hooks/grub", os.X_OK)
+    for name in ("create", "import", "export", "rename", "verify", "tools/mount-disks"):
+        assert (os_dir / name).resolve() == os_dir / "imageos"
+    assert (os_dir / "parameters.list").read_text() == install.parameters_list()
+    assert not (os_dir / "parameters.list").is_symlink()
+    call("uninstall", root)
+    for path, text in ancestor.items():
+        assert (root / path.lstrip("/")).read_text() == text, path
 
 
 # Ganeti's formats

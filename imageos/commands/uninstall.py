@@ -1,0 +1,91 @@
+"""uninstall: take away what install has put on this node, and nothing else.
+
+What the site has made or changed stays, and is named; so do images. Instances need no OS definition to run, only to be
+made, reinstalled, renamed, exported or imported. Done again, it changes nothing.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+from imageos import log
+from imageos.commands.install import DIRECTORIES, RECORD, Record, content, digest, read_record, refuse_package, under
+from imageos.errors import Failure
+from imageos.hooks import OS_DIR
+from imageos.run import available, run
+from imageos.settings import CACHE_DIR, DEFAULTS_FILE, SITE_DIR
+
+MOST_SHOWN = 20
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parser().parse_args(arguments)
+    root = os.path.abspath(options.root)
+    record = read_record(root, options.os_dir)
+    refuse_package(record, options.os_dir, "remove")
+    if not record.links:
+        log.info(f"imageos is not installed in {under(root, options.os_dir)}: nothing to remove")
+        return 0
+    if root == "/":
+        warn_of_instances(os.path.basename(options.os_dir))
+    # We may run from one of these files: no module is imported any more.
+    remove(root, record)
+    with suppress(FileNotFoundError):
+        os.unlink(under(root, f"{options.os_dir}/{RECORD}"))
+    tops = (options.os_dir, SITE_DIR, CACHE_DIR)
+    remove_directories(root, [*DIRECTORIES, f"{SITE_DIR}/networks", f"{options.os_dir}/tools", *tops])
+    left = sorted(files_below(root, [*tops, DEFAULTS_FILE]))
+    for path in left[:MOST_SHOWN]:
+        log.info(f"left: {path}")
+    if left[MOST_SHOWN:]:
+        log.info(f"left: {len(left) - MOST_SHOWN} more")
+    log.info(f"imageos is not installed in {under(root, options.os_dir)} any more")
+    return 0
+
+
+def warn_of_instances(os_name: str) -> None:
+    """Name the instances that cannot be reinstalled any more; only the master knows them."""
+    if not available("gnt-instance"):
+        return
+    with suppress(Failure):
+        rows = [line.split() for line in run(["gnt-instance", "list", "--no-headers", "-o", "name,os"]).splitlines()]
+        names = [row[0] for row in rows if len(row) == 2 and row[1].partition("+")[0] == os_name]
+        if names:
+            log.warning(f"there are instances with the OS {os_name}: {' '.join(names)}")
+
+
+def remove(root: str, record: Record) -> None:
+    """Remove what is as install has left it; the program itself goes last."""
+    for path, text in reversed(list(record.links.items())):
+        place = under(root, path)
+        if os.path.islink(place) and os.readlink(place) == text:
+            os.unlink(place)
+    for path, known in reversed(list(record.files.items())):
+        place = under(root, path)
+        found = None if os.path.islink(place) else content(place)
+        if found is not None and digest(found) == known:
+            os.unlink(place)
+
+
+def remove_directories(root: str, directories: Sequence[str]) -> None:
+    """Remove those that are empty, the deepest first."""
+    for directory in sorted((under(root, one) for one in directories), key=len, reverse=True):
+        with suppress(OSError):  # not empty, not there, a link of the site's
+            os.rmdir(directory)
+
+
+def files_below(root: str, tops: Sequence[str]) -> Iterator[str]:
+    """All files in the directories `tops`, and those of `tops` that are none."""
+    for top in (under(root, one) for one in tops):
+        if os.path.isfile(top):
+            yield top
+        for directory, _, names in os.walk(top):
+            yield from (f"{directory}/{name}" for name in names)
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog="imageos uninstall", description=__doc__.splitlines()[0])
+    options.add_argument("--root", default="/", help="take it away from under this directory")
+    options.add_argument("--os-dir", default=OS_DIR, help="directory of the OS definition (default: %(default)s)")
+    return options
