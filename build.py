@@ -92,6 +92,8 @@ TEST_NEEDS = (
     Need("setpriv", "util-linux", "util-linux-core", "runs as an ordinary user"),
     Need("ip", "iproute2", "iproute", "networks of namespaces"),
     Need("bash", "bash", "bash", "settings files"),
+    Need("zsh", "zsh", "zsh", "completion of zsh"),
+    Need("groff", "groff-base", "groff-base", "the manual page"),
     Need("mkfs.xfs", "xfsprogs", "xfsprogs", "FILESYSTEM=xfs"),
     Need("mkfs.btrfs", "btrfs-progs", "btrfs-progs", "FILESYSTEM=btrfs"),
     Need("mkfs.vfat", "dosfstools", "dosfstools", "EFI system partition"),

@@ -27,6 +27,8 @@ COMMANDS = {
 # Those that Ganeti calls: without arguments, but for `verify parameters`.
 SCRIPTS = ("create", "import", "export", "rename", "verify")
 
+MANUALS = ("--man", "--completion")
+
 USAGE = "usage: imageos COMMAND [ARGUMENT...] | imageos --help | imageos --version"
 
 
@@ -48,6 +50,8 @@ def dispatch(argv: list[str]) -> int:
     if name in ("--help", "-h", "help"):
         print(overview(), end="")
         return 0
+    if name in MANUALS:
+        return print_manual(name, arguments)
     if name not in COMMANDS:
         raise Usage(f"unknown command {name}{_nearest(name)}", hint=USAGE)
     module = _load(name)
@@ -68,6 +72,24 @@ def script_help(name: str, module: ModuleType) -> str:
     return f"usage: imageos {name}{argument}\n\n{about}\n\n{elsewhere}\n"
 
 
+def print_manual(name: str, arguments: list[str]) -> int:
+    """What the packages install: the manual page, or the completion of a shell."""
+    from imageos import manual
+
+    modules = {one: _load(one) for one in COMMANDS}
+    commands = [
+        manual.Command(one, what, modules[one].__doc__ or "", getattr(modules[one], "parser", lambda: None)())
+        for one, what in COMMANDS.items()
+    ]
+    if [name, *arguments] == ["--man"]:
+        print(manual.page(commands), end="")
+    elif name == "--completion" and arguments in (["bash"], ["zsh"]):
+        print(manual.completion(arguments[0], commands), end="")
+    else:
+        raise Usage(f"{name}: wrong arguments", hint="imageos --man | imageos --completion bash|zsh")
+    return 0
+
+
 def overview() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:<{width}}{what}" for name, what in COMMANDS.items()]
@@ -81,7 +103,8 @@ def overview() -> str:
                 *lines,
                 "",
                 "The file does the command that it is called as: create is usually a link to imageos.",
-                "imageos COMMAND --help says more of one.",
+                "imageos COMMAND --help says more of one, imageos --man | man -l - everything.",
+                "imageos --completion bash (or zsh) prints the shell's completion.",
             ]
         )
         + "\n"

@@ -224,8 +224,14 @@ def _program() -> bytes:
 
 
 def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(prog="imageos install", description=__doc__.splitlines()[0])
-    options.add_argument("--root", default="/", help="put everything under this directory")
-    options.add_argument("--os-dir", default=OS_DIR, help="directory of the OS definition (default: %(default)s)")
-    options.add_argument("--bin-dir", default=BIN_DIR, help="directory of the commands (default: %(default)s)")
+    options = argparse.ArgumentParser(
+        prog="imageos install", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--root", default="/", metavar="DIR", help="put everything under this directory")
+    options.add_argument(
+        "--os-dir", default=OS_DIR, metavar="DIR", help="directory of the OS definition (default: %(default)s)"
+    )
+    options.add_argument(
+        "--bin-dir", default=BIN_DIR, metavar="DIR", help="directory of the commands (default: %(default)s)"
+    )
     return options

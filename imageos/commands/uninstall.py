@@ -85,7 +85,11 @@ def files_below(root: str, tops: Sequence[str]) -> Iterator[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(prog="imageos uninstall", description=__doc__.splitlines()[0])
-    options.add_argument("--root", default="/", help="take it away from under this directory")
-    options.add_argument("--os-dir", default=OS_DIR, help="directory of the OS definition (default: %(default)s)")
+    options = argparse.ArgumentParser(
+        prog="imageos uninstall", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--root", default="/", metavar="DIR", help="take it away from under this directory")
+    options.add_argument(
+        "--os-dir", default=OS_DIR, metavar="DIR", help="directory of the OS definition (default: %(default)s)"
+    )
     return options

@@ -31,7 +31,7 @@ ORDER = [
     *("commands.mount_disks", "commands.umount_disks"),
     *("commands.make_dump", "commands.make_qemu_img", "commands.ganeti_image"),
     *("commands.install", "commands.uninstall", "commands.doctor"),
-    "cli",
+    *("manual", "cli"),
 ]
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).replace(".__init__", ""): path

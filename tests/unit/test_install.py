@@ -277,7 +277,8 @@ def test_source_tree_cannot_be_installed(root: Path) -> None:
 
 
 def call(command: str, root: Path) -> int:
-    return {"install": install, "uninstall": uninstall}[command].main(["--root", str(root)])
+    main = {"install": install.main, "uninstall": uninstall.main}[command]
+    return main(["--root", str(root)])
 
 
 def tree(root: Path) -> dict[str, object]:
