@@ -4,6 +4,8 @@
        sudo ./build.py demo --debian   the same with Debian, and boot it in qemu to its login prompt
        sudo ./build.py test [ARGS...]  build it and run all tests; ARGS are for pytest
        sudo ./build.py bench [NAME...] build it and measure it against the same work done by hand
+       ./build.py deb                  build it and a package for Debian and its relatives, in dist
+       ./build.py rpm                  the same for Fedora and its relatives
        ./build.py --help               show this
 
 What is missing is installed: system packages by apt-get or dnf (only as root; another user is
@@ -12,8 +14,10 @@ told what to install), shiv and the tools of the tests in .venv, as pip is confi
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -24,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +41,11 @@ DIST = CHECKOUT / "dist"
 CACHE = CHECKOUT / ".cache"
 VENV = CHECKOUT / ".venv"
 ZIPAPP = DIST / "imageos"
+
+# Where it is installed
+OS_DIR = "/usr/share/ganeti/os/image"
+SITE_DIR = "/etc/ganeti/instance-image"
+IMAGE_DIR = "/var/cache/ganeti-instance-image"
 
 # --- What is needed, and why ----------------------------------------------------------------------
 
@@ -86,8 +96,13 @@ DEBIAN_NEEDS = (
     ),
     Need("qemu-system-x86_64", "qemu-system-x86", "qemu-system-x86-core", "boots the result"),
 )
+DEB_NEEDS = (Need("dpkg-deb", "dpkg", "dpkg", "builds the package"),)
+RPM_NEEDS = (Need("rpmbuild", "rpm", "rpm-build", "builds the package"),)
 TEST_NEEDS = (
     *DEBIAN_NEEDS,
+    *DEB_NEEDS,
+    *RPM_NEEDS,
+    Need("lintian", "lintian", "", "what Debian says of the package"),
     Need("strace", "strace", "strace", "sees which files and programs are used"),
     Need("setpriv", "util-linux", "util-linux-core", "runs as an ordinary user"),
     Need("ip", "iproute2", "iproute", "networks of namespaces"),
@@ -150,9 +165,61 @@ from imageos.cli import main
 sys.exit(main())
 """
 
+# --- The packages: what they say ------------------------------------------------------------------
+
+PACKAGE = "ganeti-instance-image"  # the ancestor's name: what installs that installs this
+MAINTAINER = "The imageos developers <developers@imageos.example>"
+SUMMARY = "OS definition of Ganeti that deploys images"
+DESCRIPTION = """\
+imageos turns an image (a tarball, a dump, or a disk image such as the cloud images of the distributions) into a
+running Ganeti instance: grown to its disk, named, unique, booting. It exports and imports the disks of instances. It
+takes the place of ganeti-instance-image 0.7 and keeps its configuration.
+"""
+LINTIAN_OVERRIDES = f"""\
+# optional hooks are off until the site makes them executable
+{PACKAGE}: script-not-executable [etc/ganeti/instance-image/hooks/*]
+# env -S python3 -IS: deaf to PYTHON* variables and to the node's own modules
+{PACKAGE}: unusual-interpreter -S [usr/share/ganeti/os/image/imageos]
+"""
+
+
+@dataclass(frozen=True)
+class Dependency:
+    """What the package wants on a node."""
+
+    strength: str  # a field of both formats; in an rpm, Depends is Requires
+    deb: str  # empty: every Debian has it (Essential)
+    rpm: str
+    why: str
+
+
+DEPENDENCIES = (
+    Dependency("Depends", "python3 (>= 3.9)", "python3 >= 3.9", "runs imageos"),
+    Dependency("Depends", "", "util-linux", "blkid, mkswap; on Fedora sfdisk, too"),
+    Dependency("Depends", "", "coreutils", "dd writes raw images"),
+    Dependency("Depends", "", "tar", "tarballs"),
+    Dependency("Depends", "", "gzip", "compressed images"),
+    Dependency("Depends", "fdisk", "util-linux", "sfdisk reads and writes partition tables"),
+    Dependency("Depends", "e2fsprogs", "e2fsprogs", "FILESYSTEM=ext4 and its relatives, and growing them"),
+    Dependency("Recommends", "btrfs-progs", "btrfs-progs", "FILESYSTEM=btrfs, disk images with it"),
+    Dependency("Recommends", "bzip2", "bzip2", "compressed images"),
+    Dependency("Recommends", "ca-certificates", "ca-certificates", "IMAGE_URL=https://..."),
+    Dependency("Recommends", "dosfstools", "dosfstools", "PARTITION_TABLE=gpt: the EFI system partition"),
+    Dependency("Recommends", "dump", "dump", "IMAGE_TYPE=dump"),
+    Dependency("Recommends", "gdisk", "gdisk", "sgdisk grows a disk image with a GPT"),
+    Dependency("Recommends", "gpgv", "gnupg2", "IMAGE_KEYRING"),
+    Dependency("Recommends", "lz4", "lz4", "compressed images"),
+    Dependency("Recommends", "qemu-utils", "qemu-img", "qcow2 images"),
+    Dependency("Recommends", "xfsprogs", "xfsprogs", "FILESYSTEM=xfs, disk images with it"),
+    Dependency("Recommends", "xz-utils", "xz", "compressed images"),
+    Dependency("Recommends", "zstd", "zstd", "compressed images"),
+    Dependency("Suggests", "lbzip2", "lbzip2", "unpacks bzip2 on all processors"),
+    Dependency("Suggests", "pigz", "pigz", "unpacks gzip faster"),
+    Dependency("Enhances", "ganeti", "ganeti", "which calls it"),
+)
+
 # --- The demonstration: what it consists of -------------------------------------------------------
 
-OS_DIR = "/usr/share/ganeti/os/image"
 RECORDED = CHECKOUT / "tests/env/create-kvm-network.env"  # what a real cluster set
 
 # Runs `$@` where the files that were installed under $1 are the machine's. In a mount namespace of
@@ -223,6 +290,10 @@ def dispatch(arguments: list[str]) -> int:
         demo()
     elif arguments == ["demo", "--debian"]:
         demo_debian()
+    elif arguments == ["deb"]:
+        deb()
+    elif arguments == ["rpm"]:
+        rpm()
     elif arguments[0] == "test":
         return test(arguments[1:])
     elif arguments[0] == "bench":
@@ -294,6 +365,34 @@ def bench(names: list[str]) -> int:
     python = virtual_environment(TEST_TOOLS)
     build()
     return subprocess.run([str(python), str(CHECKOUT / "tests/bench/bench.py"), *names], cwd=CHECKOUT).returncode
+
+
+def deb() -> None:
+    install_packages(DEB_NEEDS)
+    build()
+    with scratch_directory() as work:
+        tree = package_tree(work, zsh_completions="usr/share/zsh/vendor-completions")
+        write_debian_parts(tree)
+        package = DIST / f"{PACKAGE}_{package_version()}_all.deb"
+        # xz: what every Debian and Ubuntu can read
+        command = ["dpkg-deb", "--root-owner-group", "-Zxz", "--build", str(tree), str(package)]
+        run(command, environment={"SOURCE_DATE_EPOCH": str(EPOCH)})
+    say(f"built {shown(package)}: {package.stat().st_size} bytes")
+
+
+def rpm() -> None:
+    install_packages(RPM_NEEDS)
+    build()
+    with scratch_directory() as work:
+        tree = package_tree(work, zsh_completions="usr/share/zsh/site-functions")
+        spec = work / f"{PACKAGE}.spec"
+        spec.write_text(rpm_spec(tree))
+        definitions = [f"--define={name} {value}" for name, value in rpm_macros(work).items()]
+        run(["rpmbuild", "-bb", *definitions, str(spec)], environment={"SOURCE_DATE_EPOCH": str(EPOCH)})
+        (built,) = work.glob("rpms/*.rpm")
+        package = DIST / built.name
+        shutil.move(built, package)
+    say(f"built {shown(package)}: {package.stat().st_size} bytes")
 
 
 # --- System packages and the virtual environment --------------------------------------------------
@@ -443,6 +542,150 @@ def member_header(name: str) -> zipfile.ZipInfo:
     header.create_system = 3  # Unix
     header.external_attr = 0o100644 << 16
     return header
+
+
+# --- The packages ---------------------------------------------------------------------------------
+
+
+def package_version() -> str:
+    """`1.0.dev0` as both formats say it, where it comes before 1.0."""
+    return run([str(ZIPAPP), "--version"]).split()[1].replace(".dev", "~dev")
+
+
+def package_tree(work: Path, zsh_completions: str) -> Path:
+    """What the package puts on a node: what `imageos install` does, the manual, the completions."""
+    tree = work / "tree"
+    tree.mkdir()
+    run([str(ZIPAPP), "install", "--root", str(tree), "--bin-dir", "/usr/sbin"])
+    # From now on the package is asked what the site has changed.
+    record = tree / OS_DIR[1:] / "installed.json"
+    record.write_text(json.dumps({"package": PACKAGE}) + "\n")
+    for link in (tree / "usr/sbin").iterdir():
+        relink(link, os.path.relpath(os.readlink(link), "/usr/sbin"))
+    write_compressed(tree / "usr/share/man/man8/imageos.8.gz", run([str(ZIPAPP), "--man"]))
+    bash = tree / "usr/share/bash-completion/completions"
+    write(bash / "imageos", run([str(ZIPAPP), "--completion", "bash"]))
+    write(tree / zsh_completions / "_imageos", run([str(ZIPAPP), "--completion", "zsh"]))
+    for tool in (tree / OS_DIR[1:] / "tools").iterdir():
+        (bash / tool.name).symlink_to("imageos")  # bash looks for a file of the command's name
+        (tree / f"usr/share/man/man8/{tool.name}.8.gz").symlink_to("imageos.8.gz")
+    for name in ("README.rst", "NEWS.rst"):
+        write(tree / f"usr/share/doc/{PACKAGE}/{name}", (CHECKOUT / name).read_text())
+    return tree
+
+
+def relink(link: Path, text: str) -> None:
+    link.unlink()
+    link.symlink_to(text)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def write_compressed(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def configuration(tree: Path) -> list[str]:
+    """The files that the site may change."""
+    return sorted(f"/{path.relative_to(tree)}" for path in (tree / "etc").rglob("*") if path.is_file())
+
+
+def requirements(strength: str, column: str) -> list[str]:
+    """Of the packages in one column of DEPENDENCIES those of this strength, each once."""
+    names = [getattr(one, column) for one in DEPENDENCIES if one.strength == strength]
+    return sorted({name for name in names if name})
+
+
+def write_debian_parts(tree: Path) -> None:
+    """What makes a tree a Debian package: see deb-control(5), deb-conffiles(5)."""
+    doc = tree / f"usr/share/doc/{PACKAGE}"
+    write(doc / "copyright", (CHECKOUT / "LICENSE").read_text())
+    write(tree / f"usr/share/lintian/overrides/{PACKAGE}", LINTIAN_OVERRIDES)
+    write_compressed(doc / "changelog.gz", debian_changelog())
+    # before DEBIAN exists: it is no part of what is installed
+    files = sorted(path for path in tree.rglob("*") if path.is_file() and not path.is_symlink())
+    sums = "".join(f"{hashlib.md5(path.read_bytes()).hexdigest()}  {path.relative_to(tree)}\n" for path in files)
+    size = sum(-(-path.stat().st_size // 1024) for path in files)
+    write(tree / "DEBIAN/md5sums", sums)
+    write(tree / "DEBIAN/conffiles", "".join(f"{path}\n" for path in configuration(tree)))
+    write(tree / "DEBIAN/control", debian_control(size))
+
+
+def debian_control(size: int) -> str:
+    fields = {
+        "Package": PACKAGE,
+        "Version": package_version(),
+        "Architecture": "all",
+        "Section": "admin",
+        "Priority": "optional",
+        "Maintainer": MAINTAINER,
+        "Installed-Size": str(size),  # KiB
+        **{name: ", ".join(requirements(name, "deb")) for name in ("Depends", "Recommends", "Suggests", "Enhances")},
+        "Description": f"{SUMMARY}\n{textwrap.indent(textwrap.fill(DESCRIPTION, 76), ' ')}",
+    }
+    return "".join(f"{name}: {value}\n" for name, value in fields.items())
+
+
+def debian_changelog() -> str:
+    when = time.strftime("%a, %d %b %Y %H:%M:%S +0000", time.gmtime(EPOCH))
+    head = f"{PACKAGE} ({package_version()}) unstable; urgency=medium"
+    return f"{head}\n\n  * See NEWS.rst.\n\n -- {MAINTAINER}  {when}\n"
+
+
+def rpm_macros(work: Path) -> dict[str, str]:
+    return {
+        "_topdir": str(work),
+        "_rpmdir": str(work / "rpms"),
+        "_build_name_fmt": "%%{NAME}-%%{VERSION}-%%{RELEASE}.%%{ARCH}.rpm",
+        "_binary_payload": "w9.gzdio",  # what every rpm can read
+        # The same bytes wherever it is built
+        "_buildhost": "localhost",
+        "use_source_date_epoch_as_buildtime": "1",
+        "clamp_mtime_to_source_date_epoch": "1",
+        "build_mtime_policy": "clamp_to_source_date_epoch",
+        # Nothing is compiled; what is in the tree is complete
+        "__os_install_post": "%{nil}",
+        "debug_package": "%{nil}",
+    }
+
+
+def rpm_spec(tree: Path) -> str:
+    strengths = {"Requires": "Depends", "Recommends": "Recommends", "Suggests": "Suggests", "Enhances": "Enhances"}
+    wants = [f"{name}: {one}" for name, strength in strengths.items() for one in requirements(strength, "rpm")]
+    header = {
+        "Name": PACKAGE,
+        "Version": package_version(),
+        "Release": "1",
+        "Summary": SUMMARY,
+        "License": "BSD-2-Clause",
+        "BuildArch": "noarch",
+        "AutoReqProv": "no",
+    }
+    return "\n".join(
+        [
+            *(f"{name}: {value}" for name, value in header.items()),
+            *wants,
+            *("%description", DESCRIPTION),
+            *("%install", f"cp -a {shlex.quote(str(tree))}/. %{{buildroot}}"),
+            *("%files", "%defattr(-,root,root,-)", *rpm_files(tree), ""),
+        ]
+    )
+
+
+def rpm_files(tree: Path) -> Iterator[str]:
+    """The lines of %files: every file, and the directories that are the package's own."""
+    conffiles = configuration(tree)
+    for path in sorted(tree.rglob("*")):
+        name = f"/{path.relative_to(tree)}"
+        if path.is_dir() and not path.is_symlink():
+            if {OS_DIR, SITE_DIR, IMAGE_DIR, f"/usr/share/doc/{PACKAGE}"} & {name, *map(str, PurePath(name).parents)}:
+                yield f"%dir {name}"
+        else:
+            yield f"{'%config(noreplace) ' if name in conffiles else ''}{name}"
 
 
 # --- The demonstration ----------------------------------------------------------------------------

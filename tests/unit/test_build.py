@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 import pytest
 
 import build
+from imageos import hooks, run, settings
 
 
 @pytest.fixture(autouse=True)
@@ -217,3 +218,40 @@ def test_start_of_the_root_partition() -> None:
 
 def test_recorded_environment_is_there() -> None:
     assert "INSTANCE_NAME=" in build.RECORDED.read_text()
+
+
+# The packages
+
+
+def test_package_wants_every_program_that_imageos_runs() -> None:
+    """A program that is new in run.PACKAGES needs its line, with the reason, in DEPENDENCIES of build.py."""
+    always_there = {"util-linux", "coreutils", "tar", "gzip"}  # Essential: yes
+    wanted = {name.split()[0] for kind in ("Depends", "Recommends") for name in build.requirements(kind, "deb")}
+    assert set(run.PACKAGES.values()) <= wanted | always_there
+    for one in build.DEPENDENCIES:
+        assert one.why
+
+
+def test_rpm_wants_what_the_deb_wants() -> None:
+    assert build.requirements("Depends", "rpm") == [
+        "coreutils",
+        "e2fsprogs",
+        "gzip",
+        "python3 >= 3.9",
+        "tar",
+        "util-linux",
+    ]
+    for one in build.DEPENDENCIES:
+        assert one.rpm
+
+
+def test_version_of_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A development version comes before the release, for dpkg and rpm alike."""
+    monkeypatch.setattr(build, "run", lambda _: "imageos 1.0.dev0\n")
+    assert build.package_version() == "1.0~dev0"
+    monkeypatch.setattr(build, "run", lambda _: "imageos 1.0\n")
+    assert build.package_version() == "1.0"
+
+
+def test_paths_are_those_of_the_program() -> None:
+    assert (build.OS_DIR, build.SITE_DIR, build.IMAGE_DIR) == (hooks.OS_DIR, settings.SITE_DIR, settings.CACHE_DIR)
