@@ -89,14 +89,25 @@ def unpack_dump(source: Source, member: Member, directory: str) -> None:
     """Restore a dump(8) into a mounted filesystem; `restore` reads from the stream itself."""
     what = f"{member.name} of the backup"
     descriptor = source.handed_over(member.size)
+    progress = log.Progress(f"restoring {member.name}", member.size)
+    before = _used(directory)
     # TMPDIR, where restore keeps a list of all directories, is ours alone
     finished = run.pipeline(
         [["head", "-c", str(member.size)], ["restore", "-r", "-y", "-f", "-"]],
         stdin=descriptor,
         cwd=directory,
         prepare=limit_memory,
+        # a pipe has no place: what has arrived tells
+        tick=lambda: progress.update(_used(directory) - before),
     )
+    progress.close()
     dump.judge(Image(what, descriptor, member.size, ""), directory, finished)
+
+
+def _used(directory: str) -> int:
+    """Bytes that are in use on a filesystem."""
+    status = os.statvfs(directory)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
 @contextmanager
@@ -104,11 +115,14 @@ def staged(source: Source, member: Member, directory: str) -> Iterator[Image]:
     """A member as a file in `directory`, without a name: it is gone with us, however we end."""
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
+            progress = log.Progress(f"receiving {member.name}", member.size)
             left = member.size
             while left:
                 data = source.exactly(min(left, MIB))
                 file.write(data)
                 left -= len(data)
+                progress.update(member.size - left)
+            progress.close()
             file.flush()
             yield Image(f"{member.name} of the backup", file.fileno(), member.size, "")
     except OSError as error:

@@ -7,10 +7,13 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Optional
 
 PREFIX = "imageos: "
 # Whether `debug` prints; set once by the settings. As global as stderr itself.
 _debug = False
+# Whether the terminal's line has a bar in it.
+_drawn = False
 
 
 def set_debug(enabled: bool) -> None:
@@ -47,33 +50,84 @@ class Progress:
     """How far a long step is: a bar on a terminal, else a line every 10 seconds."""
 
     INTERVAL = 10.0  # seconds between lines in a log
-    WIDTH = 30  # characters of the bar
+    WIDTH = 30  # characters of the bar at most
 
     def __init__(self, what: str, total: int) -> None:
+        """`total` in bytes, 0 if it is not known."""
         self._what = what
         self._total = total
-        self._start = time.monotonic()
         self._terminal = os.isatty(2)
+        self._start = time.monotonic()
+        self._first: Optional[int] = None  # a download may begin in the middle
         self._next = self._start + (0.0 if self._terminal else self.INTERVAL)
 
     def update(self, done: int) -> None:
         """`done` of the total in bytes; may be called often."""
+        if self._first is None:
+            self._first = done
         now = time.monotonic()
-        if now < self._next or not self._total:
+        if now < self._next:
             return
         self._next = now + (0.2 if self._terminal else self.INTERVAL)
-        share = min(done / self._total, 1.0)
-        elapsed = now - self._start
-        left = f", {elapsed / share - elapsed:.0f} s left" if share > 0.01 and elapsed > 1 else ""
-        text = f"{self._what}: {share:4.0%} of {size(self._total)}{left}"
+        words = progress_words(done, self._total, done - self._first, now - self._start)
         if self._terminal:
-            bar = "#" * round(share * self.WIDTH)
-            os.write(2, f"\r\x1b[Kimageos: [{bar:<{self.WIDTH}}] {ascii_only(text)}".encode("ascii"))
+            share = min(done / self._total, 1.0) if self._total else None
+            _draw(bar(self._what, ", ".join(words), share, _columns()))
         else:
-            info(text)
+            info(f"{self._what}: {', '.join(words)}")
 
     def close(self) -> None:
-        if self._terminal:
+        _clear()
+
+
+def progress_words(done: int, total: int, moved: int, seconds: float) -> list[str]:
+    """How far a step is that has `moved` so many bytes in so many seconds."""
+    rate = moved / seconds if seconds >= 1 else 0.0
+    words = [f"{min(done / total, 1.0):.0%} of {size(total)}" if total else size(done)]
+    if rate:
+        words.append(f"{size(round(rate))}/s")
+    if rate and total:
+        words.append(f"{duration(max(0.0, (total - done) / rate))} left")
+    return words
+
+
+def bar(what: str, words: str, share: Optional[float], columns: int) -> str:
+    """One line that fits into a terminal: what it is gives way first, then the bar."""
+    drawn = f"[{'#' * round(share * Progress.WIDTH):<{Progress.WIDTH}}] " if share is not None else ""
+    if len(f"imageos: {drawn}{words}") >= columns:
+        drawn = ""
+    room = columns - 1 - len(f"imageos: {drawn}{words}, ")
+    name = what if len(what) <= room else f"...{what[len(what) - room + 3 :]}" if room > 10 else ""
+    return f"imageos: {drawn}{name}{', ' if name else ''}{words}"[: columns - 1]
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `5 min`, `2.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(2).columns or 80
+    except OSError:
+        return 80
+
+
+def _draw(line: str) -> None:
+    global _drawn
+    _drawn = True
+    with suppress(OSError):
+        os.write(2, f"\r\x1b[K{ascii_only(line)}".encode("ascii"))
+
+
+def _clear() -> None:
+    """Take the bar away, so that a line can be written in its place."""
+    global _drawn
+    if _drawn:
+        _drawn = False
+        with suppress(OSError):
             os.write(2, b"\r\x1b[K")
 
 
@@ -101,5 +155,6 @@ def size(count: int) -> str:
 def _write(line: str) -> None:
     # One write per line: the lines of concurrent processes do not mix in Ganeti's log.
     text = ascii_only(line.rstrip("\n")) + "\n"
+    _clear()
     with suppress(OSError):  # nobody reads any more? The exit status still tells.
         os.write(2, text.encode("ascii"))

@@ -119,9 +119,9 @@ def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch, capfd: Capture, cloc
         progress.update(done << 20)
     progress.close()
     assert capfd.readouterr().err.splitlines() == [
-        "imageos: unpacking:   9% of 100 MiB, 101 s left",
-        "imageos: unpacking:  19% of 100 MiB, 85 s left",
-        "imageos: unpacking:  29% of 100 MiB, 73 s left",
+        "imageos: unpacking: 9% of 100 MiB, 922 KiB/s, 2 min left",
+        "imageos: unpacking: 19% of 100 MiB, 973 KiB/s, 85 s left",
+        "imageos: unpacking: 29% of 100 MiB, 990 KiB/s, 73 s left",
     ]
 
 
@@ -135,20 +135,57 @@ def test_progress_of_a_short_step_is_silent(
     assert capfd.readouterr().err == ""
 
 
-def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capfd: Capture, clock: Iterator[float]) -> None:
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "isatty", lambda _: True)
+    monkeypatch.setattr(log, "_columns", lambda: 100)
+
+
+def test_progress_on_a_terminal(terminal: None, capfd: Capture, clock: Iterator[float]) -> None:
     progress = log.Progress("unpacking", 100)
+    progress.update(0)
     progress.update(50)
     progress.update(150)  # the total was too small a guess
     progress.close()
-    half, full, clear = capfd.readouterr().err.split("\r\x1b[K")[1:]
-    assert half == f"imageos: [{'#' * 15}{' ' * 15}] unpacking:  50% of 100 bytes"
-    assert full == f"imageos: [{'#' * 30}] unpacking: 100% of 100 bytes, 0 s left"
+    begin, half, full, clear = capfd.readouterr().err.split("\r\x1b[K")[1:]
+    assert begin == f"imageos: [{' ' * 30}] unpacking, 0% of 100 bytes"
+    assert half == f"imageos: [{'#' * 15}{' ' * 15}] unpacking, 50% of 100 bytes, 25 bytes/s, 2 s left"
+    assert full == f"imageos: [{'#' * 30}] unpacking, 100% of 100 bytes, 50 bytes/s, 0 s left"
     assert clear == ""
 
 
-def test_progress_without_a_total(capfd: Capture, clock: Iterator[float]) -> None:
-    progress = log.Progress("unpacking", 0)
-    for _ in range(50):
-        progress.update(0)
-    assert capfd.readouterr().err == ""
+def test_message_takes_the_place_of_the_bar(terminal: None, capfd: Capture, clock: Iterator[float]) -> None:
+    progress = log.Progress("unpacking", 100)
+    progress.update(50)
+    log.info("a message")
+    log.info("another")
+    progress.close()
+    assert capfd.readouterr().err.endswith("\r\x1b[Kimageos: a message\nimageos: another\n")
+
+
+def test_progress_without_a_total(terminal: None, capfd: Capture, clock: Iterator[float]) -> None:
+    progress = log.Progress("downloading", 0)
+    for done in range(3):
+        progress.update(done << 20)
+    assert capfd.readouterr().err.split("\r\x1b[K")[-1] == "imageos: downloading, 2 MiB, 683 KiB/s"
+
+
+def test_rate_of_what_began_in_the_middle() -> None:
+    assert log.progress_words(900, 1000, 100, 10.0) == ["90% of 1000 bytes", "10 bytes/s", "10 s left"]
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60, 80, 200])
+def test_bar_fits_into_the_terminal(columns: int) -> None:
+    what = "downloading https://images.example.org/ganeti/debian-12-generic-amd64.qcow2"
+    line = log.bar(what, "45% of 1.2 GiB, 120 MiB/s, 12 s left", 0.45, columns)
+    assert len(line) < columns
+    assert line.startswith("imageos: ")
+    if columns >= 60:
+        assert line.endswith("45% of 1.2 GiB, 120 MiB/s, 12 s left")
+    if columns == 200:
+        assert what in line and "[####" in line
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (9000, "2.5 h")])
+def test_duration(seconds: float, shown: str) -> None:
+    assert log.duration(seconds) == shown
