@@ -228,7 +228,9 @@ def load(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> Sett
     return settings
 
 
-def examine(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> tuple[Settings, list[Failure]]:
+def examine(
+    environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE, warn: Callable[[str], None] = log.warning
+) -> tuple[Settings, list[Failure]]:
     """As `load`, but gives all problems instead of raising; the settings hold what is right."""
     given = ganeti.variables(environ)
     problems: list[Failure] = []
@@ -251,13 +253,13 @@ def examine(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> t
             if variable.lower() in TABLE and variable.isupper():
                 take(variable.lower(), text, f"in {path}", variable)
             elif variable not in given:
-                _warn_unknown(variable, path, unknown)
+                _warn_unknown(variable, path, unknown, warn)
                 unknown[variable] = text
     for variable, text in given.items():
         if variable.startswith("OSP_"):
             name = variable[len("OSP_") :].lower()
             if name not in TABLE:
-                log.warning(f"unknown OS parameter {name}{_nearest(name, list(PARAMETERS))}")
+                warn(f"unknown OS parameter {name}{_nearest(name, list(PARAMETERS))}")
             elif name not in PARAMETERS:
                 problems.append(Failure(f"{name.upper()} cannot be set by an OS parameter ({variable})"))
             else:
@@ -323,11 +325,11 @@ def _parse(name: str, text: str, where: str, shown: str) -> Any:
         raise Failure(f"{shown}={seen} {where} is not accepted: it must be {error}") from None
 
 
-def _warn_unknown(variable: str, path: str, known: Mapping[str, str]) -> None:
+def _warn_unknown(variable: str, path: str, known: Mapping[str, str], warn: Callable[[str], None]) -> None:
     # A lower-case name is a file's own helper variable, CINIT_* are the cloud-init hook's.
     if variable not in known and variable.isupper() and not variable.startswith("CINIT_"):
         near = _nearest(variable, [name.upper() for name in TABLE])
-        log.warning(f"unknown setting {variable} in {path}{near}")
+        warn(f"unknown setting {variable} in {path}{near}")
 
 
 def _nearest(name: str, names: list[str]) -> str:

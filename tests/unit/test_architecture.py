@@ -23,7 +23,7 @@ ORDER = [
     # images
     *("web", "checksums", "cache", "fetch", "imagefile", "qcow2", "tarball", "dump", "diskimage", "images"),
     # backups
-    *("ext", "usage", "stream", "restore", "legacy"),
+    *("ext", "usage", "stream", "restore", "legacy", "wholeness"),
     # hooks: what one imports, and what runs them
     *("hook", "hooks"),
     # commands

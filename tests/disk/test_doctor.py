@@ -1,0 +1,263 @@
+"""doctor on a node: every failing check provoked for real."""
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support import PATH, SITE, Node, attached, listing, run
+
+
+class Doctor:
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    def __call__(self, *arguments: str, path: str = PATH, silent: bool = True) -> "tuple[int, str]":
+        """Its status and report; it writes nothing to the node's /etc, and the rest is read-only for it."""
+        before = listing(self.node.layer)
+        argv = [str(self.node.imageos), "doctor", "--os-dir", str(self.node.os_dir), *arguments]
+        done = subprocess.run(argv, env={"PATH": path}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert not silent or done.stderr == ""
+        assert done.stdout.isascii()
+        assert listing(self.node.layer) == before
+        return done.returncode, done.stdout
+
+    def well(self) -> str:
+        status, text = self()
+        assert status == 0, text
+        assert text.endswith("\nthis node can deploy its variants\n")
+        return text
+
+    def ill(self, *causes: str) -> str:
+        status, text = self()
+        assert status == 1, text
+        (line,) = (line for line in unwrapped(text).splitlines() if line.startswith("  ERROR"))
+        for cause in causes:
+            assert cause in line, text
+        return text
+
+
+def unwrapped(text: str) -> str:
+    return text.replace("\n         ", " ").replace(" -> ", "\n -> ")
+
+
+@pytest.fixture
+def doctor(node: Node, etc: Path) -> Doctor:
+    # what the ganeti on this machine, if any, has there
+    shutil.rmtree(SITE / "hooks", ignore_errors=True)
+    (SITE / "hooks").mkdir()
+    return Doctor(node)
+
+
+@pytest.fixture
+def image(node: Node, tmp_path: Path) -> Path:
+    """An image, and the variant `mine` that deploys it."""
+    tree = tmp_path / "tree/etc"
+    tree.mkdir(parents=True)
+    (tree / "noise").write_bytes(os.urandom(1 << 20))
+    node.variant("mine", "IMAGE_NAME=mine\n")
+    path = node.images / "mine-x86_64.tar.zst"
+    run("tar", "--create", "--zstd", "--directory", tree.parent, "--file", path, ".")
+    return path
+
+
+@contextmanager
+def hidden(program: str, tmp_path: Path) -> Iterator[None]:
+    """Nobody in our view of the machine can run `program`."""
+    place = shutil.which(program, path=PATH)
+    nothing = tmp_path / "nothing"
+    nothing.touch(0o644)
+    run("mount", "--bind", nothing, place)
+    try:
+        yield
+    finally:
+        run("umount", place)
+
+
+def test_healthy_node(doctor: Doctor, image: Path) -> None:
+    text = unwrapped(doctor.well())
+    assert f"variant mine: {image}, " in text, text
+    assert "variant default has no image of its own" in text
+    assert "namespaces: mount, pid, net, ipc, uts" in text
+
+
+def test_settings_that_are_no_shell(doctor: Doctor, node: Node) -> None:
+    node.variant("broken", "IMAGE_NAME=(\n")
+    doctor.ill("variant broken", str(SITE / "variants/broken.conf"))
+
+
+def test_wrong_value(doctor: Doctor, node: Node) -> None:
+    node.variant("broken", "FILESYSTEM=ext5\n")
+    doctor.ill("variant broken", "FILESYSTEM='ext5'", "ext2, ext3")
+
+
+def test_variant_without_file(doctor: Doctor) -> None:
+    with open(SITE / "variants.list", "a") as known:
+        known.write("absent\n")
+    doctor.ill("variant absent", "absent.conf")
+
+
+def test_settings_may_compute_with_the_instance(doctor: Doctor, node: Node) -> None:
+    node.variant("computed", "SWAP_SIZE=$((INSTANCE_BE_maxmem / 2))\n")
+    doctor.well()
+
+
+def test_what_is_odd_is_said_once(doctor: Doctor, node: Node) -> None:
+    node.defaults("FILESYTEM=xfs\n")
+    node.variant("second", "")
+    Node.write(SITE / "variants/unlisted.conf", "")
+    node.hook("name.with.dots", "#!/bin/sh\n")
+    node.hook("mine", "#!/bin/sh\n")
+    text = unwrapped(doctor.well())
+    assert text.count("unknown setting FILESYTEM") == 1
+    assert "unlisted.conf is not in" in text
+    assert "name.with.dots does not run" in text
+    assert "hooks: mine" in text
+
+
+def test_missing_image(doctor: Doctor, image: Path) -> None:
+    image.unlink()
+    text = doctor.ill("variant mine", "cannot find image")
+    assert "-> set IMAGE_NAME" in text
+
+
+@pytest.mark.parametrize("compression", ["zstd", "gzip", "xz", "bzip2", "lz4"])
+def test_truncated_image(compression: str, doctor: Doctor, image: Path, tmp_path: Path) -> None:
+    run("tar", "--create", "--use-compress-program", compression, "-C", tmp_path / "tree", "--file", image, ".")
+    doctor.well()
+    os.truncate(image, image.stat().st_size * 2 // 3)
+    doctor.ill(str(image), "truncated")
+
+
+def test_truncated_disk_images(doctor: Doctor, node: Node) -> None:
+    node.variant("disk", "IMAGE_NAME=disk\nIMAGE_TYPE=qemu\n")
+    raw, qcow2 = node.images / "disk-x86_64.raw", node.images / "disk-x86_64.qcow2"
+    raw.write_bytes(os.urandom(8 << 20))
+    run("sfdisk", "--quiet", "--wipe", "always", raw, text="start=2048\n")
+    run("qemu-img", "convert", "-O", "qcow2", raw, qcow2)
+    for path in (qcow2, raw):
+        doctor.well()
+        os.truncate(path, 4 << 20)
+        doctor.ill(str(path), "truncated")
+        path.unlink()
+
+
+def test_missing_program(doctor: Doctor, image: Path, tmp_path: Path) -> None:
+    """An error if a variant needs it, else a note."""
+    with hidden("zstd", tmp_path):
+        doctor.ill("variant mine", "missing on this node: zstd")
+    with hidden("mkfs.ext4", tmp_path):
+        assert "-> install e2fsprogs" in doctor.ill("mkfs.ext4 is missing: needed by variant mine")
+    with hidden("restore", tmp_path):
+        assert "restore missing: no variant needs it" in doctor.well()
+
+
+def test_program_where_ganeti_does_not_look(doctor: Doctor, image: Path, tmp_path: Path) -> None:
+    place = tmp_path / "local"
+    place.mkdir()
+    shutil.copy2(str(shutil.which("mkswap", path=PATH)), place / "mkswap")
+    with hidden("mkswap", tmp_path):
+        status, text = doctor(path=f"{place}:{PATH}")
+    assert status == 1
+    assert f"mkswap is in {place}, where Ganeti does not look" in unwrapped(text)
+
+
+def test_no_os_definition(doctor: Doctor, node: Node) -> None:
+    done = subprocess.run([node.imageos, "doctor", "--os-dir", "/nowhere"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "there is no OS definition in /nowhere" in done.stdout
+    assert "-> imageos install" in done.stdout
+
+
+def test_no_loop_devices(doctor: Doctor, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    nowhere.touch()
+    run("mount", "--bind", "-o", "nodev", nowhere, "/dev/loop-control")
+    run("mount", "-o", "remount,bind,ro,nodev", "/dev/loop-control")
+    try:
+        doctor.ill("/dev/loop-control")
+    finally:
+        run("umount", "/dev/loop-control")
+
+
+def test_no_space_for_a_download(doctor: Doctor, node: Node, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", full)
+    try:
+        node.defaults(f"CACHE_DIR={full}\n")
+        assert f"{full} (images): 1 MiB free" in unwrapped(doctor.well())
+        node.variant("remote", "IMAGE_NAME=x\nIMAGE_URL=http://127.0.0.1:9/\n")
+        status, text = doctor(silent=False)  # a download is tried again and again
+        assert status == 1
+        assert f"ERROR  {full} (images): 1 MiB free -> make room" in text.replace("\n         ", " ")
+        assert "variant remote: " in text, "nobody answers there, either"
+    finally:
+        run("umount", full)
+
+
+def test_leftover_loop_and_mount(doctor: Doctor, tmp_path: Path) -> None:
+    disk = tmp_path / "disk0"
+    disk.write_bytes(bytes(8 << 20))
+    with attached(disk) as loop:
+        text = unwrapped(doctor.well())
+        assert f"{loop} is attached to {disk}, and not used" in text
+        assert f"-> losetup -d {loop}" in text
+        run("mkfs.ext2", "-q", loop)
+        place = Path("/tmp/tmp.AbCdEf1234")
+        place.mkdir()
+        run("mount", loop, place)
+        try:
+            text = unwrapped(doctor.well())
+            assert f"{loop} is mounted at {place}\n -> umount -R {place} && rmdir {place}" in text
+            assert f"losetup -d {loop} " not in text, "in use"
+        finally:
+            run("umount", place)
+            place.rmdir()
+
+
+def test_json(doctor: Doctor, image: Path) -> None:
+    status, text = doctor("--json")
+    assert (status, json.loads(text)["can_deploy"]) == (0, True)
+    image.unlink()
+    status, text = doctor("--json")
+    assert status == 1
+    report = json.loads(text)
+    assert not report["can_deploy"]
+    assert [one["area"] for one in report["findings"] if one["level"] == "error"] == ["images"]
+
+
+def test_colour_on_a_terminal_only(doctor: Doctor, node: Node) -> None:
+    master, slave = pty.openpty()
+    with os.fdopen(master, "rb", 0) as output, os.fdopen(slave, "wb", 0) as terminal:
+        argv = [str(node.imageos), "doctor", "--os-dir", str(node.os_dir)]
+        subprocess.run(argv, env={"PATH": PATH}, stdout=terminal, stdin=subprocess.DEVNULL, check=True)
+        assert b"\x1b[32mok   \x1b[0m" in output.read(1 << 16)
+    assert "\x1b" not in doctor.well()
+
+
+def test_without_root(doctor: Doctor, node: Node) -> None:
+    """It says what it could not look at, and is content with the rest."""
+    place = Path("/var/tmp/doctor")
+    try:
+        run(node.imageos, "install", "--root", place)
+        run("chmod", "-R", "go+rX", place, "/etc/ganeti/instance-image")
+        argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]
+        os_dir = place / "usr/share/ganeti/os/image"
+        done = subprocess.run(
+            [*argv, os_dir / "imageos", "doctor", "--os-dir", os_dir],
+            env={"PATH": "/usr/local/bin:/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "?      namespaces and loop devices were not tried" in done.stdout
+        assert "mkfs.ext4" in done.stdout
+        assert done.stdout.endswith("as far as could be seen\n")
+    finally:
+        shutil.rmtree(place, ignore_errors=True)

@@ -1,0 +1,141 @@
+"""doctor: what it reads from the kernel's files, and how it shows what it found."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from imageos.commands import doctor
+from imageos.commands.doctor import ERROR, NOTE, OK, UNKNOWN, Report, Variant
+from imageos.errors import Failure
+from imageos.settings import Settings
+
+
+@pytest.fixture
+def block(tmp_path: Path) -> Path:
+    """A /sys/block with what crashed runs leave, and what is somebody else's."""
+    files = {
+        "loop0/loop": {"backing_file": "/srv/ganeti/file-storage/inst1/disk0", "autoclear": "0"},
+        "loop1/loop": {"backing_file": "/var/lib/snapd/snaps/core.snap", "autoclear": "1"},
+        "loop2/loop": {"backing_file": "/dev/vg/disk", "autoclear": "0"},
+        "loop3/loop": {"backing_file": "/srv/mounted", "autoclear": "0"},
+        "loop4/loop": {"backing_file": "/srv/with partitions mounted", "autoclear": "0"},
+        "loop5/loop": {"backing_file": "/srv/held", "autoclear": "0"},
+        "loop5/holders": {"dm-0": ""},
+        "loop6": {"size": "0"},
+        "dm-0/dm": {"name": "xenvg-inst1.disk0-1", "uuid": "part1-LVM-abc"},
+        "dm-1/dm": {"name": "xenvg-inst1.disk0", "uuid": "LVM-abc"},
+        "dm-2/dm": {"name": "mpatha-part1", "uuid": "part1-mpath-3600"},
+        "dm-3/dm": {"name": "loop0-1", "uuid": "part1-devnode_7:0_x"},
+        "sda": {"size": "8"},
+    }
+    for directory, entries in files.items():
+        (tmp_path / "block" / directory).mkdir(parents=True, exist_ok=True)
+        for name, text in entries.items():
+            (tmp_path / "block" / directory / name).write_text(text + "\n")
+    return tmp_path / "block"
+
+
+MOUNTS = """\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+40 22 253:2 / /tmp/tmp.aBcDeF1234 rw - ext3 /dev/mapper/xenvg-inst1.disk0-3 rw
+41 22 7:9 / /tmp/inst2.example.org_root rw - ext4 /dev/loop9p3 rw
+42 22 0:30 / /tmp/tmp.mine123456 rw - tmpfs tmpfs rw
+43 22 7:3 / /mnt/with\\040space rw - ext4 /dev/loop3 rw
+44 22 7:4 / /mnt/other rw - ext4 /dev/loop4p1 rw
+"""
+
+
+def test_leftovers_with_their_commands(block: Path, tmp_path: Path) -> None:
+    mountinfo = tmp_path / "mountinfo"
+    mountinfo.write_text(MOUNTS)
+    report = Report()
+    doctor.check_leftovers(report, str(block), str(mountinfo))
+    assert [finding.hint.partition(" (")[0] for finding in report.findings] == [
+        "umount -R /tmp/tmp.aBcDeF1234 && rmdir /tmp/tmp.aBcDeF1234",
+        "umount-disks inst2.example.org",
+        "dmsetup remove xenvg-inst1.disk0-1",
+        "dmsetup remove loop0-1",
+        "losetup -d /dev/loop0",
+        "losetup -d /dev/loop2",
+    ]
+    assert {finding.level for finding in report.findings} == {NOTE}, "it can deploy nevertheless"
+
+
+def test_no_leftovers(tmp_path: Path) -> None:
+    (tmp_path / "mountinfo").write_text(MOUNTS.splitlines()[0] + "\n")
+    (tmp_path / "block").mkdir()
+    report = Report()
+    doctor.check_leftovers(report, str(tmp_path / "block"), str(tmp_path / "mountinfo"))
+    assert [(one.level, one.what) for one in report.findings] == [(OK, "none")]
+
+
+def test_mount_points_are_unescaped() -> None:
+    assert doctor.parse_mount(MOUNTS.splitlines()[4]) == ("/mnt/with space", "/dev/loop3")
+
+
+@pytest.mark.parametrize(
+    ("known", "programs"),
+    [
+        (Settings(image_name="x", image_type="tarball", filesystem="ext4"), {"sfdisk", "mkfs.ext4", "mkswap", "tar"}),
+        (Settings(image_name="x", image_type="tarball", filesystem="xfs", swap=False), {"mkfs.ext4", "mkfs.xfs"}),
+        (Settings(image_name="x", image_type="dump"), {"restore", "mkfs.ext3"}),
+        (Settings(image_name="x", image_type="tarball", partition_table="gpt"), {"mkfs.vfat"}),
+        (Settings(image_name="x", image_type="qcow2"), {"qemu-img"}),
+        (Settings(image_name="x", image_type="raw", image_keyring="/k"), {"dd", "gpgv"}),
+    ],
+)
+def test_programs_of_a_variant(known: Settings, programs: set[str]) -> None:
+    assert programs <= set(doctor.needed_by(Variant("v", known)))
+
+
+@pytest.mark.parametrize("known", [Settings(), Settings(image_name="x", cdinstall=True)])
+def test_nothing_is_needed_where_no_image_is_named(known: Settings) -> None:
+    assert list(doctor.needed_by(Variant("v", known))) == []
+
+
+def example() -> Report:
+    report = Report()
+    report.area = "programs"
+    report.say(OK, "tar 1.34")
+    report.say(ERROR, "zstd is missing: needed by variant a", "install zstd")
+    report.say(OK, "sfdisk 2.38")
+    report.area = "images"
+    report.say(NOTE, "caf\u00e9 " * 30)
+    return report
+
+
+def test_text() -> None:
+    text = doctor.as_text(example(), colour=False)
+    assert "  ok     tar 1.34, sfdisk 2.38\n  ERROR  zstd is missing" in text
+    assert "         -> install zstd\n" in text
+    assert text.endswith("\n1 error: this node cannot deploy all its variants\n")
+    assert text.isascii() and "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_colour() -> None:
+    text = doctor.as_text(example(), colour=True)
+    assert "\x1b[1;31mERROR\x1b[0m" in text
+    assert "\x1b[32mok   \x1b[0m" in text
+
+
+def test_json() -> None:
+    found = json.loads(doctor.as_json(example()))
+    assert found["can_deploy"] is False
+    assert found["findings"][1] == {
+        "area": "programs",
+        "level": "error",
+        "what": "zstd is missing: needed by variant a",
+        "hint": "install zstd",
+    }
+
+
+def test_what_a_user_may_not_read_is_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    report = Report()
+    report.failure(Failure("cannot read image /x: Permission denied"))
+    assert [one.level for one in report.findings] == [UNKNOWN]
+    assert doctor.verdict(report) == "this node can deploy its variants, as far as could be seen"
+    report.failure(Failure("cannot find image /y"))
+    assert report.errors == 1
