@@ -139,6 +139,7 @@ def test_progress_of_a_short_step_is_silent(
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "isatty", lambda _: True)
     monkeypatch.setattr(log, "_columns", lambda: 100)
+    monkeypatch.setattr(log, "_drawn", False)  # and so again after the test
 
 
 def test_progress_on_a_terminal(terminal: None, capfd: Capture, clock: Iterator[float]) -> None:
