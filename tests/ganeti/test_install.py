@@ -1,0 +1,97 @@
+"""The two ways of bringing imageos to a cluster: its file, copied by Ganeti, and its package."""
+
+import subprocess
+from pathlib import Path
+
+from support import PATH, TESTS
+
+CLUSTER = TESTS / "ganeti/one-node-cluster"
+CHECKOUT = TESTS.parent
+OS_DIR = "/usr/share/ganeti/os/image"
+
+# Ganeti reaches its nodes as root by ssh.
+SSHD = """
+mkdir -p /run/sshd /root/.ssh
+mount -t tmpfs -o mode=700 tmpfs /root/.ssh
+ssh-keygen -q -t ed25519 -N '' -f /run/host_key
+ssh-keygen -q -t rsa -N '' -f /root/.ssh/id_rsa
+cp /root/.ssh/id_rsa.pub /root/.ssh/authorized_keys
+cp /root/.ssh/id_rsa /root/.ssh/id_dsa
+echo "cluster.example.org $(cut -d' ' -f1,2 /run/host_key.pub)" >/var/lib/ganeti/known_hosts
+/usr/sbin/sshd -o HostKey=/run/host_key -o PermitRootLogin=yes -o PidFile=none -o StrictModes=no -o UsePAM=no
+"""
+
+# In a mount namespace: what is written to these is seen in it only, so that a package can be installed.
+LAYERED = """
+set -eu
+work=$1; shift
+mount -t tmpfs -o mode=755 tmpfs "$work"
+for top in usr etc run root var; do # the last hides $work
+  mkdir -p "$work/$top/upper" "$work/$top/work"
+  mount -t overlay -o "lowerdir=/$top,upperdir=$work/$top/upper,workdir=$work/$top/work" overlay "/$top"
+done
+exec "$@"
+"""
+
+
+def on_cluster(script: str, work: Path, prepare: str = ":") -> str:
+    """What `script` prints on a cluster of one node that leaves the machine as it was."""
+    work.mkdir()
+    inner = f'{prepare}\nexec {CLUSTER} bash -euo pipefail -c "$0"'
+    done = subprocess.run(
+        ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "bash", "-c", LAYERED, "bash", str(work)]
+        + ["bash", "-euo", "pipefail", "-c", inner, script],
+        env={"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="backslashreplace",
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+LOOK = """
+echo DIAGNOSE; gnt-os diagnose; echo DIAGNOSE
+echo VERIFY; gnt-cluster verify --error-codes || true; echo VERIFY
+echo DOCTOR; imageos doctor; echo DOCTOR
+"""
+
+
+def check(text: str) -> None:
+    diagnosed, verified, doctor = (text.split(f"{mark}\n")[1] for mark in ("DIAGNOSE", "VERIFY", "DOCTOR"))
+    assert "OS: image [global status: valid]" in diagnosed, text
+    assert "Verifying node status" in verified
+    assert "ENODEOS" not in verified, verified
+    assert doctor.endswith("\nthis node can deploy its variants\n"), doctor
+    assert f"  ok     {OS_DIR}\n" in doctor
+
+
+def test_copied_and_installed_by_gnt_cluster(imageos: Path, tmp_path: Path) -> None:
+    """The commands of the README, on every node of the cluster at once."""
+    script = f"""
+        {SSHD}
+        cp {imageos} /var/imageos
+        gnt-cluster copyfile /var/imageos
+        gnt-cluster command /var/imageos install
+        gnt-cluster command /var/imageos install
+        export PATH=$PATH:/usr/local/sbin
+        {LOOK}
+        gnt-cluster command imageos uninstall
+        echo AFTER; gnt-os diagnose; echo AFTER
+    """
+    text = on_cluster(script, tmp_path / "layers")
+    assert "is installed in" in text
+    assert "nothing had to be changed" in text
+    check(text)
+    assert "OS: image" not in text.split("AFTER\n")[1]
+
+
+def test_package_on_a_cluster(imageos: Path, tmp_path: Path) -> None:
+    subprocess.run([CHECKOUT / "build.py", "deb"], check=True)
+    (package,) = (CHECKOUT / "dist").glob("*.deb")
+    prepare = f"dpkg --force-depends --install {package}"
+    text = on_cluster(f"{LOOK}\nman --path imageos", tmp_path / "layers", prepare)
+    check(text)
