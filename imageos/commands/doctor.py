@@ -38,7 +38,9 @@ GANETI_PATH = "/sbin:/bin:/usr/sbin:/usr/bin"  # what its scripts are called wit
 EXAMPLE = {"INSTANCE_NAME": "doctor.example.org", "INSTANCE_BE_maxmem": "1024", "DISK_COUNT": "1", "NIC_COUNT": "0"}
 ALWAYS = ("sfdisk", "blkid", "tar")  # whatever the variants are, backups included
 # How a program tells its version, where it is not --version. Any nonsense will do for those that print it then.
-VERSION_OPTIONS = dict.fromkeys(("mkfs.ext2", "mkfs.ext3", "mkfs.ext4", "e2fsck", "mkfs.xfs", "xfs_growfs"), "-V")
+VERSION_OPTIONS = dict.fromkeys(
+    ("mkfs.ext2", "mkfs.ext3", "mkfs.ext4", "e2fsck", "mkfs.xfs", "xfs_growfs", "ssh"), "-V"
+)
 NAMESPACES = ("mount", "pid", "net", "ipc", "uts")
 LITTLE = 64 * MIB  # bytes: with less, whatever is written there will fail soon
 

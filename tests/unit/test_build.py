@@ -226,7 +226,8 @@ def test_recorded_environment_is_there() -> None:
 def test_package_wants_every_program_that_imageos_runs() -> None:
     """A program that is new in run.PACKAGES needs its line, with the reason, in DEPENDENCIES of build.py."""
     always_there = {"util-linux", "coreutils", "tar", "gzip"}  # Essential: yes
-    wanted = {name.split()[0] for kind in ("Depends", "Recommends") for name in build.requirements(kind, "deb")}
+    kinds = ("Depends", "Recommends", "Enhances")
+    wanted = {name.split()[0] for kind in kinds for name in build.requirements(kind, "deb")}
     assert set(run.PACKAGES.values()) <= wanted | always_there
     for one in build.DEPENDENCIES:
         assert one.why
