@@ -37,7 +37,8 @@ class Command:
 
     @property
     def actions(self) -> list[argparse.Action]:
-        return self.parser._actions if self.parser else []
+        known = self.parser._actions if self.parser else []
+        return [action for action in known if action.help != argparse.SUPPRESS]
 
     @property
     def options(self) -> list[argparse.Action]:

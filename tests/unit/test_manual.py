@@ -14,6 +14,7 @@ def example() -> Command:
     options.add_argument("-t", "--type", required=True, choices=["tarball", "dump"], help="type: [what] it's")
     options.add_argument("--dry-run", action="store_true", help="change nothing")
     options.add_argument("-d", "--dir", default="/srv", metavar="DIR", help="where to (default: %(default)s)")
+    options.add_argument("--secret", help=argparse.SUPPRESS)
     options.add_argument("instance", metavar="INSTANCE", help="name of the instance")
     options.add_argument("image_dir", metavar="IMAGE_DIR", nargs="?", help="directory")
     return Command("make-thing", "make it: a thing", "make-thing: make a thing.\n\n.It is\nmade.\n", options)
@@ -35,6 +36,7 @@ def test_page_describes_every_option_and_argument() -> None:
     assert ".B INSTANCE" in lines
     assert r".B imageos \-\-help" in lines
     assert "show this help message" not in page
+    assert "secret" not in page
     assert r"\&.It is made." in lines
     assert "Make a thing." in lines
 
@@ -88,6 +90,7 @@ def test_help_of_every_command(name: str, capfd: pytest.CaptureFixture[str]) -> 
     assert raised.value.code == 0
     shown = capfd.readouterr().out
     module = cli._load(name)
-    assert " ".join((module.__doc__ or "").split()) in " ".join(shown.split()), "the help is the whole docstring"
+    first = (module.__doc__ or "").partition("\n\n")[0].partition(": ")[2]
+    assert " ".join(first.split()).rstrip(".") in " ".join(shown.split()), "it says what the command is for"
     for action in module.parser()._actions:
         assert action.help, f"{name} {action.dest} has no help"
