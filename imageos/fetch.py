@@ -228,7 +228,7 @@ def _receive(web: Web, url: str, part: str) -> Copy:
 def _receive_body(answer: Answer, part: str, have: int, copy: Copy) -> int:
     """Append what comes to the `have` bytes of `part`, to the end or one byte more; their number then."""
     answer.response.length = None  # read on behind the announced end, where nothing should come
-    progress = log.Progress(f"downloading {copy.url}", copy.size or 0)
+    progress = log.Progress(f"downloading {copy.url.rpartition('/')[2]}", copy.size or 0)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         while copy.size is None or have <= copy.size:

@@ -50,7 +50,8 @@ class Progress:
     """How far a long step is: a bar on a terminal, else a line every 10 seconds."""
 
     INTERVAL = 10.0  # seconds between lines in a log
-    WIDTH = 30  # characters of the bar at most
+    WIDTH = 20  # characters of the bar
+    WORDS = len("100% of 1023 MiB, 1023 MiB/s, 99 min left")
 
     def __init__(self, what: str, total: int) -> None:
         """`total` in bytes, 0 if it is not known."""
@@ -92,12 +93,12 @@ def progress_words(done: int, total: int, moved: int, seconds: float) -> list[st
 
 
 def bar(what: str, words: str, share: Optional[float], columns: int) -> str:
-    """One line that fits into a terminal: what it is gives way first, then the bar."""
+    """One line that fits into a terminal: what it is gives way first, then the bar. It does not move about."""
     drawn = f"[{'#' * round(share * Progress.WIDTH):<{Progress.WIDTH}}] " if share is not None else ""
-    if len(f"imageos: {drawn}{words}") >= columns:
+    if columns < len(f"imageos: {drawn}") + Progress.WORDS:
         drawn = ""
-    room = columns - 1 - len(f"imageos: {drawn}{words}, ")
-    name = what if len(what) <= room else f"...{what[len(what) - room + 3 :]}" if room > 10 else ""
+    room = columns - 1 - len(f"imageos: {drawn}, ") - Progress.WORDS
+    name = what if len(what) <= room else f"{what[: room - 3]}..." if room > 10 else ""
     return f"imageos: {drawn}{name}{', ' if name else ''}{words}"[: columns - 1]
 
 

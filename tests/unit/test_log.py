@@ -149,9 +149,9 @@ def test_progress_on_a_terminal(terminal: None, capfd: Capture, clock: Iterator[
     progress.update(150)  # the total was too small a guess
     progress.close()
     begin, half, full, clear = capfd.readouterr().err.split("\r\x1b[K")[1:]
-    assert begin == f"imageos: [{' ' * 30}] unpacking, 0% of 100 bytes"
-    assert half == f"imageos: [{'#' * 15}{' ' * 15}] unpacking, 50% of 100 bytes, 25 bytes/s, 2 s left"
-    assert full == f"imageos: [{'#' * 30}] unpacking, 100% of 100 bytes, 50 bytes/s, 0 s left"
+    assert begin == f"imageos: [{' ' * 20}] unpacking, 0% of 100 bytes"
+    assert half == f"imageos: [{'#' * 10}{' ' * 10}] unpacking, 50% of 100 bytes, 25 bytes/s, 2 s left"
+    assert full == f"imageos: [{'#' * 20}] unpacking, 100% of 100 bytes, 50 bytes/s, 0 s left"
     assert clear == ""
 
 
