@@ -11,6 +11,8 @@ from imageos.errors import Failure
 
 MIB = 1 << 20
 API_VERSIONS = (20, 15, 10)  # as in the file ganeti_api_version
+# What a settings file may compute with, where no instance is named: in verify, and when a node is looked at.
+EXAMPLE = {"INSTANCE_NAME": "example.example.org", "INSTANCE_BE_maxmem": "1024", "DISK_COUNT": "1", "NIC_COUNT": "0"}
 NOT_GANETI = "Ganeti calls this script; see gnt-instance(8), or imageos --help for the other commands"
 
 

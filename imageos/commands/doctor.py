@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from imageos import __version__, filesystem, images, layout, log, settings, wholeness
+from imageos import __version__, filesystem, ganeti, images, layout, log, settings, wholeness
 from imageos.commands import install
 from imageos.errors import Failure
 from imageos.hooks import OS_DIR, find, program_file
@@ -34,8 +34,6 @@ COLOURS = {OK: "32", NOTE: "33", ERROR: "1;31", UNKNOWN: "2"}
 SHOWN = {OK: "ok", NOTE: "note", ERROR: "ERROR", UNKNOWN: "?"}
 
 GANETI_PATH = "/sbin:/bin:/usr/sbin:/usr/bin"  # what its scripts are called with
-# What Ganeti would say of an instance: files of settings may compute with it.
-EXAMPLE = {"INSTANCE_NAME": "doctor.example.org", "INSTANCE_BE_maxmem": "1024", "DISK_COUNT": "1", "NIC_COUNT": "0"}
 ALWAYS = ("sfdisk", "blkid", "tar")  # whatever the variants are, backups included
 # How a program tells its version, where it is not --version. Any nonsense will do for those that print it then.
 VERSION_OPTIONS = dict.fromkeys(
@@ -240,7 +238,7 @@ def check_settings(report: Report) -> list[Variant]:
     variants = []
     for name in names:
         try:
-            known, problems = settings.examine({**EXAMPLE, "OS_VARIANT": name}, warn=warned.append)
+            known, problems = settings.examine({**ganeti.EXAMPLE, "OS_VARIANT": name}, warn=warned.append)
         except Failure as failure:
             problems = [failure]
         for problem in problems:

@@ -13,7 +13,7 @@ def main(_arguments: Sequence[str]) -> int:
     ganeti.check_api(os.environ)
     isolation.enter()
     unknown = settings.unknown_parameters(os.environ)
-    known, problems = settings.examine(os.environ)
+    known, problems = settings.examine({**ganeti.EXAMPLE, **os.environ})
     problems += [Failure(f"unknown OS parameter {name}") for name in unknown]
     problems += image_problems(known)
     problems += overlay_problems(known)

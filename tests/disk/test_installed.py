@@ -231,6 +231,12 @@ def test_verify_good(node: Node) -> None:
     verify(node, OSP_IMAGE_NAME="tiny", OSP_FILESYSTEM="xfs", OSP_SWAP_SIZE="100").ok()
 
 
+def test_verify_of_settings_that_compute_with_the_instance(node: Node) -> None:
+    """Ganeti names no instance here."""
+    node.variant("computed", "SWAP_SIZE=$((INSTANCE_BE_maxmem / 2))\n")
+    verify(node, OS_VARIANT="computed").ok()
+
+
 def test_verify_looks_for_the_image(node: Node) -> None:
     """One that is not named may be given by a parameter later."""
     image = node.images / f"tiny-{trees.ARCH}.tar.gz"
