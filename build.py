@@ -375,6 +375,7 @@ def deb() -> None:
     with scratch_directory() as work:
         tree = package_tree(work, zsh_completions="usr/share/zsh/vendor-completions")
         write_debian_parts(tree)
+        remove_packages("deb")
         package = DIST / f"{PACKAGE}_{package_version()}_all.deb"
         # xz: what every Debian and Ubuntu can read
         command = ["dpkg-deb", "--root-owner-group", "-Zxz", "--build", str(tree), str(package)]
@@ -392,6 +393,7 @@ def rpm() -> None:
         definitions = [f"--define={name} {value}" for name, value in rpm_macros(work).items()]
         run(["rpmbuild", "-bb", *definitions, str(spec)], environment={"SOURCE_DATE_EPOCH": str(EPOCH)})
         (built,) = work.glob("rpms/*.rpm")
+        remove_packages("rpm")
         package = DIST / built.name
         shutil.move(built, package)
     say(f"built {shown(package)}: {package.stat().st_size} bytes")
@@ -547,6 +549,12 @@ def member_header(name: str) -> zipfile.ZipInfo:
 
 
 # --- The packages ---------------------------------------------------------------------------------
+
+
+def remove_packages(kind: str) -> None:
+    """Those of other versions: whoever takes `dist/*.deb` means the new one."""
+    for old in DIST.glob(f"{PACKAGE}*.{kind}"):
+        old.unlink()
 
 
 def package_version() -> str:
