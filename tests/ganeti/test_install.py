@@ -79,6 +79,8 @@ def test_copied_and_installed_by_gnt_cluster(imageos: Path, tmp_path: Path) -> N
         gnt-cluster command /var/imageos install
         export PATH=$PATH:/usr/local/sbin
         {LOOK}
+        gnt-instance add -t diskless --no-install --no-start --no-name-check --no-ip-check -B memory=256 \
+            --no-nics --ignore-ipolicy -o image+default -n node1.example.org inst1.example.org
         gnt-cluster command imageos uninstall
         echo AFTER; gnt-os diagnose; echo AFTER
     """
@@ -86,6 +88,7 @@ def test_copied_and_installed_by_gnt_cluster(imageos: Path, tmp_path: Path) -> N
     assert "is installed in" in text
     assert "nothing had to be changed" in text
     check(text)
+    assert "warning: there are instances with the OS image: inst1.example.org" in text
     assert "OS: image" not in text.split("AFTER\n")[1]
 
 

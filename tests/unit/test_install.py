@@ -375,6 +375,16 @@ def test_uninstall_leaves_what_the_site_made(shipped: Path, root: Path, capfd: p
     assert (root / SITE_DIR.lstrip("/") / "variants/default.conf").read_text() == "changed"
 
 
+def test_uninstall_leaves_a_command_of_the_sites(shipped: Path, root: Path) -> None:
+    call("install", root)
+    command = root / "usr/local/sbin/make-dump"
+    command.unlink()
+    command.symlink_to("/opt/site/make-dump")
+    call("uninstall", root)
+    assert os.readlink(command) == "/opt/site/make-dump"
+    assert os.listdir(command.parent) == ["make-dump"]
+
+
 def test_uninstall_knows_where_the_commands_are(shipped: Path, root: Path) -> None:
     install.main(["--root", str(root), "--bin-dir", "/opt/bin"])
     call("uninstall", root)
