@@ -21,8 +21,8 @@ COMMANDS = {
     "rename": "give the guest the instance's new name (called by Ganeti)",
     "verify": "check settings, variant and OS parameters (called by Ganeti)",
     "install": "put the OS definition, defaults and hooks in place on this node",
-    "doctor": "say whether this node can deploy its variants",
     "uninstall": "take away what install has put in place and the site has not changed",
+    "doctor": "say whether this node can deploy its variants",
 }
 
 # Those that Ganeti calls: without arguments, but for `verify parameters`.

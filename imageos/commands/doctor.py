@@ -459,10 +459,12 @@ def partition_maps(sys_block: str) -> Iterator[str]:
 
 def leftover_loops(sys_block: str, mounted: set[str]) -> Iterator[tuple[str, str]]:
     """Loop devices that stay when their last user is gone, and have none: device and what it is attached to."""
-    for block in sorted(os.listdir(sys_block)):
-        backing = first_line(f"{sys_block}/{block}/loop/backing_file")
+    blocks = sorted(os.listdir(sys_block))
+    backings = {block: first_line(f"{sys_block}/{block}/loop/backing_file") for block in blocks}
+    used = mounted | set(backings.values())
+    for block, backing in backings.items():
         device = f"/dev/{block}"
-        is_used = any(source == device or source.startswith(f"{device}p") for source in mounted)
+        is_used = any(source == device or source.startswith(f"{device}p") for source in used)
         with suppress(FileNotFoundError):
             is_used = is_used or bool(os.listdir(f"{sys_block}/{block}/holders"))
         if backing and first_line(f"{sys_block}/{block}/loop/autoclear") == "0" and not is_used:

@@ -23,6 +23,8 @@ def block(tmp_path: Path) -> Path:
         "loop5/loop": {"backing_file": "/srv/held", "autoclear": "0"},
         "loop5/holders": {"dm-0": ""},
         "loop6": {"size": "0"},
+        "loop7/loop": {"backing_file": "/srv/a loop is over it", "autoclear": "0"},
+        "loop8/loop": {"backing_file": "/dev/loop7", "autoclear": "1"},
         "dm-0/dm": {"name": "xenvg-inst1.disk0-1", "uuid": "part1-LVM-abc"},
         "dm-1/dm": {"name": "xenvg-inst1.disk0", "uuid": "LVM-abc"},
         "dm-2/dm": {"name": "mpatha-part1", "uuid": "part1-mpath-3600"},
