@@ -1,0 +1,115 @@
+"""What Ganeti prints, recorded on 3.0.2, as values; the command line that reaches another node."""
+
+import os
+import shlex
+import socket
+
+import pytest
+
+from imageos import cluster
+from imageos.cluster import ClusterInstance, parse_disks, parse_instance, ssh_command
+from imageos.errors import Failure
+
+# gnt-instance list --no-headers --separator='|' -o FIELDS
+DOWN = "inst1.example.org|image+debian-12|fake|node1.example.org|file|2|ADMIN_down|down|N|N|-\n"
+RUNNING = "inst1.example.org|image+debian-12|kvm|node1.example.org|plain|1|running|up|Y|Y|/boot/vmlinuz-6.1\n"
+DISKS = """\
+node1.example.org:disk/0:/srv/ganeti/file-storage/inst1.example.org/893f7303.file.disk0
+node1.example.org:disk/1:/dev/vg/e8a99085.disk1
+"""
+UNKNOWN = """\
+Failure: prerequisites not met for this operation:
+error type: unknown_entity, error details:
+Instance name nosuch.example.org not found
+"""
+STOPPED_GANETI = """\
+Timeout while talking to the master daemon. Jobs might have been submitted and will continue to run even if the call \
+timed out. Useful commands in this situation are "gnt-job list", "gnt-job cancel" and "gnt-job watch". Error:
+Connect timed out
+"""
+
+
+def test_instance() -> None:
+    assert parse_instance(DOWN) == ClusterInstance(
+        *("inst1.example.org", "image+debian-12", "fake", "node1.example.org", "file", 2, "ADMIN_down"),
+        stopped=True,
+        disks_active=False,
+        kernel_path="",
+    )
+    running = parse_instance(RUNNING)
+    assert running.kernel_path == "/boot/vmlinuz-6.1"
+    assert running.disks_active
+
+
+@pytest.mark.parametrize(
+    ("states", "stopped"),
+    [
+        ("ADMIN_down|down|N", True),
+        ("ADMIN_offline|offline|N", True),
+        ("running|up|Y", False),
+        ("ERROR_down|up|N", False),  # Ganeti's watcher will start it
+        ("ERROR_up|down|Y", False),
+        ("ERROR_nodedown|down|?", False),
+    ],
+)
+def test_stopped(states: str, stopped: bool) -> None:
+    assert parse_instance(DOWN.replace("ADMIN_down|down|N", states)).stopped == stopped
+
+
+@pytest.mark.parametrize("text", ["", "inst1.example.org", DOWN.replace("|2|", "|?|")])
+def test_instance_that_is_not_understood(text: str) -> None:
+    with pytest.raises(Failure, match="cannot understand what gnt-instance list printed"):
+        parse_instance(text)
+
+
+@pytest.mark.parametrize("name", ["", "-x", "inst*", "a b", "../inst1", 'name == "x"', "inst1\n"])
+def test_no_name_is_taken_for_a_filter_or_a_path(name: str) -> None:
+    with pytest.raises(Failure, match="cannot be the name of an instance"):
+        cluster.check_name(name)
+
+
+def test_disks() -> None:
+    paths = ("/srv/ganeti/file-storage/inst1.example.org/893f7303.file.disk0", "/dev/vg/e8a99085.disk1")
+    assert parse_disks(DISKS, 2) == paths
+    assert parse_disks("".join(reversed(DISKS.splitlines(keepends=True))), 2) == paths
+    assert parse_disks("a warning: nothing\n" + DISKS, 2) == paths
+    with pytest.raises(Failure, match="did not name disk 2"):
+        parse_disks(DISKS, 3)
+
+
+def test_disk_without_a_device() -> None:
+    with pytest.raises(Failure, match=r"disk 0 has no device on the node \(None\)"):
+        parse_disks("node1.example.org:disk/0:None\n", 1)
+
+
+def test_complaint() -> None:
+    assert cluster.complaint(UNKNOWN) == "Instance name nosuch.example.org not found"
+    assert cluster.complaint(STOPPED_GANETI) == "the master daemon does not answer"
+    assert cluster.complaint("\n") == "it did not say why"
+
+
+def test_ssh() -> None:
+    command = ["umount-disks", "a b", "$(reboot)"]
+    line = ssh_command(
+        "node2.example.org", command, "c.example.org", "node1.example.org=22\nnode2.example.org=2222", False
+    )
+    assert line[0] == "ssh"
+    assert line[-2] == "root@node2.example.org"
+    assert shlex.split(line[-1]) == command
+    assert {"-oHostKeyAlias=c.example.org", "-oPort=2222", "-oBatchMode=yes"} <= set(line)
+    assert "-t" not in line
+
+
+def test_ssh_without_what_ganeti_tells() -> None:
+    line = ssh_command("node2", ["true"], "", "", True)
+    assert not [word for word in line if word.startswith(("-oHostKeyAlias", "-oPort"))]
+    assert "-t" in line
+
+
+def test_this_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getfqdn", lambda: "node1.example.org")
+    here = parse_instance(DOWN)
+    assert here.is_here
+    monkeypatch.setattr(socket, "getfqdn", lambda: "node2.example.org")
+    assert not here.is_here
+    assert parse_instance(DOWN.replace("node1.example.org", os.uname().nodename)).is_here
