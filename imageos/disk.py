@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import stat
 import struct
 import time
@@ -47,8 +48,8 @@ class Attached:
 
 
 @contextmanager
-def claimed(path: str, read_only: bool = False) -> Iterator[Device]:
-    """Open the disk `path` so that nobody else does: Failure if it is not a disk or is in use.
+def claimed(path: str, read_only: bool = False, shared: bool = False) -> Iterator[Device]:
+    """Open the disk `path` so that nobody else does: Failure if it is not a disk or is in use (unless `shared`).
 
     Left only when the disk is really free again, since Ganeti deactivates it next.
     """
@@ -60,10 +61,13 @@ def claimed(path: str, read_only: bool = False) -> Iterator[Device]:
     if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
         raise Failure(f"{path_shown} is neither a block device nor a regular file")
     is_file = stat.S_ISREG(mode)
+    if not shared:
+        _check_not_mounted(path)
     with ExitStack() as stack:
         descriptor = _open_exclusively(path, read_only, is_file)
         stack.callback(os.close, descriptor)
-        _check_unused(path, descriptor)
+        if not shared:
+            _check_unused(path, descriptor)
         size = os.fstat(descriptor).st_size if is_file else linux.device_size(descriptor)
         yield Device(path, descriptor, size, is_file)
         stack.close()
@@ -84,10 +88,25 @@ def attached(device: Device, read_only: bool = False) -> Iterator[Attached]:
         # somebody closes the disk after writing
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield Attached(path, descriptor, device.size)
-    _wait(
-        lambda: not os.path.exists(f"/sys/block/{os.path.basename(path)}/loop/backing_file"),
-        f"{path} is still attached to disk {device.path} after {DEADLINE:.0f} s",
-    )
+    _await_detached(path)
+
+
+@contextmanager
+def let_go(path: str) -> Iterator[None]:
+    """While the last mounts of the loop device `path` are taken away: in the end all is written, and the disk free."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _, _, number = linux.loop_backing(descriptor)
+        read_only = linux.is_read_only(descriptor)
+        yield
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    _await_detached(path)
+    if number and not read_only:
+        name = os.path.basename(os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"))
+        node = f"/dev/{name.replace('!', '/')}"
+        _wait(lambda: _is_free(node), f"disk {node} is still in use after {DEADLINE:.0f} s")
 
 
 def flush(device: Device, loop: int) -> None:
@@ -213,6 +232,17 @@ def _open_exclusively(path: str, read_only: bool, is_file: bool) -> int:
     return descriptor
 
 
+def _check_not_mounted(path: str) -> None:
+    """Failure that says where, if it is mounted through a loop device, as mount-disks does it."""
+    loop = _loop_over(os.stat(path))
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            mount, _, filesystem = line.partition(" - ")
+            if loop and re.fullmatch(rf"{loop}(p\d+)?", filesystem.split(" ")[1]):
+                place = mount.split(" ")[4]
+                raise _in_use(path, f"it is mounted at {place}", "umount-disks INSTANCE, if it was mount-disks")
+
+
 def _check_unused(path: str, descriptor: int) -> None:
     loop = _loop_over(os.fstat(descriptor))
     if loop:
@@ -228,17 +258,25 @@ def _check_unused(path: str, descriptor: int) -> None:
 
 
 def _loop_over(backing: os.stat_result) -> Optional[str]:
-    """The loop device over a file or device, if there is one (O_EXCL does not see it)."""
+    """The loop device over a file or device, if there is one (O_EXCL does not see it).
+
+    Asked of the kernel by number: the path in its backing_file is wrong once the namespace that attached it is gone.
+    """
     for name in os.listdir("/sys/block"):
-        if not name.startswith("loop"):
+        if not (name.startswith("loop") and os.path.exists(f"/sys/block/{name}/loop/backing_file")):
             continue
         try:
-            with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
-                other = os.stat(file.read().rstrip("\n"))
+            descriptor = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            continue  # not attached, or over a file that this node cannot see
-        same_file = (other.st_dev, other.st_ino) == (backing.st_dev, backing.st_ino)
-        if same_file or (stat.S_ISBLK(other.st_mode) and other.st_rdev == backing.st_rdev):
+            continue  # just going away
+        try:
+            device, inode, number = linux.loop_backing(descriptor)
+        except OSError:
+            continue
+        finally:
+            os.close(descriptor)
+        same_file = (device, inode) == (backing.st_dev, backing.st_ino)
+        if same_file or (stat.S_ISBLK(backing.st_mode) and number == backing.st_rdev):
             return f"/dev/{name}"
     return None
 
@@ -262,6 +300,13 @@ def _attach(device: Device, read_only: bool) -> tuple[int, str]:
             # somebody took it between our two steps: take the next
             if error.errno != errno.EBUSY or time.monotonic() > deadline:
                 raise Failure(f"disk {device.path}: cannot attach {path}: {error.strerror}") from None
+
+
+def _await_detached(loop: str) -> None:
+    _wait(
+        lambda: not os.path.exists(f"/sys/block/{os.path.basename(loop)}/loop/backing_file"),
+        f"{loop} is still attached to its disk after {DEADLINE:.0f} s",
+    )
 
 
 def _is_free(path: str) -> bool:

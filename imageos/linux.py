@@ -21,12 +21,15 @@ CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 # mount.h
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 4096, 16384, 1 << 18, 1 << 19
-MNT_DETACH = 2
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+OPEN_TREE_CLONE, AT_RECURSIVE, AT_FDCWD = 1, 0x8000, -100  # fcntl.h
+MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
 # prctl.h
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
 # openat2.h
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x02, 0x04, 0x10
-SYS_OPENAT2 = 437  # one number on all architectures (scripts/syscall.tbl)
+# one number on all architectures (scripts/syscall.tbl)
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2 = 428, 429, 437
 # capability.h
 CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1, 2, 3, 4
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
@@ -37,7 +40,7 @@ BLKPG_ADD_PARTITION, BLKPG_DEL_PARTITION = 1, 2
 FS_IOC_SHUTDOWN, SHUTDOWN_NO_LOG_FLUSH = 0x8004587D, 2
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10  # falloc.h
 F_SETPIPE_SZ = 1031  # fcntl.h; in Python's fcntl since 3.10
-LOOP_CTL_GET_FREE, LOOP_CONFIGURE = 0x4C82, 0x4C0A
+LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LOOP_GET_STATUS64 = 0x4C82, 0x4C0A, 0x4C05
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN = 1, 4, 8
 # fs.h, falloc.h
 BLKZEROOUT = 0x127F
@@ -92,6 +95,23 @@ def open_in_root(root: int, path: str, flags: int, mode: int = 0, resolve: int =
         raise
 
 
+def copy_mounts(path: str) -> int:
+    """A descriptor of a copy of the mount at `path` and all below it, which nobody sees yet (Linux 5.2)."""
+    flags = OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC
+    return _check(_libc.syscall(ctypes.c_long(SYS_OPEN_TREE), AT_FDCWD, _bytes(path), ctypes.c_uint(flags)), path)
+
+
+def place_mounts(mounts: int, directory: int) -> None:
+    """Put what `copy_mounts` gave over an open directory, all at once (Linux 5.2)."""
+    flags = ctypes.c_uint(MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH)
+    _check(_libc.syscall(ctypes.c_long(SYS_MOVE_MOUNT), mounts, b"", directory, b"", flags), "move_mount")
+
+
+def enter_mount_namespace(namespace: int) -> None:
+    """Go to the mount namespace of which `namespace` is a descriptor; root and working directory become its root."""
+    _check(_libc.setns(namespace, CLONE_NEWNS), "setns")
+
+
 def die_with_parent() -> None:
     _check(_libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0))
 
@@ -124,6 +144,12 @@ def configure_loop(loop: int, backing: int, flags: int, block_size: int = 512) -
     info = struct.pack("=5Q4I64s64s32s2Q", 0, 0, 0, 0, 0, 0, 0, 0, flags, b"", b"", b"", 0, 0)
     config = struct.pack("=II", backing, block_size) + info + bytes(64)
     fcntl.ioctl(loop, LOOP_CONFIGURE, config)
+
+
+def loop_backing(loop: int) -> tuple[int, int, int]:
+    """st_dev, st_ino and st_rdev of the file that an open loop device is over; ENXIO if it is over none."""
+    device, inode, rdevice = struct.unpack_from("=3Q", fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(232)))
+    return device, inode, rdevice
 
 
 def add_partition(disk: int, number: int, start: int, length: int) -> None:
