@@ -20,6 +20,8 @@ COMMANDS = {
     "export": "write a backup of one disk of an instance to stdout (called by Ganeti)",
     "rename": "give the guest the instance's new name (called by Ganeti)",
     "verify": "check settings, variant and OS parameters (called by Ganeti)",
+    "mount-disks": "mount an instance's filesystems at /tmp/INSTANCE_root",
+    "umount-disks": "take away what mount-disks has mounted",
     "install": "put the OS definition, defaults and hooks in place on this node",
     "uninstall": "take away what install has put in place and the site has not changed",
     "doctor": "say whether this node can deploy its variants",

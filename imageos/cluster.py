@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 from imageos import log
 from imageos.errors import Failure
@@ -134,10 +135,7 @@ def ssh(node: str, command: Sequence[str], terminal: bool = False) -> list[str]:
 
 def ask(command: Sequence[str]) -> Finished:
     """Run a gnt- command where it works: on the master."""
-    answer = pipeline([["gnt-cluster", "getmaster"]])[0]
-    master = answer.stdout.decode("utf-8", "replace").strip()
-    if answer.status or not master:
-        raise Failure(f"this is not a node of a Ganeti cluster: {complaint(answer.stderr)}")
+    master = _master()
     if _is_this_node(master):
         return pipeline([command])[0]
     answer = pipeline([ssh(master, command)])[0]
@@ -224,6 +222,14 @@ def _hint(stderr: str) -> str | None:
 
 
 # --- the node --------------------------------------------------------------------------------------------
+
+
+@cache
+def _master() -> str:
+    answer = pipeline([["gnt-cluster", "getmaster"]])[0]
+    if answer.status:
+        raise Failure("this is not a node of a Ganeti cluster: gnt-cluster getmaster fails", details=[answer.stderr])
+    return answer.stdout.decode("utf-8", "replace").strip()
 
 
 def _near(name: str) -> str:

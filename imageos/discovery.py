@@ -99,11 +99,14 @@ class _System:
     fstab: tuple[FstabEntry, ...]
 
 
-def find(disk: Attached) -> Found:
-    """The system on a disk, its partition nodes made; Failure lists what was seen if there is none."""
+def find(disk: Attached, mounted: tuple[str, ...] = MOUNTED) -> Found:
+    """The system on a disk, its partition nodes made; Failure lists what was seen if there is none.
+
+    Of its other filesystems, those to be mounted at or below the directories `mounted`.
+    """
     table = read(disk)
     system = _find_system(table)
-    return Found(table, system.part, tuple(_volumes(table, system)))
+    return Found(table, system.part, tuple(_volumes(table, system, mounted)))
 
 
 def read(disk: Attached) -> Table:
@@ -342,7 +345,7 @@ def _no_root(table: Table, seen: dict[int, str]) -> Failure:
     )
 
 
-def _volumes(table: Table, system: _System) -> Iterator[Volume]:
+def _volumes(table: Table, system: _System, mounted: tuple[str, ...] = MOUNTED) -> Iterator[Volume]:
     """The root, then what else the guest mounts or boots from."""
     root = system.part
     yield _volume(root, "/", system.options)
@@ -355,7 +358,7 @@ def _volumes(table: Table, system: _System) -> Iterator[Volume]:
         if part and part.kind == root.kind == "btrfs" and part is root:
             subvolume = ",".join(option for option in entry.options if option.startswith("subvol"))
             yield _volume(part, entry.mount_point, subvolume)
-        elif part and part is not root and part.kind in FILESYSTEMS and entry.mount_point.startswith(MOUNTED):
+        elif part and part is not root and part.kind in FILESYSTEMS and entry.mount_point.startswith(mounted):
             yield _volume(part, entry.mount_point, "")
         elif not part and role in ("boot", "usr", "var"):
             log.warning(f"the guest mounts {entry.source} at {entry.mount_point}, which is not on this disk")

@@ -125,7 +125,12 @@ def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
 
     # private: its output is in the log already
     finished = pipeline(
-        [argv], env=env, cwd=os_directory(), on_line=pass_on, on_exit=lambda: _end_leftovers(name), private=True
+        [argv],
+        env=env,
+        cwd=os_directory(),
+        on_line=pass_on,
+        on_exit=lambda: end_leftovers(f"hook {name}"),
+        private=True,
     )[0]
     if finished.status:
         how = (
@@ -137,15 +142,15 @@ def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
         raise Failure(f"hook {name} {how}{last}", hint=f"see {argv[0]} and its messages above")
 
 
-def _end_leftovers(name: str) -> None:
-    """End what a hook left running: it would keep the guest's filesystems busy, and gnt-backup waiting."""
+def end_leftovers(who: str) -> None:
+    """End what a hook (or shell) left running: it would keep the guest's filesystems busy, and gnt-backup waiting."""
     reported: set[int] = set()
     while running := {pid: command for pid in leftover_processes() if (command := _command(pid))}:
         for pid, command in running.items():
             with suppress(OSError):  # gone by itself
                 os.kill(pid, signal.SIGKILL)
                 if pid not in reported:
-                    log.warning(f"hook {name} left {command} running (process {pid}): ended")
+                    log.warning(f"{who} left {command} running (process {pid}): ended")
                 reported.add(pid)
         for pid in running:
             with suppress(OSError):  # not ours yet: its parent, which is just ending, is

@@ -65,6 +65,12 @@ def handle_signals() -> None:
         signal.signal(one, interrupt)
 
 
+def ignore_signals() -> None:
+    """For the last step of something that is not to be left half done."""
+    for one in SIGNALS:
+        signal.signal(one, signal.SIG_IGN)
+
+
 def leftover_processes() -> list[int]:
     """Every process of our PID namespace but ourselves."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]

@@ -164,6 +164,20 @@ def pipeline(
                     pipe.close()
 
 
+def foreground(argv: Sequence[str], *, cwd: Optional[str] = None, env: Optional[Mapping[str, str]] = None) -> int:
+    """Run a command that talks to the user: with our stdin, stdout and stderr. Its status is as the shell shows it."""
+    log.debug(f"$ {shlex.join(argv)}")
+    try:
+        with subprocess.Popen(list(argv), cwd=cwd, env=dict(environment() if env is None else env)) as process:
+            try:
+                status = process.wait()
+            finally:
+                process.kill()
+    except OSError as error:
+        raise _missing(argv[0], error) from None
+    return status if status >= 0 else 128 - status
+
+
 @contextmanager
 def output_of(
     stages: Sequence[Sequence[str]], stdin: int, keep: Sequence[int] = ()

@@ -1,0 +1,121 @@
+"""umount-disks: take away what mount-disks has mounted, and deactivate the disks that it has activated.
+
+The kernel is asked what is there, so it does not matter how far a mount-disks came; done again, it does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+from imageos import cluster, disk, linux, log
+from imageos.commands.mount_disks import mount_point, program_there, remove_directory
+from imageos.errors import Failure
+
+
+@dataclass(frozen=True)
+class Mount:
+    place: str
+    source: str
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="umount-disks",
+        description="Take away what mount-disks has mounted of an instance, and deactivate its disks again.",
+    )
+    made.add_argument("instance", metavar="INSTANCE", help="its name, as Ganeti knows it")
+    made.add_argument(
+        "--here", action="store_true", help="on this node only: Ganeti is not asked, the disks are left as they are"
+    )
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parser().parse_args(arguments)
+    cluster.check_name(options.instance)
+    if os.geteuid() != 0:
+        raise Failure("this needs root", hint="run it with sudo")
+    if options.here:
+        unmount(options.instance)
+        return 0
+    known = cluster.instance(options.instance)
+    if known.is_here:
+        unmount(known.name)
+    else:
+        cluster.run_on(known.node, [program_there(), "umount-disks", "--here", known.name])
+    cluster.deactivate(known.name)
+    return 0
+
+
+def unmount(name: str) -> None:
+    """Everything at and below the mount point, and the mount point."""
+    place = mount_point(name)
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        mounts = parse_mounts(file.read(), place)
+    with ExitStack() as stack:
+        for loop in {loop_of(mount.source) for mount in mounts if mount.place == place} - {""}:
+            stack.enter_context(disk.let_go(loop))
+        for mount in mounts:
+            unmount_one(mount)
+    with suppress(OSError):  # not empty: somebody has put something into it
+        remove_directory(place)
+    log.info(f"nothing of instance {name} is mounted" + (f" at {place} any more" if mounts else ""))
+
+
+def unmount_one(mount: Mount) -> None:
+    try:
+        linux.umount(mount.place, linux.UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise Failure(f"cannot unmount {mount.place}: {error.strerror}") from None
+        using = ", ".join(users(mount.place)) or "something that is not a process of this mount namespace"
+        raise Failure(
+            f"cannot unmount {mount.place}: in use by {using}", hint="end that, or leave the directory, and try again"
+        ) from None
+
+
+def users(place: str) -> Iterator[str]:
+    """The processes that have a file or directory below `place` open: `bash (process 123)`."""
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        try:
+            opened = [f"/proc/{pid}/fd/{name}" for name in os.listdir(f"/proc/{pid}/fd")]
+            links = [f"/proc/{pid}/cwd", f"/proc/{pid}/root", f"/proc/{pid}/exe", *opened]
+            with open(f"/proc/{pid}/comm", encoding="utf-8", errors="backslashreplace") as file:
+                command = file.read().rstrip("\n")
+            if any(is_below(os.readlink(link), place) for link in links):
+                yield f"{command} (process {pid})"
+        except OSError:
+            continue  # it has just ended
+
+
+def is_below(path: str, place: str) -> bool:
+    return path == place or path.startswith(place + "/")
+
+
+def loop_of(source: str) -> str:
+    """The loop device of a partition's device; empty if it is none."""
+    match = re.fullmatch(r"(/dev/loop\d+)(p\d+)?", source)
+    return match[1] if match else ""
+
+
+def parse_mounts(text: str, place: str) -> list[Mount]:
+    """What /proc/self/mountinfo (proc(5)) says is mounted at or below `place`, what has to go first first."""
+    found = []
+    for line in text.splitlines():
+        fields, _, rest = line.partition(" - ")
+        path = unescape(fields.split(" ")[4])
+        if is_below(path, place):
+            found.append(Mount(path, unescape(rest.split(" ")[1])))
+    found.reverse()  # of several at one place the last one is on top
+    found.sort(key=lambda mount: -len(mount.place))
+    return found
+
+
+def unescape(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

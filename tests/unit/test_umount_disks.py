@@ -1,0 +1,35 @@
+"""What is mounted at and below a place, in the order in which it can be taken away."""
+
+from imageos.commands.umount_disks import is_below, loop_of, parse_mounts
+
+# /proc/self/mountinfo: two filesystems, one more over the second, one in a directory with a space
+MOUNTS = """\
+27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+65 27 259:2 / /tmp/inst1_root rw,nosuid,nodev,relatime shared:30 - ext4 /dev/loop0p3 rw
+66 65 259:0 / /tmp/inst1_root/boot rw,nosuid,nodev,relatime - ext4 /dev/loop0p1 rw
+67 65 0:50 / /tmp/inst1_root/a\\040b rw - tmpfs my\\040tmpfs rw
+68 66 0:51 / /tmp/inst1_root/boot rw master:3 propagate_from:2 - tmpfs over rw
+69 27 259:9 / /tmp/inst1_root2 rw - ext4 /dev/loop1p3 rw
+"""
+
+
+def test_mounts() -> None:
+    found = [(mount.place, mount.source) for mount in parse_mounts(MOUNTS, "/tmp/inst1_root")]
+    assert found == [
+        ("/tmp/inst1_root/boot", "over"),
+        ("/tmp/inst1_root/boot", "/dev/loop0p1"),
+        ("/tmp/inst1_root/a b", "my tmpfs"),
+        ("/tmp/inst1_root", "/dev/loop0p3"),
+    ]
+    assert parse_mounts(MOUNTS, "/tmp/inst2_root") == []
+
+
+def test_below() -> None:
+    assert is_below("/tmp/a_root", "/tmp/a_root")
+    assert is_below("/tmp/a_root/x", "/tmp/a_root")
+    assert not is_below("/tmp/a_root2", "/tmp/a_root")
+
+
+def test_loop() -> None:
+    assert loop_of("/dev/loop12p3") == loop_of("/dev/loop12") == "/dev/loop12"
+    assert loop_of("/dev/vda1") == loop_of("tmpfs") == ""
