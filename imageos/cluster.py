@@ -205,7 +205,7 @@ def ssh_command(node: str, command: Sequence[str], cluster: str, ports: str, ter
     port = next((value for name, _, value in (line.partition("=") for line in ports.split()) if name == node), "")
     return [
         "ssh",
-        "-q",
+        "-oLogLevel=ERROR",  # no banner, but why it failed
         *("-oBatchMode=yes", "-oEscapeChar=none", "-oConnectTimeout=10", "-oStrictHostKeyChecking=yes"),
         *(f"-oGlobalKnownHostsFile={STATE}/known_hosts", "-oUserKnownHostsFile=/dev/null", "-oCheckHostIp=no"),
         *([f"-oHostKeyAlias={cluster}"] if cluster else []),

@@ -118,7 +118,10 @@ def mount_there(known: ClusterInstance, path: str, options: argparse.Namespace) 
     command += [word for word, wanted in (("--read-only", options.read_only), ("--shell", options.shell)) if wanted]
     command.append(known.name)
     if options.shell:
-        return foreground(cluster.ssh(known.node, command, terminal=os.isatty(0)))
+        status = foreground(cluster.ssh(known.node, command, terminal=os.isatty(0)))
+        if status == 255:
+            raise Failure(f"cannot reach node {known.node} over ssh, or lost it")
+        return status
     cluster.run_on(known.node, command)
     log.info(f"that is on node {known.node}")
     return 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from clusters import ADD, IMAGES, SITE, Cluster, between
 from debian import debian
 from qemu import Console
 from support import run
-from test_cluster import ADD, IMAGES, SITE, Cluster, between
 
 EXPORTS = "/var/lib/ganeti/export"
 TINY = "-o image+default -O image_name=tiny,image_type=tarball,swap_size=16"
@@ -24,11 +24,6 @@ leftovers() {
   pgrep -af '^python3.*image/(import|export)$' || true
 }
 """
-
-
-@pytest.fixture
-def cluster(imageos: Path, tmp_path: Path) -> Cluster:
-    return Cluster(imageos, tmp_path)
 
 
 @pytest.fixture

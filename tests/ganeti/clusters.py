@@ -1,0 +1,54 @@
+"""A real cluster of one node (see one-node-cluster) on which imageos is installed."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from support import PATH, TESTS
+
+CLUSTER = TESTS / "ganeti/one-node-cluster"
+OS_DIR = "/usr/share/ganeti/os/image"
+SITE = "/etc/ganeti/instance-image"
+IMAGES = "/var/cache/ganeti-instance-image"
+ADD = (
+    "gnt-instance add -t file --no-start --no-name-check --no-ip-check -B memory=256"
+    " --net 0:mode=routed,link=100,ip=192.0.2.50 -n node1.example.org"
+)
+
+
+class Cluster:
+    """What starts throw-away clusters on which imageos is installed, and runs a script on each."""
+
+    def __init__(self, imageos: Path, work: Path) -> None:
+        self.imageos, self.work = imageos, work
+
+    @contextmanager
+    def running(self, script: str, kvm: bool = False) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+        """The process and the file with all that it prints; the cluster ends with the context."""
+        log = self.work / f"cluster-{len(list(self.work.glob('cluster-*')))}.log"
+        argv = ["setpriv", "--pdeathsig", "KILL", str(CLUSTER), *(["--kvm"] if kvm else [])]
+        argv += ["bash", "-euo", "pipefail", "-c", f"{self.imageos} install\n{script}"]
+        environment = {"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8"}
+        with log.open("wb") as output:
+            process = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        with process:
+            try:
+                yield process, log
+            finally:
+                process.kill()
+
+    def run(self, script: str, seconds: float = 120) -> str:
+        """All that the script printed. It stops at the first command that fails, and that fails the test."""
+        with self.running(script) as (process, log):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+            text = log.read_text(errors="backslashreplace")
+            assert process.returncode is not None, f"not finished within {seconds} s\n{text}"
+        assert process.returncode == 0, text
+        return text
+
+
+def between(text: str, mark: str) -> str:
+    """What the script printed between two lines `mark`."""
+    return text.split(f"{mark}\n")[1]
