@@ -21,8 +21,7 @@ from imageos.run import foreground
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="mount-disks",
-        description="Mount the filesystems of a stopped instance at /tmp/INSTANCE_root; umount-disks takes them away.",
+        prog="mount-disks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("instance", metavar="INSTANCE", help="its name, as Ganeti knows it")
     made.add_argument(

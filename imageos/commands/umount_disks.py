@@ -26,8 +26,7 @@ class Mount:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="umount-disks",
-        description="Take away what mount-disks has mounted of an instance, and deactivate its disks again.",
+        prog="umount-disks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("instance", metavar="INSTANCE", help="its name, as Ganeti knows it")
     made.add_argument(
