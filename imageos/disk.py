@@ -109,6 +109,22 @@ def let_go(path: str) -> Iterator[None]:
         _wait(lambda: _is_free(node), f"disk {node} is still in use after {DEADLINE:.0f} s")
 
 
+def last_write(device: Device) -> int:
+    """A number that changes when somebody writes to the disk."""
+    status = os.fstat(device.descriptor)
+    if device.is_file:
+        return status.st_mtime_ns
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    with open(f"/sys/dev/block/{number}/stat", encoding="ascii") as file:
+        return int(file.read().split()[6])  # sectors
+
+
+def bytes_read(disk: Attached) -> int:
+    """How much has been read from it since it was attached (Documentation/block/stat of the kernel)."""
+    with open(f"/sys/block/{os.path.basename(disk.path)}/stat", encoding="ascii") as file:
+        return int(file.read().split()[2]) * SECTOR
+
+
 def flush(device: Device, loop: int) -> None:
     """Bring everything down to the device: closing is not enough, and the guest may bypass the cache."""
     try:

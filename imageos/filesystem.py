@@ -190,6 +190,17 @@ def mount_all(stack: ExitStack, volumes: Iterable[Volume], top: str, read_only: 
             log.warning(f"the guest's {volume.mount_point} is left out: {failure}")
 
 
+def trim(path: str) -> None:
+    """Have the device below the mounted filesystem drop the free blocks, if both can do that."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        linux.trim(directory)
+    except OSError as error:
+        log.debug(f"free blocks of {path} are kept: {error.strerror}")
+    finally:
+        os.close(directory)
+
+
 def fstab(volumes: Iterable[Volume]) -> str:
     """The text of /etc/fstab for a guest that lives on `volumes`."""
     rows = [("# <filesystem>", "<mount point>", "<type>", "<options>", "<dump>", "<pass>")]

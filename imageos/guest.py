@@ -19,6 +19,7 @@ RANDOM_SEEDS = (
     "/var/lib/misc/random-seed",
     "/var/lib/seedrng/*",
 )
+HOST_KEYS = "/etc/ssh/ssh_host_*"
 SYSTEMD_UNITS = ("/usr/lib/systemd/system", "/lib/systemd/system")
 
 
@@ -36,11 +37,16 @@ def check_root(target: Target) -> None:
 def set_identity(target: Target, instance_name: str) -> None:
     """Make unique what no two instances may share."""
     set_hostname(target, instance_name)
+    forget_identity(target)
+    replace_host_keys(target)
+
+
+def forget_identity(target: Target) -> None:
+    """Remove what the guest makes anew, and what no two instances may share."""
     forget_machine_id(target)
     for seed in RANDOM_SEEDS:
         target.remove(seed)
     target.clear("/var/lib/cloud", keep=["seed"])  # as `cloud-init clean` does
-    replace_host_keys(target)
 
 
 def set_hostname(target: Target, instance_name: str) -> None:
@@ -76,7 +82,7 @@ def forget_machine_id(target: Target) -> None:
 
 def replace_host_keys(target: Target) -> None:
     """Remove the image's ssh host keys and make new ones: not every guest does so at boot."""
-    target.remove("/etc/ssh/ssh_host_*")
+    target.remove(HOST_KEYS)
     keygen = target.which("ssh-keygen")
     if keygen and target.is_dir("/etc/ssh"):
         try:

@@ -8,6 +8,7 @@ import os
 import selectors
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -34,6 +35,7 @@ PACKAGES = {
     "gzip": "gzip",
     "tar": "tar",
     "restore": "dump",
+    "dump": "dump",
     "qemu-img": "qemu-utils",
     "dd": "coreutils",
     "blkid": "util-linux",
@@ -212,11 +214,12 @@ def output_of(
             stdin = process.stdout.fileno()
 
         def check() -> None:
-            for stage, process, error_file in zip(stages, processes, errors):
-                status = process.wait()
-                error_file.seek(0)
-                if status:
-                    raise Finished(stage, status, b"", _text(error_file.read(OUTPUT_LIMIT))).failure()
+            failed = [n for n, process in enumerate(processes) if process.wait()]
+            # what stops because nobody reads any more is not at fault: who should have read is
+            failed = [n for n in failed if processes[n].returncode != -signal.SIGPIPE] or failed
+            for n in failed[:1]:
+                errors[n].seek(0)
+                raise Finished(stages[n], processes[n].returncode, b"", _text(errors[n].read(OUTPUT_LIMIT))).failure()
 
         yield stdin, check
 

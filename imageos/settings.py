@@ -269,6 +269,11 @@ def examine(
     return Settings(**values, unknown=unknown), problems
 
 
+def accepted(name: str, text: str, where: str) -> Any:
+    """The value of one setting that was given elsewhere; Failure says what is accepted."""
+    return _parse(name, text, where, name.upper())
+
+
 def unknown_parameters(environ: Mapping[str, str]) -> list[str]:
     """The OS parameters that are none of ours; Ganeti lets only those in parameters.list through."""
     names = (variable[len("OSP_") :].lower() for variable in environ if variable.startswith("OSP_"))

@@ -13,7 +13,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Optional
+from typing import Optional, Protocol
 
 from imageos import linux
 from imageos.errors import Failure
@@ -27,6 +27,12 @@ PROGRAM_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 COPIED_ATTRIBUTES = ("security.selinux", "system.posix_acl_access")
 NODE_LABEL = "security.selinux"  # of a file of the node: means nothing in the guest
+
+
+class _Visit(Protocol):
+    """What is done to a name in an open directory, as os.unlink and os.rmdir are called."""
+
+    def __call__(self, name: str, /, *, dir_fd: int) -> None: ...
 
 
 class Target:
@@ -176,6 +182,19 @@ class Target:
         for path in self.glob(f"{directory}/*"):
             if os.path.basename(path) not in keep:
                 self._remove(path)
+
+    def empty_files(self, directory: str) -> None:
+        """Cut every regular file at any depth below a directory to nothing; owners and modes stay."""
+        try:
+            top = linux.open_in_root(self._root, directory, DIRECTORY)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return
+            raise _failure("open", directory, error) from None
+        try:
+            _walk(top, _empty)
+        except OSError as error:
+            raise _failure("empty", directory, error) from None
 
     def touch(self, path: str) -> None:
         if not self.exists(path):
@@ -369,22 +388,33 @@ def _remove_tree(parent: int, name: str) -> None:
     if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
         os.unlink(name, dir_fd=parent)
         return
-    current = os.open(name, DIRECTORY, dir_fd=parent)
+    _walk(os.open(name, DIRECTORY, dir_fd=parent), os.unlink, os.rmdir)
+    os.rmdir(name, dir_fd=parent)
+
+
+def _walk(top: int, on_file: _Visit, on_left: Optional[_Visit] = None) -> None:
+    """Call `on_file` for all that is no directory below `top` (which is closed), `on_left` for each directory left.
+
+    Any depth, with two descriptors; never through a link.
+    """
+    current = top
     way: list[str] = []  # the names that lead from the top to `current`
-    below = [_remove_files(current)]  # on each level, the directories that are still to go
+    below = []  # on each level, the directories that are still to go
     try:
+        below.append(_visit_files(current, on_file))
         while way or below[-1]:
             if below[-1]:
                 way.append(below[-1].pop())
                 current = _moved(current, way[-1])
-                below.append(_remove_files(current))
+                below.append(_visit_files(current, on_file))
             else:
                 current = _moved(current, "..")
-                os.rmdir(way.pop(), dir_fd=current)
+                name = way.pop()
+                if on_left:
+                    on_left(name, dir_fd=current)
                 below.pop()
     finally:
         os.close(current)
-    os.rmdir(name, dir_fd=parent)
 
 
 def _moved(current: int, name: str) -> int:
@@ -394,14 +424,19 @@ def _moved(current: int, name: str) -> int:
     return new
 
 
-def _remove_files(directory: int) -> list[str]:
-    """Remove everything from a directory but directories; gives their names."""
+def _visit_files(directory: int, on_file: _Visit) -> list[str]:
+    """Call `on_file` for everything in a directory but directories; gives their names."""
     with os.scandir(directory) as entries:
         found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
     for name, is_directory in found:
         if not is_directory:
-            os.unlink(name, dir_fd=directory)
+            on_file(name, dir_fd=directory)
     return [name for name, is_directory in found if is_directory]
+
+
+def _empty(name: str, *, dir_fd: int) -> None:
+    if stat.S_ISREG(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode):
+        os.close(os.open(name, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd))
 
 
 def _remove_quietly(parent: int, name: str) -> None:

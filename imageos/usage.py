@@ -80,12 +80,18 @@ class Map:
         self._bits[byte] = self._bits[byte] | mask if used else self._bits[byte] & ~mask
 
 
-def find(device: Device, parts: Iterable[Part]) -> Map:
-    """What is used on `device`. Reads what may be in use, to find the zeroes."""
+def not_free(device: Device, parts: Iterable[Part]) -> Map:
+    """What the filesystems and swap areas on `device` do not call free, zeroes or not."""
     used = Map(device.size)
     used.mark(0, device.size)
     for part in parts:
         _leave_out_free(used, device, part)
+    return used
+
+
+def find(device: Device, parts: Iterable[Part]) -> Map:
+    """What is used on `device`. Reads what may be in use, to find the zeroes."""
+    used = not_free(device, parts)
     for start, end in _holes(device):
         used.clear(start, end)
     progress = log.Progress("looking for zeroes", device.size)
@@ -143,7 +149,7 @@ def _leave_out_free(used: Map, device: Device, part: Part) -> None:
             for first, last in ext.used(_reader(device, part), part.size):
                 used.mark(part.start + first, part.start + last)
         except ext.Doubtful as doubt:
-            log.info(f"{part} is sent with the free blocks of its {part.kind}: {doubt}")
+            log.info(f"{part} is taken with the free blocks of its {part.kind}: {doubt}")
             used.mark(part.start, part.end)
 
 

@@ -24,12 +24,14 @@ ORDER = [
     *("web", "checksums", "cache", "fetch", "imagefile", "qcow2", "tarball", "dump", "diskimage", "images"),
     # backups
     *("ext", "usage", "stream", "restore", "legacy", "wholeness"),
+    # images made of instances
+    *("sealing", "capture"),
     # hooks: what one imports, and what runs them
     *("hook", "hooks"),
     # commands
     *("commands", "commands.create", "commands.import_", "commands.export", "commands.rename", "commands.verify"),
     *("commands.mount_disks", "commands.umount_disks"),
-    *("commands.make_dump", "commands.make_qemu_img", "commands.ganeti_image"),
+    *("commands.ganeti_image", "commands.make_dump", "commands.make_qemu_img"),
     *("commands.install", "commands.uninstall", "commands.doctor"),
     *("manual", "cli"),
 ]

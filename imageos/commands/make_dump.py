@@ -1,0 +1,26 @@
+"""make-dump: make an image of a stopped instance's first disk, by dump(8)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from imageos.commands.ganeti_image import TYPES, add_options, make_image
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="make-dump",
+        description="Make an image of a stopped instance's first disk. The instance is only read.",
+        epilog=f"The image is {TYPES['dump']}.",
+    )
+    made.add_argument("instance", metavar="INSTANCE", help="its name, as Ganeti knows it")
+    made.add_argument(
+        "image_dir", metavar="IMAGE_DIR", nargs="?", help="where it is put, on the node that has the disk"
+    )
+    add_options(made)
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    return make_image("dump", parser().parse_args(arguments))
