@@ -129,7 +129,7 @@ BAD = {
 def test_bad_input(cluster: Cluster, prepared: str) -> None:
     """Each says so on its last line, and leaves nothing: also not active disks."""
     tries = "".join(f"say TRY{n} bash -c {shlex.quote(command)}\nsay LEFT{n} left\n" for n, command in enumerate(BAD))
-    other = f"{ADD.replace('192.0.2.50', '192.0.2.60')} --disk 0:size=512M -o image+default -O image_name=tiny"
+    other = f"{ADD.replace('192.0.2.50', '192.0.2.60')} --disk 0:size=1G -o image+default -O image_name=tiny"
     diskless = ADD.replace("-t file", "-t diskless").replace(".50", ".62")
     script = f"""{prepared}
         {other},image_type=tarball,swap_size=16 inst2.example.org

@@ -520,6 +520,26 @@ def test_clear(guest: Path, target: Target) -> None:
     target.clear("/missing")
 
 
+def test_empty_files(guest: Path, node: Path, target: Target) -> None:
+    """Regular files only, at any depth, and never through a link."""
+    for name in ("log/a", "log/sub/deep/b", "kept/c"):
+        (guest / name).parent.mkdir(parents=True, exist_ok=True)
+        (guest / name).write_text("text")
+    (guest / "log/a").chmod(0o640)
+    (guest / "log/to-node").symlink_to(node / "canary")
+    (guest / "log/to-nodes-directory").symlink_to(node)
+    (guest / "log/sub/to-kept").symlink_to("/kept")
+    os.mkfifo(guest / "log/fifo")
+    target.empty_files("/log")
+    assert (guest / "log/a").read_text() == (guest / "log/sub/deep/b").read_text() == ""
+    assert stat.S_IMODE((guest / "log/a").stat().st_mode) == 0o640
+    assert (guest / "kept/c").read_text() == "text"
+    target.empty_files("/missing")
+    (guest / "linked").symlink_to("/kept")
+    target.empty_files("/linked")
+    assert (guest / "kept/c").read_text() == "text"
+
+
 # Very deep
 
 DEPTH = 1500  # more than Python's recursion limit, and than a process may have open files

@@ -1,0 +1,58 @@
+"""What stands in the way of an image, and what would not be in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from imageos import sealing
+from imageos.capture import CAPTURED, Place, check_place
+from imageos.errors import Failure
+from imageos.images import IMAGE_TYPES
+from imageos.target import Target
+
+
+def in_the_way(directory: Path, kind: str, replace: bool = False) -> str:
+    try:
+        check_place(Place(str(directory), "made-x86_64", replace), CAPTURED[kind])
+    except Failure as failure:
+        return str(failure).partition(f"{directory}/made-x86_64")[2].partition(" ")[0].rstrip(",")
+    return ""
+
+
+@pytest.mark.parametrize("kind", CAPTURED)
+def test_every_file_that_create_would_find_is_in_the_way(kind: str, tmp_path: Path) -> None:
+    """Also one that the new image would hide; --force replaces what has the same name."""
+    known = IMAGE_TYPES[CAPTURED[kind].image_type].suffixes
+    ours = CAPTURED[kind].suffixes()
+    assert ours[0] in known
+    for suffix in known:
+        path = tmp_path / f"made-x86_64{suffix}"
+        path.touch()
+        assert in_the_way(tmp_path, kind) == suffix
+        hides_ours = known.index(suffix) < known.index(ours[0])
+        assert in_the_way(tmp_path, kind, replace=True) == (suffix if hides_ours else "")
+        path.unlink()
+
+
+def test_what_is_not_in_the_way(tmp_path: Path) -> None:
+    for name in ("made-x86.qcow2", "made-x86_64.tar.zst", "made-x86_64.qcow2.sha256", "ade-x86_64.qcow2"):
+        (tmp_path / name).touch()
+    assert in_the_way(tmp_path, "qemu-img") == ""
+
+
+def test_directory_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match=f"IMAGE_DIR {tmp_path}/x: No such file"):
+        check_place(Place(f"{tmp_path}/x", "made-x86_64"), CAPTURED["dump"])
+
+
+def test_sealing_finds_every_home(guest: Path, target: Target) -> None:
+    for home in ("root", "home/a", "home/with [brackets]*"):
+        (guest / home).mkdir(parents=True)
+        for name in (".bash_history", ".python_history", ".lesshst", ".bashrc"):
+            (guest / home / name).write_text("x")
+    (guest / "home/file").write_text("not a home")
+    sealing.seal(target)
+    left = sorted(str(path.relative_to(guest)) for path in guest.rglob("*") if path.is_file())
+    assert left == ["home/a/.bashrc", "home/file", "home/with [brackets]*/.bashrc", "root/.bashrc"]
