@@ -282,7 +282,8 @@ def check_names(found: Found) -> None:
         longest = run(find).strip()
     if longest:
         raise Failure(
-            f"the guest has a name of 255 bytes ({longest[-255:]}): dump(8) cannot keep it", hint=OTHER_THAN_DUMP
+            f"the guest has a name of 255 bytes ({os.path.basename(longest)[:30]}...): dump(8) cannot keep it",
+            hint=OTHER_THAN_DUMP,
         )
 
 

@@ -9,6 +9,7 @@ import pytest
 from support import run
 from test_cluster import ADD, IMAGES, OS_DIR, Cluster, between
 
+TINY = "-o image+default -O image_name=tiny,image_type=tarball,swap_size=16"
 DISKS = "/srv/ganeti/file-storage"
 # say WHAT COMMAND...: what it prints, with its status as the last line, between two lines WHAT
 SCRIPT = f"""
@@ -19,7 +20,7 @@ say() {{
   echo "$what"; {{ "$@" 2>&1 && status=0 || status=$?; echo "status $status"; }}; echo "$what"
 }}
 left() {{
-  losetup --list --noheadings --output NAME,BACK-FILE | grep -e file-storage -e deleted || true
+  losetup --list --noheadings --output NAME,BACK-FILE | grep -e file-storage -e 'ganeti-instance-image/#' || true
   grep -e /srv/ganeti/file /proc/self/mountinfo || true
   ls -d /run/imageos-disks-* /run/imageos/* 2>/dev/null || true
   gnt-instance list --no-headers --separator=' ' -o name,disks_active --filter 'admin_state == "down"' | grep Y || true
@@ -55,10 +56,9 @@ def prepared(tmp_path: Path) -> str:
     (tree / "bin/noise").write_bytes(bytes(range(256)) * 4096)
     image = tmp_path / "tiny-x86_64.tar.gz"
     run("tar", "--create", "--gzip", "--numeric-owner", "--directory", tree, "--file", image, ".")
-    options = "-o image+default -O image_name=tiny,image_type=tarball,swap_size=16"
     return f"""{SCRIPT}
         cp {image} {IMAGES}/
-        {ADD} --disk 0:size=1G --disk 1:size=1G {options} inst1.example.org
+        {ADD} --disk 0:size=1G --disk 1:size=1G {TINY} inst1.example.org
         gnt-instance deactivate-disks inst1.example.org
     """
 
@@ -129,10 +129,10 @@ BAD = {
 def test_bad_input(cluster: Cluster, prepared: str) -> None:
     """Each says so on its last line, and leaves nothing: also not active disks."""
     tries = "".join(f"say TRY{n} bash -c {shlex.quote(command)}\nsay LEFT{n} left\n" for n, command in enumerate(BAD))
-    other = f"{ADD.replace('192.0.2.50', '192.0.2.60')} --disk 0:size=1G -o image+default -O image_name=tiny"
+    other = f"{ADD.replace('192.0.2.50', '192.0.2.60')} --disk 0:size=1G {TINY}"
     diskless = ADD.replace("-t file", "-t diskless").replace(".50", ".62")
     script = f"""{prepared}
-        {other},image_type=tarball,swap_size=16 inst2.example.org
+        {other} inst2.example.org
         gnt-instance startup inst2.example.org
         {other.replace(".60", ".61")} --no-install inst3.example.org
         gnt-instance deactivate-disks inst3.example.org
@@ -146,10 +146,8 @@ def test_bad_input(cluster: Cluster, prepared: str) -> None:
         say TYPE ganeti-image -t raw -i inst1
         say HELP make-qemu-img --help
         echo FILES; ls -A {IMAGES} /srv/small; echo FILES
-        kill $(pgrep -f ^/usr/sbin/ganeti-luxid)
-        say SILENT make-dump inst1
     """
-    log = cluster.run(script, seconds=240)
+    log = cluster.run(script, seconds=300)
     for n, (command, message) in enumerate(BAD.items()):
         status, lines = said(log, f"TRY{n}")
         assert status == 1 and lines[-1].startswith(message), f"{command}\n{log}"
@@ -161,7 +159,6 @@ def test_bad_input(cluster: Cluster, prepared: str) -> None:
         "there-x86_64-root.dump",
         "tiny-x86_64.tar.gz",
     ]
-    assert "the master daemon does not answer" in said(log, "SILENT")[1][-1]
 
 
 @pytest.mark.parametrize("signal", ["TERM", "KILL"])
