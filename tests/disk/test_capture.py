@@ -400,6 +400,24 @@ def test_the_disk_is_in_use(node: Node, disks: dict[str, guestdisks.Guest]) -> N
         capture(node, disks["mbr"].path, "tarball").failed("in use", str(device))
 
 
+def test_the_instance_is_started_meanwhile(node: Node, small_tree: Path, tmp_path: Path) -> None:
+    """What was read before and after a write does not belong together."""
+    disk = guestdisks.mbr(tmp_path / "guest", small_tree, tmp_path).path
+    fake, here = tmp_path / "fake/blkid", tmp_path / "waiting"
+    real = run("sh", "-c", f"PATH={PATH} command -v blkid").strip()
+    node.write(fake, f'#!/bin/sh\n: >{here}\nwhile [ -e {here} ]; do sleep 0.05; done\nexec {real} "$@"\n')
+    fake.chmod(0o755)
+    call = start(node, disk, "tarball", path=f"{fake.parent}:{PATH}")
+    call.wait_for(here.exists, "in blkid")
+    with disk.open("r+b") as file:
+        file.seek(90 * MIB)
+        file.write(b"a log entry")
+    fake.unlink()
+    here.unlink()
+    call.result().failed(str(disk), "was written to")
+    assert os.listdir(node.images) == []
+
+
 @contextmanager
 def small(where: Path, mib: int) -> Iterator[Path]:
     where.mkdir()
