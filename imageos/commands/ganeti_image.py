@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from imageos import capture, cluster, hooks, isolation, log, settings
 from imageos.capture import CAPTURED, Place
 from imageos.cluster import ClusterInstance
+from imageos.commands.mount_disks import program_there
 
 TYPES = {
     "tarball": "NAME-ARCH.tar.zst: the files, for any layout and filesystem",
@@ -85,7 +86,7 @@ def place(options: argparse.Namespace, instance: str, os_name: str) -> Place:
 def make_image_there(known: ClusterInstance, path: str, kind: str, wanted: Place, options: argparse.Namespace) -> None:
     """The same on the node that has the disk; the image is there, too."""
     name, _, arch = wanted.name.rpartition("-")
-    command = [os.path.realpath(hooks.program_file()), "ganeti-image", "--disk", path, "-i", known.name, "-t", kind]
+    command = [program_there(), "ganeti-image", "--disk", path, "-i", known.name, "-t", kind]
     command += ["-d", wanted.directory, "-n", name, "-a", arch]
     command += [word for word, is_wanted in (("--seal", options.seal), ("--force", options.force)) if is_wanted]
     cluster.run_on(known.node, command)
