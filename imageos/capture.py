@@ -198,7 +198,7 @@ def write_tarball(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]
     tar = ["tar", "--create", "--file=-", "--format=posix", "--numeric-owner", "--acls", "--xattrs",
            "--xattrs-include=*", "--sparse", "--warning=no-file-ignored",
            "--directory", isolation.TARGET, "."]  # fmt: skip
-    with log.phase(f"packed {place.path(suffix)}"), ExitStack() as mounts:
+    with log.phase("packed all files"), ExitStack() as mounts:
         filesystem.mount_all(mounts, copied.found.volumes, isolation.TARGET, read_only=True)
         yield written(stack, copied, place, suffix, [tar, compress])
 
@@ -211,7 +211,7 @@ def write_dumps(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]:
             suffix = f"-{volume.role}.dump"
             # a block that cannot be read is an error (-I 1), not a question (-q)
             dump = ["dump", "-0", "-q", "-I", "1", "-z", "-f", "-", volume.device]
-            with log.phase(f"dumped {place.path(suffix)}"):
+            with log.phase(f"dumped {volume.mount_point}"):
                 yield written(stack, copied, place, suffix, [dump])
 
 
@@ -228,7 +228,7 @@ def write_qcow2(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]:
 
     convert = ["qemu-img", "convert", "-p", "-c", "-f", "raw", "-O", "qcow2", *qcow2_options(),
                "/proc/self/fd/0", f"/proc/{os.getpid()}/fd/{output}"]  # fmt: skip
-    with log.phase(f"wrote {place.path('.qcow2')}"):
+    with log.phase("compressed the copy"):
         done = pipeline([convert], stdin=copied.device.descriptor, on_line=report)[0]
         progress.close()
         if done.status:
@@ -398,7 +398,7 @@ def publish(place: Place, kind: Kind, news: Sequence[New]) -> None:
         os.fsync(directory)
         undo.pop_all()
     for new in news:
-        log.info(f"{place.path(new.suffix)}: {log.size(os.fstat(new.descriptor).st_size)}, sha256 {new.sha256}")
+        log.info(f"made {place.path(new.suffix)}: {log.size(os.fstat(new.descriptor).st_size)}")
 
 
 def name_it(undo: ExitStack, directory: int, descriptor: int, name: str, replace: bool) -> None:

@@ -395,6 +395,15 @@ def test_the_directory_is_missing(node: Node, disks: dict[str, guestdisks.Guest]
     capture(node, disks["mbr"].path, "tarball", directory=nowhere).failed(str(nowhere), "Not a directory")
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_block_device(kind: str, node: Node, disks: dict[str, guestdisks.Guest]) -> None:
+    """As LVM and DRBD give one."""
+    disk = disks["mbr"].path
+    with unchanged(disk), attached(disk) as device:
+        capture(node, device, kind).ok()
+    assert sorted(os.listdir(node.images)) == FILES[kind]
+
+
 def test_the_disk_is_in_use(node: Node, disks: dict[str, guestdisks.Guest]) -> None:
     with attached(disks["mbr"].path, read_only=True) as device:
         capture(node, disks["mbr"].path, "tarball").failed("in use", str(device))
