@@ -1,4 +1,7 @@
-"""ganeti-image: make an image of a stopped instance's first disk: tarball, dump or disk image."""
+"""ganeti-image: make an image of a stopped instance's first disk: tarball, dump or disk image.
+
+The instance is only read: everything happens to a copy of what is in use on its disk.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     types = "; ".join(f"{name}: {what}" for name, what in TYPES.items())
     made = argparse.ArgumentParser(
         prog="ganeti-image",
-        description="Make an image of a stopped instance's first disk. The instance is only read.",
+        description=__doc__.partition(": ")[2],
     )
     made.add_argument("-t", "--type", required=True, choices=TYPES, help=types)
     made.add_argument("-i", "--instance", metavar="INSTANCE", required=True, help="its name, as Ganeti knows it")

@@ -1,4 +1,7 @@
-"""make-qemu-img: make an image of a stopped instance's first disk, as a qcow2 of the whole disk."""
+"""make-qemu-img: make an image of a stopped instance's first disk, as a qcow2 of the whole disk.
+
+The instance is only read: everything happens to a copy of what is in use on its disk.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from imageos.commands.ganeti_image import TYPES, add_options, make_image
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="make-qemu-img",
-        description="Make an image of a stopped instance's first disk. The instance is only read.",
+        description=__doc__.partition(": ")[2],
         epilog=f"The image is {TYPES['qemu-img']}.",
     )
     made.add_argument("instance", metavar="INSTANCE", help="its name, as Ganeti knows it")
