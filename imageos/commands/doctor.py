@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from imageos import __version__, filesystem, ganeti, images, layout, log, settings, wholeness
 from imageos.commands import install
 from imageos.errors import Failure
-from imageos.hooks import OS_DIR, find, program_file
+from imageos.hooks import OS_DIR, check_overlay, find, program_file
 from imageos.imagefile import Image
 from imageos.layout import MIB
 from imageos.run import PACKAGES, pipeline
@@ -270,9 +270,10 @@ def check_hooks(report: Report, variants: Iterable[Variant]) -> None:
         except Failure as failure:
             report.failure(failure)
     for variant in variants:
-        overlay = f"{variant.known.overlays_dir}/{variant.known.overlay}"
-        if variant.known.overlay and not os.path.isdir(overlay):
-            report.say(ERROR, f"variant {variant.name}: OVERLAY {overlay} is no directory")
+        try:
+            check_overlay(variant.known)
+        except Failure as failure:
+            report.failure(failure, of=f"variant {variant.name}: ")
 
 
 # --- images -----------------------------------------------------------------------------------------------

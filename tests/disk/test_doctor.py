@@ -102,6 +102,12 @@ def test_variant_without_file(doctor: Doctor) -> None:
     doctor.ill("variant absent", "absent.conf")
 
 
+def test_missing_overlay(doctor: Doctor, node: Node) -> None:
+    node.hook("overlays", "#!/bin/sh\n")
+    node.variant("dressed", "OVERLAY=absent\n")
+    doctor.ill("variant dressed", "overlays/absent")
+
+
 def test_settings_may_compute_with_the_instance(doctor: Doctor, node: Node) -> None:
     node.variant("computed", "SWAP_SIZE=$((INSTANCE_BE_maxmem / 2))\n")
     doctor.well()
