@@ -54,6 +54,7 @@ def create(instance: Instance, known: Settings) -> None:
             hint="add one (gnt-instance modify --disk add:size=10G), or set CDINSTALL=yes",
         )
     hooks.check_overlay(known)
+    network.plan(instance, known)  # addresses that make no sense are no reason to lose what the disk holds
     image_type = IMAGE_TYPES[known.image_type]
     image = images.find(known, with_boot=not instance.kernel_path)
     image_type.check(image)

@@ -498,3 +498,14 @@ def test_not_root(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout
     assert "root" in done.stdout.splitlines()[-1] and "Traceback" not in done.stdout
     assert digest(target) == before
+
+
+@pytest.mark.parametrize(
+    ("address", "servers", "named"), [("here", "", "NIC 0"), ("192.0.2.7", "192.0.2.300", "192.0.2.300")]
+)
+def test_network_that_makes_no_sense(address: str, servers: str, named: str, node: Node, disk: MakeDisk) -> None:
+    target = disk()
+    target.write_bytes(b"of the last tenant")
+    nic = {"NIC_0_IP": address, "NIC_0_NETWORK_SUBNET": "192.0.2.0/24", "OSP_DNS_SERVERS": servers}
+    node.create(target, NIC_COUNT="1", **nic).failed(named)
+    assert target.read_bytes() == b"of the last tenant"
