@@ -39,9 +39,6 @@ def why_not(table: Table, root: Part) -> str:
     if behind:
         kinds = ", ".join(f"{part} ({part.kind or 'unknown'})" for part in behind)
         return f"behind {root} lies {kinds}"
-    container = next((one for one in table.extended if one.start < root.start < one.end), None)
-    if container:
-        return f"{root} is a logical one"
     return ""
 
 
@@ -62,14 +59,21 @@ def _move_backup_header(disk: Attached) -> None:
 def _grow_partition(disk: Attached, table: Table, root: Part, size: int) -> None:
     if size == root.size:
         return
+    for extended in table.extended:
+        if extended.start < root.start < extended.end:  # the root is a logical one
+            _resize(disk, extended, max(extended.size, root.start + size - extended.start))
+    _resize(disk, root, size)
+    parts = [(part.number, part.start, size if part is root else part.size) for part in table.parts]
+    disks.set_partitions(disk, parts)
+
+
+def _resize(disk: Attached, part: Part, size: int) -> None:
     # What is not given here stays: start, type, name, attributes and the identifiers.
     run(
         ["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", "--wipe", "never", "--wipe-partitions", "never",
-         "--partno", str(root.number), disk.path],
+         "--partno", str(part.number), disk.path],
         input=f", {size // SECTOR}\n",
     )  # fmt: skip
-    parts = [(part.number, part.start, size if part is root else part.size) for part in table.parts]
-    disks.set_partitions(disk, parts)
 
 
 def _grow_filesystem(root: Part, size: int) -> None:

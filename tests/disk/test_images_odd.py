@@ -58,6 +58,28 @@ def test_swap_behind_the_root(node: Node, disk: MakeDisk, small_tree: Path, tmp_
     assert partitions(target)[1].content["UUID"] == UUID.format(2)
 
 
+def test_logical_root(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
+    """It grows together with the extended partition that it lies in."""
+    script = "label: dos\n1 : start=1M, size=20M\n2 : type=5\n5 : size=20M, type=82\n6 : size=80M\n"
+    image = guestdisks.blank(tmp_path / "image", 130, script)
+    for number, kind in ((1, "ext4"), (5, "swap"), (6, "ext4")):
+        guestdisks.make(image, number, kind)
+    guestdisks.fill(image, 6, small_tree, tmp_path, f"/dev/sda6 / ext4\nUUID={UUID.format(1)} /boot ext4\n")
+    target = disk(300)
+    result = deploy(node, image, target).ok()
+    assert "/boot on partition 1" in result.log
+    old, new = by_number(image), by_number(target)
+    assert [(part.number, part.start, part.type, part.content.get("UUID")) for part in new] == \
+        [(part.number, part.start, part.type, part.content.get("UUID")) for part in old]  # fmt: skip
+    extended, swap, root = new[1:]
+    assert swap.size == old[2].size
+    assert extended.start + extended.size == root.start + root.size == 300 * MIB
+    run("sfdisk", "--verify", target)
+    with mounted(target, tmp_path / "look", root) as where:
+        assert (where / "etc/hostname").read_text() == "inst1\n"
+        assert os.statvfs(where).f_blocks * os.statvfs(where).f_frsize > 200 * MIB
+
+
 def test_backup_header_moves_although_the_root_stays(node: Node, disk: MakeDisk, small_tree: Path,
                                                      tmp_path: Path) -> None:  # fmt: skip
     script = f"label: gpt\n1 : start=1M, size=80M, type={ROOT}\n2 : size=20M, type={DATA}\n"

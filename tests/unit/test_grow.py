@@ -27,7 +27,9 @@ def test_what_lies_behind(kind: str, shown: str) -> None:
 def test_logical_root() -> None:
     root = part(5, 11, 20)
     table = Table("dos", (part(1, 1, 9), root), 100 * MIB, extended=(part(2, 10, 30, type="5"),))
-    assert "logical" in why_not(table, root)
+    assert not why_not(table, root)
+    behind = part(6, 32, 8, "swap")
+    assert "partition 6 (swap)" in why_not(Table("dos", (*table.parts, behind), 100 * MIB, table.extended), root)
 
 
 def test_no_table() -> None:
