@@ -75,7 +75,7 @@ def test_nic_whose_address_is_none() -> None:
 
 def test_network_config() -> None:
     """Version 2, as cloud-init 22.4 of Debian 12 took it."""
-    config = cloudinit.network_config((STATIC, ROUTED, Interface("eth2", "aa:00:00:00:00:02", True)))
+    config = cloudinit.version2((STATIC, ROUTED, Interface("eth2", "aa:00:00:00:00:02", True)))
     assert config == {
         "version": 2,
         "ethernets": {
