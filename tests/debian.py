@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +44,7 @@ FLAVOURS = {
     "netplan": ("netplan.io", "systemd-resolved"),
     "network-manager": ("network-manager",),
     "cloud-init": ("cloud-init", "netplan.io", "systemd-resolved"),
+    "cloud-init-ifupdown": ("cloud-init", "ifupdown", "isc-dhcp-client"),  # as in the cloud images of Debian 11
     "large": ("build-essential", "git", "vim"),  # what the benchmark deploys: about 600 MB
 }
 
@@ -164,12 +165,8 @@ class Debian:
 
 def debian(suite: str, flavour: str = "") -> Debian:
     """The image of one suite, out of the cache when it is there."""
-    path = CACHE / f"{_name(suite, flavour)}-{_key(flavour)}"
-    if not path.is_dir():
-        base = [str(debian(suite).tarball), *FLAVOURS[flavour]] if flavour else []
-        with _lock(_name(suite, flavour)):
-            if not path.is_dir():  # nobody else has made it meanwhile
-                _make(suite, flavour, path, base)
+    base = [str(debian(suite).tarball), *FLAVOURS[flavour]] if flavour else []
+    path = cached(CACHE / f"{_name(suite, flavour)}-{_key(flavour)}", _recipe(flavour), suite, *base)
     return Debian(
         suite,
         path / "image.tar.zst",
@@ -206,17 +203,28 @@ def _key(flavour: str) -> str:
     return hashlib.sha256(made_of.encode()).hexdigest()[:12]
 
 
-def _make(suite: str, flavour: str, path: Path, base: "list[str]") -> None:
-    name = _name(suite, flavour)
-    for other in [*CACHE.glob(f"{name}-*"), *CACHE.glob(f".{name}-*")]:
+def cached(path: Path, script: str, *arguments: str) -> Path:
+    """The directory `path`, NAME-KEY, made first when it is not there: by a bash script in namespaces of its own, which
+    fills the directory that it gets before its `arguments`."""
+    name = path.name.rpartition("-")[0]
+    if not path.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path.with_name(f".{name}.lock")):
+            if not path.is_dir():  # nobody else has made it meanwhile
+                _make(path, name, script, arguments)
+    return path
+
+
+def _make(path: Path, name: str, script: str, arguments: Sequence[str]) -> None:
+    for other in [*path.parent.glob(f"{name}-*"), *path.parent.glob(f".{name}-*")]:
         if other.stat().st_mtime < time.time() - KEEP:  # a younger one may be another checkout's
             shutil.rmtree(other)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=CACHE))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=path.parent))
     try:
         made = subprocess.run(
             ["setpriv", "--pdeathsig", "KILL"]
             + ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-            + ["bash", "-c", _recipe(flavour), "debian", str(scratch), suite, *base],
+            + ["bash", "-c", script, "debian", str(scratch), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -225,7 +233,7 @@ def _make(suite: str, flavour: str, path: Path, base: "list[str]") -> None:
             errors="replace",
         )
         if made.returncode:
-            raise RuntimeError(f"cannot make a Debian {name}:\n" + "\n".join(made.stdout.splitlines()[-30:]))
+            raise RuntimeError(f"cannot make {name}:\n" + "\n".join(made.stdout.splitlines()[-30:]))
         scratch.rename(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -236,9 +244,8 @@ def _proxies() -> dict[str, str]:
 
 
 @contextmanager
-def _lock(suite: str) -> Iterator[None]:
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / f".{suite}.lock", "w") as lock:
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

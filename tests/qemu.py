@@ -17,7 +17,7 @@ from pathlib import Path
 # second boot of Linux 6.12 panics; without the feature Linux does not use the instruction.
 CPU = "max,-cx16"
 OVMF = "/usr/share/OVMF"
-DEADLINE = 300  # seconds from power on; a Debian guest takes 25 to 60 on an idle core
+DEADLINE = 600  # seconds from power on; a Debian guest takes 25 to 60 on an idle core, 90 with cloud-init
 PATIENCE = 20  # seconds between the report and the prompt
 # What a guest says that will not come up any more.
 HOPELESS = re.compile(
