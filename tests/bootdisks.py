@@ -214,9 +214,9 @@ def boot_disks(wanted: dict[str, tuple[str, Debian]]) -> dict[str, BootDisk]:
 
 def _boot_disk(name: str, image: Debian) -> BootDisk:
     script = recipe(LAYOUTS[name])
-    key = hashlib.sha256(f"{script}{image.tarball}".encode()).hexdigest()[:12]
-    kind = image.tarball.parent.name.rpartition("-")[0]
-    directory = cached(CACHE / f"{name}-{kind}-{key}", script, str(image.tarball))
+    made_of = image.tarball.parent.name  # SUITE+FLAVOUR-KEY
+    key = hashlib.sha256(f"{script}{made_of}".encode()).hexdigest()[:12]
+    directory = cached(CACHE / f"{name}-{made_of.rpartition('-')[0]}-{key}", script, str(image.tarball))
     dumps = {path.stem: path for path in directory.glob("*.dump")}
     return BootDisk(LAYOUTS[name], image, directory / "disk", dumps)
 
