@@ -109,6 +109,7 @@ TEST_NEEDS = (
     Need("bash", "bash", "bash", "settings files"),
     Need("zsh", "zsh", "zsh", "completion of zsh"),
     Need("groff", "groff-base", "groff-base", "the manual page"),
+    Need("perl", "perl-base", "perl-interpreter", "system calls of a hostile guest"),
     Need("mkfs.xfs", "xfsprogs", "xfsprogs", "FILESYSTEM=xfs"),
     Need("mkfs.btrfs", "btrfs-progs", "btrfs-progs", "FILESYSTEM=btrfs"),
     Need("mkfs.vfat", "dosfstools", "dosfstools", "EFI system partition"),

@@ -25,7 +25,7 @@ MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 OPEN_TREE_CLONE, AT_RECURSIVE, AT_FDCWD = 1, 0x8000, -100  # fcntl.h
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
 # prctl.h
-PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 # openat2.h
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x02, 0x04, 0x10
 # one number on all architectures (scripts/syscall.tbl)
@@ -115,6 +115,11 @@ def enter_mount_namespace(namespace: int) -> None:
 
 def die_with_parent() -> None:
     _check(_libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0))
+
+
+def forbid_dumps() -> None:
+    """Keep what this process has in memory from every process that may not trace all (CAP_SYS_PTRACE)."""
+    _check(_libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
 
 
 def limit_capabilities(keep: Iterable[int]) -> None:

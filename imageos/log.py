@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Optional
 
 PREFIX = "imageos: "
+LONGEST = 2000  # characters of a line: Ganeti shows the last 4 KiB, and a guest may have much to say
 # Whether `debug` prints; set once by the settings. As global as stderr itself.
 _debug = False
 # Whether the terminal's line has a bar in it.
@@ -155,7 +156,7 @@ def size(count: int) -> str:
 
 def _write(line: str) -> None:
     # One write per line: the lines of concurrent processes do not mix in Ganeti's log.
-    text = ascii_only(line.rstrip("\n")) + "\n"
+    text = ascii_only(line.rstrip("\n")[:LONGEST]) + "\n"
     _clear()
     with suppress(OSError):  # nobody reads any more? The exit status still tells.
         os.write(2, text.encode("ascii"))

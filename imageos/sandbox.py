@@ -1,8 +1,8 @@
 """Where a program of the guest runs: the guest's root, and nothing of the node.
 
 Its own mount, PID, network, IPC and UTS namespaces, a private /dev with its own disk only, read-only /proc
-and /sys, few capabilities, no way to gain more. A chroot rather than pivot_root: the kernel refuses user
-namespaces, and with them new mounts, to a process in a chroot.
+and /sys, few capabilities, no way to gain more, bounds on processes and memory. A chroot rather than pivot_root: the
+kernel refuses user namespaces, and with them new mounts, to a process in a chroot.
 """
 
 import os
@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NoReturn
 
 from imageos import linux
 from imageos.errors import Failure
@@ -36,7 +36,8 @@ ENVIRONMENT = {
 # Name -> major, minor (Documentation/admin-guide/devices.txt)
 DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
 LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
-FILE_SIZE = 8 << 30  # bytes: no program of a guest has reason to write a larger file
+# Of each process, in bytes; no program of a guest has reason to take more. What all of them take: cgroup.
+LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 8 << 30, resource.RLIMIT_AS: 4 << 30}
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,18 @@ class GuestDisk:
     uuids: Sequence[tuple[str, str]]
 
 
-def entering(path: str, hostname: str, disk: GuestDisk) -> Callable[[], None]:
-    """What a child does before it becomes a program of the guest whose root is mounted at `path`."""
+def entering(path: str, hostname: str, disk: GuestDisk, join: Callable[[], None]) -> Callable[[], None]:
+    """What a child does before it becomes a program of the guest whose root is mounted at `path`.
+
+    `join` takes it into its control group.
+    """
     # Looked up here: the child must not depend on the state of its parent's /dev.
     nodes = {os.path.basename(node): os.stat(node).st_rdev for node in disk.nodes}
     nodes.update((name, os.makedev(*number)) for name, number in DEVICES.items())
 
     def enter() -> None:
         try:
+            join()
             _enter(path, hostname, nodes, disk.uuids)
         except OSError as error:
             # subprocess would only say that something happened
@@ -86,6 +91,8 @@ def devices(path: str) -> Iterator[None]:
 
 def _enter(path: str, hostname: str, nodes: "dict[str, int]", uuids: Sequence[tuple[str, str]]) -> None:
     os.setsid()  # no terminal of the node's
+    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("1000")  # when the node runs out of memory, this is the one to go
     linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS)
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
     _become_first_process()
@@ -93,16 +100,17 @@ def _enter(path: str, hostname: str, nodes: "dict[str, int]", uuids: Sequence[tu
     root = os.open(path, os.O_PATH | os.O_DIRECTORY)
     socket.sethostname(hostname)
     plain = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
-    _mount_over(root, "dev", "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, "mode=0755,size=64k")
+    _mount_over(root, "dev", "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, "mode=0755,size=64k,nr_inodes=1k")
     _make_devices(root, nodes, uuids)
     _mount_over(root, "proc", "proc", plain | linux.MS_RDONLY)
     _mount_over(root, "sys", "sysfs", plain | linux.MS_RDONLY)
-    _mount_over(root, "run", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=0755")
+    _mount_over(root, "run", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=0755,size=64m,nr_inodes=16k")
     os.fchdir(root)
     os.chroot(".")
     os.umask(0o022)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, FILE_SIZE))
+    _leave_first_process_behind()
+    for limit, value in LIMITS.items():
+        resource.setrlimit(limit, (value, value))
     linux.limit_capabilities(KEEP)
 
 
@@ -112,9 +120,27 @@ def _become_first_process() -> None:
     if child:
         linux.die_with_parent()
         os.closerange(3, 1 << 16)  # among them the pipe by which subprocess awaits the exec
-        _, status = os.waitpid(child, 0)
-        os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+        _exit_as(child)
     linux.die_with_parent()
+
+
+def _leave_first_process_behind() -> None:
+    """Continue in a child, so that process 1 stays ours: a program of the guest could prevent its own end with its
+    parent's (prctl), and outlive its time limit. It can do nothing to process 1, which has more capabilities.
+    """
+    linux.forbid_dumps()
+    child = os.fork()
+    if child:
+        os.closerange(3, 1 << 16)
+        _exit_as(child)
+
+
+def _exit_as(child: int) -> NoReturn:
+    """Exit like `child` when it ends; bury the orphans until then."""
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 
 def _make_devices(root: int, nodes: "dict[str, int]", uuids: Sequence[tuple[str, str]]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Optional, Protocol
 
-from imageos import linux
+from imageos import cgroup, linux
 from imageos.errors import Failure
 from imageos.run import run
 from imageos.sandbox import ENVIRONMENT, GuestDisk, entering
@@ -204,13 +204,14 @@ class Target:
 
     def run(self, argv: Sequence[str], input: Optional[str] = None) -> str:
         """Run a program of the guest in the sandbox; its output. Failure unless its status is 0."""
-        return run(
-            argv,
-            input=input,
-            env=ENVIRONMENT,
-            timeout=self._timeout,
-            prepare=entering(self._path, self._hostname, self._disk),
-        )
+        with cgroup.limited() as join:
+            return run(
+                argv,
+                input=input,
+                env=ENVIRONMENT,
+                timeout=self._timeout,
+                prepare=entering(self._path, self._hostname, self._disk, join),
+            )
 
     # --- inside ---
 
