@@ -150,6 +150,7 @@ EPOCH = 315532800  # 1980-01-01
 # home and on a full or read-only disk. The price is compiling at each start: 5 ms for 1000 lines.
 # Written in what every Python 3 parses: an old one must get as far as the message.
 MAIN = """\
+import _signal
 import os
 import sys
 
@@ -157,6 +158,9 @@ if sys.version_info < (3, 9):
     sys.stderr.write("imageos: needs Python 3.9 or later; python3 in PATH is %d.%d\\n"
                      % sys.version_info[:2])
     sys.exit(1)
+
+# Until the program takes care of signals itself, SIGINT ends it as the others do, without a traceback.
+_signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 # Absolute, because commands change directory before they import the last of their modules.
 sys.path[0] = os.path.join(os.path.realpath(sys.path[0]), "site-packages")

@@ -152,7 +152,8 @@ def _confine() -> None:
 def _unpacked_size(image: Image) -> tuple[int, bool]:
     """The size of a compressed image as far as it can be known, and whether that is all of it."""
     if image.compression == "xz":
-        listed = pipeline([["xz", "--robot", "--list", "--force", "/proc/self/fd/0"]], stdin=image.descriptor)
+        command = ["xz", "--robot", "--list", "--force", "/proc/self/fd/0"]
+        listed = pipeline([command], stdin=image.descriptor, prepare=limit_memory)
         check_stages(image, listed)
         totals = re.search(rb"^totals\t\d+\t\d+\t\d+\t(\d+)", listed[0].stdout, re.MULTILINE)
         return (int(totals[1]), True) if totals else (0, False)

@@ -76,7 +76,9 @@ def beginning(image: Image, count: int) -> bytes:
         if not image.compression:
             return os.pread(image.descriptor, count, 0)
         os.lseek(image.descriptor, 0, os.SEEK_SET)
-        return head(image.decompress, image.descriptor, count)
+        return head(image.decompress, image.descriptor, count, limit_memory)
+    except Failure as failure:
+        raise Failure(f"image {image.path} cannot be unpacked: {failure}", failure.hint, failure.details) from None
     except OSError as error:
         raise Failure(f"cannot read image {image.path}: {error.strerror}") from None
 

@@ -15,14 +15,13 @@ from typing import NoReturn, Optional
 
 from imageos import linux, log
 from imageos.errors import Failure, Interrupted, signal_name
+from imageos.run import SIGNALS
 
 # The runtime directory: on the node it is empty; in the namespace a tmpfs of ours hides it, so that
 # mount points and temporary files vanish with us.
 RUNTIME = "/run/imageos"
 TARGET = RUNTIME + "/root"
 TEMPORARY = RUNTIME + "/tmp"
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def enter() -> None:

@@ -47,7 +47,7 @@ def decompressed(source: Source, name: str) -> Iterator[Source]:
     run.require(command[0])
     with source.replayed() as (ahead, descriptor):
         stages = [["cat", f"/dev/fd/{ahead}", "-"], command]
-        with run.output_of(stages, descriptor, keep=[ahead]) as (output, check_stages):
+        with run.output_of(stages, descriptor, keep=[ahead], prepare=limit_memory) as (output, check_stages):
 
             def check() -> None:
                 try:

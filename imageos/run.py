@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Callable, Optional
+from typing import IO, Callable, Optional
 
 from imageos import log
 from imageos.errors import Failure, signal_name
@@ -23,6 +23,7 @@ from imageos.errors import Failure, signal_name
 DEFAULT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 # What is kept of a stream that we only want for messages; a hostile guest may print for ever.
 OUTPUT_LIMIT = 1 << 20
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that end a command in an orderly way
 TICK = 0.5  # seconds between two calls of `tick`
 
 # Program -> Debian package, where the names differ from each other or the program may be missing.
@@ -125,19 +126,15 @@ def pipeline(
     try:
         source = stdin if stdin is not None else subprocess.PIPE if input is not None else subprocess.DEVNULL
         for stage in stages:
-            try:
-                process = subprocess.Popen(
-                    list(stage),
-                    stdin=source,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    env=dict(environment() if env is None else env),
-                    cwd=cwd,
-                    preexec_fn=prepare,
-                )
-            except OSError as error:
-                raise _missing(stage[0], error) from None
-            processes.append(process)
+            process = _start(
+                processes.append,
+                stage,
+                stdin=source,
+                stderr=subprocess.PIPE,
+                env=environment() if env is None else env,
+                cwd=cwd,
+                prepare=prepare,
+            )
             source = process.stdout.fileno() if process.stdout else subprocess.DEVNULL
         if input is not None and processes[0].stdin:
             _feed(processes[0], input)
@@ -182,7 +179,10 @@ def foreground(argv: Sequence[str], *, cwd: Optional[str] = None, env: Optional[
 
 @contextmanager
 def output_of(
-    stages: Sequence[Sequence[str]], stdin: int, keep: Sequence[int] = ()
+    stages: Sequence[Sequence[str]],
+    stdin: int,
+    keep: Sequence[int] = (),
+    prepare: Optional[Callable[[], None]] = None,
 ) -> Iterator[tuple[int, Callable[[], None]]]:
     """Run `stages` as in `pipeline`; the descriptor of the last one's stdout, and a function to call at its end.
 
@@ -195,18 +195,15 @@ def output_of(
         for stage in stages:
             # a file: nobody empties a pipe while the output is read
             errors.append(stack.enter_context(tempfile.TemporaryFile()))
-            try:
-                process = subprocess.Popen(
-                    list(stage),
-                    stdin=stdin,
-                    stdout=subprocess.PIPE,
-                    stderr=errors[-1],
-                    env=environment(),
-                    pass_fds=keep,
-                )
-            except OSError as error:
-                raise _missing(stage[0], error) from None
-            stack.callback(_end, process)
+            process = _start(
+                lambda process: stack.callback(_end, process),
+                stage,
+                stdin=stdin,
+                stderr=errors[-1],
+                env=environment(),
+                keep=keep,
+                prepare=prepare,
+            )
             if processes and processes[-1].stdout:
                 processes[-1].stdout.close()
             processes.append(process)
@@ -231,16 +228,68 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.stdout.close()
 
 
-def head(argv: Sequence[str], stdin: int, count: int) -> bytes:
-    """The first `count` bytes that `argv` writes, or fewer if it ends before; it is killed then."""
-    with subprocess.Popen(
-        list(argv), stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment()
-    ) as process:
-        try:
-            data = process.stdout.read(count) if process.stdout else b""
-        finally:
-            process.kill()
+def head(argv: Sequence[str], stdin: int, count: int, prepare: Optional[Callable[[], None]] = None) -> bytes:
+    """The first `count` bytes that `argv` writes, or fewer if it ends before; Failure if it fails before.
+
+    It is killed when it has written them.
+    """
+    with ExitStack() as stack:
+        errors = stack.enter_context(tempfile.TemporaryFile())
+        process = _start(
+            lambda process: stack.callback(_end, process),
+            argv,
+            stdin=stdin,
+            stderr=errors,
+            env=environment(),
+            prepare=prepare,
+        )
+        data = process.stdout.read(count) if process.stdout else b""
+        if len(data) < count and process.wait():
+            errors.seek(0)
+            raise Finished(argv, process.returncode, b"", _text(errors.read(OUTPUT_LIMIT))).failure()
     return data
+
+
+def _start(
+    register: Callable[["subprocess.Popen[bytes]"], object],
+    argv: Sequence[str],
+    *,
+    stdin: int,
+    stderr: "int | IO[bytes]",
+    env: Mapping[str, str],
+    cwd: Optional[str] = None,
+    keep: Sequence[int] = (),
+    prepare: Optional[Callable[[], None]] = None,
+) -> "subprocess.Popen[bytes]":
+    """Start a process and hand it to `register`, which is to end it. A signal waits until that is done: one that came
+    in between would leave a process that goes on writing to the disk.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def enter() -> None:
+        for one in SIGNALS:
+            signal.signal(one, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if prepare:
+            prepare()
+
+    try:
+        process = subprocess.Popen(
+            list(argv),
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=dict(env),
+            cwd=cwd,
+            pass_fds=keep,
+            preexec_fn=enter,
+        )
+        register(process)
+        return process
+    except OSError as error:
+        raise _missing(argv[0], error) from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def environment() -> dict[str, str]:

@@ -3,9 +3,31 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS / "disk"))
+
+import cases  # noqa: E402
+from support import Node  # noqa: E402
 
 from tests.disk.conftest import block_disk, disk, images, node, odd_tree, small_tree  # noqa: E402
 
 __all__ = ["block_disk", "disk", "images", "node", "odd_tree", "small_tree"]
+
+
+@pytest.fixture(scope="session")
+def all_sources(images: Path, small_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cases.make_sources(tmp_path_factory.mktemp("sources"), images / "small.tar.gz", small_tree)
+
+
+@pytest.fixture
+def sources(node: Node, all_sources: Path, tmp_path: Path) -> Path:
+    """What the cases are about, as the node's IMAGE_DIR."""
+    import backups
+
+    node.images = all_sources
+    node.defaults()
+    if not (all_sources / "stream").exists():
+        backups.exported(node, all_sources / "guest.raw").rename(all_sources / "stream")
+    return all_sources

@@ -1,0 +1,127 @@
+"""The commands that fail on purpose here: each can be called again and again, with a PATH and a disk of its own.
+
+A new command joins the tables by an entry in CASES.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import backups
+import guestdisks
+import trees
+from support import MIB, Node, Result, attached, run
+
+SIZE = 160  # MiB of most disks
+
+
+@dataclass(frozen=True)
+class Case:
+    """One command: how it is called, with which disk."""
+
+    call: Callable[[Node, Path, str], Result]  # node, disk, PATH
+    mib: int = SIZE
+    source: str = ""  # what the disk is a copy of; empty: nothing but a mark in its first sector
+    reads_only: bool = False
+    only: tuple[str, ...] = ()  # the programs that fail here; empty: all
+    # a program, or one fault -> why the command goes on
+    tolerated: dict[str, str] = field(default_factory=dict)
+
+    def disk(self, path: Path, sources: Path) -> Path:
+        if self.source:
+            run("cp", "--sparse=always", sources / self.source, path)
+        with path.open("r+b" if self.source else "xb") as file:
+            file.truncate(max(path.stat().st_size, self.mib * MIB))
+            if not self.source:
+                file.write(b"\1" * 512)
+        return path
+
+
+def create(image: str, image_type: str, suffix: str, **settings: object) -> Callable[[Node, Path, str], Result]:
+    def call(node: Node, disk: Path, path: str) -> Result:
+        name = f"{image}-{trees.ARCH}"
+        more = {"OSP_IMAGE_NAME": image, "OSP_IMAGE_TYPE": image_type, **settings}
+        assert (node.images / f"{name}{suffix}").exists()
+        return node.start("create", node.environment(disk, PATH=path, **more)).result()
+
+    return call
+
+
+def export(node: Node, disk: Path, path: str) -> Result:
+    done = backups.export(node, disk, PATH=path)
+    assert done.result.status or done.announced == f"{done.size}\n"
+    return done.result
+
+
+def restore(stream: str) -> Callable[[Node, Path, str], Result]:
+    return lambda node, disk, path: backups.restore(node, node.images / stream, disk, PATH=path)
+
+
+def rename(node: Node, disk: Path, path: str) -> Result:
+    environment = node.environment(disk, env="rename", PATH=path, OLD_INSTANCE_NAME="image.example.net")
+    return node.start("rename", environment).result()
+
+
+SURVEY = "a table that cannot be looked at is no reason not to make a backup: everything is sent"
+BEGINNING = "it has given the first bytes, which is all that was wanted; what becomes of it then does not matter"
+OTHERS = "there is another program that does the same"
+UNREADABLE = "sfdisk says 1 of a table that it cannot read; such a disk is left as it is"
+CHECKED = "e2fsck says 1 when it has corrected something"
+GUNZIP = {
+    **{f"{one} killed at its end at call 1": BEGINNING for one in ("gzip", "pigz")},
+    "pigz missing at call 0": OTHERS,
+}
+CASES = {
+    "create tarball": Case(create("small", "tarball", ".tar.gz"), tolerated=GUNZIP),
+    "create gpt": Case(create("plain", "tarball", ".tar", OSP_PARTITION_TABLE="gpt", OSP_FILESYSTEM="ext2"), mib=300,
+                       only=("mkfs.vfat", "mkfs.ext2")),
+    "create xfs": Case(create("plain", "tarball", ".tar", OSP_FILESYSTEM="xfs"), mib=400, only=("mkfs.xfs",)),
+    "create btrfs": Case(create("plain", "tarball", ".tar", OSP_FILESYSTEM="btrfs"), mib=400, only=("mkfs.btrfs",)),
+    "create raw": Case(create("guest", "raw", ".raw.zst"), tolerated={
+        "zstd killed at its end at call 1": BEGINNING, "zstd killed at its end at call 2": BEGINNING,
+        "e2fsck fails at call 1": CHECKED}),
+    "create qcow2": Case(create("guest", "qcow2", ".qcow2"), only=("qemu-img",)),
+    "create dump": Case(create("guest", "dump", "-root.dump"), only=("restore",)),
+    "grow xfs": Case(restore("xfs"), mib=430, only=("xfs_growfs",)),
+    "grow btrfs": Case(restore("btrfs"), mib=300, only=("btrfs",)),
+    "export": Case(export, source="guest.raw", reads_only=True, tolerated={"sfdisk": SURVEY, "blkid": SURVEY}),
+    "import": Case(restore("stream"), tolerated={
+        "sfdisk fails at call 1": UNREADABLE, "e2fsck fails at call 1": CHECKED}),
+    "import bare": Case(restore("disk.zst"), only=("cat", "zstd", "sfdisk", "blkid"), tolerated={}),
+    "import dumps": Case(restore("dumps.tar"), only=("head", "restore")),
+    "rename": Case(rename, source="guest.raw", tolerated={"sfdisk fails at call 1": UNREADABLE}),
+}  # fmt: skip
+
+
+def make_sources(top: Path, small: Path, tree: Path) -> Path:
+    """What the cases are about, in one directory: it is the node's IMAGE_DIR."""
+    guest = guestdisks.mbr(top / "guest.raw", tree, top).path
+    run("cp", small, top / "small.tar.gz")
+    run("cp", small, top / f"small-{trees.ARCH}.tar.gz")
+    trees.tarball(tree, top / f"plain-{trees.ARCH}.tar", "tar")
+    guestdisks.compress(guest, top / f"guest-{trees.ARCH}.raw.zst", "zstd", "-q", "-c")
+    for make in (guestdisks.xfs, guestdisks.btrfs):
+        make(top / make.__name__, tree, top)
+    guestdisks.compress(guest, top / "disk.zst", "zstd", "-q", "-c")
+    guestdisks.qcow2(guest, top / f"guest-{trees.ARCH}.qcow2")
+    old = guestdisks.ancestor(top / "old.raw", tree, top).path
+    for name, number in (("boot", 1), ("root", 3)):
+        part = guestdisks.place(old, number)
+        assert part
+        dump = top / f"guest-{trees.ARCH}-{name}.dump"
+        with attached(old, part.start, part.size, read_only=True) as device:
+            run("dump", "-0", "-q", "-f", dump, device)
+        run("cp", dump, top / f"{name}.dump")
+    run("tar", "--create", "--file", top / "dumps.tar", "--directory", top, "root.dump", "boot.dump")
+    return top
+
+
+def apart(node: Node, work: Path) -> Node:
+    """The same node, with a directory for the logs of one call: calls may run at once."""
+    other = copy.copy(node)
+    other.work = work
+    work.mkdir(exist_ok=True)
+    return other

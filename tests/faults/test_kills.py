@@ -1,0 +1,121 @@
+"""Signals at random moments: answered soon, nothing held by the kernel afterwards, the same call works then.
+
+The moments are the same in each run (a seed); IMAGEOS_KILLS=1000 makes more of them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import backups
+import pytest
+from backups import is_disarmed
+from cases import Case, apart
+from support import MIB, Node, Result, digest, partitions, run, signatures, wait_until
+
+KILLS = int(os.environ.get("IMAGEOS_KILLS", "100"))
+AT_ONCE = 2
+SOON = 3.0  # seconds
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
+# The partitions (start, size) of the disk when it is done
+PLACES = {"create": [(MIB, 24 * MIB), (25 * MIB, 8 * MIB), (33 * MIB, 127 * MIB)], "import": [(MIB, 100 * MIB)]}
+SHARES = {"create": 50, "import": 30, "export": 20}  # percent
+
+
+@pytest.mark.parametrize("command", SHARES)
+def test_killed_at_any_moment(command: str, node: Node, sources: Path, tmp_path: Path) -> None:
+    usual = min(kill(command, apart(node, tmp_path / f"usual{n}"), sources, None, 0).seconds for n in range(2))
+    generator = random.Random(command)
+    plans = [
+        (generator.choice(SIGNALS), generator.uniform(0, 1.1 * usual))
+        for _ in range(max(1, KILLS * SHARES[command] // 100))
+    ]
+
+    def attempt(number: int) -> str:
+        work = tmp_path / str(number)
+        try:
+            kill(command, apart(node, work), sources, *plans[number])
+        except AssertionError as error:
+            return f"{plans[number][0].name} after {plans[number][1]:.3f} s: {error}"
+        run("rm", "-r", work)
+        return ""
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = [text for text in pool.map(attempt, range(len(plans))) if text]
+    print(f"{command}: {len(plans)} kills within {1.1 * usual:.1f} s")
+    assert not found, "\n".join(found)
+
+
+def kill(command: str, node: Node, sources: Path, number: signal.Signals | None, moment: float) -> Result:
+    """One call that gets a signal at a moment; without a signal, one that gets to its end."""
+    exporting = command == "export"
+    disk = Case(backups.restore, source="guest.raw" if exporting else "").disk(node.work / "disk", sources)
+    before = digest(disk)
+    result = called(command, node, sources, disk, number, moment)
+    if number is None or result.status == 0:
+        assert result.status == 0, result.log
+        return result
+    # not before Python runs
+    assert result.status == 128 + number, f"status {result.status}\n{result.log}"
+    assert attached_to(disk) == [], result.log
+    if exporting:
+        assert digest(disk) == before, "export has changed the disk"
+    elif digest(disk) != before and not is_whole(command, result):
+        assert not signatures(disk), result.log
+        assert number == signal.SIGKILL or is_disarmed(disk, PLACES[command]), result.log
+    called(command, node, sources, disk, None, 0).ok()
+    if not exporting:
+        assert partitions(disk)[-1].content["TYPE"] == "ext4"
+    return result
+
+
+def is_whole(command: str, result: Result) -> bool:
+    """Whether the signal came when all was on the disk, or so late in a killed create that nobody could see to it."""
+    return ("restored disk" if command == "import" else "ready to boot") in result.log or (
+        command == "create" and result.status == 128 + signal.SIGKILL
+    )
+
+
+def called(command: str, node: Node, sources: Path, disk: Path, number: signal.Signals | None, moment: float) -> Result:
+    log = node.work / f"log{time.monotonic_ns()}"
+    environment = node.environment(disk, OSP_IMAGE_NAME="small")
+    source = Path("/dev/null")
+    if command != "create":
+        environment = backups.environment(node, command, disk)
+        source = sources / "stream" if command == "import" else source
+    environment.pop("EXP_SIZE_FD", None)
+    script = node.os_dir / command
+    with log.open("wb") as output, source.open("rb") as stdin, (node.work / "out").open("wb") as stream:
+        started = time.monotonic()
+        process = subprocess.Popen(
+            [script], env=environment, cwd=script.parent, stdin=stdin,
+            stdout=stream if command == "export" else output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+        if number is not None:
+            time.sleep(moment)
+            process.send_signal(number)
+        try:
+            status = process.wait(SOON if number is not None else 60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(f"not ended after {SOON} s: {log.read_text()}") from None
+    wait_until(lambda: not alive(process.pid), SOON, f"all processes of the call are gone: {alive(process.pid)}")
+    text = log.read_bytes().decode("ascii")
+    # SIGINT may come while Python itself starts
+    assert "Traceback" not in text or (number == signal.SIGINT and "imageos/site-packages" not in text), text
+    return Result(status if status >= 0 else 128 - status, text, time.monotonic() - started)
+
+
+def alive(session: int) -> list[str]:
+    lines = run("ps", "--no-headers", "-o", "stat,pid,args", "--sid", str(session), check=False).splitlines()
+    return [line for line in lines if not line.startswith("Z")]
+
+
+def attached_to(disk: Path) -> list[str]:
+    return run("losetup", "--associated", disk).splitlines()
