@@ -43,6 +43,10 @@ SEALED = {
 }
 
 
+class NoSystem(Failure):
+    """What is on the disk is not, or not certainly, a system that is known here; nothing went wrong."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A partition, or the whole disk where there is no partition table, and what it holds."""
@@ -100,7 +104,7 @@ class _System:
 
 
 def find(disk: Attached, mounted: tuple[str, ...] = MOUNTED) -> Found:
-    """The system on a disk, its partition nodes made; Failure lists what was seen if there is none.
+    """The system on a disk, its partition nodes made; NoSystem lists what was seen if there is none.
 
     Of its other filesystems, those to be mounted at or below the directories `mounted`.
     """
@@ -123,9 +127,11 @@ def read_table(disk: Attached) -> Table:
     done = pipeline([["sfdisk", "--json", disk.path]], timeout=PROBE_TIMEOUT)[0]
     if done.status == 0:
         return parse_table(done.stdout.decode("utf-8", "replace"), disk.path, disk.size)
-    if "does not contain a recognized partition table" not in done.stderr:
-        raise done.failure()
-    return _whole(disk)
+    if "does not contain a recognized partition table" in done.stderr:
+        return _whole(disk)
+    failure = done.failure()
+    # 1 is what it says of a table that it cannot read
+    raise NoSystem(str(failure), failure.hint, failure.details) if done.status == 1 else failure
 
 
 def _whole(disk: Attached) -> Table:
@@ -162,13 +168,13 @@ def parse_table(text: str, device: str, disk_size: int) -> Table:
         table = json.loads(text, strict=False)["partitiontable"]
         kind, entries = str(table["label"]), table.get("partitions", [])
         if kind not in ("gpt", "dos"):
-            raise Failure(f"the disk has a partition table of type {kind}: only msdos and gpt are understood")
+            raise NoSystem(f"the disk has a partition table of type {kind}: only msdos and gpt are understood")
         if table["unit"] != "sectors" or int(table.get("sectorsize", SECTOR)) != SECTOR:
             raise ValueError("unexpected units")
         parts = [_part(entry, device, str(table.get("id", ""))) for entry in entries]
         end = (int(table["lastlba"]) + 1) * SECTOR if kind == "gpt" else min(disk_size, ((1 << 32) - 1) * SECTOR)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Failure(f"cannot understand the disk's partition table: {error}") from None
+        raise NoSystem(f"cannot understand the disk's partition table: {error}") from None
     extended = tuple(part for part in parts if kind == "dos" and part.type in EXTENDED)
     table = Table(kind, tuple(part for part in parts if part not in extended), end, extended)
     check_table(table, disk_size)
@@ -179,24 +185,24 @@ def check_table(table: Table, disk_size: int) -> None:
     """Fail if partitions overlap, lie outside of the disk, or are more than anybody has."""
     parts = table.parts
     if len(parts) > MOST_PARTITIONS or any(part.number > MOST_PARTITIONS for part in parts):
-        raise Failure(f"the partition table has {len(parts)} partitions, or numbers over {MOST_PARTITIONS}: not usable")
+        raise NoSystem(f"the partition table has {len(parts)} partitions, or numbers over {MOST_PARTITIONS}")
     if table.kind == "dos" and any(part.type == PROTECTIVE for part in parts):
-        raise Failure(
+        raise NoSystem(
             "the partition table is a GPT that cannot be read here",
             hint="it is damaged, or was made for sectors of another size than 512 bytes",
         )
     for part in (*parts, *table.extended):
         if part.start < SECTOR or part.size <= 0:
-            raise Failure(f"the partition table is damaged: {part} begins at {part.start} and has {part.size} bytes")
+            raise NoSystem(f"the partition table is damaged: {part} begins at {part.start} and has {part.size} bytes")
         if part.end > disk_size:
-            raise Failure(
+            raise NoSystem(
                 f"the partition table is not for this disk: {part} ends at {part.end} bytes, "
                 f"the disk of {log.size(disk_size)} at {disk_size}"
             )
     by_start = sorted(parts, key=lambda part: part.start)
     for one, other in zip(by_start, by_start[1:]):
         if one.end > other.start:
-            raise Failure(f"the partition table is damaged: partitions {one.number} and {other.number} overlap")
+            raise NoSystem(f"the partition table is damaged: partitions {one.number} and {other.number} overlap")
 
 
 def parse_probe(text: str) -> dict[str, str]:
@@ -330,7 +336,7 @@ def _is_system(root: Target) -> bool:
     return root.is_dir("/etc") and (release or root.exists("/bin") or root.exists("/usr"))
 
 
-def _no_root(table: Table, seen: dict[int, str]) -> Failure:
+def _no_root(table: Table, seen: dict[int, str]) -> NoSystem:
     lines = []
     for part in table.parts[:12]:
         label = f", label {part.label}" if part.label else ""
@@ -338,7 +344,7 @@ def _no_root(table: Table, seen: dict[int, str]) -> Failure:
     if len(table.parts) > len(lines):
         lines.append(f"and {len(table.parts) - len(lines)} more")
     what = f"{len(table.parts)} partitions" if table.kind else "no partition table"
-    return Failure(
+    return NoSystem(
         f"no root filesystem found on the disk ({what}, listed above)",
         hint="NOMOUNT=yes writes an image and touches nothing in it (Windows, BSD, LVM, encrypted)",
         details=lines,

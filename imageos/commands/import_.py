@@ -207,8 +207,9 @@ def adapt(device: Device, instance: Instance, known: Settings, is_larger: bool) 
     with disk.attached(device) as attached:
         try:
             found = discovery.find(attached)
-        except Failure as failure:
-            log.info("\n".join(failure.details))
+        except discovery.NoSystem as failure:
+            for line in failure.details:
+                log.info(line)
             log.info(f"the disk is left as it was in the backup: {failure}")
             return
         if is_larger and known.grow:

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from imageos import discovery, disk, filesystem, ganeti, guest, hooks, hostname, isolation, log, settings, target
 from imageos.discovery import Found
 from imageos.disk import Attached, Device
-from imageos.errors import Failure
 from imageos.ganeti import Instance
 from imageos.hook import guest_disk
 from imageos.settings import Settings
@@ -27,8 +26,9 @@ def main(_arguments: Sequence[str]) -> int:
     with disk.claimed(instance.disks[0].path) as device, disk.attached(device) as attached:
         try:
             found = discovery.find(attached)
-        except Failure as failure:
-            log.info("\n".join(failure.details))
+        except discovery.NoSystem as failure:
+            for line in failure.details:
+                log.info(line)
             log.info(f"there is no guest to rename: {failure}")
             return 0
         rename(instance, old, known, device, attached, found)

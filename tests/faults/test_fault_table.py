@@ -1,0 +1,77 @@
+"""Every external command that a command runs fails once in turn, in several ways, at every call.
+
+Then: exit status 1, the cause on the last line, the disk disarmed or as it was, nothing left (the check after each
+test), and the same command right after it succeeds. What is tolerated is in the tables of `cases`, with its reason.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import wrappers
+from backups import is_disarmed
+from cases import CASES, Case, apart
+from support import Node, Result, digest, partitions
+from wrappers import Fault
+
+AT_ONCE = 3
+MODES = ("fails", "killed at its end")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_program_fails_at_every_call(name: str, node: Node, sources: Path, tmp_path: Path) -> None:
+    case = CASES[name]
+    calls, places = learn(case, node, sources, tmp_path / "learn")
+    calls = {program: count for program, count in calls.items() if program in case.only or not case.only}
+    assert calls, "it runs no program: it does not belong into this table"
+    faults = [Fault(program, nth, mode) for program in calls for nth in range(1, calls[program] + 1) for mode in MODES]
+    faults += [Fault(program, 0, "missing") for program in calls]
+
+    def attempt(number: int) -> list[str]:
+        return list(problems(case, node, sources, tmp_path / str(number), faults[number], places))
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = [line for lines in pool.map(attempt, range(len(faults))) for line in lines]
+    print(f"{name}: {len(faults)} faults: {calls}")
+    assert not found, "\n".join(found)
+
+
+def learn(case: Case, node: Node, sources: Path, work: Path) -> tuple[dict[str, int], list[tuple[int, int]]]:
+    """Which programs a good run calls, and where the partitions (start, size) are then."""
+    here = apart(node, work)
+    disk = case.disk(work / "disk", sources)
+    path, record = wrappers.recording(work)
+    case.call(here, disk, path).ok()
+    return wrappers.calls(record), [(part.start, part.size) for part in partitions(disk)]
+
+
+def problems(case: Case, node: Node, sources: Path, work: Path, fault: Fault, places: list[tuple[int, int]]):
+    here = apart(node, work)
+    disk = case.disk(work / "disk", sources)
+    before = digest(disk)
+    missing = fault.mode == "missing"
+    path = wrappers.without(work, fault.program) if missing else wrappers.failing(work, fault)
+    result = case.call(here, disk, path)
+    if case.tolerated.keys() & {str(fault), fault.program} and result.status == 0:
+        disk.unlink()
+        return
+    yield from (f"{fault}: {problem}\n{result.log}" for problem in judge(result, fault))
+    if digest(disk) != before and (case.reads_only or not is_disarmed(disk, places)):
+        yield f"{fault}: the disk is neither disarmed nor as it was\n{result.log}"
+    if not case.reads_only and missing and digest(disk) != before:
+        yield f"{fault}: written to although a program is missing\n{result.log}"
+    again = case.call(here, disk, wrappers.PATH)
+    if again.status or [(part.start, part.size) for part in partitions(disk)] != places:
+        yield f"{fault}: then the same call fails\n{again.log}"
+    disk.unlink()
+
+
+def judge(result: Result, fault: Fault):
+    if result.status != 1:
+        yield f"status {result.status}"
+    if fault.program not in result.last:
+        yield "the last line does not name it"
+    if "internal error" in result.log:
+        yield "an internal error"
