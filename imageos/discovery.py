@@ -24,6 +24,7 @@ from imageos.run import pipeline
 from imageos.sandbox import GuestDisk
 from imageos.target import Target
 
+PROGRAMS = ("sfdisk", "blkid")
 MOST_PARTITIONS = 128  # as many as a usual GPT has room for
 PROBE_TIMEOUT = 60.0  # seconds; a hostile table must not keep a reader busy
 EXTENDED = ("5", "f", "85")  # partition types of an msdos table that only hold others

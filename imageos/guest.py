@@ -117,7 +117,7 @@ def enable_serial_console(target: Target, terminal: str, speed: int) -> None:
 def inittab(text: str, terminal: str, speed: int, getty: str) -> str:
     """The text of /etc/inittab with exactly one getty on `terminal`: sysvinit's syntax or busybox's."""
     # Only sysvinit has run levels (inittab(5)); in busybox's the first field is the terminal.
-    sysvinit = re.search(r"^[^#:]*:[^:]*:initdefault:", text, re.MULTILINE)
+    sysvinit = re.search(r"^[^#:\n]*:[^:\n]*:initdefault:", text, re.MULTILINE)
     start = f"{getty} -L {speed} {terminal} vt100"
     line = f"S{terminal[-1]}:2345:respawn:{start}" if sysvinit else f"{terminal}::respawn:{start}"
     others = [

@@ -152,11 +152,13 @@ def read_table(begin: bytes) -> discovery.Table | None:
         file.truncate(HUGE)
         file.flush()
         done = run.pipeline([["blkid", "--probe", file.name]], timeout=discovery.PROBE_TIMEOUT)[0]
-        if done.status not in (0, 8) and begin.strip(b"\0"):  # 8: several things at once
+        if done.status not in (0, 2, 8):
+            raise done.failure()
+        if done.status == 2 and begin.strip(b"\0"):  # nothing found; 8: several things at once
             return None
         try:
             return discovery.read_table(Attached(file.name, file.fileno(), HUGE))
-        except Failure:
+        except discovery.NoSystem:
             return discovery.Table("", (), HUGE)
 
 

@@ -65,6 +65,7 @@ def create(instance: Instance, known: Settings) -> None:
         else:
             intended = None
             diskimage.check_size(image, device.size)
+            require(*(() if known.nomount else discovery.PROGRAMS))
         with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached):
             if intended:
                 volumes = format_disk(known, device, attached, intended)

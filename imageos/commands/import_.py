@@ -49,6 +49,8 @@ def main(_arguments: Sequence[str]) -> int:
     instance = ganeti.instance(os.environ)
     isolation.enter()
     known = settings.load(os.environ).resolved(instance.memory)
+    if backup.index == 0 and not known.nomount:
+        run.require(*discovery.PROGRAMS)
     with disk.claimed(backup.device) as device:
         with log.phase(f"restored disk {backup.index}"):
             size = restore_any(Source(0), device, instance, known)
@@ -64,6 +66,7 @@ def restore_any(source: Source, device: Device, instance: Instance, known: Setti
     """
     begin = source.peek(legacy.BLOCK)
     if not begin:
+        source.end()  # which knows a better reason, if what should have written has failed
         raise Failure("the backup stream is empty", hint="see the messages of the export, at the other end")
     compression = legacy.compression(begin)
     if stream.is_ours(begin):
@@ -159,7 +162,7 @@ def restore_dumps(
 ) -> None:
     """Dumps go onto partitions as `create` makes them."""
     intended = create.plan(known, instance, device)
-    run.require("restore", *filesystem.programs(intended, known.filesystem))
+    run.require("head", "restore", *filesystem.programs(intended, known.filesystem))
     with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached), ExitStack() as stack:
         volumes = tuple(filesystem.plan_volumes(intended, known.filesystem, attached.partition))
         disk.write_table(attached, intended)
