@@ -426,6 +426,7 @@ def _variant_name(variant: str) -> str:
 
 def _evaluation_failure(path: str, variant: str, done: Finished) -> Failure:
     said = done.stderr.strip().splitlines()
+    details = [] if _may_hold_secrets(path) else said  # the shell quotes what it does not understand
     if done.status == 102:
         return Failure(
             f"variant {variant} has no file {path}",
@@ -436,5 +437,14 @@ def _evaluation_failure(path: str, variant: str, done: Finished) -> Failure:
         # bash names file and line in its first line, and quotes the text in the second
         reason = said[0].partition(path + ": ")[2] or said[0] if said else "syntax error"
     return Failure(
-        f"settings file {path}: {reason}", hint=f"it is shell: bash -n {path} shows where it is wrong", details=said
+        f"settings file {path}: {reason}", hint=f"it is shell: bash -n {path} shows where it is wrong", details=details
     )
+
+
+def _may_hold_secrets(path: str) -> bool:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+    except OSError:
+        return True
+    return any(name.upper() in text for name, entry in TABLE.items() if entry["secret"])
