@@ -217,7 +217,7 @@ def parse_fstab(text: str) -> tuple[FstabEntry, ...]:
     entries = []
     for line in text.splitlines():
         fields = [_unescape(field) for field in line.split()]
-        if len(fields) < 3 or fields[0].startswith("#"):
+        if len(fields) < 3 or fields[0].startswith("#") or any("\0" in field for field in fields):
             continue
         source, mount_point, kind = fields[:3]
         if mount_point.startswith("/") and not {".", ".."} & set(mount_point.split("/")):

@@ -78,6 +78,8 @@ class _OpenHow(ctypes.Structure):
 
 def open_in_root(root: int, path: str, flags: int, mode: int = 0, resolve: int = 0) -> int:
     """Open `path` as a process whose root directory is the descriptor `root` would (openat2, Linux 5.6)."""
+    if "\0" in path:  # the kernel would take it for the end
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
     how = _OpenHow(flags | os.O_CLOEXEC, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | resolve)
     try:
         return _check(

@@ -1,0 +1,203 @@
+"""Bounded fuzzing of everything that reads what a stranger wrote: mutations of valid input, the same in each run.
+
+Whatever comes, it is a value or a Failure, soon and in little memory.
+"""
+
+import itertools
+import json
+import os
+import random
+import struct
+import tracemalloc
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from imageos import discovery, dump, ext, guest, hostname, legacy, qcow2, settings, stream
+from imageos.diskimage import zstd_frame_size
+from imageos.errors import Failure
+
+ROUNDS = int(os.environ.get("IMAGEOS_FUZZ", "150"))
+MEMORY = 64 << 20  # bytes
+EXPECTED = (Failure, ext.Doubtful)
+TOKENS = (b"\0", b"\n", b"\r", b"\\000", b"\\777", b"..", b"/", b"$(id)", b"\xff\xfe", b"-1", b"1e999", b"null", b"{}",
+          b"[", b"9" * 30, b"=", b"'", b'"', b"#", b" ", b"\t", b"\xc2\x85", b"\xed\xb3\xbf", b"NaN")  # fmt: skip
+FSTAB = (b"UUID=1-2 / ext4 defaults 0 1\nLABEL=boot /boot ext4 ro 0 2\n/dev/vda2 none swap sw 0 0\n"
+         b"/dev/disk/by-uuid/a /var\\040log btrfs subvol=@,compress 0 0\n")  # fmt: skip
+RELEASE = b'ID=debian\nID_LIKE="rhel fedora"\nPRETTY_NAME="Debian GNU/Linux 12"\n'
+TABLE = {
+    "partitiontable": {
+        "label": "gpt", "id": "AA", "device": "/dev/loop0", "unit": "sectors", "firstlba": 2048, "lastlba": 204766,
+        "sectorsize": 512, "partitions": [
+            {"node": "/dev/loop0p1", "start": 2048, "size": 8192, "type": "X", "uuid": "U", "name": "n"},
+            {"node": "/dev/loop0p2", "start": 10240, "size": 8192, "type": "Y", "bootable": True},
+        ],
+    }
+}  # fmt: skip
+
+
+def mutated(data: bytes, seed: int) -> Iterator[bytes]:
+    """Variants of `data`: bytes changed, inserted, removed, doubled, cut off."""
+    chance = random.Random(seed)
+    for _ in range(ROUNDS):
+        copy = bytearray(data)
+        for _ in range(chance.choice((1, 1, 2, 5))):
+            place = chance.randrange(len(copy) + 1)
+            what = chance.randrange(6)
+            if what == 0 and copy:
+                copy[place % len(copy)] ^= 1 << chance.randrange(8)
+            elif what == 1:
+                copy[place:place] = chance.choice(TOKENS)
+            elif what == 2:
+                del copy[place : place + chance.choice((1, 4, 100))]
+            elif what == 3:
+                copy[place:place] = copy[place : place + chance.choice((8, 64, 512))]
+            elif what == 4:
+                copy[place : place + 4] = struct.pack(
+                    chance.choice("<>") + "I", chance.choice((0, 1, 0x7FFFFFFF, 0xFFFFFFFF))
+                )
+            else:
+                del copy[place:]
+        yield bytes(copy)
+
+
+def backup() -> bytes:
+    manifest = stream.Manifest(
+        1 << 20, "gpt", (stream.Volume(1, 512, 1024, "X", "ext4"),), 2, 1536, 1700000000, "a.b", 0, "x"
+    )
+    reader, writer = os.pipe()
+
+    def read_into(offset: int, buffer: memoryview) -> None:
+        buffer[:] = b"x" * len(buffer)
+
+    for _ in stream.write(writer, manifest, [(0, 1024), (4096, 512)], read_into):
+        pass
+    os.close(writer)
+    with open(reader, "rb") as file:
+        return file.read()
+
+
+def through_a_file(call: Callable[[stream.Source], object]) -> Callable[[bytes], object]:
+    def run(data: bytes) -> object:
+        descriptor = os.memfd_create("fuzz")
+        try:
+            os.write(descriptor, data)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            return call(stream.Source(descriptor))
+        finally:
+            os.close(descriptor)
+
+    return run
+
+
+def read_backup(source: stream.Source) -> object:
+    return [len(data) for _, data in stream.read_runs(source, stream.read_manifest(source))]
+
+
+def read_members(source: stream.Source) -> None:
+    for member in legacy.members(source):
+        left = member.size
+        while left:  # as those who read them do
+            left -= len(source.exactly(min(left, 1 << 20)))
+
+
+def text(call: Callable[[str], object]) -> Callable[[bytes], object]:
+    """As Target.read gives it."""
+    return lambda data: call(data.decode("utf-8", "surrogateescape"))
+
+
+def fstab(content: str) -> None:
+    parts = discovery.parse_table(json.dumps(TABLE), "/dev/loop0", 1 << 30).parts
+    for entry in discovery.parse_fstab(content):
+        discovery.resolve(entry.source, parts)
+        assert entry.mount_point.startswith("/") and not {".", "..", ""} & set(entry.mount_point.split("/")[1:-1])
+        assert "\0" not in "".join((entry.mount_point, *entry.options)), "no path for the kernel"
+
+
+def ext_ranges(data: bytes) -> None:
+    for count, _ in enumerate(
+        ext.used(lambda offset, length: data[offset : offset + length].ljust(length, b"\0"), len(data))
+    ):
+        assert count < 1_000_000
+
+
+def tar_header() -> bytes:
+    import io
+    import tarfile
+
+    output = io.BytesIO()
+    with tarfile.open(fileobj=output, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        member = tarfile.TarInfo("./root.dump")
+        member.size = 600
+        archive.addfile(member, io.BytesIO(b"x" * 600))
+    return output.getvalue()
+
+
+def ext4() -> bytes:
+    superblock = bytearray(1024)
+    for offset, kind, value in (
+        (0x4, "I", 8192), (0x14, "I", 1), (0x18, "I", 0), (0x20, "I", 8192), (0x28, "I", 2048), (0x38, "H", 0xEF53),
+        (0x3A, "H", 1), (0x4C, "I", 1), (0x58, "H", 128), (0x60, "I", 2), (0x64, "I", 1),
+    ):  # fmt: skip
+        struct.pack_into("<" + kind, superblock, offset, value)
+    descriptor = struct.pack("<IIIHHHH", 3, 4, 5, 8191, 0, 0, 0)
+    return bytes(1024) + bytes(superblock) + descriptor.ljust(8 << 20, b"\0")
+
+
+def qcow2_image() -> bytes:
+    return qcow2.HEADER.pack(b"QFI\xfb", 3, 0, 0, 16, 1 << 30, 0, 2, 0x30000, 0x10000, 1, 0, 0).ljust(72, b"\0") + \
+        qcow2.FEATURES.pack(0, 0, 0, 4, 104) + bytes(100)  # fmt: skip
+
+
+def setting(data: bytes) -> None:
+    name, _, value = data.decode("utf-8", "surrogateescape").partition("=")
+    known, problems = settings.examine({"OSP_" + name: value}, "/nonexistent")
+    assert all(isinstance(problem, Failure) for problem in problems)
+    for one in (known.image_name, known.overlay, known.arch):
+        assert "/" not in one and not one.startswith(".") and "\0" not in one
+
+
+READERS: dict[str, tuple[bytes, Callable[[bytes], object]]] = {
+    "backup": (backup(), through_a_file(read_backup)),
+    "manifest": (stream.manifest_document(stream.Manifest(9, "", (), 1, 9, 1)), stream.parse_manifest),
+    "tar": (tar_header(), through_a_file(read_members)),
+    "qcow2": (qcow2_image(), lambda data: qcow2.virtual_size(lambda at, count: data[at : at + count])),
+    "formats": (qcow2_image(), lambda data: qcow2.foreign(lambda at, count: data[at : at + count], len(data))),
+    "table": (json.dumps(TABLE).encode(),
+              lambda data: discovery.parse_table(data.decode("utf-8", "replace"), "/dev/loop0", 1 << 30)),
+    "probe": (b"TYPE=ext4\nUUID=a\\ b\nLABEL=c\n", text(discovery.parse_probe)),
+    "fstab": (FSTAB, text(fstab)),
+    "other mounts": (FSTAB, text(lambda content: legacy.other_mounts(content, ["/"]))),
+    "hosts": (b"127.0.0.1 localhost\n127.0.1.1 a.b a\n", text(lambda content: guest.hosts(content, "new.example.org"))),
+    "inittab": (b"id:2:initdefault:\n1:2345:respawn:/sbin/getty 38400 ttyS0\n",
+                text(lambda content: guest.inittab(content, "ttyS0", 9600, "/sbin/getty"))),
+    "hostname": (b"a.example.org\n127.0.1.1 a.example.org a # a\nhostname: a\n",
+                 text(lambda content: [hostname.replace(content, pattern, "a.example.org", "b.example.org")
+                                       for pattern in {**hostname.OWN, **hostname.REPEATED}.values()])),
+    "ext": (ext4(), ext_ranges),
+    "dump": (bytes(1024), lambda data: dump._is_header(data, "<")),
+    "zstd": (b"\x28\xb5\x2f\xfd\xe4" + bytes(13), zstd_frame_size),
+    **{f"setting {name}": (name.upper().encode() + b"=" + value, setting) for name, value in {
+        "image_name": b"debian-12", "overlay": b"web", "image_url": b"https://u:p@host/x?y", "swap_size": b"512",
+        "dns_servers": b"192.0.2.1 2001:db8::1", "kernel_args": b"quiet", "image_checksum": b"sha256:" + b"a" * 64,
+        "user_data": b"#cloud-config\n", "arch": b"x86_64", "swap": b"yes", "no_such": b"1",
+    }.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_value_or_a_failure(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    data, read = READERS[name]
+    tracemalloc.start()
+    try:
+        for number, variant in enumerate(itertools.chain([data, b""], mutated(data, seed=len(name)))):
+            try:
+                read(variant)
+            except EXPECTED:
+                pass
+            except Exception as error:
+                raise AssertionError(f"variant {number}: {error!r}: {variant[:2000]!r}") from error
+        assert tracemalloc.get_traced_memory()[1] < MEMORY
+    finally:
+        tracemalloc.stop()
+    assert "Traceback" not in capfd.readouterr().err
