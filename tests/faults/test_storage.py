@@ -1,0 +1,135 @@
+"""Disks and streams that fail: ENOSPC and EIO at any system call, a full filesystem below a disk, a full pipe.
+
+strace(1) makes a system call fail: the Nth of each process of a command, in turn; IMAGEOS_FAULTS=all tries all.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import pytest
+from backups import is_disarmed
+from cases import CASES, Case, apart
+from support import PATH, Node, attached, digest, partitions, run
+
+MakeDisk = Callable[..., Path]
+AT_ONCE = 3
+SAMPLE = 24  # of each command, the same in each run
+# system call -> error; what of it is made to fail is every call by imageos and by what it runs
+ERRORS = {
+    "mount": "EIO",
+    "umount2": "EBUSY",
+    "fsync": "EIO",
+    "fdatasync": "EIO",
+    "pwrite64": "ENOSPC",
+    "write": "ENOSPC",
+    "fallocate": "EIO",
+    "openat2": "EMFILE",
+    "mkdirat": "ENOSPC",
+    "mkdir": "ENOSPC",
+    "renameat": "EIO",
+    "rename": "EIO",
+    "symlinkat": "ENOSPC",
+    "unlinkat": "EIO",
+    "fchmod": "EIO",
+    "unshare": "ENOSPC",
+    "flock": "EINTR",
+    "ioctl": "EIO",
+}
+COMMANDS = {"create": "create tarball", "import": "import", "export": "export", "rename": "rename"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    call: str
+    nth: int
+
+    @property
+    def options(self) -> list[str]:
+        return [f"--inject={self.call}:error={ERRORS[self.call]}:when={self.nth}"]
+
+
+def traced(node: Node, work: Path, options: list[str]) -> Node:
+    """The same node, its commands under strace."""
+    here = apart(node, work)
+    real, here.os_dir = here.os_dir, work / "os"
+    here.os_dir.mkdir()
+    for name in ("create", "import", "export", "rename"):
+        script = here.os_dir / name
+        script.write_text(
+            f"#!/bin/sh\nexec strace --follow-forks -qq --seccomp-bpf --output={work}/trace "
+            f"--trace={','.join(ERRORS)} {' '.join(options)} {real}/{name}\n"
+        )
+        script.chmod(0o755)
+    return here
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_system_calls_fail(command: str, node: Node, sources: Path, tmp_path: Path) -> None:
+    case = CASES[COMMANDS[command]]
+    learnt = traced(node, tmp_path / "learn", [])
+    disk = case.disk(tmp_path / "learn/disk", sources)
+    case.call(learnt, disk, PATH).ok()
+    places = [(part.start, part.size) for part in partitions(disk)]
+    faults = [
+        Fault(call, nth) for call, most in counted(tmp_path / "learn/trace").items() for nth in range(1, most + 1)
+    ]
+    if os.environ.get("IMAGEOS_FAULTS") != "all":
+        faults = random.Random(command).sample(faults, min(SAMPLE, len(faults)))
+
+    def attempt(number: int) -> str:
+        work = tmp_path / str(number)
+        problem = judged(case, traced(node, work, faults[number].options), work, sources, places)
+        run("rm", "-r", work)
+        return f"{faults[number]}: {problem}" if problem else ""
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = [text for text in pool.map(attempt, range(len(faults))) if text]
+    print(f"{command}: {len(faults)} system calls")
+    assert not found, "\n".join(found)
+
+
+def counted(trace: Path) -> dict[str, int]:
+    """System call -> the most that one process made of it."""
+    each: dict[tuple[str, str], int] = {}
+    for line in trace.read_text(errors="replace").splitlines():
+        match = re.match(r"(\d+) +(\w+)\(", line)
+        if match:
+            each[match.group(1, 2)] = each.get(match.group(1, 2), 0) + 1
+    most: dict[str, int] = {}
+    for (_, call), count in each.items():
+        most[call] = max(most.get(call, 0), count)
+    return {call: min(count, 40) for call, count in most.items() if call in ERRORS}
+
+
+def judged(case: Case, node: Node, work: Path, sources: Path, places: list[tuple[int, int]]) -> str:
+    """What is wrong with what became of a call."""
+    disk = case.disk(work / "disk", sources)
+    before = digest(disk)
+    result = case.call(node, disk, PATH)
+    if "internal error" in result.log or result.status not in (0, 1):
+        return f"status {result.status}\n{result.log}"
+    if result.status == 1 and digest(disk) != before and not is_whole(result.log):
+        if case.source and not case.reads_only:
+            ok = [(part.start, part.size) for part in partitions(disk)] == places  # rename changes files only
+        else:
+            ok = not case.reads_only and ("may still look" in result.log or is_disarmed(disk, places))
+        if not ok:
+            return f"the disk is neither disarmed nor as it was\n{result.log}"
+    if result.status == 0 and not case.reads_only:
+        if [(part.start, part.size) for part in partitions(disk)] != places:
+            return f"status 0, but the disk is not as it should be\n{result.log}"
+        start, size = places[-1]
+        with attached(disk, start, size, read_only=True) as device:
+            run("e2fsck", "-f", "-n", device)
+    return ""
+
+
+def is_whole(log: str) -> bool:
+    return "restored disk" in log or "ready to boot" in log
