@@ -27,6 +27,7 @@ class Case:
     source: str = ""  # what the disk is a copy of; empty: nothing but a mark in its first sector
     reads_only: bool = False
     blind: bool = False  # the partitions are not known before the whole disk is written
+    layout: str = ""  # of guestdisks: a disk of that name is among the sources
     at_once: int = 3
     only: tuple[str, ...] = ()  # the programs that fail here; empty: all
     # a program, or one fault -> why the command goes on
@@ -87,8 +88,8 @@ CASES = {
         blind=True),
     "create qcow2": Case(create("guest", "qcow2", ".qcow2"), blind=True, only=("qemu-img",)),
     "create dump": Case(create("guest", "dump", "-root.dump"), only=("restore",)),
-    "grow xfs": Case(restore("xfs"), mib=430, only=("xfs_growfs",)),
-    "grow btrfs": Case(restore("btrfs"), mib=300, only=("btrfs",), at_once=1),
+    "grow xfs": Case(restore("xfs"), mib=430, layout="xfs", only=("xfs_growfs",)),
+    "grow btrfs": Case(restore("btrfs"), mib=300, layout="btrfs", only=("btrfs",), at_once=1),
     "export": Case(export, source="guest.raw", reads_only=True, tolerated={"sfdisk": SURVEY, "blkid": SURVEY}),
     "import": Case(restore("stream"), tolerated={
         "sfdisk fails at call 1": UNREADABLE, "e2fsck fails at call 1": CHECKED}),
@@ -106,8 +107,6 @@ def make_sources(top: Path, small: Path, tree: Path) -> Path:
     run("cp", small, top / f"small-{trees.ARCH}.tar.gz")
     trees.tarball(tree, top / f"plain-{trees.ARCH}.tar", "tar")
     guestdisks.compress(guest, top / f"guest-{trees.ARCH}.raw.zst", "zstd", "-q", "-c")
-    for make in (guestdisks.xfs, guestdisks.btrfs):
-        make(top / make.__name__, tree, top)
     guestdisks.compress(guest, top / "disk.zst", "zstd", "-q", "-c")
     guestdisks.qcow2(guest, top / f"guest-{trees.ARCH}.qcow2")
     old = guestdisks.ancestor(top / "old.raw", tree, top).path

@@ -9,6 +9,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import guestdisks
 import pytest
 import wrappers
 from backups import is_disarmed
@@ -24,8 +25,12 @@ MODES = ("fails", "killed at its end")
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_program_fails_at_every_call(name: str, node: Node, sources: Path, tmp_path: Path) -> None:
+def test_every_program_fails_at_every_call(
+    name: str, node: Node, sources: Path, small_tree: Path, tmp_path: Path
+) -> None:
     case = CASES[name]
+    if case.layout:
+        guestdisks.LAYOUTS[case.layout](sources / case.layout, small_tree, tmp_path)
     calls, places = learn(case, node, sources, tmp_path / "learn")
     calls = {program: count for program, count in calls.items() if program in case.only or not case.only}
     assert calls, "it runs no program: it does not belong into this table"

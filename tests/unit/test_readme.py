@@ -58,3 +58,11 @@ def test_what_hooks_find() -> None:
     assert len(functions) == 6
     words = set(re.findall(r"[\w-]+", " ".join(re.findall(r"``([^`]+)``", text))))
     assert bundled | parts | methods | functions <= words
+
+
+def test_what_is_defended_is_proven() -> None:
+    """The tests that the table names exist, and hold tests."""
+    named = re.findall(r"^     - ``(tests/\S+)``$", README, re.MULTILINE)
+    assert len(named) > 10
+    for path in named:
+        assert "\ndef test_" in (CHECKOUT / path).read_text(), path

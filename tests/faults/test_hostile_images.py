@@ -1,0 +1,183 @@
+"""Archives and streams that claim or unpack to more than there is: an error or a right result, in bounded memory."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import os
+import resource
+import struct
+import subprocess
+import tarfile
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable
+
+import backups
+import guestdisks
+import pytest
+import trees
+from support import MIB, Node, attached, digest, run
+
+MakeDisk = Callable[..., Path]
+SECONDS = 60
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Nothing that is started takes more real memory than there is reason for."""
+    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    yield
+    assert time.monotonic() - started < SECONDS
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(before, 600 << 10), "KiB"
+
+
+def image(node: Node, name: str, data: bytes) -> None:
+    (node.images / f"evil-{trees.ARCH}.{name}").write_bytes(data)
+
+
+def header(name: bytes, size: int, kind: bytes) -> bytes:
+    """A tar header whose size field says what it likes (base 256)."""
+    field = b"\x80" + size.to_bytes(11, "big")
+    block = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + field + b"0" * 11 + b"\0"
+    block = (block + b" " * 8 + kind).ljust(257, b"\0") + b"ustar  \0"
+    block = block.ljust(512, b"\0")
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def xz_of_large_dictionary() -> bytes:
+    good = bytearray(lzma.compress(bytes(1024), lzma.FORMAT_XZ, filters=[{"id": lzma.FILTER_LZMA2, "preset": 0}]))
+    # block header: the dictionary's size is one byte of the filter's properties (xz file format, 5.3.1)
+    place = good.index(b"\x21\x01", 12) + 2
+    good[place] = 40  # 4 GiB - 1
+    size = (good[12] + 1) * 4
+    struct.pack_into("<I", good, 12 + size - 4, zlib.crc32(bytes(good[12 : 12 + size - 4])))
+    return bytes(good)
+
+
+def zstd_of_large_window() -> bytes:
+    # magic, no single segment, window descriptor of the largest size (RFC 8878), a raw block that follows
+    return b"\x28\xb5\x2f\xfd\x00\xf8" + b"\x01\x00\x00" + bytes(100)
+
+
+HUGE = 1 << 40
+ARCHIVES: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "name of 1 TiB": ("tar", lambda: header(b"././@LongLink", HUGE, b"L") + bytes(4096)),
+    "pax header of 1 TiB": ("tar", lambda: header(b"x", HUGE, b"x") + bytes(4096)),
+    "file of 1 TiB": ("tar", lambda: header(b"x", HUGE, b"0") + bytes(4096)),
+    "file of 2**88 bytes": ("tar", lambda: header(b"x", (1 << 88) - 1, b"0") + bytes(4096)),
+    "dictionary of 4 GiB": ("tar.xz", xz_of_large_dictionary),
+    "window of 3 TiB": ("tar.zst", zstd_of_large_window),
+}
+
+
+@pytest.mark.parametrize("what", ARCHIVES)
+def test_archives_that_claim_much(what: str, node: Node, disk: MakeDisk) -> None:
+    suffix, make = ARCHIVES[what]
+    image(node, suffix, make())
+    with watched():
+        result = node.create(disk(), OSP_IMAGE_NAME="evil")
+    result.failed(f"evil-{trees.ARCH}.{suffix}")
+    assert "internal error" not in result.log
+
+
+@pytest.mark.parametrize("image_type", ["tarball", "raw"])
+@pytest.mark.parametrize("program", ["gzip", "zstd"])
+def test_bombs(program: str, image_type: str, node: Node, disk: MakeDisk) -> None:
+    """Much more than the disk holds comes out of little."""
+    suffix = {"gzip": "gz", "zstd": "zst"}[program]
+    name = f"evil-{trees.ARCH}.{'tar' if image_type == 'tarball' else 'raw'}.{suffix}"
+    begin = header(b"zeroes", 8 << 30, b"0") if image_type == "tarball" else b"\1" * 512
+    with (
+        (node.images / name).open("wb") as output,
+        subprocess.Popen([program, "-1", "-c"], stdin=subprocess.PIPE, stdout=output) as packer,
+    ):
+        assert packer.stdin
+        packer.stdin.write(begin)
+        for _ in range(400 if image_type == "tarball" else 200):
+            packer.stdin.write(b"\1" * MIB)
+    target = disk()
+    with watched():
+        node.create(target, OSP_IMAGE_NAME="evil", OSP_IMAGE_TYPE=image_type).failed(name)
+
+
+@pytest.mark.parametrize("what", ["dictionary of 4 GiB", "window of 3 TiB", "zeroes without end"])
+def test_streams(what: str, node: Node, disk: MakeDisk) -> None:
+    stream = gzip.compress(bytes(512 * MIB), 1) if what.startswith("zeroes") else ARCHIVES[what][1]()
+    target = disk()
+    before = digest(target)
+    with watched():
+        result = backups.restore(node, stream, target)
+    assert result.status == 1 and "internal error" not in result.log, result.log
+    assert digest(target) == before or not any(target.read_bytes()[:MIB])
+
+
+def test_members_of_every_kind(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
+    """Links to what is outside, and members written through them: nothing outside is touched."""
+    canary = tmp_path / "canary"
+    canary.mkdir()
+    (canary / "file").write_text("of the node\n")
+    (canary / "file").chmod(0o640)
+    path = node.images / f"evil-{trees.ARCH}.tar"
+    run("tar", "--create", "--file", path, "--directory", small_tree, ".")
+    with tarfile.open(path, "a") as archive:
+        for number, (kind, link) in enumerate(
+            [
+                (tarfile.LNKTYPE, f"{canary}/file"),
+                (tarfile.LNKTYPE, f"../../../../../../../..{canary}/file"),
+                (tarfile.SYMTYPE, f"{canary}/file"),
+                (tarfile.SYMTYPE, "/proc/self/cwd"),
+                (tarfile.SYMTYPE, f"{canary}"),
+            ]
+        ):
+            for name in (f"link{number}", f"link{number}/new"):
+                member = tarfile.TarInfo(name)
+                if name.endswith("new"):
+                    member.size, member.mode = 4, 0o777
+                    archive.addfile(member, io.BytesIO(b"evil"))
+                else:
+                    member.type, member.linkname = kind, link
+                    archive.addfile(member)
+            again = tarfile.TarInfo(f"link{number}")
+            again.size, again.mode = 4, 0o777
+            archive.addfile(again, io.BytesIO(b"evil"))
+    result = node.create(disk(), OSP_IMAGE_NAME="evil")
+    assert result.status in (0, 1) and "internal error" not in result.log, result.log
+    assert sorted(os.listdir(canary)) == ["file"]
+    assert (canary / "file").read_text() == "of the node\n"
+    assert (canary / "file").stat().st_mode & 0o777 == 0o640 and (canary / "file").stat().st_nlink == 1
+
+
+@pytest.mark.parametrize("offset", [1024 + 0x18, 1024 + 0x20, 1024 + 0x28, 1024 + 0x4, 1024 + 0xFE, 4096, 4100])
+def test_damaged_superblock(offset: int, node: Node, sources: Path, disk: MakeDisk, tmp_path: Path) -> None:
+    """A filesystem whose numbers make no sense: refused, and a backup of it is whole."""
+    damaged = tmp_path / "damaged"
+    run("cp", "--sparse=always", sources / "guest.raw", damaged)
+    with damaged.open("r+b") as file:
+        file.seek(MIB + offset)
+        file.write(b"\xff\xff\xff\x7f")
+    node.image(damaged, f"evil-{trees.ARCH}.raw")
+    result = node.create(disk(), OSP_IMAGE_NAME="evil", OSP_IMAGE_TYPE="raw")
+    assert result.status in (0, 1) and "internal error" not in result.log, result.log
+    target = disk()
+    backups.restore(node, backups.exported(node, damaged, 1), target, 1).ok()
+    assert backups.same(damaged, target) or result.status == 0
+
+
+def test_swapped_and_double_labels(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
+    """Two filesystems of one UUID and label, and an fstab that names neither by what it is."""
+    guest = guestdisks.blank(tmp_path / "twins", 90, "label: dos\n1 : start=1M, size=40M\n2 : start=41M, size=48M\n")
+    for number in (1, 2):
+        part = guestdisks.place(guest, number)
+        assert part
+        with attached(guest, part.start, part.size) as device:
+            run("mkfs.ext4", "-q", "-U", guestdisks.UUID.format(1), "-L", "same", device)
+    guestdisks.fill(guest, 2, small_tree, tmp_path, "LABEL=same / ext4\nLABEL=same /boot ext4\nUUID=$(id) /var ext4\n")
+    node.image(guest, f"evil-{trees.ARCH}.raw")
+    result = node.create(disk(), OSP_IMAGE_NAME="evil", OSP_IMAGE_TYPE="raw")
+    assert result.status in (0, 1) and "internal error" not in result.log, result.log
