@@ -8,15 +8,17 @@ from __future__ import annotations
 import os
 import random
 import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+import backups
 import pytest
 from backups import is_disarmed
 from cases import CASES, Case, apart
-from support import PATH, Node, attached, digest, partitions, run
+from support import MIB, PATH, Node, attached, digest, partitions, run, signatures
 
 MakeDisk = Callable[..., Path]
 AT_ONCE = 3
@@ -133,3 +135,46 @@ def judged(case: Case, node: Node, work: Path, sources: Path, places: list[tuple
 
 def is_whole(log: str) -> bool:
     return "restored disk" in log or "ready to boot" in log
+
+
+@pytest.mark.parametrize("command", ["create", "import"])
+def test_full_filesystem_below_the_disk(command: str, node: Node, sources: Path, tmp_path: Path) -> None:
+    """A file disk that cannot get the blocks that it was promised, from the first on or from any later one."""
+    case = CASES[COMMANDS[command]]
+    room = tmp_path / "room"
+    room.mkdir()
+    for kib in (0, 64, 1024, 1500, 3000, 4500):
+        run("mount", "-t", "tmpfs", "-o", f"size={max(kib, 4)}k", "tmpfs", room)
+        try:
+            disk = room / "disk"
+            disk.touch()
+            os.truncate(disk, 160 * MIB)
+            here = apart(node, tmp_path / f"{command}{kib}")
+            result = case.call(here, disk, PATH)
+            assert result.status == 1 and "internal error" not in result.log, f"{kib} KiB: {result.log}"
+            assert signatures(disk) == [], f"{kib} KiB: {result.log}"
+            run("mount", "-o", "remount,size=200m", room)
+            case.call(here, disk, PATH).ok()
+        finally:
+            run("umount", room)
+
+
+def test_stream_that_cannot_be_written(node: Node, sources: Path, tmp_path: Path) -> None:
+    """Wherever it stops."""
+    whole = (sources / "stream").stat().st_size
+    room = tmp_path / "room"
+    room.mkdir()
+    environment = backups.environment(node, "export", sources / "guest.raw")
+    for kib in (4, 8, 500, whole // 1024 - 4):
+        run("mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", room)
+        try:
+            with (room / "stream").open("wb") as output:
+                call = backups.Running(node, "export", environment, subprocess.DEVNULL, output)
+                call.result().failed("No space left on device")
+                call.announced()
+        finally:
+            run("umount", room)
+    with open("/dev/full", "wb") as full:
+        call = backups.Running(node, "export", environment, subprocess.DEVNULL, full)
+        call.result().failed("No space left on device")
+        call.announced()
