@@ -116,4 +116,5 @@ def test_a_link_in_the_place_of_a_mount_point_is_refused(
     path = node.work / "probe"
     path.write_text("true\n")
     node.hook("probe", HOOK.format(probe=path))
-    node.create(disk()).failed("hook probe", "cannot enter the sandbox")
+    # the /dev of shell hooks is mounted before any hook runs
+    node.create(disk()).failed(*(["the guest's /dev"] if name == "dev" else ["hook probe", "cannot enter the sandbox"]))

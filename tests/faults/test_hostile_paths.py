@@ -92,6 +92,11 @@ def known() -> settings.Settings:
 @pytest.fixture
 def steps(guest: Path, known: settings.Settings, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], None]]:
     """What create, rename and the bundled hooks do to a guest, without its programs."""
+    overlays = guest.with_name("overlays")
+    for name in ("etc/motd", "etc/ssh/sshd_config", "srv/new"):
+        (overlays / "web" / name).parent.mkdir(parents=True, exist_ok=True)
+        (overlays / "web" / name).write_text("of the overlay\n")
+    known = dataclasses.replace(known, overlay="web", overlays_dir=str(overlays))
     monkeypatch.setattr(isolation, "TARGET", str(guest))
     monkeypatch.setattr(target, "run", lambda *_, **__: "")
     monkeypatch.setattr("imageos.sandbox.os.stat", os.stat)
@@ -278,7 +283,7 @@ def test_nothing_is_reached(
         for name, call in steps.items():
             renew(guest, good)
             paths = learn(guest, call, monkeypatch)
-            assert len(paths) > 2, f"{name} asks for nothing"
+            assert paths, f"{name} asks for nothing"
             for path in paths:
                 for kind in KINDS if (name, path) not in done else ():
                     renew(guest, good)
