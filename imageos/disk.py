@@ -8,13 +8,14 @@ import stat
 import struct
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Callable, Optional
 
-from imageos import linux, log
+from imageos import linux, log, mounts
 from imageos.errors import Failure
 from imageos.layout import MIB, SECTOR, Layout, sfdisk_script
+from imageos.mounts import Mount
 from imageos.run import run
 
 DEADLINE = 10.0  # seconds to wait for the kernel or udev
@@ -178,6 +179,7 @@ def disarmed_on_failure(device: Device, disk: Attached) -> Iterator[None]:
         yield
     except BaseException:
         try:
+            _drop_mounts(disk)
             _wipe_all(disk, _kernel_partitions(disk).values())
             flush(device, disk.descriptor)
         except (Failure, OSError) as error:
@@ -251,12 +253,21 @@ def _open_exclusively(path: str, read_only: bool, is_file: bool) -> int:
 def _check_not_mounted(path: str) -> None:
     """Failure that says where, if it is mounted through a loop device, as mount-disks does it."""
     loop = _loop_over(os.stat(path))
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            mount, _, filesystem = line.partition(" - ")
-            if loop and re.fullmatch(rf"{loop}(p\d+)?", filesystem.split(" ")[1]):
-                place = mount.split(" ")[4]
-                raise _in_use(path, f"it is mounted at {place}", "umount-disks INSTANCE, if it was mount-disks")
+    for mount in _mounts_of(loop) if loop else []:
+        raise _in_use(path, f"it is mounted at {mount.place}", "umount-disks INSTANCE, if it was mount-disks")
+
+
+def _mounts_of(loop: str) -> list[Mount]:
+    return [mount for mount in mounts.current() if re.fullmatch(rf"{loop}(p\d+)?", mount.source)]
+
+
+def _drop_mounts(disk: Attached) -> None:
+    """Have nothing of the disk mounted any more: a signal may have come before a mount was entered in our books, and
+    what the kernel writes back later must not undo the wiping."""
+    for mount in reversed(_mounts_of(disk.path)):
+        with suppress(OSError):
+            linux.shut_down_filesystem(mount.place)
+        linux.umount(mount.place, linux.MNT_DETACH)
 
 
 def _check_unused(path: str, descriptor: int) -> None:

@@ -155,7 +155,8 @@ def mounted(device: str, path: str, kind: str, read_only: bool = False, options:
     except BaseException:
         # What was written is lost anyway: writing it back would only delay the end, by minutes on a slow disk.
         if not read_only:
-            _shut_down(path)
+            with suppress(OSError):
+                linux.shut_down_filesystem(path)
         try:
             _unmount(path, device, kind)
         except Failure as failure:
@@ -226,16 +227,6 @@ def fstab(volumes: Iterable[Volume]) -> str:
 def _new_uuid(kind: str) -> str:
     unique = str(uuid.uuid4())
     return re.sub(r"^(....)(....).*", r"\1-\2", unique).upper() if kind == "vfat" else unique
-
-
-def _shut_down(path: str) -> None:
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        linux.shut_down_filesystem(directory)
-    except OSError:
-        pass  # btrfs cannot: it writes everything back
-    finally:
-        os.close(directory)
 
 
 def _unmount(path: str, device: str, kind: str) -> None:

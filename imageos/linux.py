@@ -186,9 +186,14 @@ def _blkpg(disk: int, operation: int, number: int, start: int, length: int) -> N
     fcntl.ioctl(disk, BLKPG, argument)
 
 
-def shut_down_filesystem(directory: int) -> None:
-    """Stop an ext or xfs filesystem at once, without writing back what it has not written yet."""
-    fcntl.ioctl(directory, FS_IOC_SHUTDOWN, struct.pack("=I", SHUTDOWN_NO_LOG_FLUSH))
+def shut_down_filesystem(path: str) -> None:
+    """Stop the ext or xfs filesystem that is mounted at `path` at once, without writing back what it has not written
+    yet. OSError for others: btrfs cannot, and writes everything back."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(directory, FS_IOC_SHUTDOWN, struct.pack("=I", SHUTDOWN_NO_LOG_FLUSH))
+    finally:
+        os.close(directory)
 
 
 def trim(directory: int) -> None:

@@ -20,12 +20,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from imageos import __version__, filesystem, ganeti, images, layout, log, settings, wholeness
+from imageos import __version__, filesystem, ganeti, images, layout, log, mounts, settings, wholeness
 from imageos.commands import install
 from imageos.errors import Failure
 from imageos.hooks import OS_DIR, check_overlay, find, program_file
 from imageos.imagefile import Image
 from imageos.layout import MIB
+from imageos.mounts import Mount
 from imageos.run import PACKAGES, pipeline
 from imageos.settings import Settings
 
@@ -112,7 +113,7 @@ def examine(os_dir: str) -> Report:
     report.area = "space"
     check_space(report, variants)
     report.area = "leftovers"
-    check_leftovers(report)
+    check_leftovers(report, mounts.current())
     return report
 
 
@@ -421,32 +422,23 @@ def check_space(report: Report, variants: Sequence[Variant]) -> None:
 # --- leftovers --------------------------------------------------------------------------------------------
 
 
-def check_leftovers(report: Report, sys_block: str = "/sys/block", mountinfo: str = "/proc/self/mountinfo") -> None:
+def check_leftovers(report: Report, mounted: Sequence[Mount], sys_block: str = "/sys/block") -> None:
     """What runs of ganeti-instance-image leave when they crash, with the commands that take it away, in order."""
-    with open(mountinfo, encoding="utf-8", errors="backslashreplace") as file:
-        mounts = [parse_mount(line) for line in file]
     before = len(report.findings)
-    for place, source in mounts:
-        left = re.fullmatch(r"/tmp/(tmp\.\w{6,}|([^/]+)_root)", place)
-        if left and source.startswith(("/dev/mapper/", "/dev/loop", "/dev/dm-")):
-            what = f"{source} is mounted at {place}"
-            report.say(NOTE, what, f"umount-disks {left[2]}" if left[2] else f"umount -R {place} && rmdir {place}")
+    for one in mounted:
+        left = re.fullmatch(r"/tmp/(tmp\.\w{6,}|([^/]+)_root)", one.place)
+        if left and one.source.startswith(("/dev/mapper/", "/dev/loop", "/dev/dm-")):
+            command = f"umount-disks {left[2]}" if left[2] else f"umount -R {one.place} && rmdir {one.place}"
+            report.say(NOTE, f"{one.source} is mounted at {one.place}", command)
     for name in partition_maps(sys_block):
         report.say(NOTE, f"/dev/mapper/{name} is a map of an instance's partition", f"dmsetup remove {name}")
-    used = {source for _, source in mounts}
+    used = {one.source for one in mounted}
     for device, backing in leftover_loops(sys_block, used):
         report.say(
             NOTE, f"{device} is attached to {backing}, and not used", f"losetup -d {device} (unless an instance has it)"
         )
     if len(report.findings) == before:
         report.say(OK, "none")
-
-
-def parse_mount(line: str) -> tuple[str, str]:
-    """Mount point and source of a line of mountinfo, see proc(5)."""
-    before, _, after = line.partition(" - ")
-    place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4])
-    return place, after.split()[1]
 
 
 def partition_maps(sys_block: str) -> Iterator[str]:

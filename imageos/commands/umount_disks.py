@@ -9,19 +9,13 @@ import argparse
 import errno
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 
-from imageos import cluster, disk, linux, log
+from imageos import cluster, disk, linux, log, mounts
 from imageos.commands.mount_disks import mount_point, program_there, remove_directory
 from imageos.errors import Failure
-
-
-@dataclass(frozen=True)
-class Mount:
-    place: str
-    source: str
+from imageos.mounts import Mount
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,16 +49,15 @@ def main(arguments: Sequence[str]) -> int:
 def unmount(name: str) -> None:
     """Everything at and below the mount point, and the mount point."""
     place = mount_point(name)
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        mounts = parse_mounts(file.read(), place)
+    there = below(mounts.current(), place)
     with ExitStack() as stack:
-        for loop in {loop_of(mount.source) for mount in mounts if mount.place == place} - {""}:
+        for loop in {loop_of(mount.source) for mount in there if mount.place == place} - {""}:
             stack.enter_context(disk.let_go(loop))
-        for mount in mounts:
+        for mount in there:
             unmount_one(mount)
     with suppress(OSError):  # not empty: somebody has put something into it
         remove_directory(place)
-    log.info(f"nothing of instance {name} is mounted" + (f" at {place} any more" if mounts else ""))
+    log.info(f"nothing of instance {name} is mounted" + (f" at {place} any more" if there else ""))
 
 
 def unmount_one(mount: Mount) -> None:
@@ -103,14 +96,9 @@ def loop_of(source: str) -> str:
     return match[1] if match else ""
 
 
-def parse_mounts(text: str, place: str) -> list[Mount]:
-    """What /proc/self/mountinfo (proc(5)) says is mounted at or below `place`, what has to go first first."""
-    found = []
-    for line in text.splitlines():
-        fields, _, rest = line.partition(" - ")
-        path = unescape(fields.split(" ")[4])
-        if is_below(path, place):
-            found.append(Mount(path, unescape(rest.split(" ")[1])))
+def below(mounted: Iterable[Mount], place: str) -> list[Mount]:
+    """What is mounted at or below `place`, what has to go first first."""
+    found = [mount for mount in mounted if is_below(mount.place, place)]
     found.reverse()  # of several at one place the last one is on top
     found.sort(key=lambda mount: -len(mount.place))
     return found

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from imageos import mounts
 from imageos.commands import doctor
 from imageos.commands.doctor import ERROR, NOTE, OK, UNKNOWN, Report, Variant
 from imageos.errors import Failure
@@ -48,11 +49,9 @@ MOUNTS = """\
 """
 
 
-def test_leftovers_with_their_commands(block: Path, tmp_path: Path) -> None:
-    mountinfo = tmp_path / "mountinfo"
-    mountinfo.write_text(MOUNTS)
+def test_leftovers_with_their_commands(block: Path) -> None:
     report = Report()
-    doctor.check_leftovers(report, str(block), str(mountinfo))
+    doctor.check_leftovers(report, mounts.parse(MOUNTS), str(block))
     assert [finding.hint.partition(" (")[0] for finding in report.findings] == [
         "umount -R /tmp/tmp.aBcDeF1234 && rmdir /tmp/tmp.aBcDeF1234",
         "umount-disks inst2.example.org",
@@ -65,15 +64,10 @@ def test_leftovers_with_their_commands(block: Path, tmp_path: Path) -> None:
 
 
 def test_no_leftovers(tmp_path: Path) -> None:
-    (tmp_path / "mountinfo").write_text(MOUNTS.splitlines()[0] + "\n")
     (tmp_path / "block").mkdir()
     report = Report()
-    doctor.check_leftovers(report, str(tmp_path / "block"), str(tmp_path / "mountinfo"))
+    doctor.check_leftovers(report, mounts.parse(MOUNTS)[:1], str(tmp_path / "block"))
     assert [(one.level, one.what) for one in report.findings] == [(OK, "none")]
-
-
-def test_mount_points_are_unescaped() -> None:
-    assert doctor.parse_mount(MOUNTS.splitlines()[4]) == ("/mnt/with space", "/dev/loop3")
 
 
 @pytest.mark.parametrize(

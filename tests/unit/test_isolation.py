@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from imageos import isolation
+from imageos import isolation, run
 from imageos.errors import Failure, Interrupted
 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {one: signal.getsignal(one) for one in isolation.SIGNALS}
+    before = {one: signal.getsignal(one) for one in run.SIGNALS}
     isolation.handle_signals()
     yield
     for one, handler in before.items():
@@ -29,7 +29,7 @@ def test_first_signal_interrupts(number: signal.Signals) -> None:
 def test_cleaning_up_is_not_interrupted() -> None:
     with pytest.raises(Interrupted):
         signal.raise_signal(signal.SIGTERM)
-    for one in isolation.SIGNALS:
+    for one in run.SIGNALS:
         signal.raise_signal(one)
 
 

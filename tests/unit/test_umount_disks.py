@@ -1,6 +1,7 @@
 """What is mounted at and below a place, in the order in which it can be taken away."""
 
-from imageos.commands.umount_disks import is_below, loop_of, parse_mounts
+from imageos import mounts
+from imageos.commands.umount_disks import below, is_below, loop_of
 
 # /proc/self/mountinfo: two filesystems, one more over the second, one in a directory with a space
 MOUNTS = """\
@@ -14,14 +15,14 @@ MOUNTS = """\
 
 
 def test_mounts() -> None:
-    found = [(mount.place, mount.source) for mount in parse_mounts(MOUNTS, "/tmp/inst1_root")]
+    found = [(mount.place, mount.source) for mount in below(mounts.parse(MOUNTS), "/tmp/inst1_root")]
     assert found == [
         ("/tmp/inst1_root/boot", "over"),
         ("/tmp/inst1_root/boot", "/dev/loop0p1"),
         ("/tmp/inst1_root/a b", "my tmpfs"),
         ("/tmp/inst1_root", "/dev/loop0p3"),
     ]
-    assert parse_mounts(MOUNTS, "/tmp/inst2_root") == []
+    assert below(mounts.parse(MOUNTS), "/tmp/inst2_root") == []
 
 
 def test_below() -> None:
