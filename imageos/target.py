@@ -13,7 +13,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Optional, Protocol
+from typing import Callable, Optional, Protocol
 
 from imageos import cgroup, linux
 from imageos.errors import Failure
@@ -73,6 +73,11 @@ class Target:
 
     def read(self, path: str) -> Optional[str]:
         """The text of a regular file, None if there is none; bytes that are not UTF-8 survive a write."""
+        data = self.read_bytes(path, READ_LIMIT)
+        return None if data is None else data.decode("utf-8", "surrogateescape")
+
+    def read_bytes(self, path: str, limit: int) -> Optional[bytes]:
+        """The content of a regular file of at most `limit` bytes, None if there is none."""
         try:
             # O_NONBLOCK: a FIFO must not stop us
             descriptor = linux.open_in_root(self._root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -84,10 +89,10 @@ class Target:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise Failure(f"the guest's {path} is not a regular file")
-            if status.st_size > READ_LIMIT:
-                raise Failure(f"the guest's {path} has {status.st_size} bytes, more than a configuration file")
+            if status.st_size > limit:
+                raise Failure(f"the guest's {path} has {status.st_size} bytes, more than the {limit} that it may have")
             with open(descriptor, "rb", closefd=False) as file:
-                return file.read(READ_LIMIT).decode("utf-8", "surrogateescape")
+                return file.read(limit)
         finally:
             os.close(descriptor)  # open() itself would leave that of a directory open, and its filesystem busy
 
@@ -136,6 +141,13 @@ class Target:
             except OSError as error:
                 _remove_quietly(parent, temporary)
                 raise _failure("write", path, error) from None
+
+    def edit(self, path: str, change: Callable[[str], str]) -> None:
+        """Give a text file the content that `change` makes of it (of an empty text if there is none)."""
+        old = self.read(path)
+        new = change(old or "")
+        if new != (old or ""):
+            self.write(path, new)
 
     def append_line(self, path: str, line: str) -> None:
         """Add `line` to a text file unless it is there."""

@@ -266,12 +266,33 @@ def test_directory_instead_of_a_file(guest: Path, target: Target) -> None:
 
 def test_file_that_is_too_large(guest: Path, target: Target) -> None:
     (guest / "file").write_bytes(bytes(2 << 20))
-    with pytest.raises(Failure, match="the guest's /file has 2097152 bytes, more than a configuration file"):
+    with pytest.raises(Failure, match="the guest's /file has 2097152 bytes, more than the 1048576"):
         target.read("/file")
     (guest / "limit").write_bytes(b"x" * READ_LIMIT)
     assert target.read("/limit") == "x" * READ_LIMIT
     target.write("/file", "small")
     assert (guest / "file").read_text() == "small"
+
+
+def test_bytes(guest: Path, target: Target) -> None:
+    (guest / "file").write_bytes(b"\xff\0x")
+    assert target.read_bytes("/file", 3) == b"\xff\0x"
+    assert target.read_bytes("/none", 3) is None
+    with pytest.raises(Failure, match="the guest's /file has 3 bytes, more than the 2 that"):
+        target.read_bytes("/file", 2)
+
+
+def test_edit(guest: Path, target: Target) -> None:
+    (guest / "file").write_text("a\n")
+    before = (guest / "file").stat().st_ino
+    target.edit("/file", lambda text: text)
+    assert (guest / "file").stat().st_ino == before, "nothing to write"
+    target.edit("/file", lambda text: text + "b\n")
+    assert (guest / "file").read_text() == "a\nb\n"
+    target.edit("/none", lambda text: text)
+    assert not (guest / "none").exists()
+    target.edit("/new", lambda text: text + "c")
+    assert (guest / "new").read_text() == "c"
 
 
 def test_kernel_without_openat2(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
