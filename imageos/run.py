@@ -51,6 +51,7 @@ PACKAGES = {
     "sfdisk": "fdisk",
     "mkswap": "util-linux",
     "mkfs.vfat": "dosfstools",
+    "mcopy": "mtools",
     "mkfs.ext2": "e2fsprogs",
     "mkfs.ext3": "e2fsprogs",
     "mkfs.ext4": "e2fsprogs",

@@ -6,10 +6,12 @@ perhaps compressed.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from imageos import (
     discovery,
@@ -53,14 +55,22 @@ def main(_arguments: Sequence[str]) -> int:
         run.require(*discovery.PROGRAMS)
     with disk.claimed(backup.device) as device:
         with log.phase(f"restored disk {backup.index}"):
-            size = restore_any(Source(0), device, instance, known)
+            restored = restore_any(Source(0), device, instance, known)
         if backup.index == 0:
-            adapt(device, instance, known, is_larger=size < device.size)
+            known = dataclasses.replace(known, image_type=restored.image_type)
+            adapt(device, instance, known, is_larger=restored.size < device.size)
     return 0
 
 
-def restore_any(source: Source, device: Device, instance: Instance, known: Settings) -> int:
-    """Restore whatever comes; how many bytes the disk in it has.
+class Restored(NamedTuple):
+    """What a stream was."""
+
+    size: int  # bytes of the disk in it
+    image_type: str = "raw"  # for the hooks, as if it had been created from such an image: a boot loader is on it
+
+
+def restore_any(source: Source, device: Device, instance: Instance, known: Settings) -> Restored:
+    """Restore whatever comes.
 
     Failure, before the first write if possible, if it is nothing that can be restored.
     """
@@ -70,14 +80,14 @@ def restore_any(source: Source, device: Device, instance: Instance, known: Setti
         raise Failure("the backup stream is empty", hint="see the messages of the export, at the other end")
     compression = legacy.compression(begin)
     if stream.is_ours(begin):
-        return restore_stream(source, device)
+        return Restored(restore_stream(source, device))
     if compression:
         log.info(f"the stream is compressed with {compression}")
         with legacy.decompressed(source, compression) as inner:
             return restore_any(inner, device, instance, known)
     if legacy.is_archive(begin):
         return restore_archive(source, device, instance, known)
-    return restore_plain(source, device, source.end)
+    return Restored(restore_plain(source, device, source.end))
 
 
 def restore_stream(source: Source, device: Device) -> int:
@@ -122,15 +132,15 @@ def restore_plain(source: Source, device: Device, finish: Callable[[], None], si
     return received
 
 
-def restore_archive(source: Source, device: Device, instance: Instance, known: Settings) -> int:
+def restore_archive(source: Source, device: Device, instance: Instance, known: Settings) -> Restored:
     """What ganeti-instance-image exported: dumps of the filesystems, or an image of the disk."""
     members = legacy.members(source)
     first = next(members, None)
     if first and first.name == legacy.IMAGE:
-        return restore_image(source, first, members, device, known)
+        return Restored(restore_image(source, first, members, device, known))
     if first and first.name in legacy.DUMPS:
         restore_dumps(source, itertools.chain([first], members), device, instance, known)
-        return device.size
+        return Restored(device.size, "dump")
     name = f"'{first.name}'" if first else "nothing"
     raise Failure(
         f"the tar archive in the stream is no backup: it holds {name} "

@@ -20,6 +20,8 @@ ORDER = [
     *("layout", "disk", "filesystem"),
     # the guest's root, and what is in it
     *("sandbox", "target", "guest", "hostname", "network", "cloudinit", "discovery", "grow"),
+    # what makes it boot
+    *("bootconfig", "esp", "oldboot"),
     # images
     *("web", "checksums", "cache", "fetch", "imagefile", "qcow2", "tarball", "dump", "diskimage", "images"),
     # backups

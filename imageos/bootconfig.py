@@ -1,0 +1,147 @@
+"""Kernel command lines, and the files of a guest that hold them: text to text, the same again the second time. Pure.
+
+Nothing is evaluated: what a file says in a way that is not understood stays as it is.
+"""
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from imageos.errors import Failure
+
+GRUB_VARIABLES = ("GRUB_CMDLINE_LINUX", "GRUB_CMDLINE_LINUX_DEFAULT")
+# Where the image's own disk was: on a disk that was made anew there is no LVM, RAID, LUKS or subvolume.
+OLD_DISK = (
+    *("root=", "rootflags=", "resume=", "resume_offset="),
+    *("rd.lvm.lv=", "rd.lvm.vg=", "rd.luks.uuid=", "rd.md.uuid="),
+)
+SPECIAL = "'\\$`"  # a meaning of their own in GRUB's menu, whatever the quotes
+SPECIAL_UNQUOTED = ";&|<>"
+BEGIN, END = "# imageos: what this instance needs has the last word", "# imageos: end"
+RECOVERY = {"single", "recovery"}
+ENVIRONMENT_SIZE = 1024  # bytes of GRUB's environment block
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to become of a kernel command line."""
+
+    add: tuple[str, ...]
+    root: str = ""  # UUID of the new root; empty: the guest keeps the root that it has
+    kind: str = ""  # type of its filesystem
+    boot: str = ""  # the directory /boot as the boot loader sees it, where there is a new root
+
+    def kept(self, words: Iterable[str]) -> list[str]:
+        """What stays of `words`."""
+        kept = [word for word in words if not self._goes(word)]
+        return [f"rootfstype={self.kind}" if self.root and word.startswith("rootfstype=") else word for word in kept]
+
+    def whole(self, line: str) -> str:
+        """A complete command line."""
+        root = [f"root=UUID={self.root}"] if self.root else []
+        return " ".join([*root, *self.kept(split(line)), *self.add])
+
+    def is_made(self, line: str) -> bool:
+        """Whether a complete command line has what is to be added; the speed of a console does not matter."""
+        words = split(line)
+        consoles = {word.partition(",")[0] for word in words if word.startswith("console=")} | {"console=tty0"}
+        return all(word in words or word.partition(",")[0] in consoles for word in self.add)
+
+    def _goes(self, word: str) -> bool:
+        console = word.partition(",")[0]
+        replaced = console.startswith("console=") and console in {one.partition(",")[0] for one in self.add}
+        return replaced or word in self.add or bool(self.root and word.startswith(OLD_DISK))
+
+
+def split(line: str) -> list[str]:
+    """The words of a kernel command line; between double quotes, spaces belong to the word."""
+    return re.findall(r'(?:[^\s"]|"[^"]*"?)+', line)
+
+
+def arguments(setting: str) -> list[str]:
+    """The words of KERNEL_ARGS; Failure for what boot loaders would read in ways of their own."""
+    special = [one for one in setting if one in SPECIAL]
+    special += [one for one in re.sub('"[^"]*"', "", setting) if one in SPECIAL_UNQUOTED]
+    if special or setting.count('"') % 2:
+        what = f"the character {special[0]}" if special else "a double quote that is not closed"
+        raise Failure(f"KERNEL_ARGS={setting!r} has {what}, which boot loaders would not pass on")
+    return split(setting)
+
+
+def serial_console(speed: int) -> list[str]:
+    return ["console=tty0", f"console=ttyS0,{speed}n8"]
+
+
+def without(text: str, names: Sequence[str], change: Change) -> str:
+    """A shell file (/etc/default/grub) whose plain assignments to `names` have nothing that `change` adds or drops."""
+
+    def cleaned(match: "re.Match[str]") -> str:
+        quote = match[2][:1] if match[2][:1] in ("'", '"') else ""
+        words = split(match[2][1:-1] if quote else match[2])
+        kept = change.kept(words)
+        return match[0] if kept == words else f"{match[1]}{quote}{' '.join(kept)}{quote}{match[3]}"
+
+    value = r"""("[^"\\`]*"|'[^'\\`]*'|[^\s"'\\`;&|<>()#]*)"""
+    assignment = rf"^([ \t]*(?:export[ \t]+)?(?:{'|'.join(names)})\+?=){value}([ \t]*(?:#.*)?)$"
+    return re.sub(assignment, cleaned, text, flags=re.MULTILINE)
+
+
+def with_block(text: str, block: str) -> str:
+    """A shell file with `block` at its end, in the place of an earlier one."""
+    others = re.sub(rf"^{BEGIN}\n.*?^{END}\n", "", text, flags=re.MULTILINE | re.DOTALL)
+    if others and not others.endswith("\n"):
+        others += "\n"
+    return f"{others}{BEGIN}\n{block}{END}\n"
+
+
+def appending(variable: str, change: Change) -> list[str]:
+    """The line of shell that adds to what a variable holds by then, if there is anything to add."""
+    return [f'{variable}="${variable} "{shlex.quote(" ".join(change.add))}'] if change.add else []
+
+
+def loader_entry(text: str, change: Change) -> str:
+    """A file of /boot/loader/entries (Boot Loader Specification, type 1)."""
+
+    def options(match: "re.Match[str]") -> str:
+        return match[1] + (match[2] if "$kernelopts" in match[2] else change.whole(match[2]))
+
+    text = re.sub(r"^(options[ \t]+)(.*)$", options, text, count=1, flags=re.MULTILINE)
+    if not change.root:
+        return text
+    return re.sub(r"^((?:linux|initrd)[ \t]+)(?:/boot)?/", rf"\1{change.boot}/", text, flags=re.MULTILINE)
+
+
+def environment_block(text: str, name: str, change: Change) -> str:
+    """GRUB's environment block (grubenv) whose variable `name` is a complete command line."""
+    lines = [line for line in text.split("\n") if line.strip("#")] or ["# GRUB Environment Block"]
+    old = next((line.partition("=")[2] for line in lines if line.startswith(f"{name}=")), "ro")
+    others = [line for line in lines if not line.startswith(f"{name}=")]
+    block = "\n".join([*others, f"{name}={change.whole(old)}", ""])
+    if len(block) > ENVIRONMENT_SIZE:
+        raise Failure(f"GRUB's environment block has no room for {name}: {len(block)} bytes, of {ENVIRONMENT_SIZE}")
+    return block.ljust(ENVIRONMENT_SIZE, "#")
+
+
+def legacy_menu(text: str, change: Change, place: str, serial_speed: int) -> str:
+    """menu.lst of GRUB Legacy, with what Debian's update-grub reads in its comments; `serial_speed` 0: no serial."""
+    text = re.sub(
+        r"^([ \t]*(?:kernel|module)[ \t]+\S+[ \t]+|# kopt\w*=)(.*\broot=.*)$",
+        lambda match: match[1] + change.whole(match[2]),
+        text,
+        flags=re.MULTILINE,
+    )
+    if change.root:
+        text = re.sub(r"\(hd\d+,\d+\)", place, text)
+        text = re.sub(r"^([ \t]*)uuid[ \t]+\S+", rf"\1root\t{place}", text, flags=re.MULTILINE)
+    if serial_speed:
+        text = re.sub(r"^(serial|terminal|splashimage|gfxmenu)\b.*\n", "", text, flags=re.MULTILINE)
+        text = f"serial --unit=0 --speed={serial_speed}\nterminal --timeout=5 serial console\n" + text
+    return text
+
+
+def command_lines(menu: str) -> list[str]:
+    """The kernel command lines in a boot loader's menu, entry or environment; not those of a recovery mode."""
+    starts = r"(?:linux(?:16|efi)?|kernel|module)[ \t]+\S+[ \t]|(?:options|append)[ \t]|kernelopts="
+    lines = re.findall(rf"^[ \t]*(?:{starts})(.*\broot=.*)$", menu, re.MULTILINE | re.IGNORECASE)
+    return [line for line in lines if not RECOVERY & set(split(line))]
