@@ -102,11 +102,10 @@ def appending(variable: str, change: Change) -> list[str]:
 
 def loader_entry(text: str, change: Change) -> str:
     """A file of /boot/loader/entries (Boot Loader Specification, type 1)."""
-
-    def options(match: "re.Match[str]") -> str:
-        return match[1] + (match[2] if "$kernelopts" in match[2] else change.whole(match[2]))
-
-    text = re.sub(r"^(options[ \t]+)(.*)$", options, text, count=1, flags=re.MULTILINE)
+    options = re.findall(r"^options[ \t]+(.*)$", text, re.MULTILINE)  # together they are the command line
+    if options and not any("$kernelopts" in line for line in options):
+        line = iter([f"options {change.whole(' '.join(options))}\n"])
+        text = re.sub(r"^options[ \t].*\n?", lambda _: next(line, ""), text, flags=re.MULTILINE)
     if not change.root:
         return text
     return re.sub(r"^((?:linux|initrd)[ \t]+)(?:/boot)?/", rf"\1{change.boot}/", text, flags=re.MULTILINE)

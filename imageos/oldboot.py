@@ -3,7 +3,7 @@
 import re
 from typing import Callable, Optional
 
-from imageos import bootconfig
+from imageos import bootconfig, linux
 from imageos.bootconfig import Change
 from imageos.errors import Failure
 from imageos.target import Target
@@ -14,6 +14,8 @@ EXTLINUX_MENUS = ("/boot/extlinux.conf", "/boot/extlinux/extlinux.conf", "/boot/
 MBR = ("/usr/share/syslinux/mbr.bin", "/usr/lib/syslinux/mbr/mbr.bin", "/usr/lib/EXTLINUX/mbr.bin")
 MENU_LST = ("/boot/grub/menu.lst", "/boot/grub/grub.conf")  # Debian, RHEL
 STAGES = ("/usr/lib/grub/x86_64-pc", "/usr/lib/grub/i386-pc", "/usr/share/grub/x86_64-redhat", "/usr/lib/grub")
+# It makes the name of a partition by adding a number, which is wrong for /dev/loop0; /dev is the sandbox's own.
+AS_SDA = 'ln -s "$1" /dev/sda && ln -s "$1p$2" "/dev/sda$2" && exec grub --batch --no-floppy --device-map=/dev/null'
 MENUS = (*EXTLINUX_MENUS, *MENU_LST)
 
 # The guest, what becomes of its command line, its disk, the number of the partition of /boot, speed of the serial
@@ -58,8 +60,10 @@ def set_up_grub_legacy(target: Target, change: Change, disk: str, partition: int
         target.run(["cp", *stages, "/boot/grub/"])
     if not target.exists("/boot/boot"):
         target.symlink(".", "/boot/boot")  # the menu may say /boot/vmlinuz
-    target.run(["sync"])  # it reads the disk, past the filesystem
-    script = f"device (hd0) {disk}\nroot {place}\nsetup (hd0)\nquit\n"
-    said = target.run(["grub", "--batch", "--no-floppy", "--device-map=/dev/null"], input=script)
+    target.run(["sync"])
+    with open(disk, "rb") as device:
+        linux.flush_buffers(device.fileno())  # it reads the whole disk, which has a cache of its own
+    script = f"device (hd0) /dev/sda\nroot {place}\nsetup (hd0)\nquit\n"
+    said = target.run(["sh", "-c", AS_SDA, "sh", disk, str(partition)], input=script)
     if re.search(r"^\s*Error \d+", said, re.MULTILINE):
         raise Failure("the guest's GRUB Legacy cannot install itself", details=said.splitlines()[-10:])

@@ -176,7 +176,7 @@ GUESTS: dict[str, dict[str, str]] = {
 
 def guest(top: Path, name: str) -> Path:
     made = trees.guest(top, trees.SYSTEMD, GUESTS[name])
-    for applet in ("awk", "cat", "cp", "dd", "sync", "rm"):
+    for applet in ("awk", "cat", "cp", "dd", "sync", "rm", "ln"):
         (made / "bin" / applet).symlink_to("busybox")
     for path in (*made.glob("usr/*bin/*"), *made.glob("sbin/*extlinux")):
         path.chmod(0o755)

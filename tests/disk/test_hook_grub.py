@@ -255,7 +255,7 @@ def test_grub_legacy(deploy: Deploy) -> None:
     assert guest.files["boot/grub/e2fs_stage1_5"] == "1.5"
     calls = guest.once()
     assert calls[0] == "grub --batch --no-floppy --device-map=/dev/null"
-    assert calls[1:] == ["device (hd0) DISK", "root (hd0,0)", "setup (hd0)", "quit"]
+    assert calls[1:] == ["device (hd0) /dev/sda", "root (hd0,0)", "setup (hd0)", "quit"]
 
 
 # --- what a guest has -------------------------------------------------------------------------------------

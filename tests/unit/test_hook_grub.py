@@ -171,6 +171,11 @@ def test_entry_of_a_disk_image_keeps_its_root() -> None:
     assert bootconfig.loader_entry(before, Change(("x=1",))) == before.replace(" ro\n", " ro x=1\n")
 
 
+def test_entry_with_several_options() -> None:
+    text = f"options root=UUID={OLD} ro\nid x\noptions\tresume=/dev/x quiet"
+    assert bootconfig.loader_entry(text, Change(("x=1",), NEW)) == f"options root=UUID={NEW} ro quiet x=1\nid x\n"
+
+
 def test_entry_with_a_variable() -> None:
     text = "linux /vmlinuz\noptions $kernelopts $tuned_params\n"
     assert bootconfig.loader_entry(text, MOVE) == text
@@ -408,7 +413,7 @@ def test_no_boot_loader(target: Target, seen: Seen) -> None:
 def test_when(
     action: str, image_type: str, kernel_path: str, works: bool, guest: Path, target: Target, seen: Seen
 ) -> None:
-    plant(guest, BIOS)
+    plant(guest, BIOS, menu="linux /v root=x\n")
     call(target, action, image_type=image_type, kernel_path=kernel_path)
     assert seen.programs == ([INSTALL, MKCONFIG] if works else [])
     assert (guest / "etc/default").exists() == works
