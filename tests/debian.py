@@ -37,12 +37,14 @@ PACKAGES = (
     "passwd",
     "openssh-server",
 )
-# What a system may have besides: who rules its network.
+# What a system may have besides: who rules its network, or how it boots.
 FLAVOURS = {
     "ifupdown": ("ifupdown", "isc-dhcp-client"),
     "networkd": ("systemd-resolved",),
     "netplan": ("netplan.io", "systemd-resolved"),
     "network-manager": ("network-manager",),
+    # what Secure Boot accepts
+    "signed": ("shim-signed", "grub-efi-amd64-signed"),
     "cloud-init": ("cloud-init", "netplan.io", "systemd-resolved"),
     "cloud-init-ifupdown": ("cloud-init", "ifupdown", "isc-dhcp-client"),  # as in the cloud images of Debian 11
     "large": ("build-essential", "git", "vim"),  # what the benchmark deploys: about 600 MB
