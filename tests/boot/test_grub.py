@@ -1,11 +1,13 @@
 """What the hook `grub` makes boots from BIOS and from UEFI, with the command line that was asked for."""
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
-from debian import Debian, debian
+import pytest
+from debian import SUITES, Debian, debian
 from qemu import booting
-from support import Node
+from support import SITE, Node
 from test_boot import Guest, check, deploy, images, make_disk, node
 
 __all__ = ["images", "node"]
@@ -29,6 +31,28 @@ def test_one_disk_boots_from_bios_and_from_uefi(node: Node, images: dict[str, De
     for firmware, facts in reports.items():
         assert facts["firmware"] == firmware
         check(BOTH, facts, disk, images[BOTH.suite])
+
+
+# Everything that a boot depends on, by content; the times on the ESP are its own.
+LOOK = """#!/bin/sh
+cd "$TARGET" && find boot etc -type f -exec sha256sum {} + | sort -k 2 | sed 's/^/content /'
+scratch=$(mktemp -d) && MTOOLS_SKIP_CHECK=1 mcopy -s -n -i "${DISK_DEV}p2" '::*' "$scratch" 2>/dev/null
+cd "$scratch" && find . -type f -exec sha256sum {} + | sort -k 2 | sed 's/^/content /'
+rm -r "$scratch"
+"""
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_twice_is_as_once(suite: str, node: Node, images: dict[str, Debian], tmp_path: Path) -> None:
+    """With the real programs of each suite; nothing is booted."""
+    for name in ("h-look", "j-look"):
+        node.hook(name, LOOK)
+    (SITE / "hooks/i-again").symlink_to("grub")
+    log = deploy(node, Guest(suite, "ext4", 3, 4, 5, GPT), make_disk(tmp_path / "disk"))
+    once, twice = (re.findall(rf"{name}: content (.*)", log) for name in ("h-look", "j-look"))
+    assert once == twice
+    for part in ("boot/grub/grub.cfg", "etc/default/grub.d/90-imageos.cfg", "./EFI/BOOT/BOOTX64.EFI"):
+        assert [line for line in once if line.endswith(part)], part
 
 
 def test_boots_from_uefi(node: Node, images: dict[str, Debian], tmp_path: Path) -> None:
