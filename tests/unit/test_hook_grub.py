@@ -398,6 +398,17 @@ def test_no_boot_loader(target: Target, seen: Seen) -> None:
         call(target)
 
 
+@pytest.mark.parametrize("program", ["update-extlinux", "grub"])
+def test_boot_loader_that_cannot_read_a_gpt(program: str, guest: Path, target: Target, seen: Seen) -> None:
+    plant(guest, name="none")
+    (guest / "usr/sbin" / program).touch(0o755)
+    (guest / "boot/grub").mkdir(parents=True)
+    (guest / "boot/grub/menu.lst").touch()
+    with pytest.raises(Failure, match="cannot read a gpt") as raised:
+        call(target)
+    assert raised.value.hint == "set PARTITION_TABLE=msdos" and not seen.programs
+
+
 @pytest.mark.parametrize(
     ("action", "image_type", "kernel_path", "works"),
     [
