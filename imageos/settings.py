@@ -7,13 +7,12 @@ them, with Ganeti's variables in its environment, and what they set is read back
 import dataclasses
 import os
 import re
-import shutil
+import shlex
 from collections.abc import Mapping
 from typing import Any, Callable, Optional, cast
 
-from imageos import ganeti, log
+from imageos import ganeti, log, shellfiles
 from imageos.errors import Failure
-from imageos.run import DEFAULT_PATH, Finished, pipeline
 
 DEFAULTS_FILE = "/etc/default/ganeti-instance-image"
 SITE_DIR = "/etc/ganeti/instance-image"
@@ -357,59 +356,20 @@ def _node_arch() -> str:
 
 # --- the files -------------------------------------------------------------------------------------------
 
-# Prints, after each file, all variables (env -0) and an empty entry. What a file itself prints goes to stderr.
-# `-n` first: a file with a syntax error must not be half executed. No function around `.`: what a file
-# declares would be local to it.
-_EVALUATE = r"""
-exec 3>&1 1>&2
-set -a
-if [ -n "$1" ]; then
-  "$0" -n "$1" || exit 101
-  . "$1"
-  /usr/bin/env -0 >&3; printf '\0' >&3
-fi
-if [ -n "$2" ]; then
-  _imageos_file=${VARIANTS_DIR:-$3}/$2.conf
-  [ -f "$_imageos_file" ] || exit 102
-  "$0" -n "$_imageos_file" || exit 101
-  . "$_imageos_file"
-  /usr/bin/env -0 >&3; printf '\0' >&3
-fi
-exit 0
-"""
-_SHELL_OWN = ("_", "SHLVL", "PWD", "OLDPWD", "PATH", "_imageos_file")
-
 
 def _evaluate_files(given: Mapping[str, str], defaults_file: str) -> list[tuple[str, dict[str, str]]]:
     """(path, what it set) of the defaults file and of the variant's file, in this order."""
-    defaults = _regular_file(defaults_file) if os.path.lexists(defaults_file) else ""
     variant = _variant_name(ganeti.variant(given))
-    if not (defaults or variant):
-        return []
-    shell = shutil.which("bash", path=DEFAULT_PATH) or "/bin/sh"
-    start = {"PATH": os.environ.get("PATH", DEFAULT_PATH), **given}
-    done = pipeline(
-        [[shell, "-c", _EVALUATE, shell, defaults, variant, Settings.variants_dir]], env=start, cwd="/", private=True
-    )[0]
-    snapshots = [
-        dict(entry.partition("=")[::2] for entry in snapshot.split("\0"))
-        for snapshot in done.stdout.decode("utf-8", "surrogateescape").split("\0\0")[:-1]
-    ]
-    directory = (snapshots[0] if defaults and snapshots else {}).get("VARIANTS_DIR") or Settings.variants_dir
-    paths = [path for path in (defaults, variant and f"{directory}/{variant}.conf") if path]
-    if done.status != 0 or len(snapshots) < len(paths):
-        raise _evaluation_failure(paths[min(len(snapshots), len(paths) - 1)], variant, done)
-    layers = []
-    before: Mapping[str, str] = start
-    for path, after in zip(paths, snapshots):
-        layers.append(
-            (
-                path,
-                {name: value for name, value in after.items() if before.get(name) != value and name not in _SHELL_OWN},
-            )
-        )
-        before = after
-    return layers
+    words = [shlex.quote(_regular_file(defaults_file))] if os.path.lexists(defaults_file) else []
+    if variant:
+        words.append(f'"${{VARIANTS_DIR:-{Settings.variants_dir}}}"/{variant}.conf')
+    try:
+        return shellfiles.evaluate("settings file", words, given, _may_hold_secrets)
+    except shellfiles.MissingFile as missing:
+        raise Failure(
+            f"variant {variant} has no file {missing.path}",
+            hint=f"create that file, or remove {variant} from {SITE_DIR}/variants.list",
+        ) from None
 
 
 def _regular_file(path: str) -> str:
@@ -422,23 +382,6 @@ def _variant_name(variant: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-]*", variant):
         raise Failure(f"OS_VARIANT={variant!r} is not the name of a variant")
     return variant
-
-
-def _evaluation_failure(path: str, variant: str, done: Finished) -> Failure:
-    said = done.stderr.strip().splitlines()
-    details = [] if _may_hold_secrets(path) else said  # the shell quotes what it does not understand
-    if done.status == 102:
-        return Failure(
-            f"variant {variant} has no file {path}",
-            hint=f"create that file, or remove {variant} from {SITE_DIR}/variants.list",
-        )
-    reason = f"it ended the shell with status {done.status}"
-    if done.status == 101:
-        # bash names file and line in its first line, and quotes the text in the second
-        reason = said[0].partition(path + ": ")[2] or said[0] if said else "syntax error"
-    return Failure(
-        f"settings file {path}: {reason}", hint=f"it is shell: bash -n {path} shows where it is wrong", details=details
-    )
 
 
 def _may_hold_secrets(path: str) -> bool:

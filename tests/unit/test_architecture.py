@@ -15,7 +15,7 @@ ORDER = [
     # what everything stands on
     *("errors", "log", "outcome", "run", "linux", "mounts", "cgroup", "isolation"),
     # what Ganeti and the site say
-    *("ganeti", "settings", "cluster"),
+    *("ganeti", "shellfiles", "settings", "cluster"),
     # disks and filesystems
     *("layout", "disk", "filesystem"),
     # the guest's root, and what is in it

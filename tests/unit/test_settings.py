@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imageos import settings
+from imageos import settings, shellfiles
 from imageos.errors import Failure
 from imageos.run import Finished
 from imageos.settings import Settings
@@ -343,9 +343,13 @@ class Shell:
         assert options["private"] is True, "what the files set may be secret"
         printed = ""
         values = {**env, "SHLVL": "1", "_": "/usr/bin/env"}
-        for layer in self.layers:
-            values = {**values, **layer}
-            printed += "".join(f"{name}={value}\0" for name, value in values.items()) + "\0"
+        words = list(stages[0][stages[0].index(shellfiles._EVALUATE) + 2 :])
+        for word, layer in zip(words, [*self.layers, None]):
+            directory = r'"\$\{VARIANTS_DIR:-(.*?)\}"'
+            printed += re.sub(directory, lambda match: values.get("VARIANTS_DIR") or match[1], word) + "\0"
+            if layer is not None:
+                values = {**values, **layer}
+                printed += "".join(f"{name}={value}\0" for name, value in values.items()) + "\0"
         return [Finished(stages[0], self.status, printed.encode("utf-8", "surrogateescape"), self.said)]
 
 
@@ -361,7 +365,7 @@ def with_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     def load(
         *layers: Layer, status: int = 0, said: str = "", environ: Optional[Layer] = None, variant: str = ""
     ) -> Settings:
-        monkeypatch.setattr(settings, "pipeline", Shell(layers, status, said).pipeline)
+        monkeypatch.setattr(shellfiles, "pipeline", Shell(layers, status, said).pipeline)
         return settings.load({"OS_VARIANT": variant, **(environ or {})}, str(defaults))
 
     return load
