@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from imageos.ganeti import Instance
-from imageos.network import Interface
+from imageos.network import Interface, render
 from imageos.settings import Settings
 from imageos.target import Target
 
@@ -33,7 +33,7 @@ def write_seed(target: Target, instance: Instance, settings: Settings, interface
         target.write(f"{SEED}/network-config", network_config(target, interfaces), mode=0o600)
         if any(one.dns for one in interfaces) and needs_resolv_conf(target):
             target.remove("/etc/resolv.conf")  # it may lead to what will not be there
-            target.write("/etc/resolv.conf", resolv_conf(interfaces))
+            target.write("/etc/resolv.conf", render.resolv_conf(interfaces))
     # With only these two to choose from, nothing is probed: no time is lost, and no other source can speak up.
     target.write(DATASOURCE, "# Written by imageos: the seed is in " + SEED + "\ndatasource_list: [NoCloud, None]\n")
 
@@ -57,7 +57,7 @@ def vendor_data(settings: Settings) -> str:
 
 def network_config(target: Target, interfaces: Sequence[Interface]) -> str:
     """The network, in the version that what rules it in this guest can follow."""
-    return _document((version2 if _understands_routes(target) else version1)(interfaces))
+    return _document((render.version2 if _understands_routes(target) else version1)(interfaces))
 
 
 def _understands_routes(target: Target) -> bool:
@@ -84,7 +84,11 @@ def version1(interfaces: Sequence[Interface]) -> dict[str, Any]:
             subnet.update({"gateway": gateway} if gateway else {})
         subnet.update({"dns_nameservers": list(one.dns)} if one.dns else {})
         subnet.update({"dns_search": list(one.search)} if one.search else {})
-        config.append({"type": "physical", "name": one.name, "mac_address": one.mac, "subnets": [subnet]})
+        subnets = [subnet]
+        if one.address6:
+            subnets.append({"type": "static6", "address": one.address6})
+            subnets[1].update({"gateway": one.gateway6} if one.gateway6 else {})
+        config.append({"type": "physical", "name": one.name, "mac_address": one.mac, "subnets": subnets})
     return {"version": 1, "config": config}
 
 
@@ -95,40 +99,6 @@ def needs_resolv_conf(target: Target) -> bool:
     ]
     helpers = [target.which("resolvconf"), *(target.glob(link) for link in resolved)]
     return target.which("ifup") is not None and not any(helpers)
-
-
-def resolv_conf(interfaces: Sequence[Interface]) -> str:
-    search = [domain for one in interfaces for domain in one.search]
-    lines = [f"search {' '.join(search)}"] if search else []
-    return "".join(
-        f"{line}\n" for line in [*lines, *(f"nameserver {server}" for one in interfaces for server in one.dns)]
-    )
-
-
-def version2(interfaces: Sequence[Interface]) -> dict[str, Any]:
-    return {"version": 2, "ethernets": {one.name: _ethernet(one) for one in interfaces}}
-
-
-def _ethernet(interface: Interface) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "match": {"macaddress": interface.mac},
-        "set-name": interface.name,
-        "dhcp4": interface.dhcp,
-    }
-    if interface.address:
-        entry["addresses"] = [interface.address]
-    if interface.gateway:
-        entry["routes"] = [{"to": "0.0.0.0/0", "via": interface.gateway}]
-        if interface.on_link:
-            entry["routes"][0]["on-link"] = True
-    elif interface.on_link:
-        entry["routes"] = [{"to": "0.0.0.0/0", "scope": "link"}]
-    nameservers = {
-        name: list(values) for name, values in (("addresses", interface.dns), ("search", interface.search)) if values
-    }
-    if nameservers:
-        entry["nameservers"] = nameservers
-    return entry
 
 
 def _document(value: Any) -> str:

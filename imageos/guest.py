@@ -13,6 +13,12 @@ from imageos.target import Target
 MOUNT_POINTS = ("/dev", "/proc", "/sys", "/run")
 # Distributions (os-release's ID or ID_LIKE) that keep the full name in /etc/hostname
 FULL_HOSTNAME = ("rhel", "fedora", "centos", "suse", "sles", "opensuse")
+# Where older ones keep their name, and whether the full one; changed where it is set
+OTHER_HOSTNAMES = {
+    "/etc/HOSTNAME": (r"^()\S+", True),  # SUSE
+    "/etc/sysconfig/network": (r"^(HOSTNAME=[\"']?)[^\"'\s]*", True),  # Red Hat up to 6
+    "/etc/conf.d/hostname": (r"^((?:hostname|HOSTNAME)=[\"']?)[^\"'\s]*", False),  # OpenRC, and Gentoo before it
+}
 RANDOM_SEEDS = (
     "/var/lib/systemd/random-seed",
     "/var/lib/urandom/random-seed",
@@ -50,11 +56,16 @@ def forget_identity(target: Target) -> None:
 
 
 def set_hostname(target: Target, instance_name: str) -> None:
-    """Name the guest, in /etc/hostname and in /etc/hosts."""
+    """Name the guest, in /etc/hostname and in /etc/hosts, and where older ones keep it."""
     short = instance_name.split(".")[0]
     kept = instance_name if _is_like(target, FULL_HOSTNAME) else short
     target.write("/etc/hostname", kept + "\n")
     target.write("/etc/hosts", hosts(target.read("/etc/hosts") or "", instance_name))
+    for path, (pattern, full) in OTHER_HOSTNAMES.items():
+        if target.is_file(path):
+            name = instance_name if full else short
+            text = target.read(path) or ""
+            target.write(path, re.sub(pattern, rf"\g<1>{name}", text, flags=re.MULTILINE))
 
 
 def hosts(text: str, instance_name: str) -> str:

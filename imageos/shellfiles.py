@@ -1,4 +1,4 @@
-"""The site's files that are shell, as everything in /etc/default is: evaluated by the shell, what they set is read back."""
+"""The site's files that are shell, as all in /etc/default are: the shell evaluates them and says what they set."""
 
 import os
 import shutil

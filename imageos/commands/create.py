@@ -30,6 +30,7 @@ from imageos.hook import guest_disk
 from imageos.imagefile import Image
 from imageos.images import IMAGE_TYPES
 from imageos.layout import MIB, Layout
+from imageos.network import Interface, files
 from imageos.run import require
 from imageos.settings import Settings
 from imageos.target import Target
@@ -54,7 +55,7 @@ def create(instance: Instance, known: Settings) -> None:
             hint="add one (gnt-instance modify --disk add:size=10G), or set CDINSTALL=yes",
         )
     hooks.check_overlay(known)
-    network.plan(instance, known)  # addresses that make no sense are no reason to lose what the disk holds
+    interfaces(instance, known)  # addresses that make no sense are no reason to lose what the disk holds
     image_type = IMAGE_TYPES[known.image_type]
     image = images.find(known, with_boot=not instance.kernel_path)
     image_type.check(image)
@@ -75,6 +76,10 @@ def create(instance: Instance, known: Settings) -> None:
                 complete(instance, known, image, device, attached, volumes)
             disk.flush(device, attached.descriptor)
     log.info(f"instance {instance.name} is ready to boot")
+
+
+def interfaces(instance: Instance, known: Settings) -> tuple[Interface, ...]:
+    return network.plan(instance, known, files.read(instance, known))
 
 
 def plan(known: Settings, instance: Instance, device: Device) -> Layout:
@@ -144,7 +149,7 @@ def configure(instance: Instance, known: Settings, attached: Attached, volumes: 
             guest.enable_serial_console(root, "ttyS0", instance.serial_speed)
         guest.set_identity(root, instance.name)
         if cloudinit.present(root):
-            cloudinit.write_seed(root, instance, known, network.plan(instance, known))
+            cloudinit.write_seed(root, instance, known, interfaces(instance, known))
         guest.request_relabel(root)
 
 

@@ -19,7 +19,9 @@ ORDER = [
     # disks and filesystems
     *("layout", "disk", "filesystem"),
     # the guest's root, and what is in it
-    *("sandbox", "target", "guest", "hostname", "network", "cloudinit", "discovery", "grow"),
+    *("sandbox", "target", "guest", "hostname", "discovery", "grow"),
+    # the guest's network
+    *("network", "network.files", "network.render", "cloudinit", "network.backends"),
     # what makes it boot
     *("bootconfig", "esp", "oldboot"),
     # images
@@ -219,7 +221,9 @@ def test_no_path_is_made_below_the_mounted_root(name: str) -> None:
             assert not ROOTS & parts, f"{name}: line {node.lineno}"
 
 
-@for_each([*(f"hooks.d/{hook}" for hook in PYTHON_HOOKS), "guest", "hostname", "cloudinit", "network"])
+@for_each(
+    [*(f"hooks.d/{hook}" for hook in PYTHON_HOOKS), "guest", "hostname", "cloudinit", "network", "network.backends"]
+)
 def test_guest_is_reached_through_target_alone(name: str) -> None:
     """What changes a guest has no other means to open a file."""
     if name in SOURCES:

@@ -121,6 +121,23 @@ def test_hostname_of_an_unknown_system(guest: Path, target: Target) -> None:
 # What must be unique
 
 
+@pytest.mark.parametrize(
+    ("path", "before", "after"),
+    [
+        ("etc/HOSTNAME", "image.example.net\n", "inst1.example.org\n"),
+        ("etc/sysconfig/network", "NETWORKING=yes\nHOSTNAME=image\n", "NETWORKING=yes\nHOSTNAME=inst1.example.org\n"),
+        ("etc/sysconfig/network", "NETWORKING=yes\n", "NETWORKING=yes\n"),
+        ("etc/conf.d/hostname", '# a comment\nhostname="localhost"\n', '# a comment\nhostname="inst1"\n'),
+        ("etc/conf.d/hostname", 'HOSTNAME="localhost"\n', 'HOSTNAME="inst1"\n'),
+    ],
+)
+def test_hostname_of_older_systems(path: str, before: str, after: str, guest: Path, target: Target) -> None:
+    (guest / path).parent.mkdir(parents=True, exist_ok=True)
+    (guest / path).write_text(before)
+    system.set_hostname(target, "inst1.example.org")
+    assert (guest / path).read_text() == after
+
+
 def test_machine_id_is_emptied(guest: Path, target: Target) -> None:
     tree(guest, {"etc/machine-id": "0123456789abcdef\n", "var/lib/dbus/machine-id": "0123456789abcdef\n"})
     system.forget_machine_id(target)

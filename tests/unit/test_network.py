@@ -2,19 +2,33 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support import recorded
 
 from imageos import cloudinit, ganeti, network
 from imageos.errors import Failure
+from imageos.ganeti import Nic
 from imageos.network import Interface
 from imageos.settings import Settings
 from imageos.target import Target
 
 INSTANCE = ganeti.instance(recorded("create-kvm-network"))
-STATIC = Interface("eth0", "aa:00:00:c5:90:29", False, "198.51.100.2/24", "198.51.100.1", False, ("198.51.100.53",), ())
+STATIC = Interface(
+    name="eth0",
+    mac="aa:00:00:c5:90:29",
+    dhcp=False,
+    address="198.51.100.2/24",
+    gateway="198.51.100.1",
+    dns=("198.51.100.53",),
+    address6="2001:db8:1:0:a800:ff:fec5:9029/64",
+    gateway6="2001:db8:1::1",
+)
 ROUTED = Interface("eth1", "aa:00:00:9a:16:b4", False, "192.0.2.60/32")
+DHCP = dataclasses.replace(INSTANCE.nics[1], ip="", mode="bridged")
 
 
 def test_recorded_instance() -> None:
@@ -66,36 +80,125 @@ def test_dns_server_that_is_no_address(servers: str) -> None:
 
 def test_nic_whose_address_is_none() -> None:
     nic = dataclasses.replace(INSTANCE.nics[0], ip="here")
-    with pytest.raises(Failure, match="NIC 0: here/24 is not an IPv4 address"):
+    with pytest.raises(Failure, match="NIC 0: here/24 is not an IPv4 address with its netmask"):
         network.plan(dataclasses.replace(INSTANCE, nics=(nic,)), Settings())
 
 
+# IPv6
+
+
+def with_network(**network: str) -> Interface:
+    """The first NIC in another gnt-network."""
+    nic = dataclasses.replace(INSTANCE.nics[0], ip="", network={**INSTANCE.nics[0].network, **network})
+    (only,) = plan_of(nic)
+    return only
+
+
+def plan_of(*nics: Nic) -> tuple[Interface, ...]:
+    numbered = tuple(dataclasses.replace(nic, index=index) for index, nic in enumerate(nics))
+    return network.plan(dataclasses.replace(INSTANCE, nics=numbered), Settings())
+
+
+def test_address6_is_made_of_the_mac() -> None:
+    """RFC 4291, appendix A; as the kernel makes it from a router's advertisement."""
+    assert with_network().address6 == "2001:db8:1:0:a800:ff:fec5:9029/64"
+    assert with_network().dhcp
+
+
+@pytest.mark.parametrize("other", [{"GATEWAY6": ""}, {"SUBNET6": "2001:db8:1::/56"}, {"SUBNET6": ""}])
+def test_routers_advertise_elsewhere(other: dict[str, str]) -> None:
+    assert (with_network(**other).address6, with_network(**other).gateway6) == ("", "")
+
+
+def test_only_one_default_route6() -> None:
+    first, second = plan_of(INSTANCE.nics[0], INSTANCE.nics[0])
+    assert first.gateway6 and second.address6 and not second.gateway6
+
+
+@pytest.mark.parametrize(
+    ("gateway", "on_link"), [("2001:db8:1::1", False), ("fe80::1", False), ("2001:db8:2::1", True)]
+)
+def test_gateway6(gateway: str, on_link: bool) -> None:
+    routes = network.routes(with_network(GATEWAY6=gateway))
+    assert routes == [network.Route(6, gateway, on_link)]
+
+
+# DHCP offers gateways
+
+
+@pytest.mark.parametrize(
+    ("nics", "takes"),
+    [
+        ((DHCP,), [True]),
+        ((DHCP, DHCP), [True, False]),
+        ((INSTANCE.nics[0], DHCP), [True, False]),
+        ((DHCP, INSTANCE.nics[0]), [False, True]),
+        ((DHCP, INSTANCE.nics[1], DHCP), [False, True, False]),
+    ],
+    ids=["one", "two", "second", "before-a-gateway", "around-a-routed-one"],
+)
+def test_one_default_route(nics: tuple[Nic, ...], takes: list[bool]) -> None:
+    planned = plan_of(*nics)
+    assert [one.takes_gateway for one in planned] == takes
+    assert sum(bool(one.gateway or one.on_link or (one.dhcp and one.takes_gateway)) for one in planned) == 1
+
+
+# The site's files
+
+
+FILES = {"ADDRESS": "203.0.113.7", "SUBNET": "lan", "NETMASK": "255.255.255.0", "GATEWAY": "203.0.113.1"}
+
+
+def test_files_come_before_ganeti() -> None:
+    first, second = network.plan(INSTANCE, Settings(), FILES)
+    assert (first.address, first.gateway, first.address6) == ("203.0.113.7/24", "203.0.113.1", "")
+    assert second == ROUTED
+
+
+def test_files_of_ganeti_instance_image_with_dns_and_ipv6() -> None:
+    more = {"DNS_SERVERS": "192.0.2.1", "DNS_DOMAIN": "example.org", "ADDRESS6": "2001:db8::7", "GATEWAY6": "fe80::1"}
+    first, _ = network.plan(INSTANCE, Settings(), {**FILES, **more})
+    assert (first.dns, first.search) == (("192.0.2.1",), ("example.org",))
+    assert (first.address6, first.gateway6) == ("2001:db8::7/64", "fe80::1")
+    first, _ = network.plan(INSTANCE, Settings(dns_servers="192.0.2.2", dns_search="example.net"), {**FILES, **more})
+    assert (first.dns, first.search) == (("192.0.2.2",), ("example.net",))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"ADDRESS": "203.0.113.7\nup id"}, "NIC 0 (files in NETWORKS_DIR): 203.0.113.7\nup id/255.255.255.0 is not"),
+        ({"NETMASK": ""}, "203.0.113.7/ is not an IPv4 address with its netmask"),
+        ({"NETMASK": "255.0.255.0"}, "203.0.113.7/255.0.255.0 is not an IPv4 address with its netmask"),
+        ({"GATEWAY": "2001:db8::1"}, "gateway '2001:db8::1' is not an IPv4 address"),
+        ({"ADDRESS6": "fe80::1%\n; id"}, "fe80::1%\n; id/64 is not an IPv6 address with its netmask"),
+        ({"DNS_SERVERS": "fe80::1%$(id)"}, "DNS server 'fe80::1%$(id)'"),
+        ({"DNS_SEARCH": 'a"; id'}, "DNS_SEARCH, DNS_DOMAIN: 'a\";' is not a domain"),
+    ],
+)
+def test_what_is_wrong_in_the_files(wrong: dict[str, str], message: str) -> None:
+    with pytest.raises(Failure, match=re.escape(message)):
+        network.plan(INSTANCE, Settings(), {**FILES, **wrong})
+
+
+def test_mac_that_is_none() -> None:
+    with pytest.raises(Failure, match="NIC 0: 'auto' is not a MAC address"):
+        plan_of(dataclasses.replace(DHCP, mac="auto"))
+
+
+@given(st.text(), st.sampled_from([*FILES, "DNS_SERVERS", "DNS_SEARCH", "ADDRESS6", "GATEWAY6", "NETMASK6"]))
+def test_nothing_of_the_files_ends_a_line(text: str, name: str) -> None:
+    """Nor a quoted word of a shell: whatever they say, it is refused or harmless in every file."""
+    try:
+        planned = network.plan(INSTANCE, Settings(), {**FILES, "ADDRESS6": "2001:db8::1", name: text})
+    except Failure:
+        return
+    for one in planned:
+        words = [one.address, one.gateway, one.address6, one.gateway6, *one.dns, *one.search]
+        assert all(re.fullmatch(r"[A-Za-z0-9:./_-]*", word) for word in words)
+
+
 # cloud-init
-
-
-def test_network_config() -> None:
-    """Version 2, as cloud-init 22.4 of Debian 12 took it."""
-    config = cloudinit.version2((STATIC, ROUTED, Interface("eth2", "aa:00:00:00:00:02", True)))
-    assert config == {
-        "version": 2,
-        "ethernets": {
-            "eth0": {
-                "match": {"macaddress": "aa:00:00:c5:90:29"},
-                "set-name": "eth0",
-                "dhcp4": False,
-                "addresses": ["198.51.100.2/24"],
-                "routes": [{"to": "0.0.0.0/0", "via": "198.51.100.1"}],
-                "nameservers": {"addresses": ["198.51.100.53"]},
-            },
-            "eth1": {
-                "match": {"macaddress": "aa:00:00:9a:16:b4"},
-                "set-name": "eth1",
-                "dhcp4": False,
-                "addresses": ["192.0.2.60/32"],
-            },
-            "eth2": {"match": {"macaddress": "aa:00:00:00:00:02"}, "set-name": "eth2", "dhcp4": True},
-        },
-    }
 
 
 def test_seed(target: Target) -> None:

@@ -345,8 +345,7 @@ class Shell:
         values = {**env, "SHLVL": "1", "_": "/usr/bin/env"}
         words = list(stages[0][stages[0].index(shellfiles._EVALUATE) + 2 :])
         for word, layer in zip(words, [*self.layers, None]):
-            directory = r'"\$\{VARIANTS_DIR:-(.*?)\}"'
-            printed += re.sub(directory, lambda match: values.get("VARIANTS_DIR") or match[1], word) + "\0"
+            printed += re.sub(r'"\$\{VARIANTS_DIR:-(.*?)\}"', values.get("VARIANTS_DIR") or r"\1", word) + "\0"
             if layer is not None:
                 values = {**values, **layer}
                 printed += "".join(f"{name}={value}\0" for name, value in values.items()) + "\0"

@@ -1,0 +1,248 @@
+"""The programs that may rule a guest's network: how each is recognised, what it is given, what would contradict it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Callable
+
+from imageos import cloudinit, log
+from imageos.errors import Failure
+from imageos.network import Interface, render
+from imageos.target import Target
+
+Interfaces = Sequence[Interface]
+Files = Callable[[Target, Interfaces], Mapping[str, str]]
+
+UNITS = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
+RESOLVED = "/etc/systemd/resolved.conf.d/imageos.conf"
+UDEV = ("/lib/udev", "/usr/lib/udev")
+DHCLIENT_HOOK = "/etc/dhcp/dhclient-enter-hooks.d/imageos"
+NAMES = ("/etc/udev/rules.d/70-persistent-net.rules", "/etc/udev/rules.d/70-imageos-net.rules")
+ETHERNET = r"^\s*(auto|allow-hotplug|iface)\s+e(th|n)"  # in ifupdown's files
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One program; what differs between them."""
+
+    files: Files  # what it is given
+    # What the image has for NICs of its own, and is removed: a pattern of paths, and of what is in the file
+    contradicts: tuple[tuple[str, str], ...] = ()
+    links: Files = lambda _target, _interfaces: {}  # what starts it: path -> content of the link
+    # In files that hold other things, too: path -> variable -> value, or nothing to remove it
+    variables: Callable[[Interfaces], Mapping[str, Mapping[str, str]]] = lambda _interfaces: {}
+    mode: int = 0o644
+    by_name: bool = False  # it cannot match a MAC: udev gives the names
+    makes_resolv_conf: Callable[[Target], bool] = lambda _target: True
+
+
+def configure(target: Target, backend: Backend, interfaces: Interfaces) -> None:
+    """Give a backend what it needs for these interfaces, and nothing else of the kind; again with the same result."""
+    files = backend.files(target, interfaces)  # first: it may look at what is removed
+    for pattern, content in backend.contradicts:
+        for path in target.glob(pattern):
+            if path not in files and (not content or _holds(target, path, content)):
+                target.remove(path)
+    for path, text in files.items():
+        target.write(path, text, mode=backend.mode)
+    for path, text in backend.links(target, interfaces).items():
+        target.symlink(text, path)
+    for path, values in backend.variables(interfaces).items():
+        target.write(path, assigned(target.read(path) or "", values))
+    name_interfaces(target, interfaces if backend.by_name else ())
+    if not backend.makes_resolv_conf(target):
+        write_resolv_conf(target, interfaces)
+
+
+def _holds(target: Target, path: str, pattern: str) -> bool:
+    return target.is_file(path) and re.search(pattern, target.read(path) or "", re.MULTILINE) is not None
+
+
+def name_interfaces(target: Target, interfaces: Interfaces) -> None:
+    """eth0, eth1, ... by MAC, and no names for NICs of the image."""
+    for path in NAMES:
+        target.remove(path)
+    if interfaces and any(target.is_dir(path) for path in UDEV):
+        for path, text in render.udev_rules(interfaces).items():
+            target.write(path, text)
+
+
+def write_resolv_conf(target: Target, interfaces: Interfaces) -> None:
+    """For a backend that does not; through resolved where the guest has it, since it then owns resolv.conf."""
+    if not any(render.dns(interfaces)):
+        return
+    if has_resolved(target):
+        target.write(RESOLVED, render.resolved_conf(interfaces))
+    else:
+        target.remove("/etc/resolv.conf")  # it may be a link to what will not be there
+        target.write("/etc/resolv.conf", render.resolv_conf(interfaces))
+
+
+def assigned(text: str, values: Mapping[str, str]) -> str:
+    """A text of shell assignments with other values; without a variable whose value is empty."""
+    kept = [line for line in text.splitlines() if line.partition("=")[0].strip() not in values]
+    return "".join(f"{line}\n" for line in [*kept, *(f'{name}="{value}"' for name, value in values.items() if value)])
+
+
+# --- recognising ------------------------------------------------------------------------------------------
+
+
+def used(target: Target) -> str:
+    """The name of the backend that rules the guest's network."""
+    for name, holds in RECOGNISED:
+        if holds(target):
+            return name
+    raise Failure(
+        "the guest has nothing that could configure its network: " + ", ".join(BACKENDS),
+        hint="install one of them in the image, or disable this hook: chmod -x interfaces",
+    )
+
+
+def enabled(target: Target, service: str) -> bool:
+    """Whether the guest starts a service when it boots: systemd's, or OpenRC's of the same name."""
+    links = [f"{units}/multi-user.target.wants/{service}.service" for units in UNITS]
+    links += [f"/etc/runlevels/{level}/{service}" for level in ("boot", "default")]
+    return any(target.glob(link) for link in links)
+
+
+def has_resolved(target: Target) -> bool:
+    return any(
+        target.glob(f"{units}/{wants}.target.wants/systemd-resolved.service")
+        for units in UNITS
+        for wants in ("multi-user", "sysinit")
+    )
+
+
+def rules_network(target: Target) -> bool:
+    """Whether cloud-init does, which it can be forbidden."""
+    if not cloudinit.present(target) or target.exists("/etc/cloud/cloud-init.disabled"):
+        return False
+    texts = [target.read(path) or "" for path in ("/etc/cloud/cloud.cfg", *target.glob("/etc/cloud/cloud.cfg.d/*.cfg"))]
+    return not any(re.search(r"^network:\s*(\{\s*|\n\s+)[\"']?config[\"']?:\s*disabled", text, re.M) for text in texts)
+
+
+def is_old_red_hat(target: Target) -> bool:
+    """Network scripts, or a NetworkManager that writes their files; Fedora 33 and RHEL 9 are beyond that."""
+    if not target.is_dir(render.IFCFG):
+        return False
+    version = re.search(r"^VERSION_ID=\"?([0-9]+)", target.read("/etc/os-release") or "", re.MULTILINE)
+    return version is None or int(version[1]) <= 8
+
+
+RECOGNISED: tuple[tuple[str, Callable[[Target], bool]], ...] = (
+    ("cloud-init", rules_network),
+    ("netplan", lambda target: target.which("netplan") is not None),
+    ("ifcfg", is_old_red_hat),
+    ("NetworkManager", lambda target: enabled(target, "NetworkManager")),
+    ("networkd", lambda target: enabled(target, "systemd-networkd")),
+    ("wicked", lambda target: target.is_dir(render.IFCFG_SUSE)),
+    ("netifrc", lambda target: target.exists("/etc/init.d/net.lo")),
+    ("ifupdown", lambda target: target.which("ifup") is not None and target.is_dir("/etc/network")),
+    # nothing is enabled, but this is part of systemd
+    ("networkd", lambda target: target.is_file("/usr/lib/systemd/system/systemd-networkd.service")),
+)
+
+
+# --- what each is given -----------------------------------------------------------------------------------
+
+
+def _seed(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
+    if not target.is_file(f"{cloudinit.SEED}/meta-data"):
+        log.warning(f"cloud-init has no seed in {cloudinit.SEED}: the guest's network is left as it is")
+        return {}
+    return {f"{cloudinit.SEED}/network-config": cloudinit.network_config(target, interfaces)}
+
+
+def _netplan(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
+    texts = [target.read(path) or "" for path in target.glob("/etc/netplan/*.yaml")]
+    found = re.findall(r"renderer[\"']?:\s*[\"']?(networkd|NetworkManager)", "\n".join(texts))
+    return render.netplan(interfaces, found[-1] if found else "")
+
+
+def _networkd_links(target: Target, _interfaces: Interfaces) -> Mapping[str, str]:
+    if enabled(target, "systemd-networkd"):
+        return {}
+    wants = "/etc/systemd/system/multi-user.target.wants"
+    return {f"{wants}/systemd-networkd.service": "/usr/lib/systemd/system/systemd-networkd.service"}
+
+
+def _netifrc_links(_target: Target, interfaces: Interfaces) -> Mapping[str, str]:
+    names = [f"net.{one.name}" for one in interfaces]
+    services = {f"/etc/init.d/{name}": "net.lo" for name in names}
+    return {**services, **{f"/etc/runlevels/default/{name}": f"/etc/init.d/{name}" for name in names}}
+
+
+def _ifupdown(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
+    """With what its DHCP clients must leave alone: DNS servers that are given, another interface's default route."""
+    files = render.interfaces_file(interfaces, dns=_tells_dns(target))
+    keep_dns = any(render.dns(interfaces)) and not _tells_dns(target)
+    no_gateway = [one.name for one in interfaces if not one.takes_gateway]
+    if any(one.dhcp for one in interfaces) and (keep_dns or no_gateway):
+        if target.which("dhclient"):
+            files[DHCLIENT_HOOK] = render.dhclient_hook(keep_dns, no_gateway)
+        if target.which("udhcpc"):
+            files["/etc/udhcpc/udhcpc.conf"] = render.udhcpc_conf(keep_dns, no_gateway)
+    return files
+
+
+def _ifupdown_links(target: Target, _interfaces: Interfaces) -> Mapping[str, str]:
+    openrc = target.is_file("/etc/init.d/networking") and target.is_dir("/etc/runlevels")
+    return {"/etc/runlevels/boot/networking": "/etc/init.d/networking"} if openrc else {}
+
+
+def _tells_dns(target: Target) -> bool:
+    """Whether ifupdown passes dns-nameservers on: resolvconf and resolved bring a script that does."""
+    return any(target.exists(f"/etc/network/if-up.d/{name}") for name in ("000resolvconf", "resolved"))
+
+
+BACKENDS = {
+    "cloud-init": Backend(_seed, mode=0o600),
+    "netplan": Backend(_netplan, contradicts=(("/etc/netplan/*", "ethernets"),), mode=0o600),
+    "ifcfg": Backend(
+        lambda _target, interfaces: render.ifcfg(interfaces),
+        contradicts=tuple((f"{render.IFCFG}/{kind}-e*", "") for kind in ("ifcfg", "route", "route6")),
+        variables=lambda _interfaces: {render.IFCFG_SUSE: {"GATEWAY": "", "GATEWAYDEV": "", "NETWORKING": "yes"}},
+        by_name=True,
+    ),
+    "NetworkManager": Backend(
+        lambda _target, interfaces: render.keyfiles(interfaces),
+        contradicts=(
+            (f"{render.KEYFILES}/*", "^type=(802-3-)?ethernet"),
+            (f"{render.IFCFG}/ifcfg-e*", ""),
+            ("/etc/network/interfaces", ETHERNET),  # it would leave these alone
+            ("/etc/network/interfaces.d/*", ETHERNET),
+        ),
+        mode=0o600,
+    ),
+    "networkd": Backend(
+        lambda _target, interfaces: render.networkd(interfaces),
+        contradicts=(("/etc/systemd/network/00-imageos-*", ""),),  # the first that matches counts
+        links=_networkd_links,
+        makes_resolv_conf=lambda target: has_resolved(target),
+    ),
+    "wicked": Backend(
+        lambda _target, interfaces: render.wicked(interfaces),
+        contradicts=(
+            (f"{render.IFCFG_SUSE}/ifcfg-e*", ""),
+            (f"{render.IFCFG_SUSE}/ifroute-e*", ""),
+            (f"{render.IFCFG_SUSE}/routes", "^default"),
+        ),
+        variables=lambda interfaces: {f"{render.IFCFG_SUSE}/config": render.wicked_dns(interfaces)},
+        by_name=True,
+    ),
+    "netifrc": Backend(
+        lambda _target, interfaces: render.netifrc(interfaces),
+        contradicts=(("/etc/init.d/net.e*", ""), ("/etc/runlevels/default/net.e*", "")),
+        links=_netifrc_links,
+        by_name=True,
+    ),
+    "ifupdown": Backend(
+        _ifupdown,
+        contradicts=(("/etc/network/interfaces.d/*", ETHERNET), (DHCLIENT_HOOK, "")),
+        links=_ifupdown_links,
+        by_name=True,
+        makes_resolv_conf=_tells_dns,
+    ),
+}
