@@ -36,7 +36,8 @@ class Interface:
     search: tuple[str, ...] = ()
     address6: str = ""  # with its prefix; otherwise router advertisements
     gateway6: str = ""
-    takes_gateway: bool = True  # a gateway that DHCP offers: not if another interface has the default route
+    takes_gateway: bool = True  # one that DHCP offers: not if another interface has the default route
+    takes_gateway6: bool = True  # one that a router advertises: likewise
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,15 @@ def plan(instance: Instance, settings: Settings, files: Mapping[str, str] = NO_F
         given = _from_files(nic, files) if position == 0 and files else _from_ganeti(nic)
         planned.append(_interface(nic, given, settings, position == 0, not routed, not routed6))
     has_default = any(one.gateway or one.on_link for one in planned)
+    has_default6 = any(one.gateway6 for one in planned)
     first_dhcp = next((one for one in planned if one.dhcp), None)
     return tuple(
-        replace(one, takes_gateway=one is first_dhcp and not has_default) if one.dhcp else one for one in planned
+        replace(
+            one,
+            takes_gateway=not one.dhcp or (one is first_dhcp and not has_default),
+            takes_gateway6=bool(one.gateway6) or not has_default6,
+        )
+        for one in planned
     )
 
 

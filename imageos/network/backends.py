@@ -193,8 +193,9 @@ def _ifupdown_links(target: Target, _interfaces: Interfaces) -> Mapping[str, str
 
 
 def _tells_dns(target: Target) -> bool:
-    """Whether ifupdown passes dns-nameservers on: resolvconf and resolved bring a script that does."""
-    return any(target.exists(f"/etc/network/if-up.d/{name}") for name in ("000resolvconf", "resolved"))
+    """Whether ifupdown passes dns-nameservers on, to resolvconf or to resolved."""
+    scripts = "/etc/network/if-up.d"
+    return target.exists(f"{scripts}/000resolvconf") or (target.exists(f"{scripts}/resolved") and has_resolved(target))
 
 
 BACKENDS = {

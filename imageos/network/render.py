@@ -38,7 +38,7 @@ def _ethernet(interface: Interface) -> dict[str, Any]:
     addresses = [one for one in (interface.address, interface.address6) if one]
     if addresses:
         entry["addresses"] = addresses
-    if interface.address6:
+    if interface.address6 or not interface.takes_gateway6:
         entry["accept-ra"] = False
     found = [_route2(route) for route in routes(interface)]
     if found:
@@ -89,6 +89,8 @@ def _network(interface: Interface) -> str:
             lines += [f"Destination={DEFAULT[route.version]}", "Scope=link"]
     if not interface.takes_gateway:
         lines += ["", "[DHCPv4]", "UseRoutes=no"]
+    if not interface.takes_gateway6 and not interface.address6:
+        lines += ["", "[IPv6AcceptRA]", "UseGateway=no"]
     return "\n".join(lines) + "\n"
 
 
@@ -98,6 +100,7 @@ def keyfiles(interfaces: Interfaces) -> Files:
 
 def _keyfile(interface: Interface) -> str:
     found = {route.version: route for route in routes(interface)}
+    takes = {4: interface.takes_gateway, 6: interface.takes_gateway6}
     lines = [
         *("[connection]", f"id={interface.name}", f"uuid={uuid.uuid5(uuid.NAMESPACE_OID, interface.mac)}"),
         *("type=ethernet", "", "[ethernet]", f"mac-address={interface.mac.upper()}", ""),
@@ -111,7 +114,7 @@ def _keyfile(interface: Interface) -> str:
             f"method={'manual' if address else 'auto'}",
             *([f"address1={address}{gateway}"] if address else []),
             *([f"route1={DEFAULT[version]}"] if route and not route.gateway else []),
-            *(["never-default=true"] if version == 4 and not interface.takes_gateway else []),
+            *(["never-default=true"] if not takes[version] else []),
             *([f"dns={';'.join(servers)};"] if servers else []),
             *([f"dns-search={';'.join(interface.search)};"] if interface.search and version == 4 else []),
             "",
@@ -141,6 +144,8 @@ def _stanzas(interface: Interface, dns: bool) -> str:
             lines += ["    accept_ra 0"] if version == 6 else []
         elif version == 4:
             lines += [f"iface {interface.name} inet dhcp"]
+        if version == 4 and not interface.takes_gateway6:
+            lines += ["    pre-up echo 0 > /proc/sys/net/ipv6/conf/$IFACE/accept_ra_defrtr || true"]
         if version == 4 and dns:
             lines += [f"    dns-nameservers {' '.join(interface.dns)}"] if interface.dns else []
             lines += [f"    dns-search {' '.join(interface.search)}"] if interface.search else []
@@ -184,6 +189,8 @@ def ifcfg(interfaces: Interfaces) -> Files:
             own = ipaddress.IPv4Interface(one.address)
             variables.update(IPADDR=str(own.ip), PREFIX=str(own.network.prefixlen), NETMASK=str(own.netmask))
         variables["IPV6INIT"] = "yes"
+        if not one.takes_gateway6:
+            variables["IPV6_DEFROUTE"] = "no"
         if one.address6:
             variables.update(IPV6_AUTOCONF="no", IPV6ADDR=one.address6)
         for route in routes(one):

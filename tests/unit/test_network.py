@@ -27,7 +27,7 @@ STATIC = Interface(
     address6="2001:db8:1:0:a800:ff:fec5:9029/64",
     gateway6="2001:db8:1::1",
 )
-ROUTED = Interface("eth1", "aa:00:00:9a:16:b4", False, "192.0.2.60/32")
+ROUTED = Interface("eth1", "aa:00:00:9a:16:b4", False, "192.0.2.60/32", takes_gateway6=False)
 DHCP = dataclasses.replace(INSTANCE.nics[1], ip="", mode="bridged")
 
 
@@ -152,7 +152,7 @@ FILES = {"ADDRESS": "203.0.113.7", "SUBNET": "lan", "NETMASK": "255.255.255.0", 
 def test_files_come_before_ganeti() -> None:
     first, second = network.plan(INSTANCE, Settings(), FILES)
     assert (first.address, first.gateway, first.address6) == ("203.0.113.7/24", "203.0.113.1", "")
-    assert second == ROUTED
+    assert second == dataclasses.replace(ROUTED, takes_gateway6=True)
 
 
 def test_files_of_ganeti_instance_image_with_dns_and_ipv6() -> None:

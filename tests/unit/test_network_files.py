@@ -30,7 +30,7 @@ PLANS: dict[str, tuple[Interface, ...]] = {
     "dhcp": (Interface("eth0", "aa:00:00:00:00:01", True),),
     "routed": (Interface("eth0", "aa:00:00:00:00:01", False, "192.0.2.10/32", on_link=True, dns=("192.0.2.53",)),),
     "gateway-on-link": (dataclasses.replace(FIRST, address="203.0.113.9/32", on_link=True, dns=(), search=()),),
-    "ipv6": (dataclasses.replace(FIRST, **SIX), SECOND),
+    "ipv6": (dataclasses.replace(FIRST, **SIX), dataclasses.replace(SECOND, takes_gateway6=False)),
     "ipv6-on-link": (
         dataclasses.replace(FIRST, address6="2001:db8::9/128", gateway6="2001:db8:f::1", dns=(), search=()),
     ),
@@ -238,7 +238,7 @@ def test_openrc_services(guest: Path, target: Target) -> None:
 
 
 def test_resolv_conf_is_written_where_nobody_else_does(guest: Path, target: Target) -> None:
-    make(guest, GUESTS["ifupdown"])
+    make(guest, {**GUESTS["ifupdown"], "etc/network/if-up.d/resolved": "x"})
     (guest / "etc/resolv.conf").symlink_to("../run/resolvconf/resolv.conf")
     configure(target, BACKENDS["ifupdown"], PLANS["static-and-dhcp"])
     assert "nameserver 192.0.2.53\n" in contents(guest)["etc/resolv.conf"]
@@ -247,7 +247,8 @@ def test_resolv_conf_is_written_where_nobody_else_does(guest: Path, target: Targ
 
 
 def test_resolv_conf_of_resolved_is_left_to_it(guest: Path, target: Target) -> None:
-    make(guest, {**GUESTS["ifupdown"], "etc/systemd/system/sysinit.target.wants/systemd-resolved.service": UNIT})
+    resolved = {"etc/systemd/system/sysinit.target.wants/systemd-resolved.service": UNIT}
+    make(guest, {**GUESTS["ifupdown"], **resolved})
     (guest / "etc/resolv.conf").symlink_to("../run/systemd/resolve/stub-resolv.conf")
     configure(target, BACKENDS["ifupdown"], PLANS["static-and-dhcp"])
     found = contents(guest)
@@ -255,8 +256,19 @@ def test_resolv_conf_of_resolved_is_left_to_it(guest: Path, target: Target) -> N
     assert "DNS=192.0.2.53 2001:db8::53\n" in found["etc/systemd/resolved.conf.d/imageos.conf"]
 
 
-def test_resolvconf_is_told(guest: Path, target: Target) -> None:
-    make(guest, {**GUESTS["ifupdown"], "etc/network/if-up.d/000resolvconf": "x", "etc/resolv.conf": "as it was\n"})
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"etc/network/if-up.d/000resolvconf": "x"},
+        {
+            "etc/network/if-up.d/resolved": "x",  # Debian's ifupdown has it, whether there is resolved or not
+            "etc/systemd/system/sysinit.target.wants/systemd-resolved.service": UNIT,
+        },
+    ],
+    ids=["resolvconf", "resolved"],
+)
+def test_dns_is_told(told: dict[str, str], guest: Path, target: Target) -> None:
+    make(guest, {**GUESTS["ifupdown"], **told, "etc/resolv.conf": "as it was\n"})
     configure(target, BACKENDS["ifupdown"], PLANS["static-and-dhcp"])
     found = contents(guest)
     assert "    dns-nameservers 192.0.2.53 2001:db8::53\n    dns-search example.org" in found["etc/network/interfaces"]
