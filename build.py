@@ -106,6 +106,8 @@ TEST_NEEDS = (
     Need("strace", "strace", "strace", "sees which files and programs are used"),
     Need("setpriv", "util-linux", "util-linux-core", "runs as an ordinary user"),
     Need("ip", "iproute2", "iproute", "networks of namespaces"),
+    Need("sysctl", "procps", "procps-ng", "networks of namespaces"),
+    Need("/lib/systemd/systemd-networkd", "systemd", "systemd-networkd", "reads what the hook interfaces writes"),
     Need("bash", "bash", "bash", "settings files"),
     Need("zsh", "zsh", "zsh", "completion of zsh"),
     Need("groff", "groff-base", "groff-base", "the manual page"),
