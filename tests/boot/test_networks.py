@@ -1,0 +1,86 @@
+"""Guests of every kind of network configuration, booted: what they were given is what they have."""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from debian import Debian, flavours
+from qemu import Facts, booting
+from support import DEFAULTS, MIB, SITE, Node
+
+MACS = ("aa:00:00:4e:37:01", "aa:00:00:4e:37:02")
+# qemu's user networks: 10.0.0.0/24 and 10.0.1.0/24, router .2, DNS server .3, the first lease .15
+NICS = {
+    "NIC_0_MAC": MACS[0],
+    "NIC_0_IP": "10.0.0.40",
+    "NIC_0_NETWORK_SUBNET": "10.0.0.0/24",
+    "NIC_0_NETWORK_GATEWAY": "10.0.0.2",
+    "NIC_0_NETWORK_SUBNET6": "2001:db8:1::/64",
+    "NIC_0_NETWORK_GATEWAY6": "2001:db8:1::2",
+    "NIC_0_NETWORK_TAGS": "dns:10.0.0.3",
+    "NIC_1_MAC": MACS[1],
+    "NIC_1_IP": "",
+    "NIC_1_MODE": "bridged",
+}
+ADDRESS6 = "2001:db8:1:0:a800:ff:fe4e:3701/64"
+PAIRS = [("ifupdown", "netplan"), ("networkd", "network-manager")]
+
+
+@pytest.fixture(scope="session")
+def images() -> dict[str, Debian]:
+    return flavours("bookworm", [flavour for pair in PAIRS for flavour in pair])
+
+
+@pytest.fixture
+def node(node: Node, images: dict[str, Debian]) -> Node:
+    node.write(DEFAULTS, f"IMAGE_DIR={node.images}\nIMAGE_TYPE=tarball\nFILESYSTEM=ext4\nSWAP=no\n")
+    for flavour, image in images.items():
+        (node.images / f"{flavour}-x86_64.tar.zst").symlink_to(image.tarball)
+    for hook in ("grub", "interfaces"):
+        (SITE / "hooks" / hook).chmod(0o755)
+    return node
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    for disk in tmp_path.glob("disk-*"):
+        disk.unlink()
+
+
+def deploy(node: Node, flavour: str, disk: Path) -> str:
+    with disk.open("xb") as file:
+        file.truncate(2048 * MIB)
+    return node.create(disk, env="create-kvm-network", seconds=300, OSP_IMAGE_NAME=flavour, **NICS).ok().log
+
+
+def check(facts: Facts) -> None:
+    names = {mac: name for name, mac in facts.links.items()}
+    first, second = (names[mac] for mac in MACS)
+    assert [one for one in facts.addresses[first] if "." in one] == ["10.0.0.40/24"]
+    assert ADDRESS6 in facts.addresses[first]
+    assert [one for one in facts.addresses[second] if "." in one] == ["10.0.1.15/24"]
+    default = [re.match(r"default via (\S+) dev (\S+)", route) for route in facts.routes if "default" in route]
+    assert [route and route.groups() for route in default] == [("10.0.0.2", first), ("2001:db8:1::2", first)]
+    assert "10.0.0.3" in facts.dns
+    assert facts["state"] == "running"
+    assert facts.failed == []
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_network(pair: tuple[str, ...], node: Node, work: Path) -> None:
+    """Two at a time, one for each core. The first NIC is static, the other one uses DHCP."""
+    with ExitStack() as stack:
+        consoles = []
+        for flavour in pair:
+            disk = work / f"disk-{flavour}"
+            log = deploy(node, flavour, disk)
+            assert f"eth0 ({MACS[0]}): 10.0.0.40/24, {ADDRESS6}, by " in log
+            consoles.append(stack.enter_context(booting(disk, work / f"{flavour}.console", macs=MACS)))
+        reports = [console.facts() for console in consoles]
+    for flavour, facts in zip(pair, reports):
+        print(flavour, facts)  # what a failed test shows
+    for facts in reports:
+        check(facts)
