@@ -194,7 +194,9 @@ def test_site_files(node: Node, deployed: Callable[..., dict[str, str]]) -> None
 def test_site_files_that_are_wrong(instance: str, message: str, node: Node, disk: MakeDisk) -> None:
     node.write(SITE / "networks/instances/inst1.example.org", instance)
     node.write(SITE / "networks/subnets/lan", "NETMASK=24\nGATEWAY=203.0.113.1\n")
-    node.create(disk(), env="create-kvm-network").failed("interfaces", message)
+    target = disk()
+    node.create(target, env="create-kvm-network").failed(message)
+    assert target.stat().st_blocks == 0, "found before the first write"
 
 
 def test_guest_without_any_network_program(node: Node, disk: MakeDisk) -> None:
