@@ -47,7 +47,7 @@ class Running:
             )  # fmt: skip
         os.close(writer)
 
-    def result(self, seconds: float = 60) -> Result:
+    def result(self, seconds: float = 120) -> Result:
         try:
             status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -63,7 +63,7 @@ def kill(command: str, node: Node, sources: Path, number: signal.Signals | None,
         return result
     # not before Python runs
     assert result.status == 128 + number, f"status {result.status}\n{result.log}"
-    assert attached_to(disk) == [], result.log
+    wait_until(lambda: not attached_to(disk), SOON, f"no loop device is left\n{result.log}")
     if exporting:
         assert digest(disk) == before, "export has changed the disk"
     elif digest(disk) != before and not is_whole(command, result):
