@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Optional
 
 PREFIX = "imageos: "
-LONGEST = 2000  # characters of a line: Ganeti shows the last 4 KiB, and a guest may have much to say
+LONGEST = 1 << 16  # characters of a line: a guest may have much to say
 # Whether `debug` prints; set once by the settings. As global as stderr itself.
 _debug = False
 # Whether the terminal's line has a bar in it.

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from imageos import log
 from imageos.errors import Failure, Interrupted, Usage, signal_name
 
+LONGEST = 2000  # characters of a line that tells why a command failed: Ganeti shows the last 4 KiB of the log
+
 
 def guard(call: Callable[[], int]) -> int:
     """The exit status of `call`; for what it raises, messages with the cause on the last line."""
@@ -17,10 +19,10 @@ def guard(call: Callable[[], int]) -> int:
         return call()
     except Failure as failure:
         for line in failure.details:
-            log.info(line)
+            log.info(line[:LONGEST])
         if failure.hint:
-            log.info(f"hint: {failure.hint}")
-        log.info(str(failure))
+            log.info(f"hint: {failure.hint}"[:LONGEST])
+        log.info(str(failure)[:LONGEST])
         return 2 if isinstance(failure, Usage) else 1
     except Interrupted as interrupted:
         log.info(f"ended by {signal_name(interrupted.signum)}")

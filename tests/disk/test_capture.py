@@ -252,7 +252,7 @@ PRIVATE = {
     "var/lib/dhcp/dhclient.eth0.leases": "lease {}\n",
     "var/lib/systemd/random-seed": "seed",
     "var/lib/cloud/seed/nocloud/user-data": "#cloud-config\npassword: x\n",
-    "etc/cloud/cloud.cfg.d/99-imageos.cfg": "datasource_list: [NoCloud, None]\n",
+    "etc/cloud/cloud.cfg.d/zz-imageos.cfg": "datasource_list: [NoCloud, None]\n",
     "var/log/journal/0123/system.journal": "x" * 100,
     "var/log/syslog.1": "old\n",
     "tmp/scratch": "x\n",

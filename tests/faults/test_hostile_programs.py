@@ -16,7 +16,7 @@ import trees
 from support import Call, Node, run
 from test_sandbox import HOOK
 
-from imageos import cgroup, log
+from imageos import cgroup, log, outcome
 
 MakeDisk = Callable[..., Path]
 
@@ -221,7 +221,7 @@ def test_last_words(perl_node: Node, disk: MakeDisk) -> None:
     """The last line is for the cause, however much a program has to say."""
     script = 'print STDERR "x" x (3 << 20), "\\n"; exit 1'
     result = hostile(perl_node, disk(), script).result().failed("hook hostile")
-    assert len(result.last) <= log.LONGEST and len(result.log) < 20_000
+    assert len(result.last) <= len(log.PREFIX) + outcome.LONGEST and len(result.log) < 300_000
 
 
 def test_disk_is_filled(perl_node: Node, disk: MakeDisk) -> None:

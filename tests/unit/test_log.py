@@ -190,3 +190,12 @@ def test_bar_fits_into_the_terminal(columns: int) -> None:
 @pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (9000, "2.5 h")])
 def test_duration(seconds: float, shown: str) -> None:
     assert log.duration(seconds) == shown
+
+
+def test_long_lines(capfd: Capture) -> None:
+    """What a hook prints is in the log, within reason."""
+    log.info("x" * 50_000)
+    log.info("y" * (10 << 20))
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "imageos: " + "x" * 50_000
+    assert len(second) == log.LONGEST

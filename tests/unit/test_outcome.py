@@ -8,7 +8,7 @@ from typing import NoReturn
 import pytest
 
 from imageos.errors import Failure, Interrupted, Usage, signal_name
-from imageos.outcome import guard
+from imageos.outcome import LONGEST, guard
 
 Capture = pytest.CaptureFixture[str]
 
@@ -88,3 +88,9 @@ def test_signal_name() -> None:
 def test_no_handler_swallows_an_interruption() -> None:
     assert not issubclass(Interrupted, Exception)
     assert Interrupted(15).signum == 15
+
+
+def test_ganeti_can_show_the_cause(capfd: Capture) -> None:
+    assert raising(Failure("x" * 10_000, hint="y" * 10_000, details=["z" * 10_000])) == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert [len(line) - len("imageos: ") for line in lines] == [LONGEST, LONGEST, LONGEST]
