@@ -194,8 +194,9 @@ def test_settings_of_the_node_are_no_os_parameters(setting: str, node: Node, dis
 
 def test_os_parameters_are_values_not_shell(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
     witness = tmp_path / "witness"
-    node.hook("show", '#!/bin/sh\nprintf "<%s>\\n" "$KERNEL_ARGS" "$DNS_SEARCH"\n')
+    node.hook("show", '#!/bin/sh\nprintf "<%s>\\n" "$KERNEL_ARGS" "$USER_DATA"\n')
     nasty = f"$(touch {witness}) `touch {witness}` ; touch {witness} \" ' \\ %s *"
-    result = node.create(disk(), OSP_KERNEL_ARGS=nasty, OSP_DNS_SEARCH=nasty).ok()
+    result = node.create(disk(), OSP_KERNEL_ARGS=nasty, OSP_USER_DATA=nasty).ok()
     assert result.log.count(f"<{nasty}>") == 2
+    node.create(disk(), OSP_DNS_SEARCH=nasty).failed("DNS_SEARCH", "is not a domain")
     assert not witness.exists()
