@@ -234,3 +234,9 @@ def test_guest_is_reached_through_target_alone(name: str) -> None:
 @for_each(SOURCES)
 def test_every_module_says_what_it_is(name: str) -> None:
     assert ast.get_docstring(tree(name))
+
+
+def test_names_of_test_modules_are_unique() -> None:
+    """pytest imports them by their names, whatever the directory."""
+    names = [path.name for path in (CHECKOUT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
