@@ -30,6 +30,8 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x02, 0x04, 0x10
 # one number on all architectures (scripts/syscall.tbl)
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2 = 428, 429, 437
+# A rename or mount by anybody on the node meanwhile makes openat2 give up on a path with `..` (EAGAIN): try again
+OPEN_ATTEMPTS = 1000
 # capability.h
 CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1, 2, 3, 4
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
@@ -81,21 +83,24 @@ def open_in_root(root: int, path: str, flags: int, mode: int = 0, resolve: int =
     if "\0" in path:  # the kernel would take it for the end
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
     how = _OpenHow(flags | os.O_CLOEXEC, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | resolve)
-    try:
-        return _check(
-            _libc.syscall(
-                ctypes.c_long(SYS_OPENAT2),
-                ctypes.c_int(root),
-                _bytes(path or "."),
-                ctypes.byref(how),
-                ctypes.c_size_t(ctypes.sizeof(how)),
-            ),
-            path,
-        )
-    except OSError as error:
-        if error.errno == errno.ENOSYS:
-            raise Failure("this kernel has no openat2: imageos needs Linux 5.8 or newer") from None
-        raise
+    for attempt in range(OPEN_ATTEMPTS, 0, -1):
+        try:
+            return _check(
+                _libc.syscall(
+                    ctypes.c_long(SYS_OPENAT2),
+                    ctypes.c_int(root),
+                    _bytes(path or "."),
+                    ctypes.byref(how),
+                    ctypes.c_size_t(ctypes.sizeof(how)),
+                ),
+                path,
+            )
+        except OSError as error:
+            if error.errno == errno.ENOSYS:
+                raise Failure("this kernel has no openat2: imageos needs Linux 5.8 or newer") from None
+            if error.errno != errno.EAGAIN or attempt == 1:
+                raise
+    raise AssertionError("not reached")
 
 
 def copy_mounts(path: str) -> int:

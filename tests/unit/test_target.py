@@ -307,6 +307,30 @@ def test_kernel_without_openat2(target: Target, monkeypatch: pytest.MonkeyPatch)
         target.read("/etc/hostname")
 
 
+def test_what_happens_on_the_node_does_not_keep_a_file_from_being_opened(
+    guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever renames files, anywhere, has openat2 give up on a path with `..`."""
+    (guest / "unit-etc").mkdir()
+    (guest / "unit-etc/file").write_text("x")
+    libc, left = linux._libc, [20]
+
+    class Busy:
+        @staticmethod
+        def syscall(*arguments: object) -> int:
+            if left[0]:
+                left[0] -= 1
+                ctypes.set_errno(errno.EAGAIN)
+                return -1
+            return int(libc.syscall(*arguments))
+
+    monkeypatch.setattr(linux, "_libc", Busy)
+    assert target.read("/unit-etc/../unit-etc/file") == "x"
+    left[0] = 1 << 30
+    with pytest.raises(Failure, match="temporarily unavailable"):
+        target.read("/unit-etc/../unit-etc/file")
+
+
 # Writing
 
 
