@@ -12,9 +12,10 @@ class Mount:
     source: str
 
 
-def current() -> list[Mount]:
+def current(mountinfo: str = "/proc/self/mountinfo") -> list[Mount]:
     """All mounts of this mount namespace, in the order in which they were made."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+    # newline: the kernel does not escape a carriage return in a path, and it ends no line
+    with open(mountinfo, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         return parse(file.read())
 
 

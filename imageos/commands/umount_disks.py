@@ -62,7 +62,7 @@ def unmount(name: str) -> None:
 
 def unmount_one(mount: Mount) -> None:
     try:
-        linux.umount(mount.place, linux.UMOUNT_NOFOLLOW)
+        unmount_at(mount.place)
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise Failure(f"cannot unmount {mount.place}: {error.strerror}") from None
@@ -70,6 +70,20 @@ def unmount_one(mount: Mount) -> None:
         raise Failure(
             f"cannot unmount {mount.place}: in use by {using}", hint="end that, or leave the directory, and try again"
         ) from None
+
+
+def unmount_at(place: str) -> None:
+    """Never through a link: the directories above may be a user's, who can put one there at any moment."""
+    directory, name = os.path.split(place)
+    node = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        parent = linux.open_in_root(node, directory, os.O_PATH | os.O_DIRECTORY, resolve=linux.RESOLVE_NO_SYMLINKS)
+    finally:
+        os.close(node)
+    try:
+        linux.umount(f"/proc/self/fd/{parent}/{name}", linux.UMOUNT_NOFOLLOW)
+    finally:
+        os.close(parent)
 
 
 def users(place: str) -> Iterator[str]:
@@ -102,7 +116,3 @@ def below(mounted: Iterable[Mount], place: str) -> list[Mount]:
     found.reverse()  # of several at one place the last one is on top
     found.sort(key=lambda mount: -len(mount.place))
     return found
-
-
-def unescape(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -1,7 +1,12 @@
 """What is mounted at and below a place, in the order in which it can be taken away."""
 
-from imageos import mounts
-from imageos.commands.umount_disks import below, is_below, loop_of
+import os
+from pathlib import Path
+
+import pytest
+
+from imageos import linux, mounts
+from imageos.commands.umount_disks import below, is_below, loop_of, unmount_at
 
 # /proc/self/mountinfo: two filesystems, one more over the second, one in a directory with a space
 MOUNTS = """\
@@ -23,6 +28,25 @@ def test_mounts() -> None:
         ("/tmp/inst1_root", "/dev/loop0p3"),
     ]
     assert below(mounts.parse(MOUNTS), "/tmp/inst2_root") == []
+
+
+def test_a_carriage_return_in_a_path(tmp_path: Path) -> None:
+    (tmp_path / "mountinfo").write_text(MOUNTS.replace("/tmp/inst1_root/boot", "/tmp/inst1_root/bo\rot"), newline="")
+    places = [mount.place for mount in mounts.current(str(tmp_path / "mountinfo"))]
+    assert len(places) == 6
+    assert "/tmp/inst1_root/bo\rot" in places
+
+
+def test_a_link_above_a_mount_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unmounted = []
+    monkeypatch.setattr(linux, "umount", lambda path, flags: unmounted.append((os.path.realpath(path), flags)))
+    (tmp_path / "node/boot").mkdir(parents=True)
+    (tmp_path / "guest").symlink_to("node")
+    with pytest.raises(OSError, match="symbolic links"):
+        unmount_at(f"{tmp_path}/guest/boot")
+    assert unmounted == []
+    unmount_at(f"{tmp_path}/node/boot")
+    assert unmounted == [(f"{tmp_path}/node/boot", linux.UMOUNT_NOFOLLOW)]
 
 
 def test_below() -> None:
