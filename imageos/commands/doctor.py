@@ -426,7 +426,8 @@ def check_leftovers(report: Report, mounted: Sequence[Mount], sys_block: str = "
     """What runs of ganeti-instance-image leave when they crash, with the commands that take it away, in order."""
     before = len(report.findings)
     for one in mounted:
-        left = re.fullmatch(r"/tmp/(tmp\.\w{6,}|([^/]+)_root)", one.place)
+        # nothing but names: the command is there to be pasted into root's shell, and anybody can mount in /tmp (fuse)
+        left = re.fullmatch(r"/tmp/(tmp\.[A-Za-z0-9]{6,}|([A-Za-z0-9][A-Za-z0-9._-]*)_root)", one.place)
         if left and one.source.startswith(("/dev/mapper/", "/dev/loop", "/dev/dm-")):
             command = f"umount-disks {left[2]}" if left[2] else f"umount -R {one.place} && rmdir {one.place}"
             report.say(NOTE, f"{one.source} is mounted at {one.place}", command)

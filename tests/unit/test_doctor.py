@@ -63,6 +63,15 @@ def test_leftovers_with_their_commands(block: Path) -> None:
     assert {finding.level for finding in report.findings} == {NOTE}, "it can deploy nevertheless"
 
 
+@pytest.mark.parametrize("place", ["/tmp/x;id;_root", "/tmp/$(id)_root", "/tmp/x\\040y_root", "/tmp/-x_root"])
+def test_no_command_is_made_of_what_is_no_name(place: str, tmp_path: Path) -> None:
+    (tmp_path / "block").mkdir()
+    report = Report()
+    mounted = mounts.parse(f"41 22 0:60 / {place} rw - fuse.x /dev/loop0 rw\n")
+    doctor.check_leftovers(report, mounted, str(tmp_path / "block"))
+    assert [(one.level, one.what) for one in report.findings] == [(OK, "none")]
+
+
 def test_no_leftovers(tmp_path: Path) -> None:
     (tmp_path / "block").mkdir()
     report = Report()
