@@ -49,12 +49,9 @@ def limited() -> Iterator[Callable[[], None]]:
 @contextmanager
 def _group(top: str, limits: Mapping[str, int]) -> Iterator[str]:
     _remove_stale(top)
-    path = f"{top}/{PREFIX}{secrets.token_hex(6)}"
-    os.mkdir(path, 0o755)
+    path, lock = _locked(top)
     try:
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH)
             for name, limit in limits.items():
                 if os.path.exists(f"{path}/{name}"):  # of version 2, only what is enabled for groups below the top
                     _write(f"{path}/{name}", limit)
@@ -63,6 +60,19 @@ def _group(top: str, limits: Mapping[str, int]) -> Iterator[str]:
             os.close(lock)
     finally:
         _remove(path)
+
+
+def _locked(top: str) -> tuple[str, int]:
+    """A new group, and the descriptor that keeps it from being taken for stale."""
+    while True:
+        path = f"{top}/{PREFIX}{secrets.token_hex(6)}"
+        os.mkdir(path, 0o700)  # root's: whoever can open it can lock it, and have us wait for ever
+        with suppress(FileNotFoundError):  # another run has removed it already
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if os.path.exists(path):
+                return path, lock
+            os.close(lock)
 
 
 def _remove(path: str) -> None:
