@@ -80,7 +80,8 @@ def hosts(text: str, instance_name: str) -> str:
     else:
         first = next((n for n, line in enumerate(lines) if line.split()[:1] == ["127.0.0.1"]), -1)
         lines.insert(first + 1, ours)
-    kept = [line for n, line in enumerate(lines) if n not in place[1:]]
+    others = set(place[1:])
+    kept = [line for n, line in enumerate(lines) if n not in others]
     return "\n".join(kept) + "\n"
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import stat
+import time
 from collections.abc import Sequence
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -249,6 +250,12 @@ def test_ddns(kind: str, guest: Path, target: Target, capfd: pytest.CaptureFixtu
         loaded("zz_ddns").main(hook(target, action=action))
         assert content(guest) == after
     assert "warning" not in capfd.readouterr().err
+
+
+def test_ddns_with_many_lines() -> None:
+    begin = time.process_time()
+    assert loaded("zz_ddns").with_line("hostname\n" * 100_000, r"hostname", "hostname") == "hostname\n"
+    assert time.process_time() - begin < 5, "quadratic: minutes"
 
 
 def test_ddns_of_a_client_that_needs_no_help(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:

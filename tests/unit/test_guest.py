@@ -2,6 +2,7 @@
 
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Optional
 
@@ -66,6 +67,12 @@ def test_hosts_that_are_empty() -> None:
     assert system.hosts("", NAME) == (
         "127.0.0.1\tlocalhost\n127.0.1.1\tinst1.example.org inst1\n::1\tlocalhost ip6-localhost ip6-loopback\n"
     )
+
+
+def test_hosts_with_many_lines_of_ours() -> None:
+    begin = time.process_time()
+    assert system.hosts("127.0.1.1\n" * 100_000, NAME) == "127.0.1.1\tinst1.example.org inst1\n"
+    assert time.process_time() - begin < 5, "quadratic: minutes"
 
 
 def test_hosts_of_a_name_without_a_domain() -> None:
