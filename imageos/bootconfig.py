@@ -89,7 +89,7 @@ def without(text: str, names: Sequence[str], change: Change) -> str:
 
 def with_block(text: str, block: str) -> str:
     """A shell file with `block` at its end, in the place of an earlier one."""
-    others = re.sub(rf"^{BEGIN}\n.*?^{END}\n", "", text, flags=re.MULTILINE | re.DOTALL)
+    others = re.sub(rf"^{BEGIN}\n(?:(?!{BEGIN}\n|{END}\n).*\n)*{END}\n", "", text, flags=re.MULTILINE)
     if others and not others.endswith("\n"):
         others += "\n"
     return f"{others}{BEGIN}\n{block}{END}\n"
@@ -125,7 +125,7 @@ def environment_block(text: str, name: str, change: Change) -> str:
 def legacy_menu(text: str, change: Change, place: str, serial_speed: int) -> str:
     """menu.lst of GRUB Legacy, with what Debian's update-grub reads in its comments; `serial_speed` 0: no serial."""
     text = re.sub(
-        r"^([ \t]*(?:kernel|module)[ \t]+\S+[ \t]+|# kopt\w*=)(.*\broot=.*)$",
+        r"^([ \t]*(?:kernel|module)[ \t]+\S+[ \t]+(?=\S)|# kopt\w*=)(.*\broot=.*)$",
         lambda match: match[1] + change.whole(match[2]),
         text,
         flags=re.MULTILINE,

@@ -20,7 +20,9 @@ RESOLVED = "/etc/systemd/resolved.conf.d/imageos.conf"
 UDEV = ("/lib/udev", "/usr/lib/udev")
 DHCLIENT_HOOK = "/etc/dhcp/dhclient-enter-hooks.d/imageos"
 NAMES = ("/etc/udev/rules.d/70-persistent-net.rules", "/etc/udev/rules.d/70-imageos-net.rules")
-ETHERNET = r"^\s*(auto|allow-hotplug|iface)\s+e(th|n)"  # in ifupdown's files
+# A guest's text: no pattern may have two ways to match the same blanks, or it takes hours
+CLOUD_INIT_OFF = r"^network:[ \t\r]*(\{\s*|\n\s+)[\"']?config[\"']?:\s*disabled"
+ETHERNET = r"^[ \t]*(auto|allow-hotplug|iface)[ \t]+e(th|n)"  # in ifupdown's files
 
 
 @dataclass(frozen=True)
@@ -119,15 +121,15 @@ def rules_network(target: Target) -> bool:
     """Whether cloud-init does, which it can be forbidden."""
     if not cloudinit.present(target) or target.exists("/etc/cloud/cloud-init.disabled"):
         return False
-    texts = [target.read(path) or "" for path in ("/etc/cloud/cloud.cfg", *target.glob("/etc/cloud/cloud.cfg.d/*.cfg"))]
-    return not any(re.search(r"^network:\s*(\{\s*|\n\s+)[\"']?config[\"']?:\s*disabled", text, re.M) for text in texts)
+    paths = ("/etc/cloud/cloud.cfg", *target.glob("/etc/cloud/cloud.cfg.d/*.cfg"))
+    return not any(_holds(target, path, CLOUD_INIT_OFF) for path in paths)
 
 
 def is_old_red_hat(target: Target) -> bool:
     """Network scripts, or a NetworkManager that writes their files; Fedora 33 and RHEL 9 are beyond that."""
     if not target.is_dir(render.IFCFG):
         return False
-    version = re.search(r"^VERSION_ID=\"?([0-9]+)", target.read("/etc/os-release") or "", re.MULTILINE)
+    version = re.search(r"^VERSION_ID=\"?([0-9]{1,4})", target.read("/etc/os-release") or "", re.MULTILINE)
     return version is None or int(version[1]) <= 8
 
 
@@ -156,9 +158,11 @@ def _seed(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
 
 
 def _netplan(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
-    texts = [target.read(path) or "" for path in target.glob("/etc/netplan/*.yaml")]
-    found = re.findall(r"renderer[\"']?:\s*[\"']?(networkd|NetworkManager)", "\n".join(texts))
-    return render.netplan(interfaces, found[-1] if found else "")
+    renderer = ""
+    for path in target.glob("/etc/netplan/*.yaml"):
+        found = re.findall(r"renderer[\"']?:\s*[\"']?(networkd|NetworkManager)", target.read(path) or "")
+        renderer = found[-1] if found else renderer
+    return render.netplan(interfaces, renderer)
 
 
 def _networkd_links(target: Target, _interfaces: Interfaces) -> Mapping[str, str]:

@@ -2,10 +2,11 @@
 
 import importlib.machinery
 import importlib.util
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Optional
+from typing import Callable, Optional
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from imageos.filesystem import Volume
 from imageos.ganeti import Instance
 from imageos.hook import Hook
 from imageos.settings import Settings
-from imageos.target import Target
+from imageos.target import READ_LIMIT, Target
 
 OLD, NEW = "11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"
 ADD = Change(("console=tty0", "console=ttyS0,38400n8", "x=1"))
@@ -494,3 +495,16 @@ def test_own_console(guest: Path, target: Target, seen: Seen) -> None:
     call(target, kernel_args="console=ttyS1,9600")
     line = (guest / "etc/default/grub").read_text().splitlines()[-2]
     assert line == 'GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX "console=ttyS1,9600'
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: bootconfig.legacy_menu(f"kernel x{' ' * len(text)}\n{text}", MOVE, "(hd0,0)", 9600),
+        lambda text: bootconfig.with_block(f"{bootconfig.BEGIN}\n" * (len(text) // len(bootconfig.BEGIN)), "x\n"),
+    ],
+)
+def test_a_text_that_takes_hours(change: Callable[[str], str]) -> None:
+    begin = time.process_time()
+    change("a" * READ_LIMIT)
+    assert time.process_time() - begin < 5

@@ -5,7 +5,9 @@
 
 import dataclasses
 import json
+import re
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Callable
@@ -14,9 +16,9 @@ import pytest
 
 from imageos import cloudinit
 from imageos.errors import Failure
-from imageos.network import Interface, render
+from imageos.network import Interface, backends, render
 from imageos.network.backends import BACKENDS, RECOGNISED, assigned, configure, used
-from imageos.target import Target
+from imageos.target import READ_LIMIT, Target
 
 GOLDEN = Path(__file__).parent / "golden"
 DNS = ("192.0.2.53", "2001:db8::53")
@@ -300,6 +302,21 @@ def test_assigned() -> None:
     changed = assigned(text, {"GATEWAY": "", "NETWORKING": "yes"})
     assert changed == '# comment\nHOSTNAME=a\nNETWORKING="yes"\n'
     assert assigned(changed, {"GATEWAY": "", "NETWORKING": "yes"}) == changed
+
+
+@pytest.mark.parametrize("pattern", [backends.ETHERNET, backends.CLOUD_INIT_OFF])
+@pytest.mark.parametrize("text", ["\n" * READ_LIMIT, "network:" + "\n" * READ_LIMIT, "network:\n" * (READ_LIMIT // 9)])
+def test_a_text_that_takes_hours(pattern: str, text: str) -> None:
+    begin = time.process_time()
+    assert not re.search(pattern, text, re.MULTILINE)
+    assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize(
+    "text", ["network: {config: disabled}", "network:\r\n  config:  disabled", 'network:\n\n "config": disabled']
+)
+def test_cloud_init_that_is_forbidden_the_network(text: str) -> None:
+    assert re.search(backends.CLOUD_INIT_OFF, f"a: b\n{text}\n", re.MULTILINE)
 
 
 if __name__ == "__main__":
