@@ -22,6 +22,7 @@ from imageos.sandbox import ENVIRONMENT, GuestDisk, entering
 
 MIB = 1 << 20
 READ_LIMIT = MIB  # bytes; a configuration file that is larger is not one
+READ_TOTAL = 256 * MIB  # of all files together: a directory may have a link to one file a million times
 LINK_LIMIT = 40  # as the kernel's own
 PROGRAM_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -47,6 +48,7 @@ class Target:
         self._hostname = hostname
         self._disk = disk
         self._timeout = timeout
+        self._left = READ_TOTAL
 
     # --- looking ---
 
@@ -91,6 +93,9 @@ class Target:
                 raise Failure(f"the guest's {path} is not a regular file")
             if status.st_size > limit:
                 raise Failure(f"the guest's {path} has {status.st_size} bytes, more than the {limit} that it may have")
+            self._left -= status.st_size
+            if self._left < 0:
+                raise Failure(f"the guest's {path}: more than {READ_TOTAL} bytes of its files were to be read")
             with open(descriptor, "rb", closefd=False) as file:
                 return file.read(limit)
         finally:

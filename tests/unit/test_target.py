@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from imageos import linux
 from imageos.errors import Failure
 from imageos.sandbox import GuestDisk
-from imageos.target import READ_LIMIT, Target, opened
+from imageos.target import READ_LIMIT, READ_TOTAL, Target, opened
 
 SECRET = "the node's own\n"
 
@@ -329,6 +329,17 @@ def test_what_happens_on_the_node_does_not_keep_a_file_from_being_opened(
     left[0] = 1 << 30
     with pytest.raises(Failure, match="temporarily unavailable"):
         target.read("/unit-etc/../unit-etc/file")
+
+
+def test_one_file_under_many_names(guest: Path, target: Target) -> None:
+    (guest / "unit-etc").mkdir()
+    with (guest / "unit-etc/0").open("wb") as file:
+        file.truncate(READ_LIMIT)
+    for number in range(1, READ_TOTAL // READ_LIMIT + 1):
+        os.link(guest / "unit-etc/0", guest / f"unit-etc/{number}")
+    with pytest.raises(Failure, match="bytes of its files"):
+        for path in target.glob("/unit-etc/*"):
+            target.read(path)
 
 
 # Writing
