@@ -101,8 +101,8 @@ def _others(settings: Settings) -> str:
         names: list[str] = sorted(os.listdir(settings.image_dir))
     except OSError as error:
         return f"IMAGE_DIR {settings.image_dir}: {error.strerror}"
-    there = ", ".join(_shown(names)) or "nothing"
-    return f"set IMAGE_NAME, ARCH, IMAGE_TYPE or IMAGE_DIR; {settings.image_dir} holds {there}"
+    there = ", ".join(_shown(names)) or "no image"
+    return f"copy it there, or set IMAGE_NAME, ARCH, IMAGE_TYPE or IMAGE_DIR; {settings.image_dir} holds {there}"
 
 
 def _shown(names: list[str], most: int = 8) -> tuple[str, ...]:

@@ -330,8 +330,9 @@ def _parse(name: str, text: str, where: str, shown: str) -> Any:
 
 
 def _warn_unknown(variable: str, path: str, known: Mapping[str, str], warn: Callable[[str], None]) -> None:
-    # A lower-case name is a file's own helper variable, CINIT_* are the cloud-init hook's.
-    if variable not in known and variable.isupper() and not variable.startswith("CINIT_"):
+    # A lower-case name is a file's own helper variable, CINIT_* are the cloud-init hook's. TARBALL_COMPRESS is in the
+    # ancestor's defaults file; compression is recognised by content.
+    if variable not in known and variable.isupper() and not variable.startswith(("CINIT_", "TARBALL_COMPRESS")):
         near = _nearest(variable, [name.upper() for name in TABLE])
         warn(f"unknown setting {variable} in {path}{near}")
 

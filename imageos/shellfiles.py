@@ -75,6 +75,7 @@ def _failure(what: str, path: str, done: Finished, secret: bool) -> Failure:
     if done.status == 101:
         # bash names file and line in its first line, and quotes the text in the second
         reason = said[0].partition(path + ": ")[2] or said[0] if said else "syntax error"
+        details = details[1:]
     return Failure(
         f"{what} {path}: {reason}", hint=f"it is shell: bash -n {path} shows where it is wrong", details=details
     )

@@ -17,6 +17,14 @@ def section(title: str) -> str:
     return re.split(r"\n\n[^\n]+\n-{3,}\n", README.split(f"\n{title}\n---", 1)[1])[0]
 
 
+def test_headings() -> None:
+    """A line under a heading is as long as the heading: what is left of a merge is not."""
+    lines = README.splitlines()
+    for number, line in enumerate(lines):
+        if re.fullmatch(r"(=|-|~){3,}|[<>|]{7}.*", line):
+            assert len(lines[number - 1]) == len(line), f"line {number + 1}"
+
+
 def test_settings() -> None:
     """The table has every setting, with its default, whether it is an OS parameter, and its description."""
     rows = re.findall(r"^``([A-Z_]+)`` +(.*)$", section("Settings"), re.MULTILINE)
