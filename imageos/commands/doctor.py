@@ -291,10 +291,10 @@ def check_image(report: Report, variant: Variant) -> Variant:
             check_download(report, variant)
             return variant
         image = images.find(known)
+        variant = dataclasses.replace(variant, image=image)
         report_image(report, variant, image)
         if image.boot:
             report_image(report, variant, image.boot)
-        return dataclasses.replace(variant, image=image)
     except Failure as failure:
         report.failure(failure, of=f"variant {variant.name}: ")
     return variant

@@ -15,7 +15,7 @@ def main(_arguments: Sequence[str]) -> int:
     unknown = settings.unknown_parameters(os.environ)
     known, problems = settings.examine({**ganeti.EXAMPLE, **os.environ})
     problems += [Failure(f"unknown OS parameter {name}") for name in unknown]
-    problems += image_problems(known)
+    problems += [] if problems else image_problems(known)  # with a wrong setting replaced, it would be another image
     problems += overlay_problems(known)
     for problem in problems[:-1]:
         _say(problem)
