@@ -116,7 +116,7 @@ def check_place(place: Place, kind: Kind) -> None:
     try:
         names = set(os.listdir(place.directory))
     except OSError as error:
-        raise Failure(f"IMAGE_DIR {place.directory}: {error.strerror}") from None
+        raise Failure(f"IMAGE_DIR {place.directory}: {error.strerror}", hint=f"mkdir -p {place.directory}") from None
     ours = kind.suffixes()
     known = IMAGE_TYPES[kind.image_type].suffixes
     before = known[: known.index(ours[0])]

@@ -117,10 +117,14 @@ def os_directory() -> str:
 
 def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
     said: list[Optional[str]] = [None]
+    hint = f"see {argv[0]} and its messages above"
 
     def pass_on(line: str) -> None:
+        nonlocal hint
         line = line.removeprefix(log.PREFIX)  # of a hook that uses ours
         said[0] = line if line.strip() else said[0]
+        if line.startswith("hint: "):
+            hint = line.removeprefix("hint: ")
         log.info(f"{name}: {line}")
 
     # private: its output is in the log already
@@ -139,7 +143,7 @@ def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
             else f"failed with status {finished.status}"
         )
         last = f": {said[0]}" if said[0] else ""
-        raise Failure(f"hook {name} {how}{last}", hint=f"see {argv[0]} and its messages above")
+        raise Failure(f"hook {name} {how}{last}", hint=hint)
 
 
 def end_leftovers(who: str) -> None:

@@ -32,6 +32,8 @@ def guard(call: Callable[[], int]) -> int:
         return 130
     except OSError as error:
         log.debug(_traceback())
+        if isinstance(error, PermissionError) and os.geteuid():
+            log.info("hint: run it with sudo")
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         log.info(f"{where}{error.strerror or error}")
         return 1

@@ -192,7 +192,8 @@ def _replace(path: str, entry: Entry) -> None:
     except OSError as error:
         if os.path.lexists(temporary):
             os.unlink(temporary)
-        raise Failure(f"cannot write {path}: {error.strerror}") from None
+        hint = "run it with sudo" if isinstance(error, PermissionError) and os.geteuid() else None
+        raise Failure(f"cannot write {path}: {error.strerror}", hint=hint) from None
 
 
 def digest(data: bytes) -> str:

@@ -70,7 +70,8 @@ def mount(name: str, path: str, options: argparse.Namespace, node: int) -> int:
             tree = linux.copy_mounts(isolation.TARGET)
         publish(tree, node, place)
         held.pop_all()  # the mounts keep the loop device from now on: nobody waits for its end
-    log.info(f"instance {name} is mounted at {place}; umount-disks {name} before you start it")
+    end = "in the end" if options.read_only else "before you start it"
+    log.info(f"instance {name} is mounted at {place}; umount-disks {name} {end}")
     return 0
 
 

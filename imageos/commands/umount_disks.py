@@ -24,7 +24,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("instance", metavar="INSTANCE", help="its name, as Ganeti knows it")
     made.add_argument(
-        "--here", action="store_true", help="on this node only: Ganeti is not asked, the disks are left as they are"
+        "--here",
+        action="store_true",
+        help="on this node only: Ganeti is not asked, the disks are left as they are, INSTANCE is the full name",
     )
     return made
 

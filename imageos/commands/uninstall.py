@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         log.info(f"left: {path}")
     if left[MOST_SHOWN:]:
         log.info(f"left: {len(left) - MOST_SHOWN} more")
-    log.info(f"imageos is not installed in {under(root, options.os_dir)} any more")
+    log.info(f"removed imageos from {under(root, options.os_dir)}")
     return 0
 
 

@@ -344,7 +344,7 @@ def test_cloud_init_user_with_a_wrong_name(name: str, cloud: Path, target: Targe
 def test_cloud_init_is_missing(guest: Path, target: Target) -> None:
     with pytest.raises(Failure, match="^the guest has no cloud-init$") as raised:
         loaded("cloud-init").main(hook(target))
-    assert "chmod -x cloud-init" in str(raised.value.hint)
+    assert "chmod -x /etc/ganeti/instance-image/hooks/cloud-init" in str(raised.value.hint)
 
 
 # What README.rst shows
