@@ -12,7 +12,8 @@ from imageos import cgroup
 def test_a_group_that_another_run_takes_for_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cgroup.procs").touch()
     monkeypatch.setattr(cgroup, "HIERARCHIES", {str(tmp_path): {}})
-    flock, removed = fcntl.flock, []
+    flock = fcntl.flock
+    removed: list[str] = []
 
     def late(descriptor: int, operation: int) -> None:
         if not removed:

@@ -31,7 +31,7 @@ def test_mounts() -> None:
 
 
 def test_a_carriage_return_in_a_path(tmp_path: Path) -> None:
-    (tmp_path / "mountinfo").write_text(MOUNTS.replace("/tmp/inst1_root/boot", "/tmp/inst1_root/bo\rot"), newline="")
+    (tmp_path / "mountinfo").write_bytes(MOUNTS.replace("/tmp/inst1_root/boot", "/tmp/inst1_root/bo\rot").encode())
     places = [mount.place for mount in mounts.current(str(tmp_path / "mountinfo"))]
     assert len(places) == 6
     assert "/tmp/inst1_root/bo\rot" in places
