@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from imageos import log
 from imageos.errors import Failure
@@ -24,6 +25,9 @@ DAMAGE = re.compile(
     r"Unknown EA index|abort\?|Incorrect block|not found on tape|End-of-input|[Rr]ead error|[Ww]rite error|"
     r"resync|[Cc]hecksum|No space left|cannot create|skipped"
 )
+# With this, and at the latest after so many lines, it has lost its way: it would look for the next file for ever.
+LOST = re.compile(r"not at beginning of a file|unexpected inode extension")
+MOST_LINES = 100_000
 HARMLESS = re.compile(r"cannot open /dev/tty|Dump tape is compressed|(lost\+found|boot): File exists")
 SYMBOL_TABLE = "restoresymtable"
 
@@ -75,10 +79,22 @@ def _restore(image: Image, directory: str) -> None:
         cwd=directory,
         prepare=limit_memory,
         tick=lambda: progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR)),
+        on_line=watch(image.path),
     )
     progress.close()
     judge(image, directory, finished)
     os.unlink(f"{directory}/{SYMBOL_TABLE}")
+
+
+def watch(path: str) -> Callable[[str], None]:
+    """What listens to restore, and ends it with a Failure when it will not end by itself: 3 of 100 truncated dumps."""
+    lines = itertools.count(1)
+
+    def listen(line: str) -> None:
+        if LOST.search(line) or next(lines) > MOST_LINES:
+            raise Failure(f"image {path} is damaged or truncated: {line}")
+
+    return listen
 
 
 def judge(image: Image, directory: str, finished: Sequence[Finished]) -> None:

@@ -99,6 +99,7 @@ def unpack_dump(source: Source, member: Member, directory: str) -> None:
         prepare=limit_memory,
         # a pipe has no place: what has arrived tells
         tick=lambda: progress.update(_used(directory) - before),
+        on_line=dump.watch(what),
     )
     progress.close()
     dump.judge(Image(what, descriptor, member.size, ""), directory, finished)

@@ -10,7 +10,7 @@ from pathlib import Path
 import guestdisks
 import pytest
 import trees
-from support import MIB, Node, attached, describe, mounted, partitions, run
+from support import MIB, PATH, Node, attached, describe, mounted, partitions, run
 
 MakeDisk = Callable[..., Path]
 CHANGED = {b"etc/fstab", b"etc/hostname", b"etc/hosts", b"etc/machine-id", b"etc", b"etc/ssh"}
@@ -152,6 +152,24 @@ def test_damaged(damage: Callable[[bytes], bytes], reason: str, name: str, node:
     stock(node, tmp_path / "bad", dumps / "boot.dump")
     if reason:
         create(node, disk()).failed("old-", reason)  # type: ignore
+
+
+def test_cut_off_anywhere(node: Node, disk: MakeDisk, dumps: Path, tmp_path: Path) -> None:
+    whole = (dumps / "root.dump").read_bytes()
+    target = disk()
+    for place in range(1, 20):
+        (tmp_path / "bad").write_bytes(whole[: len(whole) * place // 20 // 512 * 512])
+        stock(node, tmp_path / "bad", dumps / "boot.dump")
+        create(node, target).failed("old-")  # type: ignore
+
+
+@pytest.mark.parametrize("text", ["not at beginning of a file", "anything"])
+def test_restore_that_never_ends(text: str, node: Node, disk: MakeDisk, dumps: Path, tmp_path: Path) -> None:
+    """At 3 of 100 places where a dump may be cut off, it looks for the next file for ever; where, depends on it."""
+    stock(node, dumps / "root.dump", dumps / "boot.dump")
+    (tmp_path / "restore").write_text(f"#!/bin/sh\nexec yes '{text}' >&2\n")
+    (tmp_path / "restore").chmod(0o755)
+    create(node, disk(), PATH=f"{tmp_path}:{PATH}").failed("old-", text)  # type: ignore
 
 
 def test_incremental(node: Node, disk: MakeDisk, dumps: Path) -> None:
