@@ -82,18 +82,13 @@ def attached(device: Device, read_only: bool = False) -> Iterator[Attached]:
 
     The kernel takes the loop device away with its last user (autoclear), even after SIGKILL.
     """
-    descriptor, path = _attach(device, read_only)
-    try:
+    with ExitStack() as stack:
+        descriptor, path = _attach(device, read_only)
+        stack.callback(os.close, descriptor)
         # udev leaves a locked disk alone: without this, partition nodes vanish for a moment whenever
         # somebody closes the disk after writing
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield Attached(path, descriptor, device.size)
-    except BaseException:
-        os.close(descriptor)
-        with suppress(Failure):  # the cause is told
-            _await_detached(path)
-        raise
-    os.close(descriptor)
     _await_detached(path)
 
 

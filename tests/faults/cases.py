@@ -6,6 +6,8 @@ A new command joins the tables by an entry in CASES.
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import backups
 import guestdisks
 import trees
-from support import MIB, Node, Result, attached, run
+from support import MIB, Call, Node, Result, attached, run
 
 SIZE = 160  # MiB of most disks
 
@@ -26,6 +28,7 @@ class Case:
     mib: int = SIZE
     source: str = ""  # what the disk is a copy of; empty: nothing but a mark in its first sector
     reads_only: bool = False
+    mounts: bool = False  # its filesystems, to be written to: the disk never is as it was
     blind: bool = False  # the partitions are not known before the whole disk is written
     layout: str = ""  # of guestdisks: a disk of that name is among the sources
     at_once: int = 3
@@ -68,10 +71,42 @@ def rename(node: Node, disk: Path, path: str) -> Result:
     return node.start("rename", environment).result()
 
 
+def capture(kind: str) -> Callable[[Node, Path, str], Result]:
+    """ganeti-image as it runs on the node that has the disk; a failed one leaves no file."""
+
+    def call(node: Node, disk: Path, path: str) -> Result:
+        directory = node.work / "captured"
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        image = ["-n", "made", "-a", trees.ARCH, "-d", str(directory), "--seal"]
+        result = tool(node, path, "ganeti-image", "-t", kind, "-i", "inst1", "--disk", str(disk), *image)
+        left = os.listdir(directory)
+        assert bool(left) == (result.status == 0), f"status {result.status}: {left}\n{result.log}"
+        return result
+
+    return call
+
+
+def mount_and_umount(node: Node, disk: Path, path: str) -> Result:
+    """Where mount-disks fails, it leaves nothing for umount-disks to do."""
+    name = f"{node.work.name}.example.org"
+    place = Path(f"/tmp/{name}_root")
+    result = tool(node, path, "mount-disks", name, "--disk", str(disk))
+    assert place.exists() == (result.status == 0), result.log
+    undone = tool(node, path, "umount-disks", "--here", name).ok()
+    assert not place.exists(), undone.log
+    return result
+
+
+def tool(node: Node, path: str, *argv: str) -> Result:
+    return Call(node.imageos, {"PATH": path}, node.work / f"{argv[0]}.log", argv).result()
+
+
 SURVEY = "a table that cannot be looked at is no reason not to make a backup: everything is sent"
 BEGINNING = "it has given the first bytes, which is all that was wanted; what becomes of it then does not matter"
 OTHERS = "there is another program that does the same"
 UNREADABLE = "sfdisk says 1 of a table that it cannot read; such a disk is left as it is"
+NO_ZSTD = "it is asked whether it knows zstd; zlib is good, too"
 CHECKED = "e2fsck says 1 when it has corrected something"
 GUNZIP = {
     **{f"{one} killed at its end at call 1": BEGINNING for one in ("gzip", "pigz")},
@@ -96,6 +131,12 @@ CASES = {
     "import bare": Case(restore("disk.zst"), only=("cat", "zstd", "sfdisk", "blkid"), tolerated={
         **{f"sfdisk fails at call {nth}": UNREADABLE for nth in (1, 2)}}),
     "import dumps": Case(restore("dumps.tar"), only=("head", "restore")),
+    "capture tarball": Case(capture("tarball"), source="guest.raw", reads_only=True, tolerated={
+        "zstd missing at call 0": OTHERS}),
+    "capture dump": Case(capture("dump"), source="old.raw", reads_only=True, only=("dump",)),
+    "capture qemu-img": Case(capture("qemu-img"), source="guest.raw", reads_only=True, only=("qemu-img",), tolerated={
+        "qemu-img fails at call 1": NO_ZSTD, "qemu-img killed at its end at call 1": NO_ZSTD}),
+    "mount-disks": Case(mount_and_umount, source="guest.raw", mounts=True),
     "rename": Case(rename, source="guest.raw", tolerated={"sfdisk fails at call 1": UNREADABLE}),
 }  # fmt: skip
 

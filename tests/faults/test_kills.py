@@ -15,9 +15,10 @@ from pathlib import Path
 
 import backups
 import pytest
+import trees
 from backups import is_disarmed
 from cases import Case, apart
-from support import MIB, Node, Result, digest, partitions, run, signatures, wait_until
+from support import MIB, PATH, Call, Node, Result, digest, partitions, run, signatures, wait_until
 
 KILLS = int(os.environ.get("IMAGEOS_KILLS", "100"))
 AT_ONCE = 2
@@ -50,6 +51,48 @@ def test_killed_at_any_moment(command: str, node: Node, sources: Path, tmp_path:
         found = [text for text in pool.map(attempt, range(len(plans))) if text]
     print(f"{command}: {len(plans)} kills within {1.1 * usual:.1f} s")
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("command", ["ganeti-image", "mount-disks"])
+def test_tool_is_killed_at_any_moment(command: str, node: Node, sources: Path, tmp_path: Path) -> None:
+    usual = min(kill_tool(command, apart(node, tmp_path / f"usual{n}"), sources, None, 0) for n in range(2))
+    generator = random.Random(command)
+    for number in range(max(1, KILLS // 5)):
+        signum, moment = generator.choice(SIGNALS), generator.uniform(0, 1.1 * usual)
+        here = apart(node, tmp_path / str(number))
+        try:
+            kill_tool(command, here, sources, signum, moment)
+        except AssertionError as error:
+            raise AssertionError(f"{signum.name} after {moment:.3f} s: {error}") from None
+        run("rm", "-r", here.work)
+
+
+def kill_tool(command: str, node: Node, sources: Path, number: signal.Signals | None, moment: float) -> float:
+    """One call as it runs on the node that has the disk; how long it took."""
+    disk = Case(backups.restore, source="guest.raw").disk(node.work / "disk", sources)
+    images = node.work / "captured"
+    images.mkdir()
+    name = f"{node.work.name}.example.org"
+    arguments = [command, name] if command == "mount-disks" else [command, "-t", "tarball", "-i", name, "-n", "made"]
+    arguments += [] if command == "mount-disks" else ["-a", trees.ARCH, "-d", str(images), "--seal"]
+    before = digest(disk)
+    call = Call(node.imageos, {"PATH": PATH}, node.work / "log", [*arguments, "--disk", str(disk)])
+    if number is not None:
+        time.sleep(moment)
+        call.kill(number)
+    result = call.result(60 if number is None else SOON)
+    assert result.status in (0, 128 + (number or 0)), f"status {result.status}\n{result.log}"
+    wait_until(lambda: not alive(call.process.pid), SOON, "all processes of the call are gone")
+    if command == "mount-disks":
+        Call(node.imageos, {"PATH": PATH}, node.work / "log2", ["umount-disks", "--here", name]).result().ok()
+        assert not Path(f"/tmp/{name}_root").exists()
+    else:
+        assert digest(disk) == before, "the instance's disk has changed"
+        for image in images.glob("*.tar.*[!6]"):  # whole if it is there
+            assert run("sha256sum", image).split()[0] in Path(f"{image}.sha256").read_text()
+        assert number is not None or len(os.listdir(images)) == 2
+    wait_until(lambda: not attached_to(disk), SOON, f"no loop device is left\n{result.log}")
+    return result.seconds
 
 
 def kill(command: str, node: Node, sources: Path, number: signal.Signals | None, moment: float) -> Result:
