@@ -87,9 +87,9 @@ def _lines(text: str) -> str:
 
 
 def _password_hash(text: str) -> str:
-    """As crypt(5) describes the second field of /etc/shadow; `!` and `*` lock the password."""
-    if not re.fullmatch(r"[!*]|!?\$[a-z0-9]+\$[\"-)+-9<-\[\]-~]+", text):  # ASCII without blanks and :;*!\
-        raise ValueError("a hash that begins with $, as `openssl passwd -6` prints it, or * for none")
+    """What the second field of /etc/shadow may hold (shadow(5), crypt(5)): old hashes, `!!` and `*` have no $."""
+    if text and not re.fullmatch(r"[!-9;-~]+", text):  # printable ASCII without blanks and colons
+        raise ValueError("a hash as `openssl passwd -6` prints it, or * for none")
     return text
 
 

@@ -193,6 +193,8 @@ def test_refused(name: str, text: str, accepted: str) -> None:
         ("root_password_hash", "*"),
         ("root_password_hash", "!"),
         ("root_password_hash", "!$6$salt$hash"),
+        ("root_password_hash", "!!"),
+        ("root_password_hash", "ab01FAX.bQRSU"),  # the oldest kind
     ],
 )
 def test_accepted(name: str, text: str) -> None:
@@ -202,23 +204,14 @@ def test_accepted(name: str, text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *(
-            "secret",
-            "TopSecret12345",
-            "$6$",
-            "$6$salt:0:0",
-            "$6$sa lt$hash",
-            "$6$salt$hash\n",
-            "$6$salt$h\nroot::0",
-            "x",
-        ),
-        *("$6$salt$ha\u00dfh", "!!", "**", "$6$salt$ha*sh", "$6$salt$ha!sh", "$6$salt$ha\\sh", "$6$salt$ha\x7fsh"),
+        *("$6$salt:0:0", "$6$sa lt$hash", "$6$salt$hash\n", "$6$salt$h\nroot::0"),
+        *(":", " ", "$6$salt$ha\u00dfh", "$6$salt$ha\x7fsh", "\t"),
     ],
 )
 def test_password_that_is_no_hash(text: str) -> None:
     assert refused(root_password_hash=text) == (
         "ROOT_PASSWORD_HASH=(secret) as OS parameter root_password_hash is not accepted: "
-        "it must be a hash that begins with $, as `openssl passwd -6` prints it, or * for none"
+        "it must be a hash as `openssl passwd -6` prints it, or * for none"
     )
 
 
