@@ -129,7 +129,7 @@ def test_what_is_odd_is_said_once(doctor: Doctor, node: Node) -> None:
 def test_missing_image(doctor: Doctor, image: Path) -> None:
     image.unlink()
     text = doctor.ill("variant mine", "cannot find image")
-    assert "-> set IMAGE_NAME" in text
+    assert "-> copy it there, or set IMAGE_NAME" in text
 
 
 @pytest.mark.parametrize("compression", ["zstd", "gzip", "xz", "bzip2", "lz4"])
@@ -156,7 +156,10 @@ def test_truncated_disk_images(doctor: Doctor, node: Node) -> None:
 def test_missing_program(doctor: Doctor, image: Path, tmp_path: Path) -> None:
     """An error if a variant needs it, else a note."""
     with hidden("zstd", tmp_path):
-        doctor.ill("variant mine", "missing on this node: zstd")
+        status, text = doctor()
+    assert status == 1
+    assert "variant mine: missing on this node: zstd" in unwrapped(text), "its image cannot be looked at"
+    assert "zstd is missing: needed by variant mine" in unwrapped(text)
     with hidden("mkfs.ext4", tmp_path):
         assert "-> install e2fsprogs" in doctor.ill("mkfs.ext4 is missing: needed by variant mine")
     with hidden("restore", tmp_path):
