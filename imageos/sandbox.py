@@ -78,12 +78,14 @@ def devices(path: str) -> Iterator[None]:
     root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _mount_over(root, "dev", "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, "mode=0755,size=64k")
-        _make_devices(root, {name: os.makedev(*number) for name, number in DEVICES.items()}, ())
     except OSError as error:
-        raise Failure(f"cannot mount devices at the guest's /dev: {error.strerror}") from None
-    finally:
         os.close(root)
+        raise Failure(f"cannot mount devices at the guest's /dev: {error.strerror}") from None
     try:
+        try:
+            _make_devices(root, {name: os.makedev(*number) for name, number in DEVICES.items()}, ())
+        finally:
+            os.close(root)
         yield
     finally:
         linux.umount(f"{path}/dev", linux.MNT_DETACH)
