@@ -24,6 +24,7 @@ from leftovers import Leftovers  # noqa: E402
 from support import Node, Result, private_mounts, run  # noqa: E402
 
 TESTS = Path(__file__).resolve().parent
+CACHE = TESTS.parent / ".cache"
 BASE = Path("/var/cache")
 PREFIX = "imageos-tests."
 PR_SET_CHILD_SUBREAPER = 36
@@ -58,7 +59,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
         return
     private_mounts()
     base = tmp_path_factory.getbasetemp()
-    for top in (base, Path("/run")):  # stay writable when the root is not
+    CACHE.mkdir(exist_ok=True)
+    writable = (base, Path("/run"), CACHE)  # also while the root is not
+    for top in writable:
         run("mount", "--bind", top, top)
     layers = tmp_path_factory.mktemp("layers")
     run("mount", "-t", "tmpfs", "-o", "mode=700", "tmpfs", layers)
@@ -66,7 +69,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     try:
         yield uppers
     finally:
-        for path in ("/tmp", "/var/tmp", layers, "/run", base):
+        for path in ("/tmp", "/var/tmp", layers, *writable):
             run("umount", "--lazy", path)
 
 
