@@ -17,12 +17,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO, Callable, Optional
 
-from imageos import log
+from imageos import linux, log
 from imageos.errors import Failure, signal_name
 
 DEFAULT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 # What is kept of a stream that we only want for messages; a hostile guest may print for ever.
 OUTPUT_LIMIT = 1 << 20
+PIPE_SIZE = 1 << 20  # bytes between two stages: what any user may ask for (fs.pipe-max-size)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that end a command in an orderly way
 TICK = 0.5  # seconds between two calls of `tick`
 
@@ -39,6 +40,7 @@ PACKAGES = {
     "dump": "dump",
     "qemu-img": "qemu-utils",
     "dd": "coreutils",
+    "sync": "coreutils",
     "blkid": "util-linux",
     "gnt-cluster": "ganeti",
     "gnt-instance": "ganeti",
@@ -137,6 +139,8 @@ def pipeline(
                 prepare=prepare,
             )
             source = process.stdout.fileno() if process.stdout else subprocess.DEVNULL
+            if stage is not stages[-1]:
+                linux.enlarge_pipe(source, PIPE_SIZE)
         if input is not None and processes[0].stdin:
             _feed(processes[0], input)
 
@@ -181,7 +185,7 @@ def foreground(argv: Sequence[str], *, cwd: Optional[str] = None, env: Optional[
 @contextmanager
 def output_of(
     stages: Sequence[Sequence[str]],
-    stdin: int,
+    stdin: int = subprocess.DEVNULL,
     keep: Sequence[int] = (),
     prepare: Optional[Callable[[], None]] = None,
 ) -> Iterator[tuple[int, Callable[[], None]]]:
@@ -210,6 +214,7 @@ def output_of(
             processes.append(process)
             assert process.stdout
             stdin = process.stdout.fileno()
+            linux.enlarge_pipe(stdin, PIPE_SIZE)
 
         def check() -> None:
             failed = [n for n, process in enumerate(processes) if process.wait()]

@@ -30,6 +30,8 @@ def deploy(image: Image, directory: str) -> None:
     tar = [
         "tar", "--extract", "--file=-", f"--directory={directory}", "--numeric-owner", "--same-owner",
         "--preserve-permissions", "--acls", "--xattrs", "--xattrs-include=*", "--warning=no-timestamp",
+        # 64 KiB at once instead of 10: a sixth of the time
+        "--read-full-records", "--blocking-factor=128",
     ]  # fmt: skip
     stages: list[Sequence[str]] = [image.decompress, tar] if image.compression else [tar]
     progress = log.Progress("unpacking", image.size)

@@ -13,7 +13,7 @@ PACKAGE = CHECKOUT / "imageos"
 # Lowest first: a module imports only from those before it. A new module goes as far up as it can.
 ORDER = [
     # what everything stands on
-    *("errors", "log", "outcome", "run", "linux", "mounts", "cgroup", "isolation"),
+    *("errors", "log", "outcome", "linux", "run", "mounts", "cgroup", "isolation"),
     # what Ganeti and the site say
     *("ganeti", "shellfiles", "settings", "cluster"),
     # disks and filesystems
