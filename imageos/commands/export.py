@@ -93,6 +93,6 @@ def send(output: int, manifest: Manifest, device: Device, used: Map) -> None:
     def read_into(offset: int, buffer: memoryview) -> None:
         usage.read_into(device, offset, buffer)
 
-    for done in stream.write(output, manifest, used.runs(), read_into):
+    for done in stream.write(output, manifest, usage.read_ahead(device, used.runs()), read_into):
         progress.update(done)
     progress.close()
