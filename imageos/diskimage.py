@@ -96,9 +96,7 @@ def write(image: Image, device: Device, disk: Attached) -> None:
         _convert(image, content, disk)
     else:
         _copy(image, disk)
-    # nothing that was read before may be seen in the partitions
-    os.fsync(disk.descriptor)
-    linux.flush_buffers(disk.descriptor)
+    linux.flush_buffers(disk.descriptor)  # nothing that was read before may be seen in the partitions
 
 
 def _convert(image: Image, content: Content, disk: Attached) -> None:

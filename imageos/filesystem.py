@@ -13,7 +13,7 @@ from typing import Callable
 from imageos import linux, log
 from imageos.errors import Failure
 from imageos.layout import MIB, Layout
-from imageos.run import run
+from imageos.run import output_of, run
 
 # Spelt out from `none`, so that the guest gets the same on every node, and nothing that an older kernel,
 # e2fsck or GRUB cannot read: mke2fs 1.47 would add metadata_csum_seed and orphan_file.
@@ -76,6 +76,9 @@ FILESYSTEMS = {
     "btrfs": Filesystem(_make_btrfs, smallest=128 * MIB, check_pass=False, look_data="rescue=nologreplay"),
 }
 BTRFS_SUPERBLOCK = 0x10000  # bytes from the beginning; the fsid is 32 bytes into it
+
+
+WRITE_BACK = ("sync",)  # the programs that `writing_back` takes
 
 
 class MountedTwice(Failure):
@@ -189,6 +192,22 @@ def mount_all(stack: ExitStack, volumes: Iterable[Volume], top: str, read_only: 
             if volume.role != "data":
                 raise
             log.warning(f"the guest's {volume.mount_point} is left out: {failure}")
+
+
+@contextmanager
+def writing_back(path: str) -> Iterator[None]:
+    """While this lasts, what has been written below `path` so far goes to the disk; in the end it is there.
+
+    Programs of the guest keep a processor busy (ssh-keygen, update-grub) while the disk would have nothing to do.
+    """
+    with output_of([["sync", "--file-system", path]]) as (_, finish):
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                linux.shut_down_filesystem(path)  # nobody waits for what is lost anyway
+            raise
+        finish()
 
 
 def trim(path: str) -> None:

@@ -62,11 +62,11 @@ def create(instance: Instance, known: Settings) -> None:
     with disk.claimed(instance.disks[0].path) as device:
         if image_type.deploy:
             intended = plan(known, instance, device)
-            require(*filesystem.programs(intended, known.filesystem))
+            require(*filesystem.programs(intended, known.filesystem), *filesystem.WRITE_BACK)
         else:
             intended = None
             diskimage.check_size(image, device.size)
-            require(*(() if known.nomount else discovery.PROGRAMS))
+            require(*(() if known.nomount else (*discovery.PROGRAMS, *filesystem.WRITE_BACK)))
         with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached):
             if intended:
                 volumes = format_disk(known, device, attached, intended)
@@ -74,7 +74,8 @@ def create(instance: Instance, known: Settings) -> None:
                 volumes = write_disk_image(known, image, device, attached)
             if volumes:
                 complete(instance, known, image, device, attached, volumes)
-            disk.flush(device, attached.descriptor)
+            else:
+                disk.flush(device, attached.descriptor)
     log.info(f"instance {instance.name} is ready to boot")
 
 
@@ -129,10 +130,11 @@ def complete(
         if deploy:
             with log.phase(f"unpacked {image.path}"):
                 deploy(image, isolation.TARGET)
-        with log.phase(f"made it {instance.name}"):
-            configure(instance, known, attached, volumes)
-        context = hooks.Context("create", os.environ, known, isolation.TARGET, device, attached, volumes)
-        hooks.run_all(hooks.find(known.customize_dir), context)
+        with filesystem.writing_back(isolation.TARGET):
+            with log.phase(f"made it {instance.name}"):
+                configure(instance, known, attached, volumes)
+            context = hooks.Context("create", os.environ, known, isolation.TARGET, device, attached, volumes)
+            hooks.run_all(hooks.find(known.customize_dir), context)
         with log.phase("unmounted and flushed"):
             stack.close()
             disk.flush(device, attached.descriptor)
