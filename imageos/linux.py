@@ -19,8 +19,8 @@ from imageos.errors import Failure
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 # mount.h
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
-MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 4096, 16384, 1 << 18, 1 << 19
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REC, MS_PRIVATE, MS_SLAVE = 16384, 1 << 18, 1 << 19
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 OPEN_TREE_CLONE, AT_RECURSIVE, AT_FDCWD = 1, 0x8000, -100  # fcntl.h
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
@@ -37,17 +37,14 @@ CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1,
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
 CAPABILITY_VERSION_3 = 0x20080522
 # fs.h, loop.h, blkpg.h
-BLKROGET, BLKPG, BLKFLSBUF, BLKGETSIZE64, BLKSSZGET = 0x125E, 0x1269, 0x1261, 0x80081272, 0x1268
+BLKROGET, BLKPG, BLKFLSBUF, BLKGETSIZE64 = 0x125E, 0x1269, 0x1261, 0x80081272
 BLKPG_ADD_PARTITION, BLKPG_DEL_PARTITION = 1, 2
 FS_IOC_SHUTDOWN, SHUTDOWN_NO_LOG_FLUSH = 0x8004587D, 2
 FITRIM = 0xC0185879
-FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10  # falloc.h
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10  # falloc.h
 F_SETPIPE_SZ = 1031  # fcntl.h; in Python's fcntl since 3.10
 LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LOOP_GET_STATUS64 = 0x4C82, 0x4C0A, 0x4C05
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN = 1, 4, 8
-# fs.h, falloc.h
-BLKZEROOUT = 0x127F
-FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 # btrfs.h
 BTRFS_IOC_FORGET_DEV = 0x50009405
 
@@ -206,22 +203,19 @@ def trim(directory: int) -> None:
     fcntl.ioctl(directory, FITRIM, bytearray(struct.pack("=3Q", 0, (1 << 64) - 1, 0)))
 
 
-def punch_hole(file: int, start: int, length: int) -> None:
+def punch_hole(descriptor: int, start: int, length: int) -> None:
     """Make a range of a file or block device read as zero without storing zeroes; EOPNOTSUPP if it cannot."""
-    _check(
-        _libc.fallocate64(
-            ctypes.c_int(file),
-            ctypes.c_int(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE),
-            ctypes.c_int64(start),
-            ctypes.c_int64(length),
-        ),
-        "fallocate",
-    )
+    _fallocate(descriptor, FALLOC_FL_PUNCH_HOLE, start, length)
 
 
 def zero_device(device: int, start: int, length: int) -> None:
     """Make a range of a block device read as zero, if need be by writing zeroes."""
-    fcntl.ioctl(device, BLKZEROOUT, struct.pack("=QQ", start, length))
+    _fallocate(device, FALLOC_FL_ZERO_RANGE, start, length)
+
+
+def _fallocate(descriptor: int, mode: int, start: int, length: int) -> None:
+    arguments = ctypes.c_int(mode | FALLOC_FL_KEEP_SIZE), ctypes.c_int64(start), ctypes.c_int64(length)
+    _check(_libc.fallocate64(ctypes.c_int(descriptor), *arguments), "fallocate")
 
 
 def device_size(device: int) -> int:
@@ -237,12 +231,6 @@ def is_read_only(device: int) -> bool:
 def flush_buffers(device: int) -> None:
     """Write back and forget what the page cache holds of a block device."""
     fcntl.ioctl(device, BLKFLSBUF)
-
-
-def zero_range(descriptor: int, start: int, length: int, is_file: bool) -> None:
-    """Make a range read as zero: a hole in a file; on a block device as cheaply as it can (fallocate)."""
-    mode = FALLOC_KEEP_SIZE | (FALLOC_PUNCH_HOLE if is_file else FALLOC_ZERO_RANGE)
-    _check(_libc.fallocate(descriptor, mode, ctypes.c_int64(start), ctypes.c_int64(length)), "fallocate")
 
 
 def enlarge_pipe(descriptor: int, size: int) -> None:

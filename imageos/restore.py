@@ -66,8 +66,9 @@ class Writer:
             usage.read_into(self._device, offset, memoryview(data))
             if data == bytes(length):
                 return
+        zero = linux.punch_hole if self._device.is_file else linux.zero_device
         try:
-            linux.zero_range(self._device.descriptor, offset, length, self._device.is_file)
+            zero(self._device.descriptor, offset, length)
         except OSError:  # not every filesystem and device can
             self._put(offset, memoryview(bytes(length)))
 
