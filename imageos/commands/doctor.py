@@ -7,7 +7,6 @@ exit status is 1 if this node cannot deploy all of its variants.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -21,9 +20,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from imageos import __version__, filesystem, ganeti, images, layout, log, mounts, settings, wholeness
+from imageos.commandline import Parser
 from imageos.commands import install
 from imageos.errors import Failure
-from imageos.hooks import OS_DIR, check_overlay, find, program_file
+from imageos.hooks import check_overlay, find, program_file
 from imageos.imagefile import Image
 from imageos.layout import MIB
 from imageos.mounts import Mount
@@ -531,12 +531,8 @@ def listed(names: Sequence[str]) -> str:
     return f"{'variant' if len(unique) == 1 else 'variants'} {', '.join(unique)}"
 
 
-def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(
-        prog="imageos doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> Parser:
+    options = Parser("imageos doctor", __doc__)
     options.add_argument("--json", action="store_true", help="for programs: one JSON object")
-    options.add_argument(
-        "--os-dir", default=OS_DIR, metavar="DIR", help="directory of the OS definition (default: %(default)s)"
-    )
+    options.add_os_dir()
     return options

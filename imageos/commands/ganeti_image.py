@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from imageos import capture, cluster, hooks, isolation, log, settings
 from imageos.capture import CAPTURED, Place
 from imageos.cluster import ClusterInstance
+from imageos.commandline import Parser
 from imageos.commands.mount_disks import program_there
 
 TYPES = {
@@ -21,24 +22,29 @@ TYPES = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     types = "; ".join(f"{name}: {what}" for name, what in TYPES.items())
-    made = argparse.ArgumentParser(
-        prog="ganeti-image",
-        description=__doc__.partition(": ")[2],
-    )
+    made = Parser("ganeti-image", __doc__)
     made.add_argument("-t", "--type", required=True, choices=TYPES, help=types)
     made.add_argument("-i", "--instance", metavar="INSTANCE", required=True, help="its name, as Ganeti knows it")
     made.add_argument("-d", "--image-dir", metavar="DIR", help="where the image is put, on the node that has the disk")
     add_options(made)
-    made.add_argument(
-        "--disk", metavar="PATH", help="this is the disk, on this node: Ganeti is not asked, INSTANCE is only a name"
-    )
+    made.add_disk()
     return made
 
 
-def add_options(made: argparse.ArgumentParser) -> None:
-    """What make-dump and make-qemu-img have in common with ganeti-image."""
+def parser_of(kind: str, prog: str, about: str) -> Parser:
+    """The parser of a command that makes images of one type."""
+    made = Parser(prog, about, epilog=f"The image is {TYPES[kind]}.")
+    made.add_instance()
+    made.add_argument(
+        "image_dir", metavar="IMAGE_DIR", nargs="?", help="where it is put, on the node that has the disk"
+    )
+    add_options(made)
+    return made
+
+
+def add_options(made: Parser) -> None:
     made.add_argument("-n", "--name", help="of the image (default: IMAGE_NAME of the instance's variant, or INSTANCE)")
     made.add_argument("-a", "--arch", help="of the image (default: ARCH)")
     made.add_argument(

@@ -5,7 +5,6 @@ the site's is replaced if it is still as install has put it there, else it is ke
 it as FILE.new. There is no cache to prune: imageos runs from its file.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -17,8 +16,9 @@ from importlib import resources
 from typing import Optional
 
 from imageos import __version__, ganeti, log, settings
+from imageos.commandline import Parser
 from imageos.errors import Failure
-from imageos.hooks import OS_DIR, program_file
+from imageos.hooks import program_file
 
 SCRIPTS = ("create", "import", "export", "rename", "verify")
 TOOLS = ("mount-disks", "umount-disks", "make-dump", "make-qemu-img", "ganeti-image")
@@ -224,14 +224,10 @@ def _program() -> bytes:
         return file.read()
 
 
-def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(
-        prog="imageos install", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> Parser:
+    options = Parser("imageos install", __doc__)
     options.add_argument("--root", default="/", metavar="DIR", help="put everything under this directory")
-    options.add_argument(
-        "--os-dir", default=OS_DIR, metavar="DIR", help="directory of the OS definition (default: %(default)s)"
-    )
+    options.add_os_dir()
     options.add_argument(
         "--bin-dir", default=BIN_DIR, metavar="DIR", help="directory of the commands (default: %(default)s)"
     )

@@ -5,25 +5,15 @@ The instance is only read: everything happens to a copy of what is in use on its
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from imageos.commands.ganeti_image import TYPES, add_options, make_image
+from imageos.commandline import Parser
+from imageos.commands import ganeti_image
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="make-dump",
-        description=__doc__.partition(": ")[2],
-        epilog=f"The image is {TYPES['dump']}.",
-    )
-    made.add_argument("instance", metavar="INSTANCE", help="its name, as Ganeti knows it")
-    made.add_argument(
-        "image_dir", metavar="IMAGE_DIR", nargs="?", help="where it is put, on the node that has the disk"
-    )
-    add_options(made)
-    return made
+def parser() -> Parser:
+    return ganeti_image.parser_of("dump", "make-dump", __doc__)
 
 
 def main(arguments: Sequence[str]) -> int:
-    return make_image("dump", parser().parse_args(arguments))
+    return ganeti_image.make_image("dump", parser().parse_args(arguments))

@@ -14,23 +14,20 @@ from contextlib import ExitStack
 
 from imageos import cluster, discovery, disk, filesystem, hooks, isolation, linux, log
 from imageos.cluster import ClusterInstance
+from imageos.commandline import Parser
 from imageos.disk import Attached
 from imageos.errors import Failure, Interrupted
 from imageos.run import foreground
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="mount-disks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("instance", metavar="INSTANCE", help="its name, as Ganeti knows it")
+def parser() -> Parser:
+    made = Parser("mount-disks", __doc__)
+    made.add_instance()
     made.add_argument(
         "--read-only", action="store_true", help="write nothing, not even a journal; allows a running instance"
     )
     made.add_argument("--shell", action="store_true", help="open a shell there, which alone sees it; clean up after it")
-    made.add_argument(
-        "--disk", metavar="PATH", help="this is the disk, on this node: Ganeti is not asked, INSTANCE is only a name"
-    )
+    made.add_disk()
     return made
 
 

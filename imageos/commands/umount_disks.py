@@ -5,7 +5,6 @@ The kernel is asked what is there, so it does not matter how far a mount-disks c
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import re
@@ -13,16 +12,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 
 from imageos import cluster, disk, linux, log, mounts
+from imageos.commandline import Parser
 from imageos.commands.mount_disks import mount_point, program_there, remove_directory
 from imageos.errors import Failure
 from imageos.mounts import Mount
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="umount-disks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("instance", metavar="INSTANCE", help="its name, as Ganeti knows it")
+def parser() -> Parser:
+    made = Parser("umount-disks", __doc__)
+    made.add_instance()
     made.add_argument(
         "--here",
         action="store_true",

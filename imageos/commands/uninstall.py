@@ -4,15 +4,14 @@ What the site has made or changed stays, and is named; so do images. Instances n
 made, reinstalled, renamed, exported or imported. Done again, it changes nothing.
 """
 
-import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from imageos import log
+from imageos.commandline import Parser
 from imageos.commands.install import DIRECTORIES, RECORD, Record, content, digest, read_record, refuse_package, under
 from imageos.errors import Failure
-from imageos.hooks import OS_DIR
 from imageos.run import available, run
 from imageos.settings import CACHE_DIR, DEFAULTS_FILE, SITE_DIR
 
@@ -84,12 +83,8 @@ def files_below(root: str, tops: Sequence[str]) -> Iterator[str]:
             yield from (f"{directory}/{name}" for name in names)
 
 
-def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(
-        prog="imageos uninstall", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> Parser:
+    options = Parser("imageos uninstall", __doc__)
     options.add_argument("--root", default="/", metavar="DIR", help="take it away from under this directory")
-    options.add_argument(
-        "--os-dir", default=OS_DIR, metavar="DIR", help="directory of the OS definition (default: %(default)s)"
-    )
+    options.add_os_dir()
     return options

@@ -33,6 +33,7 @@ ORDER = [
     # hooks: what one imports, and what runs them
     *("hook", "hooks"),
     # commands
+    "commandline",
     *("commands", "commands.create", "commands.import_", "commands.export", "commands.rename", "commands.verify"),
     *("commands.mount_disks", "commands.umount_disks"),
     *("commands.ganeti_image", "commands.make_dump", "commands.make_qemu_img"),

@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from imageos import cli, manual, settings
+from imageos.commands import install
 from imageos.errors import Usage
 from imageos.manual import Command
 
@@ -83,7 +84,27 @@ def test_usage(arguments: list[str]) -> None:
         cli.dispatch(["imageos", *arguments])
 
 
-@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name not in cli.SCRIPTS])
+TYPED = [name for name in cli.COMMANDS if name not in cli.SCRIPTS]
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_wrong_options_of_every_command(
+    name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They look as every other error does: prefix, hint, the cause last."""
+    monkeypatch.setattr("sys.argv", [name, "x", "-tdump", "-ix", "y", "--frobnicate"])
+    with pytest.raises(SystemExit) as raised:
+        cli.main()
+    assert raised.value.code == 2
+    shown = capfd.readouterr()
+    hint, cause = shown.err.splitlines()
+    typed = name if name in install.TOOLS else f"imageos {name}"
+    assert hint == f"imageos: hint: {typed} --help"
+    assert cause.startswith(f"imageos: {typed}: unrecognized arguments: ") and cause.endswith("--frobnicate")
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("name", TYPED)
 def test_help_of_every_command(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         cli.dispatch(["imageos", name, "--help"])

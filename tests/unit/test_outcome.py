@@ -1,6 +1,5 @@
 """How a command ends: exit status, hint, and the cause on the last line."""
 
-import argparse
 import errno
 import os
 from typing import NoReturn
@@ -66,12 +65,6 @@ def test_internal_error(error: Exception, capfd: Capture) -> None:
     assert last.startswith(f"imageos: internal error, please report it with the lines above: {type(error).__name__}: ")
     assert "oops" in last
     assert all(line.startswith("imageos: ") for line in trace)
-
-
-def test_usage_errors_of_argparse_pass() -> None:
-    with pytest.raises(SystemExit) as raised:
-        guard(lambda: bool(argparse.ArgumentParser().parse_args(["--frobnicate"])))
-    assert raised.value.code == 2
 
 
 def test_what_is_made_is_readable() -> None:
