@@ -151,13 +151,14 @@ def probe(part: Part) -> Part:
 
 
 def describe(found: Found) -> list[str]:
-    """What was found, for a message: `/ on partition 1 (ext4)`."""
+    """What was found, for a message: `/ on partition 1 (ext4)`, `swap on partition 2`."""
     part_of = {part.device: part for part in found.table.parts}
-    return [
-        f"{volume.mount_point or volume.role} on {part_of[volume.device]} ({volume.kind}{', ' * bool(volume.options)}"
-        f"{volume.options})"
-        for volume in found.volumes
-    ]
+    lines = []
+    for volume in found.volumes:
+        what = volume.mount_point or volume.role
+        kind = ", ".join(word for word in (volume.kind, volume.options) if word not in ("", what))
+        lines.append(f"{what} on {part_of[volume.device]}" + (f" ({kind})" if kind else ""))
+    return lines
 
 
 # --- pure ------------------------------------------------------------------------------------------------

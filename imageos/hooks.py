@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Optional
 
 from imageos import ganeti, log
 from imageos.disk import Attached, Device
@@ -116,16 +115,24 @@ def os_directory() -> str:
 
 
 def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
-    said: list[Optional[str]] = [None]
-    hint = f"see {argv[0]} and its messages above"
+    said = ""
+    held: list[str] = []  # a hint and what follows it: if the hook fails then, they are said of its failure
 
     def pass_on(line: str) -> None:
-        nonlocal hint
+        nonlocal said
         line = line.removeprefix(log.PREFIX)  # of a hook that uses ours
-        said[0] = line if line.strip() else said[0]
-        if line.startswith("hint: "):
-            hint = line.removeprefix("hint: ")
-        log.info(f"{name}: {line}")
+        is_hint = line.startswith("hint: ")
+        said = line if line.strip() and not is_hint else said
+        if is_hint or len(held) == 2:
+            release()
+        if is_hint or held:
+            held.append(line)
+        else:
+            log.info(f"{name}: {line}")
+
+    def release() -> None:
+        while held:
+            log.info(f"{name}: {held.pop(0)}")
 
     # private: its output is in the log already
     finished = pipeline(
@@ -136,14 +143,18 @@ def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
         on_exit=lambda: end_leftovers(f"hook {name}"),
         private=True,
     )[0]
-    if finished.status:
-        how = (
-            f"was killed by {signal_name(-finished.status)}"
-            if finished.status < 0
-            else f"failed with status {finished.status}"
-        )
-        last = f": {said[0]}" if said[0] else ""
-        raise Failure(f"hook {name} {how}{last}", hint=hint)
+    if not finished.status:
+        release()
+        return
+    hint = f"see {argv[0]} and its messages above"
+    if held:
+        hint = held[0].removeprefix("hint: ")
+    how = (
+        f"was killed by {signal_name(-finished.status)}"
+        if finished.status < 0
+        else f"failed with status {finished.status}"
+    )
+    raise Failure(f"hook {name} {how}{': ' if said else ''}{said}", hint=hint)
 
 
 def end_leftovers(who: str) -> None:

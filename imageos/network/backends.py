@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Callable
 
 from imageos import cloudinit, log
-from imageos.errors import Failure
 from imageos.network import Interface, render
 from imageos.target import Target
 
@@ -92,14 +91,8 @@ def assigned(text: str, values: Mapping[str, str]) -> str:
 
 
 def used(target: Target) -> str:
-    """The name of the backend that rules the guest's network."""
-    for name, holds in RECOGNISED:
-        if holds(target):
-            return name
-    raise Failure(
-        "the guest has nothing that could configure its network: " + ", ".join(BACKENDS),
-        hint="install one of them in the image, or disable this hook: chmod -x interfaces",
-    )
+    """The name of the backend that rules the guest's network; empty if there is none."""
+    return next((name for name, holds in RECOGNISED if holds(target)), "")
 
 
 def enabled(target: Target, service: str) -> bool:

@@ -84,7 +84,7 @@ def test_mounted_and_taken_away(cluster: Cluster, prepared: str) -> None:
     assert said(log, "MOUNT") == (
         0,
         [
-            "found / on partition 3 (ext4), /boot on partition 1 (ext4), swap on partition 2 (swap)",
+            "found / on partition 3 (ext4), /boot on partition 1 (ext4), swap on partition 2",
             f"instance inst1.example.org is mounted at {PLACE}; umount-disks inst1.example.org before you start it",
         ],
     )

@@ -347,6 +347,12 @@ def test_cloud_init_is_missing(guest: Path, target: Target) -> None:
     assert "chmod -x /etc/ganeti/instance-image/hooks/cloud-init" in str(raised.value.hint)
 
 
+def test_nothing_configures_the_network(guest: Path, target: Target) -> None:
+    with pytest.raises(Failure, match="nothing that could configure its network: cloud-init, netplan, ") as raised:
+        loaded("interfaces").main(hook(target))
+    assert "chmod -x /etc/ganeti/instance-image/hooks/interfaces" in str(raised.value.hint)
+
+
 # What README.rst shows
 
 

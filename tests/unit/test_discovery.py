@@ -7,8 +7,9 @@ import json
 import pytest
 
 from imageos import discovery
-from imageos.discovery import FstabEntry, Part, Table, parse_fstab, parse_probe, parse_table, resolve
+from imageos.discovery import Found, FstabEntry, Part, Table, parse_fstab, parse_probe, parse_table, resolve
 from imageos.errors import Failure
+from imageos.filesystem import Volume
 from imageos.layout import MIB
 
 DISK = 100 * MIB
@@ -168,3 +169,17 @@ def test_boot_without_an_fstab() -> None:
 def test_what_the_guest_cannot_mount_twice() -> None:
     assert volumes(part(1, "ext4"), "UUID=u1 / ext4\nUUID=u1 /var ext4\nUUID=u2 /boot ext4\nUUID=u2 /boot ext4\n",
                    part(2, "ext4")) == [("root", "1", "/", ""), ("boot", "2", "/boot", "")]  # fmt: skip
+
+
+def test_what_was_found_in_words() -> None:
+    parts = tuple(Part(number, 0, 0, "", "", "", f"/dev/loop0p{number}") for number in (1, 2))
+    volumes = (
+        Volume("root", "btrfs", "/dev/loop0p1", "", "/", "subvol=@"),
+        Volume("boot", "ext4", "/dev/loop0p2", "", "/boot"),
+        Volume("swap", "swap", "/dev/loop0p2", ""),
+    )
+    assert discovery.describe(Found(Table("gpt", parts, 0), parts[0], volumes)) == [
+        "/ on partition 1 (btrfs, subvol=@)",
+        "/boot on partition 2 (ext4)",
+        "swap on partition 2",
+    ]

@@ -391,7 +391,7 @@ def test_no_firmware(has: list[str], table: str, guest: Path, target: Target, se
     plant(guest, *has)
     with pytest.raises(Failure, match="no GRUB for BIOS") as raised:
         call(target, table=table)
-    assert "chmod -x grub" in str(raised.value.hint) and not seen.programs
+    assert "chmod -x /etc/ganeti/instance-image/hooks/grub" in str(raised.value.hint) and not seen.programs
 
 
 def test_no_boot_loader(target: Target, seen: Seen) -> None:

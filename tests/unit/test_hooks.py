@@ -3,7 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 import pytest
 from support import recorded
@@ -13,6 +13,7 @@ from imageos.disk import Attached, Device
 from imageos.errors import Failure
 from imageos.filesystem import Volume
 from imageos.hook import Hook
+from imageos.run import Finished
 from imageos.settings import Settings
 
 ROOT = Volume("root", "ext4", "/dev/loop7p3", "11111111-1111-4111-8111-111111111111")
@@ -178,6 +179,52 @@ def test_ganeti_cannot_be_overruled_by_a_setting() -> None:
     )
     assert (env["TARGET"], env["BLOCKDEV"]) == ("/run/imageos/root", "/dev/xenvg/disk0")
     assert env["PYTHONPATH"] != "/tmp"
+
+
+# What a hook says
+
+
+@pytest.mark.parametrize(
+    ("said", "shown", "hint", "cause"),
+    [
+        (["one", "two"], ["one", "two"], "see /hooks/x and its messages above", ": two"),
+        (["two", " "], ["two", ""], "see /hooks/x and its messages above", ": two"),
+        ([], [], "see /hooks/x and its messages above", ""),
+        (["one", "imageos: hint: do", "imageos: bad"], ["one"], "do", ": bad"),
+        (["hint: a", "hint: b", "bad"], ["hint: a"], "b", ": bad"),
+        (["hint: a", "one", "bad"], ["hint: a", "one", "bad"], "see /hooks/x and its messages above", ": bad"),
+        (["hint: a", "one", "hint: b", "bad"], ["hint: a", "one"], "b", ": bad"),
+        (["one", "hint: a"], ["one"], "a", ": one"),
+    ],
+)
+@pytest.mark.parametrize("status", [0, 3, -9])
+def test_a_hint_is_said_once(
+    status: int,
+    said: list[str],
+    shown: list[str],
+    hint: str,
+    cause: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It is said before the cause if the hook fails, and else where the hook says it."""
+
+    def pipeline(stages: list[list[str]], *, on_line: Callable[[str], None], **_: object) -> list[Finished]:
+        for line in said:
+            on_line(line)
+        return [Finished(stages[0], status, b"", "")]
+
+    monkeypatch.setattr(hooks, "pipeline", pipeline)
+    if not status:
+        hooks._run_one("x", ["/hooks/x"], {})
+        shown = [line.replace("imageos: ", "").strip() for line in said]
+    else:
+        with pytest.raises(Failure) as raised:
+            hooks._run_one("x", ["/hooks/x"], {})
+        how = "failed with status 3" if status > 0 else "was killed by SIGKILL"
+        assert (str(raised.value), raised.value.hint) == (f"hook x {how}{cause}", hint)
+    lines = [line.replace("imageos: x: ", "").strip() for line in capfd.readouterr().err.splitlines()]
+    assert lines == shown
 
 
 # The same, as a hook in Python gets it
