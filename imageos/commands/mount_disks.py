@@ -59,13 +59,15 @@ def mount(name: str, path: str, options: argparse.Namespace, node: int) -> int:
         device = held.enter_context(disk.claimed(path, options.read_only, shared=options.read_only))
         attached = held.enter_context(disk.attached(device, options.read_only))
         found = discovery.find(attached, mounted=("/",))
-        with ExitStack() as mounts:
-            filesystem.mount_all(mounts, found.volumes, isolation.TARGET, options.read_only)
-            log.info(f"found {', '.join(discovery.describe(found))}")
-            if options.shell:
-                return shell(name, mounts, attached)
-            tree = linux.copy_mounts(isolation.TARGET)
-        publish(tree, node, place)
+        with ExitStack() as copied:  # as long as it is open, it keeps the disk
+            with ExitStack() as mounts:
+                filesystem.mount_all(mounts, found.volumes, isolation.TARGET, options.read_only)
+                log.info(f"found {', '.join(discovery.describe(found))}")
+                if options.shell:
+                    return shell(name, mounts, attached)
+                tree = linux.copy_mounts(isolation.TARGET)
+                copied.callback(os.close, tree)
+            publish(tree, node, place)
         held.pop_all()  # the mounts keep the loop device from now on: nobody waits for its end
     end = "in the end" if options.read_only else "before you start it"
     log.info(f"instance {name} is mounted at {place}; umount-disks {name} {end}")
@@ -87,8 +89,6 @@ def publish(tree: int, node: int, place: str) -> None:
     except OSError as error:
         remove_directory(place)
         raise Failure(f"cannot mount anything at {place}: {error.strerror}") from None
-    finally:
-        os.close(tree)
 
 
 def shell(name: str, mounts: ExitStack, attached: Attached) -> int:

@@ -1,0 +1,61 @@
+"""mount-disks: what it holds, and lets go in which order."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from imageos import discovery, disk, filesystem, linux
+from imageos.commands import mount_disks
+from imageos.discovery import Found, Part, Table
+from imageos.disk import Attached, Device
+from imageos.errors import Interrupted
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is held, while nothing is mounted for real: the copy of the mounts is a descriptor of /dev/null."""
+    names: list[str] = []
+
+    @contextmanager
+    def holding(name: str, value: object) -> Iterator[object]:
+        names.append(name)
+        try:
+            yield value
+        finally:
+            assert name != "loop" or "copy" not in names, "nobody can take the loop device away"
+            names.remove(name)
+
+    def copy_mounts(_path: str) -> int:
+        names.append("copy")
+        return os.open(os.devnull, os.O_RDONLY)
+
+    def close(descriptor: int) -> None:
+        really_close(descriptor)
+        names.remove("copy")
+
+    really_close = os.close
+    device, attached = Device("/dev/disk0", -1, 0, is_file=False), Attached("/dev/loop0", -1, 0)
+    part = Part(0, 0, 0, "", "", "", "/dev/loop0")
+    monkeypatch.setattr(disk, "claimed", lambda *_, **__: holding("disk", device))
+    monkeypatch.setattr(disk, "attached", lambda *_: holding("loop", attached))
+    monkeypatch.setattr(discovery, "find", lambda *_, **__: Found(Table("", (part,), 0), part, ()))
+    monkeypatch.setattr(filesystem, "mount_all", lambda stack, *_: stack.enter_context(holding("mounts", None)))
+    monkeypatch.setattr(linux, "copy_mounts", copy_mounts)
+    monkeypatch.setattr(os, "close", close)
+    return names
+
+
+def test_signal_before_anything_is_seen(held: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy of the mounts is gone before the disk is waited for, which it would keep."""
+
+    def publish(*_: object) -> None:
+        assert held == ["disk", "loop", "copy"]
+        raise Interrupted(15)
+
+    monkeypatch.setattr(mount_disks, "publish", publish)
+    options = mount_disks.parser().parse_args(["inst1"])
+    with pytest.raises(Interrupted):
+        mount_disks.mount("inst1", "/dev/disk0", options, -1)
+    assert held == []
