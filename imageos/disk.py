@@ -254,8 +254,7 @@ def _check_not_mounted(path: str) -> None:
     """Failure that says where, if it is mounted through a loop device, as mount-disks does it."""
     loop = _loop_over(os.stat(path))
     for mount in _mounts_of(loop) if loop else []:
-        by_mount_disks = re.match(r"/tmp/([^/]+)_root(/|$)", mount.place)
-        hint = f"umount-disks {by_mount_disks[1]}" if by_mount_disks else f"umount {mount.place}"
+        hint = f"umount-disks {mount.instance}" if mount.instance else f"umount {mount.place}"
         raise _in_use(path, f"it is mounted at {mount.place}", hint)
 
 

@@ -11,6 +11,17 @@ class Mount:
     place: str
     source: str
 
+    @property
+    def instance(self) -> str:
+        """The instance at whose mount point, or below it, this is; empty if it is none's. Anybody can mount there."""
+        match = re.match(r"/tmp/([A-Za-z0-9][A-Za-z0-9._-]*)_root(/|$)", self.place)
+        return match[1] if match else ""
+
+
+def mount_point(instance: str) -> str:
+    """Where mount-disks mounts the root of an instance's guest."""
+    return f"/tmp/{instance}_root"
+
 
 def current(mountinfo: str = "/proc/self/mountinfo") -> list[Mount]:
     """All mounts of this mount namespace, in the order in which they were made."""

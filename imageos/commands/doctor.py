@@ -427,9 +427,10 @@ def check_leftovers(report: Report, mounted: Sequence[Mount], sys_block: str = "
     before = len(report.findings)
     for one in mounted:
         # nothing but names: the command is there to be pasted into root's shell, and anybody can mount in /tmp (fuse)
-        left = re.fullmatch(r"/tmp/(tmp\.[A-Za-z0-9]{6,}|([A-Za-z0-9][A-Za-z0-9._-]*)_root)", one.place)
-        if left and one.source.startswith(("/dev/mapper/", "/dev/loop", "/dev/dm-")):
-            command = f"umount-disks {left[2]}" if left[2] else f"umount -R {one.place} && rmdir {one.place}"
+        is_mktemp = re.fullmatch(r"/tmp/tmp\.[A-Za-z0-9]{6,}", one.place)
+        is_root = one.instance and one.place == mounts.mount_point(one.instance)
+        if (is_root or is_mktemp) and one.source.startswith(("/dev/mapper/", "/dev/loop", "/dev/dm-")):
+            command = f"umount-disks {one.instance}" if is_root else f"umount -R {one.place} && rmdir {one.place}"
             report.say(NOTE, f"{one.source} is mounted at {one.place}", command)
     for name in partition_maps(sys_block):
         report.say(NOTE, f"/dev/mapper/{name} is a map of an instance's partition", f"dmsetup remove {name}")

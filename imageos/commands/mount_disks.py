@@ -17,6 +17,7 @@ from imageos.cluster import ClusterInstance
 from imageos.commandline import Parser
 from imageos.disk import Attached
 from imageos.errors import Failure, Interrupted
+from imageos.mounts import mount_point
 from imageos.run import foreground
 
 
@@ -127,10 +128,6 @@ def mount_there(known: ClusterInstance, path: str, options: argparse.Namespace) 
 def program_there() -> str:
     """imageos on another node: the same path as here, which `imageos install` makes so."""
     return os.path.realpath(hooks.program_file())
-
-
-def mount_point(name: str) -> str:
-    return f"/tmp/{name}_root"
 
 
 def check_free(name: str, options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 
 from imageos import cluster, disk, linux, log, mounts
 from imageos.commandline import Parser
-from imageos.commands.mount_disks import mount_point, program_there, remove_directory
+from imageos.commands.mount_disks import program_there, remove_directory
 from imageos.errors import Failure
 from imageos.mounts import Mount
 
@@ -24,7 +24,7 @@ def parser() -> Parser:
     made.add_argument(
         "--here",
         action="store_true",
-        help="on this node only: Ganeti is not asked, the disks are left as they are, INSTANCE is the full name",
+        help="on this node only: Ganeti is not asked, the disks are left as they are",
     )
     return made
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     if os.geteuid() != 0:
         raise Failure("this needs root", hint="run it with sudo")
     if options.here:
-        unmount(options.instance)
+        unmount(full_name(options.instance, mounts.current()))
         return 0
     known = cluster.instance(options.instance)
     if known.is_here:
@@ -46,9 +46,20 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def full_name(name: str, mounted: Iterable[Mount]) -> str:
+    """The name of the instance that is mounted here and that `name` is short for; `name` if there is none."""
+    names = sorted({mount.instance for mount in mounted if mount.instance and loop_of(mount.source)})
+    meant = [name] if name in names else [one for one in names if one.startswith(f"{name}.")]
+    if len(meant) > 1:
+        raise Failure(f"{name} is short for several instances: {', '.join(meant)}", hint="give the whole name")
+    if names and not meant:
+        log.info(f"mounted on this node: {', '.join(names)}")
+    return meant[0] if meant else name
+
+
 def unmount(name: str) -> None:
     """Everything at and below the mount point, and the mount point."""
-    place = mount_point(name)
+    place = mounts.mount_point(name)
     there = below(mounts.current(), place)
     with ExitStack() as stack:
         for loop in {loop_of(mount.source) for mount in there if mount.place == place} - {""}:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from imageos import linux, mounts
-from imageos.commands.umount_disks import below, is_below, loop_of, unmount_at
+from imageos.commands.umount_disks import below, full_name, is_below, loop_of, unmount_at
+from imageos.errors import Failure
 
 # /proc/self/mountinfo: two filesystems, one more over the second, one in a directory with a space
 MOUNTS = """\
@@ -58,3 +59,41 @@ def test_below() -> None:
 def test_loop() -> None:
     assert loop_of("/dev/loop12p3") == loop_of("/dev/loop12") == "/dev/loop12"
     assert loop_of("/dev/vda1") == loop_of("tmpfs") == ""
+
+
+HERE = mounts.parse(
+    """\
+65 27 259:2 / /tmp/inst1.example.org_root rw - ext4 /dev/loop0p3 rw
+66 65 259:0 / /tmp/inst1.example.org_root/boot rw - ext4 /dev/loop0p1 rw
+67 27 259:5 / /tmp/inst2.example.org_root rw - ext4 /dev/loop1p3 rw
+68 27 259:5 / /tmp/inst2.example.net_root rw - ext4 /dev/loop2p3 rw
+69 27 0:60 / /tmp/inst3.example.org_root rw - tmpfs tmpfs rw
+70 27 259:8 / /tmp/inst1_root rw - ext4 /dev/vda8 rw
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        *(("inst1", "inst1.example.org"), ("inst1.example", "inst1.example.org")),
+        *((one, one) for one in ("inst1.example.org", "inst2.example.net", "inst", "inst1.", "example.org", "inst3")),
+    ],
+)
+def test_short_name(name: str, full: str) -> None:
+    assert full_name(name, HERE) == full
+
+
+def test_short_name_of_several() -> None:
+    with pytest.raises(Failure, match="^inst2 is short for several instances: inst2.example.net, inst2.example.org$"):
+        full_name("inst2", HERE)
+
+
+def test_what_is_mounted_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    full_name("inst1", HERE)
+    full_name("inst1", HERE[-1:])
+    assert capfd.readouterr().err == ""
+    full_name("other", HERE)
+    assert capfd.readouterr().err == (
+        "imageos: mounted on this node: inst1.example.org, inst2.example.net, inst2.example.org\n"
+    )
