@@ -37,7 +37,9 @@ ORDER = [
     *("commands", "commands.create", "commands.import_", "commands.export", "commands.rename", "commands.verify"),
     *("commands.mount_disks", "commands.umount_disks"),
     *("commands.ganeti_image", "commands.make_dump", "commands.make_qemu_img"),
-    *("commands.install", "commands.uninstall", "commands.doctor"),
+    *("commands.install", "commands.uninstall"),
+    *("checks", "checks.report", "checks.variants", "checks.programs", "checks.definition", "checks.kernel"),
+    *("checks.node", "commands.doctor"),
     *("manual", "cli"),
 ]
 MODULES = {
@@ -103,15 +105,14 @@ def imported(name: str) -> set[str]:
             assert node.level == 0, f"{name}: relative import in line {node.lineno}"
             assert node.module
             # `from imageos import run` is a module, `from imageos.run import run` a function of it
-            modules = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= modules if node.module in ("imageos", "imageos.commands") else {node.module}
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name.partition(".")[2] in MODULES else node.module for name in names}
     return found
 
 
 def own(name: str) -> set[str]:
-    """The modules of the package that a source imports; __version__ is no module."""
-    inner = {one.partition(".")[2] for one in imported(name) if one.partition(".")[0] == "imageos"}
-    return inner - {"__version__"}
+    """The modules of the package that a source imports."""
+    return {one.partition(".")[2] for one in imported(name) if one.startswith("imageos.")}
 
 
 def dotted(node: ast.AST) -> str:

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from imageos import mounts
-from imageos.commands import doctor
-from imageos.commands.doctor import ERROR, NOTE, OK, UNKNOWN, Report, Variant
+from imageos.checks.node import check_leftovers
+from imageos.checks.programs import needed_by
+from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report, as_json, as_text, verdict
+from imageos.checks.variants import Variant
 from imageos.errors import Failure
 from imageos.settings import Settings
 
@@ -51,7 +53,7 @@ MOUNTS = """\
 
 def test_leftovers_with_their_commands(block: Path) -> None:
     report = Report()
-    doctor.check_leftovers(report, mounts.parse(MOUNTS), str(block))
+    check_leftovers(report, mounts.parse(MOUNTS), str(block))
     assert [finding.hint.partition(" (")[0] for finding in report.findings] == [
         "umount -R /tmp/tmp.aBcDeF1234 && rmdir /tmp/tmp.aBcDeF1234",
         "umount-disks inst2.example.org",
@@ -68,14 +70,14 @@ def test_no_command_is_made_of_what_is_no_name(place: str, tmp_path: Path) -> No
     (tmp_path / "block").mkdir()
     report = Report()
     mounted = mounts.parse(f"41 22 0:60 / {place} rw - fuse.x /dev/loop0 rw\n")
-    doctor.check_leftovers(report, mounted, str(tmp_path / "block"))
+    check_leftovers(report, mounted, str(tmp_path / "block"))
     assert [(one.level, one.what) for one in report.findings] == [(OK, "none")]
 
 
 def test_no_leftovers(tmp_path: Path) -> None:
     (tmp_path / "block").mkdir()
     report = Report()
-    doctor.check_leftovers(report, mounts.parse(MOUNTS)[:1], str(tmp_path / "block"))
+    check_leftovers(report, mounts.parse(MOUNTS)[:1], str(tmp_path / "block"))
     assert [(one.level, one.what) for one in report.findings] == [(OK, "none")]
 
 
@@ -91,27 +93,25 @@ def test_no_leftovers(tmp_path: Path) -> None:
     ],
 )
 def test_programs_of_a_variant(known: Settings, programs: set[str]) -> None:
-    assert programs <= set(doctor.needed_by(Variant("v", known)))
+    assert programs <= set(needed_by(Variant("v", known)))
 
 
 @pytest.mark.parametrize("known", [Settings(), Settings(image_name="x", cdinstall=True)])
 def test_nothing_is_needed_where_no_image_is_named(known: Settings) -> None:
-    assert list(doctor.needed_by(Variant("v", known))) == []
+    assert list(needed_by(Variant("v", known))) == []
 
 
 def example() -> Report:
-    report = Report()
-    report.area = "programs"
+    report = Report("programs")
     report.say(OK, "tar 1.34")
     report.say(ERROR, "zstd is missing: needed by variant a", "install zstd")
     report.say(OK, "sfdisk 2.38")
-    report.area = "images"
-    report.say(NOTE, "caf\u00e9 " * 30)
+    report.on("images").say(NOTE, "caf\u00e9 " * 30)
     return report
 
 
 def test_text() -> None:
-    text = doctor.as_text(example(), colour=False)
+    text = as_text(example(), colour=False)
     assert "  ok     tar 1.34, sfdisk 2.38\n  ERROR  zstd is missing" in text
     assert "         -> install zstd\n" in text
     assert text.endswith("\n1 error: this node cannot deploy all its variants\n")
@@ -120,13 +120,13 @@ def test_text() -> None:
 
 
 def test_colour() -> None:
-    text = doctor.as_text(example(), colour=True)
+    text = as_text(example(), colour=True)
     assert "\x1b[1;31mERROR\x1b[0m" in text
     assert "\x1b[32mok   \x1b[0m" in text
 
 
 def test_json() -> None:
-    found = json.loads(doctor.as_json(example()))
+    found = json.loads(as_json(example()))
     assert found["can_deploy"] is False
     assert found["findings"][1] == {
         "area": "programs",
@@ -141,6 +141,6 @@ def test_what_a_user_may_not_read_is_not_wrong(monkeypatch: pytest.MonkeyPatch) 
     report = Report()
     report.failure(Failure("cannot read image /x: Permission denied"))
     assert [one.level for one in report.findings] == [UNKNOWN]
-    assert doctor.verdict(report) == "this node can deploy its variants, as far as could be seen"
+    assert verdict(report) == "this node can deploy its variants, as far as could be seen"
     report.failure(Failure("cannot find image /y"))
     assert report.errors == 1

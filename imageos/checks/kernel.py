@@ -1,0 +1,71 @@
+"""The node's kernel: what every deployment needs of it, and the filesystems."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+
+from imageos import filesystem
+from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report
+from imageos.checks.variants import Variant, listed
+from imageos.errors import Failure
+from imageos.run import pipeline
+
+NAMESPACES = ("mount", "pid", "net", "ipc", "uts")
+
+
+def check_kernel(report: Report) -> None:
+    report.say_version("Linux", os.uname().release, (5, 8), "imageos needs Linux 5.8 or newer")
+    if os.geteuid() != 0:
+        report.say(UNKNOWN, "namespaces and loop devices were not tried", "run it as root")
+        return
+    refused = unshare_error()
+    report.say(
+        ERROR if refused else OK,
+        f"namespaces cannot be made: {refused}" if refused else f"namespaces: {', '.join(NAMESPACES)}",
+        "in a container, it must be allowed to make them" if refused else "",
+    )
+    try:
+        os.close(os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC))
+        report.say(OK, "loop devices")
+    except OSError as error:
+        report.say(ERROR, f"/dev/loop-control: {error.strerror}", "modprobe loop")
+
+
+def unshare_error() -> str:
+    try:
+        options = [f"--{name}" for name in NAMESPACES]
+        done = pipeline([["unshare", *options, "--fork", "true"]], timeout=10)[0]
+    except Failure as failure:
+        return str(failure)
+    return (done.stderr.strip() or f"status {done.status}") if done.status else ""
+
+
+def check_filesystems(report: Report, variants: Iterable[Variant]) -> None:
+    needed: dict[str, list[str]] = {}
+    for variant in variants:
+        if variant.layout:
+            for volume in filesystem.plan_volumes(variant.layout, variant.known.filesystem, str):
+                if volume.mount_point:
+                    needed.setdefault(volume.kind, []).append(variant.name)
+    for kind in filesystem.FILESYSTEMS:
+        if kernel_has(kind):
+            report.say(OK, kind)
+        elif kind in needed:
+            report.say(ERROR, f"this kernel has no {kind}: needed by {listed(needed[kind])}", f"modprobe {kind}")
+        else:
+            report.say(NOTE, f"this kernel has no {kind}: images with it cannot be deployed")
+
+
+def kernel_has(kind: str) -> bool:
+    """Whether the kernel has this filesystem, or a module of it that it loads when it is mounted."""
+    with open("/proc/filesystems", encoding="ascii") as file:
+        if kind in file.read().split():
+            return True
+    modules = f"/lib/modules/{os.uname().release}"
+    for name, wanted in (("modules.alias", f"alias fs-{kind} "), ("modules.dep", f"/{kind}.ko")):
+        with suppress(OSError), open(f"{modules}/{name}", encoding="utf-8") as file:
+            if any(wanted in line.partition(": ")[0] for line in file):
+                return True
+    return False
