@@ -155,8 +155,10 @@ def survey(device: Device, kind: Kind, seal: bool) -> tuple[bool, Map]:
             found = discovery.find(attached, EVERYWHERE)
         except Failure as failure:
             if kind.check or seal:
+                failure.hint = failure.hint or "make-qemu-img, without --seal, takes a disk as it is"
                 raise
-            log.info(f"no system is seen on the disk, which is taken as it is: {failure}")
+            for line in (*failure.details, f"no system is seen on the disk, which is taken as it is: {failure}"):
+                log.info(line)
             found = None
         if found and kind.check:
             kind.check(found)

@@ -339,18 +339,16 @@ def _is_system(root: Target) -> bool:
 
 
 def _no_root(table: Table, seen: dict[int, str]) -> NoSystem:
+    if not table.kind:
+        return NoSystem(f"no root filesystem found on the disk, which has no partition table: {seen[0]}")
     lines = []
     for part in table.parts[:12]:
         label = f", label {part.label}" if part.label else ""
         lines.append(f"{part}: {log.size(part.size)}{label}: {seen[part.number]}")
     if len(table.parts) > len(lines):
         lines.append(f"and {len(table.parts) - len(lines)} more")
-    what = f"{len(table.parts)} partitions" if table.kind else "no partition table"
-    return NoSystem(
-        f"no root filesystem found on the disk ({what}, listed above)",
-        hint="NOMOUNT=yes writes an image and touches nothing in it (Windows, BSD, LVM, encrypted)",
-        details=lines,
-    )
+    what = f"{len(table.parts)} partition{'s' * (len(table.parts) != 1)}"
+    return NoSystem(f"no root filesystem found on the disk ({what}, listed above)", details=lines)
 
 
 def _volumes(table: Table, system: _System, mounted: tuple[str, ...] = MOUNTED) -> Iterator[Volume]:

@@ -50,6 +50,16 @@ def find(directory: str) -> list[str]:
     )
 
 
+def check(known: Settings) -> None:
+    """Fail, or warn, before anything is written, if hooks cannot run as the settings want."""
+    if known.nomount:
+        return
+    if not os.path.lexists(known.customize_dir):
+        log.warning(f"there is no CUSTOMIZE_DIR {known.customize_dir}: no hook runs")
+    find(known.customize_dir)
+    check_overlay(known)
+
+
 def check_overlay(known: Settings) -> None:
     """Fail if the overlay that the hook `overlays` will copy is missing; warn if there is one, but not the hook."""
     if not known.overlay or known.nomount:

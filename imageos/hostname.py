@@ -52,7 +52,10 @@ def rename(root: Target, old: str, new: str) -> bool:
             if replaced != text:
                 root.write(found, replaced)
                 changed.append(found)
-    log.info(f"renamed the guest from {old} to {new}: {', '.join(changed) or 'its name was nowhere'}")
+    if changed:
+        log.info(f"renamed the guest from {old} to {new}: {', '.join(changed)}")
+    else:
+        log.info(f"the guest is not renamed to {new}: the name {old} is nowhere in it")
     return bool(changed)
 
 

@@ -4,6 +4,7 @@ Lists only, never a shell string; stdin closed unless given; a whitelisted envir
 and bounded; every stage of a pipeline counts; children are killed when we leave early.
 """
 
+import errno
 import os
 import selectors
 import shlex
@@ -322,6 +323,10 @@ def available(program: str) -> bool:
 
 
 def _missing(program: str, error: OSError) -> Failure:
+    if "/" in program:  # a hook, a shell
+        is_script = error.errno in (errno.ENOENT, errno.ENOEXEC) and os.path.exists(program)
+        hint = "its first line has to name an interpreter, as #!/bin/sh does" if is_script else None
+        return Failure(f"{program} cannot be run: {error.strerror}", hint=hint)
     if isinstance(error, FileNotFoundError):
         return Failure(f"{program}: not found", hint=f"install {PACKAGES.get(program, program)} on this node")
     return Failure(f"{program}: {error.strerror or error}")

@@ -54,7 +54,7 @@ def create(instance: Instance, known: Settings) -> None:
             f"instance {instance.name} has no disk to put an image on",
             hint="add one (gnt-instance modify --disk add:size=10G), or set CDINSTALL=yes",
         )
-    hooks.check_overlay(known)
+    hooks.check(known)
     interfaces(instance, known)  # addresses that make no sense are no reason to lose what the disk holds
     image_type = IMAGE_TYPES[known.image_type]
     image = images.find(known, with_boot=not instance.kernel_path)
@@ -112,7 +112,11 @@ def write_disk_image(known: Settings, image: Image, device: Device, attached: At
     if known.nomount:
         log.info("NOMOUNT=yes: nothing in the image is looked at or changed")
         return ()
-    found = discovery.find(attached)
+    try:
+        found = discovery.find(attached)
+    except discovery.NoSystem as failure:
+        failure.hint = failure.hint or "set NOMOUNT=yes if this is not Linux, or cannot be read (LVM, encrypted)"
+        raise
     log.info(f"found {', '.join(discovery.describe(found))}")
     if known.grow:
         with log.phase("grew it to the disk"):

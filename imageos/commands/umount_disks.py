@@ -59,6 +59,7 @@ def full_name(name: str, mounted: Iterable[Mount]) -> str:
 
 def unmount(name: str) -> None:
     """Everything at and below the mount point, and the mount point."""
+    os.chdir("/")  # it may be called from there
     place = mounts.mount_point(name)
     there = below(mounts.current(), place)
     with ExitStack() as stack:

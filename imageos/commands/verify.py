@@ -16,7 +16,7 @@ def main(_arguments: Sequence[str]) -> int:
     known, problems = settings.examine({**ganeti.EXAMPLE, **os.environ})
     problems += [Failure(f"unknown OS parameter {name}") for name in unknown]
     problems += [] if problems else image_problems(known)  # with a wrong setting replaced, it would be another image
-    problems += overlay_problems(known)
+    problems += hook_problems(known)
     for problem in problems[:-1]:
         _say(problem)
     if problems:
@@ -41,9 +41,9 @@ def image_problems(known: Settings) -> list[Failure]:
     return []
 
 
-def overlay_problems(known: Settings) -> list[Failure]:
+def hook_problems(known: Settings) -> list[Failure]:
     try:
-        hooks.check_overlay(known)
+        hooks.check(known)
     except Failure as problem:
         return [problem]
     return []

@@ -274,8 +274,8 @@ def lvm(path: Path) -> None:
 
 
 SEEN = {
-    no_table: ["the disk: 100 MiB: nothing that is known"],
-    zeroes: ["the disk: 100 MiB: nothing that is known"],
+    no_table: ["found on the disk, which has no partition table: nothing that is known"],
+    zeroes: ["found on the disk, which has no partition table: nothing that is known"],
     windows: ["partition 1: 10 MiB: nothing", "partition 2: 20 MiB: nothing"],
     swap_and_data: ["partition 1: 10 MiB, label l1: swap", "partition 2: 40 MiB, label my data: ext4 without a system"],
     lvm: ["partition 1: 10 MiB, label boot: ext4 without", "partition 2: 40 MiB: LVM"],
@@ -287,7 +287,7 @@ def test_no_root(build: Callable[[Path], None], node: Node, disk: MakeDisk, tmp_
     build(tmp_path / "image")
     target = disk(100)
     result = deploy(node, tmp_path / "image", target).failed("no root filesystem found")
-    assert "hint: NOMOUNT=yes" in result.lines[-2]
+    assert "hint: set NOMOUNT=yes" in result.lines[-2]
     for line in SEEN[build]:
         assert line in result.log
     assert_disarmed(target)

@@ -116,7 +116,7 @@ BAD = {
     "make-dump nosuch": "there is no instance nosuch",
     "make-qemu-img inst9": "instance inst9.example.org has no disks (disk template diskless)",
     "make-qemu-img inst2": "instance inst2.example.org is running",
-    "ganeti-image -t tarball -i inst3": "no root filesystem found on the disk (no partition table, listed above)",
+    "ganeti-image -t tarball -i inst3": "no root filesystem found on the disk, which has no partition table: nothing",
     "make-dump inst1 /nowhere": "IMAGE_DIR /nowhere: No such file or directory",
     "make-dump inst1 /srv/small": "/srv/small has 1 MiB free, the copy of the disk alone takes ",
     "make-dump inst1 -n ../x": "IMAGE_NAME='../x' with -n is not accepted: it must be a name without / that does not "

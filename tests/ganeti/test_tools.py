@@ -116,7 +116,7 @@ BAD = {
     f"mkdir -m 700 {PLACE}; chown 1 {PLACE}; mount-disks inst1": f"{PLACE} exists, and mount-disks has not made it",
     f"mkdir -m 700 {PLACE}; touch {PLACE}/x; mount-disks inst1": f"{PLACE} exists, and mount-disks has not made it",
     "mount-disks --disk /nowhere inst1": "disk /nowhere: No such file or directory",
-    "mount-disks inst2": "no root filesystem found on the disk (no partition table, listed above)",
+    "mount-disks inst2": "no root filesystem found on the disk, which has no partition table: nothing",
     "PATH=/usr/bin:/bin /usr/local/sbin/mount-disks inst1": "gnt-cluster: not found",
     "setpriv --reuid=65534 --clear-groups mount-disks inst1": "this needs root",
     "setpriv --reuid=65534 --clear-groups umount-disks inst1": "this needs root",

@@ -83,7 +83,19 @@ def test_no_directory_but_a_file(tmp_path: Path) -> None:
         hooks.find(str(tmp_path / "file"))
 
 
-# The overlay, before anything is written
+# Before anything is written
+
+
+def test_customize_dir_that_is_missing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    known = Settings(customize_dir=f"{tmp_path}/missing")
+    hooks.check(replace(known, nomount=True))
+    assert capfd.readouterr().err == ""
+    hooks.check(known)
+    assert capfd.readouterr().err == f"imageos: warning: there is no CUSTOMIZE_DIR {tmp_path}/missing: no hook runs\n"
+    put(tmp_path, "missing")
+    with pytest.raises(Failure, match=f"^cannot list CUSTOMIZE_DIR {tmp_path}/missing: Not a directory$"):
+        hooks.check(known)
+    hooks.check(replace(known, nomount=True))
 
 
 @pytest.fixture

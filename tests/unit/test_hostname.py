@@ -6,6 +6,7 @@ import pytest
 
 from imageos import hostname
 from imageos.hostname import OWN, REPEATED
+from imageos.target import Target
 
 OLD, NEW = "old.example.org", "new.example.net"
 
@@ -55,4 +56,11 @@ def test_replace(path: str, before: str, after: str | None) -> None:
 def test_one_label() -> None:
     assert hostname.replace("127.0.1.1 old.example.org old\n", REPEATED["/etc/hosts"], "old", "new.example.net") == (
         "127.0.1.1 old.example.org new\n"
+    )
+
+
+def test_a_name_that_is_nowhere(target: Target, capfd: pytest.CaptureFixture[str]) -> None:
+    assert not hostname.rename(target, "old.example.org", "new.example.org")
+    assert capfd.readouterr().err == (
+        "imageos: the guest is not renamed to new.example.org: the name old.example.org is nowhere in it\n"
     )

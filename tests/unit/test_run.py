@@ -1,5 +1,7 @@
 """What is said of processes. None is started here."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,23 @@ def test_nothing_is_started_here() -> None:
     """The tier's own rule, on the module that would start something."""
     with pytest.raises(AssertionError, match="started a process"):
         run.run(["true"])
+
+
+# What could not be started
+
+
+@pytest.mark.parametrize(("number", "is_there"), [(errno.ENOENT, True), (errno.ENOEXEC, True), (errno.ENOENT, False)])
+def test_script_without_an_interpreter(number: int, is_there: bool, tmp_path: Path) -> None:
+    script = tmp_path / "hook"
+    if is_there:
+        script.touch()
+    told = run._missing(str(script), OSError(number, os.strerror(number)))
+    assert str(told) == f"{script} cannot be run: {os.strerror(number)}"
+    assert told.hint == ("its first line has to name an interpreter, as #!/bin/sh does" if is_there else None)
+
+
+def test_program_that_is_missing() -> None:
+    told = run._missing("mkfs.xfs", FileNotFoundError(errno.ENOENT, "No such file or directory"))
+    assert (str(told), told.hint) == ("mkfs.xfs: not found", "install xfsprogs on this node")
+    told = run._missing("mkfs.xfs", PermissionError(errno.EACCES, "Permission denied"))
+    assert (str(told), told.hint) == ("mkfs.xfs: Permission denied", None)
