@@ -116,7 +116,7 @@ BAD = {
     f"mkdir -m 700 {PLACE}; chown 1 {PLACE}; mount-disks inst1": f"{PLACE} exists, and mount-disks has not made it",
     f"mkdir -m 700 {PLACE}; touch {PLACE}/x; mount-disks inst1": f"{PLACE} exists, and mount-disks has not made it",
     "mount-disks --disk /nowhere inst1": "disk /nowhere: No such file or directory",
-    "mount-disks inst2": "no root filesystem found on the disk, which has no partition table: nothing",
+    "mount-disks inst2": "no root filesystem found on the disk, which has no partition table: nothing that is known",
     "PATH=/usr/bin:/bin /usr/local/sbin/mount-disks inst1": "gnt-cluster: not found",
     "setpriv --reuid=65534 --clear-groups mount-disks inst1": "this needs root",
     "setpriv --reuid=65534 --clear-groups umount-disks inst1": "this needs root",
@@ -152,8 +152,6 @@ def test_bad_input(cluster: Cluster, prepared: str) -> None:
         assert said(log, f"LEFT{n}") == (0, []), command
         if command in HINTS:
             assert said(log, f"TRY{n}")[1][-2] == f"hint: {HINTS[command]}"
-    listed = said(log, f"TRY{list(BAD).index('mount-disks inst2')}")[1]
-    assert "the disk: 1 GiB: nothing that is known" in listed
     assert said(log, "NONE")[0] == said(log, "OPTION")[0] == 2
     assert said(log, "HELP")[1][0].startswith("usage: mount-disks ")
     assert last(log, "SILENT") == "cannot ask Ganeti about instance inst1: the master daemon does not answer"
