@@ -51,6 +51,16 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str) -> No
         time.sleep(0.02)
 
 
+def make_odd(path: Path, kind: str) -> None:
+    """Make what is no regular file: a directory, a fifo or a dangling link; nothing, if it is of another kind."""
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "dangling link":
+        path.symlink_to("nowhere")
+
+
 # Calls
 
 

@@ -1,11 +1,12 @@
 """A real cluster of one node (see one-node-cluster) on which imageos is installed."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Union
 
-from support import PATH, TESTS
+from support import PATH, TESTS, run
 
 CLUSTER = TESTS / "ganeti/one-node-cluster"
 OS_DIR = "/usr/share/ganeti/os/image"
@@ -15,6 +16,17 @@ ADD = (
     "gnt-instance add -t file --no-start --no-name-check --no-ip-check -B memory=256"
     " --net 0:mode=routed,link=100,ip=192.0.2.50 -n node1.example.org"
 )
+
+
+def tiny_image(work: Path, files: Mapping[str, Union[str, bytes]] = {}) -> Path:  # noqa: B006
+    """An image with as little in it as a system can have, and these files."""
+    tree, image = work / "tree", work / "tiny-x86_64.tar.gz"
+    for directory in ("bin", "boot", "etc", "root"):
+        (tree / directory).mkdir(parents=True)
+    for name, content in {"etc/os-release": "ID=tiny\n", "etc/hostname": "image\n", **files}.items():
+        (tree / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    run("tar", "--create", "--gzip", "--numeric-owner", "--directory", tree, "--file", image, ".")
+    return image
 
 
 class Cluster:

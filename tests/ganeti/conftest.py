@@ -4,8 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from clusters import Cluster
-from support import run
+from clusters import Cluster, tiny_image
 
 
 @pytest.fixture
@@ -15,13 +14,5 @@ def cluster(imageos: Path, tmp_path: Path) -> Cluster:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """An image with as little in it as a system can have."""
-    tree = tmp_path / "tree"
-    for directory in ("bin", "boot", "etc"):
-        (tree / directory).mkdir(parents=True)
-    (tree / "etc/os-release").write_text("ID=tiny\n")
-    (tree / "etc/hostname").write_text("image\n")
-    (tree / "etc/noise").write_bytes(os.urandom(1 << 20))
-    image = tmp_path / "tiny-x86_64.tar.gz"
-    run("tar", "--create", "--gzip", "--numeric-owner", "--directory", tree, "--file", image, ".")
-    return image
+    """An image that does not compress to nothing."""
+    return tiny_image(tmp_path, {"etc/noise": os.urandom(1 << 20)})

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from clusters import ADD, IMAGES, SITE, Cluster, between
+from clusters import ADD, IMAGES, SITE, Cluster, between, tiny_image
 from debian import debian
 from qemu import Console
-from support import run
 
 EXPORTS = "/var/lib/ganeti/export"
 TINY = "-o image+default -O image_name=tiny,image_type=tarball,swap_size=16"
@@ -29,13 +28,7 @@ leftovers() {
 @pytest.fixture
 def prepared(tmp_path: Path) -> str:
     """A script: an image, and inst1 with a second disk that holds a filesystem."""
-    tree = tmp_path / "tree"
-    for directory in ("bin", "boot", "etc"):
-        (tree / directory).mkdir(parents=True)
-    (tree / "etc/os-release").write_text("ID=tiny\n")
-    (tree / "etc/hostname").write_text("image\n")
-    image = tmp_path / "tiny-x86_64.tar.gz"
-    run("tar", "--create", "--gzip", "--numeric-owner", "--directory", tree, "--file", image, ".")
+    image = tiny_image(tmp_path)
     return f"""{DISK}
         cp {image} {IMAGES}/
         {ADD} --disk 0:size=1G --disk 1:size=1G {TINY} inst1.example.org

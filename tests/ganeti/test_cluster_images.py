@@ -6,8 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from support import run
-from test_cluster import ADD, IMAGES, OS_DIR, Cluster, between
+from clusters import ADD, IMAGES, OS_DIR, Cluster, between, tiny_image
 
 TINY = "-o image+default -O image_name=tiny,image_type=tarball,swap_size=16"
 DISKS = "/srv/ganeti/file-storage"
@@ -39,23 +38,14 @@ tree() {{
 
 
 @pytest.fixture
-def cluster(imageos: Path, tmp_path: Path) -> Cluster:
-    return Cluster(imageos, tmp_path)
-
-
-@pytest.fixture
 def prepared(tmp_path: Path) -> str:
     """A script: the functions above, an image, and inst1 made of it, stopped, its disks not active."""
-    tree = tmp_path / "tree"
-    for directory in ("bin", "boot", "etc", "root"):
-        (tree / directory).mkdir(parents=True)
-    (tree / "etc/os-release").write_text("ID=tiny\n")
-    (tree / "etc/hostname").write_text("image\n")
-    (tree / "etc/machine-id").write_text("0123456789abcdef0123456789abcdef\n")
-    (tree / "boot/vmlinuz").write_text("not a kernel\n")
-    (tree / "bin/noise").write_bytes(bytes(range(256)) * 4096)
-    image = tmp_path / "tiny-x86_64.tar.gz"
-    run("tar", "--create", "--gzip", "--numeric-owner", "--directory", tree, "--file", image, ".")
+    files = {
+        "etc/machine-id": "0123456789abcdef0123456789abcdef\n",
+        "boot/vmlinuz": "not a kernel\n",
+        "bin/noise": bytes(range(256)) * 4096,
+    }
+    image = tiny_image(tmp_path, files)
     return f"""{SCRIPT}
         cp {image} {IMAGES}/
         {ADD} --disk 0:size=1G --disk 1:size=1G {TINY} inst1.example.org

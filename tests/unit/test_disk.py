@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import make_odd
 
 from imageos import disk, linux
 from imageos.disk import SIGNATURES, Attached, Device
@@ -77,12 +78,7 @@ def test_virtual_machine_uses_it(path: Path) -> None:
 )
 def test_no_disk(kind: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "odd"
-    if kind == "directory":
-        path.mkdir()
-    elif kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "dangling link":
-        path.symlink_to("nowhere")
+    make_odd(path, kind)
     with pytest.raises(Failure) as raised, disk.claimed(str(path)):
         pass
     assert str(raised.value).startswith(f"disk {path}")

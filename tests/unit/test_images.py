@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import make_odd
 
 from imageos import images, tarball
 from imageos.errors import Failure
@@ -152,12 +153,7 @@ def test_what_is_no_image(kind: str, known: Settings) -> None:
     path = put(known, b"")
     if kind != "empty":
         path.unlink()
-    if kind == "directory":
-        path.mkdir()
-    elif kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "dangling link":
-        path.symlink_to("nowhere")
+    make_odd(path, kind)
     with pytest.raises(Failure) as raised:
         images.find(known)
     assert str(path) in str(raised.value)
