@@ -20,8 +20,8 @@ from imageos.errors import Failure
 from imageos.run import Finished, pipeline
 
 FIELDS = (
-    *("name", "os", "hypervisor", "pnode", "disk_template", "disk.count"),
-    *("status", "admin_state", "oper_state", "disks_active", "hv/kernel_path"),
+    *("name", "os", "pnode", "disk_template", "disk.count"),
+    *("status", "admin_state", "oper_state", "disks_active"),
 )
 STATE = "/var/lib/ganeti"  # Debian's place of what Ganeti tells every node
 # A mark of each instance whose disks a tool uses: locked while it runs, kept for what mount-disks leaves mounted
@@ -36,14 +36,12 @@ class ClusterInstance:
 
     name: str  # in full
     os: str
-    hypervisor: str
     node: str  # its primary node
     disk_template: str
     disk_count: int
     status: str  # as gnt-instance(8) has it: running, ADMIN_down, ERROR_nodedown, ...
     stopped: bool  # and meant to be: Ganeti will not start it by itself
     disks_active: bool
-    kernel_path: str  # empty if the guest boots its own kernel
 
     @property
     def is_here(self) -> bool:
@@ -157,20 +155,18 @@ def check_name(name: str) -> None:
 
 def parse_instance(text: str) -> ClusterInstance:
     """The one line that `gnt-instance list` printed."""
-    values = dict(zip(FIELDS, text.rstrip("\n").split("|", len(FIELDS) - 1)))
+    values = dict(zip(FIELDS, text.rstrip("\n").split("|")))
     if len(values) != len(FIELDS) or not values["disk.count"].isdigit():
         raise Failure(f"cannot understand what gnt-instance list printed: {text!r}")
     return ClusterInstance(
         name=values["name"],
         os=values["os"],
-        hypervisor=values["hypervisor"],
         node=values["pnode"],
         disk_template=values["disk_template"],
         disk_count=int(values["disk.count"]),
         status=values["status"],
         stopped=values["admin_state"] in ("down", "offline") and values["oper_state"] == "N",
         disks_active=values["disks_active"] == "Y",
-        kernel_path="" if values["hv/kernel_path"] == "-" else values["hv/kernel_path"],
     )
 
 

@@ -20,6 +20,7 @@ from imageos.disk import Attached
 from imageos.errors import Failure
 from imageos.filesystem import FILESYSTEMS, Volume
 from imageos.layout import GPT_TYPES, ROOT_TYPES, SECTOR
+from imageos.mounts import unescape
 from imageos.run import pipeline
 from imageos.sandbox import GuestDisk
 from imageos.target import Target
@@ -217,7 +218,7 @@ def parse_fstab(text: str) -> tuple[FstabEntry, ...]:
     """The entries of an fstab(5) that mount something, in its order; what cannot be understood is left out."""
     entries = []
     for line in text.splitlines():
-        fields = [_unescape(field) for field in line.split()]
+        fields = [unescape(field) for field in line.split()]
         if len(fields) < 3 or fields[0].startswith("#") or any("\0" in field for field in fields):
             continue
         source, mount_point, kind = fields[:3]
@@ -268,10 +269,6 @@ def _part(entry: Any, device: str, disk_id: str) -> Part:
         str(entry.get("name", "")),
         f"{device}p{number}",
     )
-
-
-def _unescape(field: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
 # --- the system ------------------------------------------------------------------------------------------

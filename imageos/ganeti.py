@@ -9,7 +9,6 @@ from typing import Optional
 
 from imageos.errors import Failure
 
-MIB = 1 << 20
 API_VERSIONS = (20, 15, 10)  # as in the file ganeti_api_version
 # What a settings file may compute with, where no instance is named: in verify, and when a node is looked at.
 EXAMPLE = {"INSTANCE_NAME": "example.example.org", "INSTANCE_BE_maxmem": "1024", "DISK_COUNT": "1", "NIC_COUNT": "0"}
@@ -153,7 +152,7 @@ def _disks(environ: Mapping[str, str]) -> list[Disk]:
                 raise _userspace_only(f"DISK_{index}_URI", f"disk {index}")
             raise Failure(f"DISK_{index}_PATH is not set, though DISK_COUNT is {environ['DISK_COUNT']}")
         size = _number(environ, f"DISK_{index}_SIZE")
-        disks.append(Disk(index, path, size * MIB or None))
+        disks.append(Disk(index, path, size << 20 or None))  # it comes in MiB
     return disks
 
 

@@ -36,8 +36,9 @@ def parse(text: str) -> list[Mount]:
 
 def _mount(line: str) -> Mount:
     before, _, after = line.partition(" - ")
-    return Mount(_unescape(before.split(" ")[4]), _unescape(after.split(" ")[1]))
+    return Mount(unescape(before.split(" ")[4]), unescape(after.split(" ")[1]))
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+    """A field of mountinfo or fstab(5), in which blanks and backslashes are octal."""
     return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), text)

@@ -11,8 +11,8 @@ from imageos.cluster import ClusterInstance, parse_disks, parse_instance, ssh_co
 from imageos.errors import Failure
 
 # gnt-instance list --no-headers --separator='|' -o FIELDS
-DOWN = "inst1.example.org|image+debian-12|fake|node1.example.org|file|2|ADMIN_down|down|N|N|-\n"
-RUNNING = "inst1.example.org|image+debian-12|kvm|node1.example.org|plain|1|running|up|Y|Y|/boot/vmlinuz-6.1\n"
+DOWN = "inst1.example.org|image+debian-12|node1.example.org|file|2|ADMIN_down|down|N|N\n"
+RUNNING = "inst1.example.org|image+debian-12|node1.example.org|plain|1|running|up|Y|Y\n"
 DISKS = """\
 node1.example.org:disk/0:/srv/ganeti/file-storage/inst1.example.org/893f7303.file.disk0
 node1.example.org:disk/1:/dev/vg/e8a99085.disk1
@@ -31,14 +31,11 @@ Connect timed out
 
 def test_instance() -> None:
     assert parse_instance(DOWN) == ClusterInstance(
-        *("inst1.example.org", "image+debian-12", "fake", "node1.example.org", "file", 2, "ADMIN_down"),
+        *("inst1.example.org", "image+debian-12", "node1.example.org", "file", 2, "ADMIN_down"),
         stopped=True,
         disks_active=False,
-        kernel_path="",
     )
-    running = parse_instance(RUNNING)
-    assert running.kernel_path == "/boot/vmlinuz-6.1"
-    assert running.disks_active
+    assert parse_instance(RUNNING).disks_active
 
 
 @pytest.mark.parametrize(
