@@ -115,6 +115,16 @@ def find(disk: Attached, mounted: tuple[str, ...] = MOUNTED) -> Found:
     return Found(table, system.part, tuple(_volumes(table, system, mounted)))
 
 
+def find_if_any(disk: Attached, otherwise: str) -> Found | None:
+    """As `find`; where there is no system, None, and in the log what was seen and what that means: `otherwise`."""
+    try:
+        return find(disk)
+    except NoSystem as failure:
+        for line in (*failure.details, f"{otherwise}: {failure}"):
+            log.info(line)
+        return None
+
+
 def read(disk: Attached) -> Table:
     """The partition table, checked, its partition nodes made and probed. Also right for data disks."""
     table = read_table(disk)

@@ -82,6 +82,9 @@ def check_settings(report: Report) -> list[Variant]:
 
 def check_hooks(report: Report, variants: Iterable[Variant]) -> None:
     for directory in sorted({variant.known.customize_dir for variant in variants}):
+        if not os.path.lexists(directory):
+            report.say(NOTE, f"there is no CUSTOMIZE_DIR {directory}: no hook runs", f"mkdir -p {directory}")
+            continue
         try:
             names = find(directory)
             report.say(OK, f"hooks: {' '.join(names) or 'none is enabled'}")

@@ -218,12 +218,8 @@ def adapt(device: Device, instance: Instance, known: Settings, is_larger: bool) 
     if known.nomount or not (names or (is_larger and known.grow)):
         return
     with disk.attached(device) as attached:
-        try:
-            found = discovery.find(attached)
-        except discovery.NoSystem as failure:
-            for line in failure.details:
-                log.info(line)
-            log.info(f"the disk is left as it was in the backup: {failure}")
+        found = discovery.find_if_any(attached, "the disk is left as it was in the backup")
+        if not found:
             return
         if is_larger and known.grow:
             with log.phase("grew the root filesystem"):

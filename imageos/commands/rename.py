@@ -24,12 +24,8 @@ def main(_arguments: Sequence[str]) -> int:
         log.info(f"{reason}: there is no guest to rename")
         return 0
     with disk.claimed(instance.disks[0].path) as device, disk.attached(device) as attached:
-        try:
-            found = discovery.find(attached)
-        except discovery.NoSystem as failure:
-            for line in failure.details:
-                log.info(line)
-            log.info(f"there is no guest to rename: {failure}")
+        found = discovery.find_if_any(attached, "there is no guest to rename")
+        if not found:
             return 0
         rename(instance, old, known, device, attached, found)
         disk.flush(device, attached.descriptor)

@@ -9,7 +9,7 @@ from imageos import mounts
 from imageos.checks.node import check_leftovers
 from imageos.checks.programs import needed_by
 from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report, as_json, as_text, verdict
-from imageos.checks.variants import Variant
+from imageos.checks.variants import Variant, check_hooks
 from imageos.errors import Failure
 from imageos.settings import Settings
 
@@ -99,6 +99,21 @@ def test_programs_of_a_variant(known: Settings, programs: set[str]) -> None:
 @pytest.mark.parametrize("known", [Settings(), Settings(image_name="x", cdinstall=True)])
 def test_nothing_is_needed_where_no_image_is_named(known: Settings) -> None:
     assert list(needed_by(Variant("v", known))) == []
+
+
+def test_hooks_of_variants(tmp_path: Path) -> None:
+    """Each directory is looked at once; one that is missing is no reason not to deploy, one that is a file is."""
+    (tmp_path / "hooks").mkdir()
+    (tmp_path / "hooks/mine").touch(0o755)
+    (tmp_path / "file").touch()
+    directories = ("file", "hooks", "hooks", "missing")
+    report = Report()
+    check_hooks(report, [Variant("v", Settings(customize_dir=f"{tmp_path}/{name}")) for name in directories])
+    assert [(one.level, one.what.replace(str(tmp_path), "")) for one in report.findings] == [
+        (ERROR, "cannot list CUSTOMIZE_DIR /file: Not a directory"),
+        (OK, "hooks: mine"),
+        (NOTE, "there is no CUSTOMIZE_DIR /missing: no hook runs"),
+    ]
 
 
 def example() -> Report:
