@@ -282,7 +282,7 @@ def _check_unused(path: str, descriptor: int) -> None:
     except OSError:
         return  # some filesystems have no such locks
     if struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK:
-        raise _in_use(path, "a virtual machine (or another program that locks it) is using it")
+        raise _in_use(path, "an instance, or another program that locks it, is using it")
 
 
 def _loop_over(backing: os.stat_result) -> Optional[str]:

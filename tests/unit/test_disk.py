@@ -63,7 +63,7 @@ def test_virtual_machine_uses_it(path: Path) -> None:
     """qemu locks single bytes of its images, by open file description."""
     with path.open("r+b") as other:
         fcntl.fcntl(other, F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 100, 1, 0))
-        with pytest.raises(Failure, match="in use: a virtual machine"), disk.claimed(str(path)):
+        with pytest.raises(Failure, match="in use: an instance, or another program"), disk.claimed(str(path)):
             pass
 
 
