@@ -46,6 +46,7 @@ MOUNTS = """\
 40 22 253:2 / /tmp/tmp.aBcDeF1234 rw - ext3 /dev/mapper/xenvg-inst1.disk0-3 rw
 41 22 7:9 / /tmp/inst2.example.org_root rw - ext4 /dev/loop9p3 rw
 42 22 0:30 / /tmp/tmp.mine123456 rw - tmpfs tmpfs rw
+45 41 7:9 / /tmp/inst2.example.org_root/boot rw - ext4 /dev/loop9p1 rw
 43 22 7:3 / /mnt/with\\040space rw - ext4 /dev/loop3 rw
 44 22 7:4 / /mnt/other rw - ext4 /dev/loop4p1 rw
 """

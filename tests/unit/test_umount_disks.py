@@ -38,6 +38,17 @@ def test_a_carriage_return_in_a_path(tmp_path: Path) -> None:
     assert "/tmp/inst1_root/bo\rot" in places
 
 
+@pytest.mark.parametrize(
+    ("place", "instance"),
+    [
+        *(("/tmp/a.b_root", "a.b"), ("/tmp/a.b_root/boot", "a.b"), ("/tmp/a_root_root", "a_root")),
+        *((one, "") for one in ("/tmp/a_root2", "/tmp/_root", "/tmp/-a_root", "/mnt/a_root", "/tmp/a/b_root", "/tmp")),
+    ],
+)
+def test_whose_mount_it_is(place: str, instance: str) -> None:
+    assert mounts.Mount(place, "/dev/loop0").instance == instance
+
+
 def test_a_link_above_a_mount_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unmounted = []
     monkeypatch.setattr(linux, "umount", lambda path, flags: unmounted.append((os.path.realpath(path), flags)))
@@ -69,6 +80,8 @@ HERE = mounts.parse(
 68 27 259:5 / /tmp/inst2.example.net_root rw - ext4 /dev/loop2p3 rw
 69 27 0:60 / /tmp/inst3.example.org_root rw - tmpfs tmpfs rw
 70 27 259:8 / /tmp/inst1_root rw - ext4 /dev/vda8 rw
+71 27 259:9 / /tmp/inst4.example.org_root rw - ext4 /dev/loop3p3 rw
+72 27 259:9 / /tmp/inst4_root rw - ext4 /dev/loop4p3 rw
 """
 )
 
@@ -77,7 +90,10 @@ HERE = mounts.parse(
     ("name", "full"),
     [
         *(("inst1", "inst1.example.org"), ("inst1.example", "inst1.example.org")),
-        *((one, one) for one in ("inst1.example.org", "inst2.example.net", "inst", "inst1.", "example.org", "inst3")),
+        *(
+            (one, one)
+            for one in ("inst1.example.org", "inst2.example.net", "inst", "inst1.", "example.org", "inst3", "inst4")
+        ),
     ],
 )
 def test_short_name(name: str, full: str) -> None:
@@ -91,9 +107,11 @@ def test_short_name_of_several() -> None:
 
 def test_what_is_mounted_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     full_name("inst1", HERE)
-    full_name("inst1", HERE[-1:])
+    full_name("inst4", HERE)
+    full_name("inst1", HERE[5:6])
     assert capfd.readouterr().err == ""
     full_name("other", HERE)
     assert capfd.readouterr().err == (
-        "imageos: mounted on this node: inst1.example.org, inst2.example.net, inst2.example.org\n"
+        "imageos: mounted on this node: inst1.example.org, inst2.example.net, inst2.example.org, inst4, "
+        "inst4.example.org\n"
     )
