@@ -54,7 +54,7 @@ def check(known: Settings) -> None:
     """Fail, or warn, before anything is written, if hooks cannot run as the settings want."""
     if known.nomount:
         return
-    if not os.path.lexists(known.customize_dir):
+    if known.customize_dir != Settings.customize_dir and not os.path.lexists(known.customize_dir):
         log.warning(f"there is no CUSTOMIZE_DIR {known.customize_dir}: no hook runs")
     find(known.customize_dir)
     check_overlay(known)

@@ -92,6 +92,8 @@ def test_customize_dir_that_is_missing(tmp_path: Path, capfd: pytest.CaptureFixt
     assert capfd.readouterr().err == ""
     hooks.check(known)
     assert capfd.readouterr().err == f"imageos: warning: there is no CUSTOMIZE_DIR {tmp_path}/missing: no hook runs\n"
+    hooks.check(Settings())
+    assert capfd.readouterr().err == "", "no directory is as good as an empty one, if nobody has named it"
     put(tmp_path, "missing")
     with pytest.raises(Failure, match=f"^cannot list CUSTOMIZE_DIR {tmp_path}/missing: Not a directory$"):
         hooks.check(known)
