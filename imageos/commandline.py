@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise Usage(f"{self.prog}: {message}", hint=f"{self.prog} --help")
+        raise Usage(f"{self.prog}: {message}", hint=" ".join(self.format_usage().split()))
 
     def add_instance(self) -> None:
         self.add_argument("instance", metavar="INSTANCE", help="its name, as Ganeti knows it")

@@ -99,7 +99,7 @@ def test_wrong_options_of_every_command(
     shown = capfd.readouterr()
     hint, cause = shown.err.splitlines()
     typed = name if name in install.TOOLS else f"imageos {name}"
-    assert hint == f"imageos: hint: {typed} --help"
+    assert hint.startswith(f"imageos: hint: usage: {typed} [-h] ")
     assert cause.startswith(f"imageos: {typed}: unrecognized arguments: ") and cause.endswith("--frobnicate")
     assert shown.out == ""
 
