@@ -237,7 +237,7 @@ def _open_exclusively(path: str, read_only: bool, is_file: bool) -> int:
         descriptor = os.open(path, flags | exclusive)
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise _in_use(path, "it is mounted, or part of another device") from None
+            raise _in_use(path, "it is mounted, part of another device, or another process has it") from None
         raise Failure(f"disk {path}: {error.strerror}") from None
     if not (is_file or read_only) and linux.is_read_only(descriptor):
         os.close(descriptor)

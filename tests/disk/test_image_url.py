@@ -943,11 +943,11 @@ def test_dump(is_directory: bool, server: Server, known: Settings) -> None:
     assert images_module.find(known).boot is None
 
 
-def test_create_four_at_once(repository: Server, empty_node: Node, disk: MakeDisk) -> None:
+def test_create_eight_at_once(repository: Server, empty_node: Node, disk: MakeDisk) -> None:
     path = f"/images/tiny-{trees.ARCH}.tar.zst"
     repository.files[path].rate = len(repository.files[path].content) // 3
     url = repository.url + "/images"
-    calls = [empty_node.start("create", empty_node.environment(disk(), OSP_IMAGE_URL=url)) for _ in range(4)]
+    calls = [empty_node.start("create", empty_node.environment(disk(), OSP_IMAGE_URL=url)) for _ in range(8)]
     for call in calls:
         call.result().ok()
     assert repository.count(path) == 1

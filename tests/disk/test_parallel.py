@@ -1,28 +1,137 @@
-"""Several creates at once."""
+"""Two at once: on one disk the second is refused and the first not harmed, elsewhere they do not meet."""
 
+from __future__ import annotations
+
+import copy
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
 
+import backups
 import pytest
-from support import Node, attached, mounted, partitions, run, wait_until
+from support import PATH, Call, Node, Result, attached, mounted, partitions, run, wait_until
 
 MakeDisk = Callable[..., Path]
+NAME = "parallel.example.org"
+PLACE = Path(f"/tmp/{NAME}_root")
+KINDS = ["file", "block device"]
 
 
-@pytest.mark.parametrize("kind", ["file", "block device"])
-def test_two_on_one_disk(kind: str, node: Node, disk: MakeDisk, block_disk: MakeDisk, tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
+def tool(node: Node, *argv: str) -> Result:
+    node.calls += 1
+    return Call(node.imageos, {"PATH": PATH}, node.work / f"{argv[0]}-{node.calls}.log", argv).result()
+
+
+def capture(node: Node, target: Path, kind: str) -> Result:
+    return tool(node, "ganeti-image", "-t", kind, "-i", NAME, "-d", str(node.images), "--disk", str(target))
+
+
+def rename(node: Node, target: Path) -> Result:
+    return node.call("rename", node.environment(target, env="rename", OLD_INSTANCE_NAME="old.example.org"))
+
+
+# All that a second one may be; those that only read, too: what they saw would contradict itself
+SECOND: dict[str, Callable[[Node, Path], Result]] = {
+    "create": lambda node, target: node.create(target),
+    "import": lambda node, target: backups.restore(node, b"a stream that is never read", target),
+    "export": lambda node, target: backups.export(node, target).result,
+    "rename": rename,
+    "mount-disks": lambda node, target: tool(node, "mount-disks", "other", "--disk", str(target)),
+    "ganeti-image -t tarball": lambda node, target: capture(node, target, "tarball"),
+    "ganeti-image -t dump": lambda node, target: capture(node, target, "dump"),
+    "ganeti-image -t qemu-img": lambda node, target: capture(node, target, "qemu-img"),
+}
+
+
+@contextmanager
+def waiting(node: Node, target: Path, gate: Path) -> Iterator[Call]:
+    """A create that is about to be finished; it has to be when the context ends."""
     node.hook("waits", f"#!/bin/sh\n: > {gate}\nwhile [ -e {gate} ]; do sleep 0.05; done\n")
+    call = node.start("create", node.environment(target))
+    call.wait_for(gate.exists, "its hook runs")
+    try:
+        yield call
+    finally:
+        gate.unlink()
+    call.result().ok()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_else_during_create(
+    kind: str, node: Node, disk: MakeDisk, block_disk: MakeDisk, tmp_path: Path
+) -> None:
     target = disk() if kind == "file" else block_disk()
-    first = node.start("create", node.environment(target))
-    first.wait_for(gate.exists, "the first one's hook runs")
-    node.create(target).failed(str(target), "in use")
-    gate.unlink()
-    first.result().ok()
+    images = os.listdir(node.images)
+    with waiting(node, target, tmp_path / "gate"):
+        for name, second in SECOND.items():
+            assert f"disk {target} is in use: " in second(node, target).failed().last, name
+        tool(node, "mount-disks", "other", "--read-only", "--disk", str(target)).failed(str(target), "in use")
+        assert os.listdir(node.images) == images
     assert_whole(target, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["file", "block device"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_else_while_mounted(
+    kind: str, node: Node, disk: MakeDisk, block_disk: MakeDisk, tmp_path: Path
+) -> None:
+    """They say where; and what is written there afterwards is on the disk."""
+    target = disk() if kind == "file" else block_disk()
+    node.create(target).ok()
+    tool(node, "mount-disks", NAME, "--disk", str(target)).ok()
+    try:
+        for name, second in SECOND.items():
+            result = second(node, target).failed(str(target))
+            assert f"is in use: it is mounted at {PLACE}" in result.last, name
+            assert f"hint: umount-disks {NAME}" in result.log, name
+        (PLACE / "written").write_text("afterwards\n")
+    finally:
+        tool(node, "umount-disks", "--here", NAME).ok()
+    assert_whole(target, tmp_path)
+    with mounted(target, tmp_path / "root", partitions(target)[-1]) as guest:
+        assert (guest / "written").read_text() == "afterwards\n"
+    node.create(target).ok()
+
+
+def test_install_during_create(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    """A newer version takes the place of the file that a create runs from, which goes on with what it was."""
+    newer = another_version(node.imageos, tmp_path / "newer", "99.9")
+    here = copy.copy(node)
+    here.root = tmp_path / "own"
+    here.os_dir = here.root / "usr/share/ganeti/os/image"
+    run(node.imageos, "install", "--root", here.root)
+    target, gate = disk(), tmp_path / "gate"
+    node.variant("default", f": > {gate}; while [ -e {gate} ]; do sleep 0.05; done")
+    call = here.start("create", here.environment(target))
+    call.wait_for(gate.exists, "it reads its settings")
+    with (here.os_dir / "imageos").open("rb") as running:
+        run(newer, "install", "--root", here.root)
+        assert running.read() == node.imageos.read_bytes(), "written into the file that somebody runs"
+    gate.unlink()
+    call.result().ok()
+    assert_whole(target, tmp_path)
+    assert (here.os_dir / "imageos").read_bytes() == newer.read_bytes()
+    assert [name for name in os.listdir(here.os_dir) if name.endswith(".tmp")] == []
+    node.variant("default")
+    node.hook("version", "#!/bin/sh\n$IMAGEOS --version\n")
+    assert "imageos 99.9" in here.create(disk()).ok().log
+
+
+def another_version(imageos: Path, path: Path, version: str) -> Path:
+    """The same file with another version: no member of the archive is where it was."""
+    with zipfile.ZipFile(imageos) as old, path.open("wb") as file:
+        file.write(imageos.read_bytes().partition(b"\n")[0] + b"\n")
+        with zipfile.ZipFile(file, "w") as new:
+            for name in old.namelist():
+                is_its_place = name.endswith("/imageos/__init__.py")
+                new.writestr(name, f'__version__ = "{version}"\n' if is_its_place else old.read(name))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_three_on_one_disk_at_the_same_moment(
     kind: str, node: Node, disk: MakeDisk, block_disk: MakeDisk, tmp_path: Path
 ) -> None:
