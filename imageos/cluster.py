@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from imageos import log
-from imageos.errors import Failure
+from imageos.errors import Failure, Interrupted, signal_name
 from imageos.run import Finished, pipeline
 
 FIELDS = (
@@ -28,6 +28,7 @@ STATE = "/var/lib/ganeti"  # Debian's place of what Ganeti tells every node
 MARK = "/run/imageos-disks-{}"
 SILENT = "the master daemon does not answer"
 ACTIVATED = b"activated\n"  # in a mark: the disks were not active before
+PATIENCE = 10.0  # seconds; what Ganeti has been asked for by then, it still does
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def instance(name: str) -> ClusterInstance:
     if answer.status == 0:
         return parse_instance(answer.stdout.decode("utf-8", "replace"))
     if "unknown_entity" not in answer.stderr:
-        raise Failure(f"cannot ask Ganeti about instance {name}: {complaint(answer.stderr)}", hint=_hint(answer.stderr))
+        raise Failure(f"cannot ask Ganeti about instance {name}: {complaint(answer)}", hint=_hint(answer))
     raise Failure(f"there is no instance {name}", hint=_near(name))
 
 
@@ -87,14 +88,15 @@ def activated(known: ClusterInstance, keep: bool = False) -> Iterator[tuple[str,
         os.write(mark, b"was active\n" if known.disks_active else ACTIVATED)
         try:
             yield _activate(known)
-        except BaseException:
-            try:
-                _deactivate(known.name, mark)
-            except Failure as failure:
-                log.warning(str(failure))  # the last line belongs to the real cause
+        except BaseException as cause:
+            _give_up(known.name, mark, cause)
             raise
         if not keep:
-            _deactivate(known.name, mark)
+            try:
+                _deactivate(known.name, mark)
+            except Interrupted as cause:
+                _give_up(known.name, mark, cause)
+                raise
 
 
 def deactivate(name: str) -> None:
@@ -104,8 +106,11 @@ def deactivate(name: str) -> None:
             _deactivate(name, mark)
 
 
-def run_on(node: str, command: Sequence[str]) -> None:
-    """Run `command` on another node, as root; what it says is said here. Failure has its last line."""
+def run_on(node: str, command: Sequence[str], if_lost: str | None = None) -> None:
+    """Run `command` on another node, as root; what it says is said here. Failure has its last line.
+
+    `if_lost`: the hint when the connection has ended before the command, of which nothing is known then.
+    """
     said: list[str] = []
 
     def relay(line: str) -> None:
@@ -117,7 +122,11 @@ def run_on(node: str, command: Sequence[str]) -> None:
     ended = pipeline([ssh(node, command)], on_line=relay)[0]
     last = said[0] if said else f"exit status {ended.status}"
     if ended.status == 255:
-        raise Failure(f"cannot reach node {node} over ssh: {last}")
+        raise Failure(f"cannot reach node {node} over ssh: {last}", hint=if_lost)
+    if ended.status < 0:
+        for line in said:
+            log.info(line)
+        raise Failure(f"lost node {node}: ssh was killed by {signal_name(-ended.status)}", hint=if_lost)
     if ended.status == 127:
         raise Failure(f"node {node} has no {command[0]}", hint=f"gnt-cluster copyfile -n {node} {command[0]}")
     if ended.status:
@@ -131,16 +140,14 @@ def ssh(node: str, command: Sequence[str], terminal: bool = False) -> list[str]:
     return ssh_command(node, command, _told("ssconf_cluster_name"), _told("ssconf_ssh_ports"), terminal)
 
 
-def ask(command: Sequence[str]) -> Finished:
+def ask(command: Sequence[str], seconds: float | None = None) -> Finished:
     """Run a gnt- command where it works: on the master."""
     master = _master()
     if _is_this_node(master):
-        return pipeline([command])[0]
-    answer = pipeline([ssh(master, command)])[0]
+        return pipeline([command], timeout=seconds)[0]
+    answer = pipeline([ssh(master, command)], timeout=seconds)[0]
     if answer.status == 255:
-        raise Failure(
-            f"cannot reach the master {master} over ssh: {complaint(answer.stderr)}", hint=f"run this on {master}"
-        )
+        raise Failure(f"cannot reach the master {master} over ssh: {complaint(answer)}", hint=f"run this on {master}")
     return answer
 
 
@@ -188,12 +195,13 @@ def parse_disks(text: str, count: int) -> tuple[str, ...]:
     return tuple(paths[index] for index in range(count))
 
 
-def complaint(stderr: str) -> str:
+def complaint(answer: Finished) -> str:
     """The line of Ganeti's that says what is wrong."""
+    stderr = answer.stderr
     if "Timeout while talking to the master daemon" in stderr or "Cannot communicate with the master" in stderr:
         return SILENT
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else "it did not say why"
+    return lines[-1] if lines and answer.status > 0 else str(answer.failure())
 
 
 def ssh_command(node: str, command: Sequence[str], cluster: str, ports: str, terminal: bool) -> list[str]:
@@ -212,8 +220,8 @@ def ssh_command(node: str, command: Sequence[str], cluster: str, ports: str, ter
     ]
 
 
-def _hint(stderr: str) -> str | None:
-    answers = complaint(stderr) != SILENT
+def _hint(answer: Finished) -> str | None:
+    answers = complaint(answer) != SILENT
     return None if answers else "systemctl start ganeti.target, on the master"
 
 
@@ -242,19 +250,27 @@ def _near(name: str) -> str:
 def _activate(known: ClusterInstance) -> tuple[str, ...]:
     answer = ask(["gnt-instance", "activate-disks", known.name])
     if answer.status:
-        raise Failure(f"cannot activate the disks of instance {known.name}: {complaint(answer.stderr)}")
+        raise Failure(f"cannot activate the disks of instance {known.name}: {complaint(answer)}")
     return parse_disks(answer.stdout.decode("utf-8", "replace"), known.disk_count)
 
 
-def _deactivate(name: str, mark: int) -> None:
+def _give_up(name: str, mark: int, cause: BaseException) -> None:
+    """Deactivate because of `cause`, to which the last line belongs; after a signal without much patience."""
+    try:
+        _deactivate(name, mark, PATIENCE if isinstance(cause, Interrupted) else None)
+    except Failure as failure:
+        log.warning(f"{failure}; umount-disks {name} does it later")
+
+
+def _deactivate(name: str, mark: int, seconds: float | None = None) -> None:
     """Undo what `mark` says, and take it away."""
     if os.pread(mark, 100, 0) == ACTIVATED:
-        answer = ask(["gnt-instance", "deactivate-disks", name])
+        answer = ask(["gnt-instance", "deactivate-disks", name], seconds)
         # started meanwhile, or removed: then the disks are Ganeti's business
         if answer.status and "is marked to be up" not in answer.stderr and "unknown_entity" not in answer.stderr:
             raise Failure(
-                f"cannot deactivate the disks of instance {name}: {complaint(answer.stderr)}",
-                hint=f"gnt-instance deactivate-disks {name}, when nothing uses them any more",
+                f"cannot deactivate the disks of instance {name}: {complaint(answer)}",
+                hint=f"umount-disks {name}, when nothing uses them any more",
             )
     os.unlink(MARK.format(name))
 

@@ -120,7 +120,7 @@ def mount_there(known: ClusterInstance, path: str, options: argparse.Namespace) 
         if status == 255:
             raise Failure(f"cannot reach node {known.node} over ssh, or lost it")
         return status
-    cluster.run_on(known.node, command)
+    cluster.run_on(known.node, command, f"umount-disks {known.name} takes away what may be mounted there")
     log.info(f"that is on node {known.node}")
     return 0
 

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import backups
 import guestdisks
+import standins
 import trees
+import wrappers
+from standins import Instance
 from support import MIB, Call, Node, Result, attached, run
 
 SIZE = 160  # MiB of most disks
@@ -71,35 +74,81 @@ def rename(node: Node, disk: Path, path: str) -> Result:
     return node.start("rename", environment).result()
 
 
-def capture(kind: str) -> Callable[[Node, Path, str], Result]:
-    """ganeti-image as it runs on the node that has the disk; a failed one leaves no file."""
+def capture(kind: str, how: str = "--disk") -> Callable[[Node, Path, str], Result]:
+    """ganeti-image; it leaves a file if and only if it says so."""
 
     def call(node: Node, disk: Path, path: str) -> Result:
         directory = node.work / "captured"
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
+        name, known = asked(how, node, disk)
         image = ["-n", "made", "-a", trees.ARCH, "-d", str(directory), "--seal"]
-        result = tool(node, path, "ganeti-image", "-t", kind, "-i", "inst1", "--disk", str(disk), *image)
+        result = tool(node, path, "ganeti-image", "-t", kind, "-i", *name, *image)
         left = os.listdir(directory)
-        assert bool(left) == (result.status == 0), f"status {result.status}: {left}\n{result.log}"
+        assert bool(left) == ("imageos: made" in result.log) >= (result.status == 0), f"{left}\n{result.log}"
+        if known and known.left():
+            put_right(node, known, result)
+            assert result.status, result.log
         return result
 
     return call
 
 
-def mount_and_umount(node: Node, disk: Path, path: str) -> Result:
-    """Where mount-disks fails, it leaves nothing for umount-disks to do."""
-    name = f"{node.work.name}.example.org"
-    place = Path(f"/tmp/{name}_root")
-    result = tool(node, path, "mount-disks", name, "--disk", str(disk))
-    assert place.exists() == (result.status == 0), result.log
-    undone = tool(node, path, "umount-disks", "--here", name).ok()
-    assert not place.exists(), undone.log
-    return result
+def mount_and_umount(how: str = "--disk") -> Callable[[Node, Path, str], Result]:
+    """Where mount-disks fails, it leaves nothing for umount-disks to do, or says so."""
+
+    def call(node: Node, disk: Path, path: str) -> Result:
+        name, known = asked(how, node, disk)
+        place = Path(f"/tmp/{name[0]}_root")
+        result = tool(node, path, "mount-disks", *name)
+        if known:
+            assert result.status or place.is_mount(), result.log
+            put_right(node, known, result)
+            return result
+        assert place.exists() == (result.status == 0), result.log
+        undone = tool(node, wrappers.PATH, "umount-disks", "--here", name[0]).ok()
+        assert not place.exists(), undone.log
+        return result
+
+    return call
+
+
+def umount(how: str) -> Callable[[Node, Path, str], Result]:
+    """umount-disks, which may be called again."""
+
+    def call(node: Node, disk: Path, path: str) -> Result:
+        name, known = asked(how, node, disk)
+        assert known
+        tool(node, wrappers.PATH, "mount-disks", "--read-only", *name).ok()
+        assert len(known.left()) == 3
+        result = tool(node, path, "umount-disks", *name)
+        assert result.status or not known.left(), result.log
+        tool(node, wrappers.PATH, "umount-disks", *name).ok()
+        assert not known.left()
+        return result
+
+    return call
+
+
+def asked(how: str, node: Node, disk: Path) -> tuple[list[str], Instance | None]:
+    """How a tool is told about the disk: by `--disk`, or by asking Ganeti about an instance `here` or `elsewhere`."""
+    if how == "--disk":
+        return [f"{node.work.name}.example.org", "--disk", str(disk)], None
+    known = standins.instance(node, disk, how == "elsewhere")
+    return [known.name], known
+
+
+def put_right(node: Node, known: Instance, result: Result) -> None:
+    """What a tool leaves, umount-disks takes away; and the tool has said so."""
+    if known.left():
+        assert f"umount-disks {known.name}" in result.log, f"{known.left()}\n{result.log}"
+        undone = tool(node, wrappers.PATH, "umount-disks", known.name).ok()
+        assert not known.left(), undone.log
 
 
 def tool(node: Node, path: str, *argv: str) -> Result:
-    return Call(node.imageos, {"PATH": path}, node.work / f"{argv[0]}.log", argv).result()
+    script = node.os_dir / "tools" / argv[0]
+    return Call(script, {"PATH": path}, node.work / f"{argv[0]}.log", argv[1:]).result()
 
 
 SURVEY = "a table that cannot be looked at is no reason not to make a backup: everything is sent"
@@ -108,6 +157,8 @@ OTHERS = "there is another program that does the same"
 UNREADABLE = "sfdisk says 1 of a table that it cannot read; such a disk is left as it is"
 NO_ZSTD = "it is asked whether it knows zstd; zlib is good, too"
 CHECKED = "e2fsck says 1 when it has corrected something"
+GANETI = ("gnt-cluster", "gnt-instance")
+SSH = ("gnt-cluster", "ssh")
 GUNZIP = {
     **{f"{one} killed at its end at call 1": BEGINNING for one in ("gzip", "pigz")},
     "pigz missing at call 0": OTHERS,
@@ -136,7 +187,13 @@ CASES = {
     "capture dump": Case(capture("dump"), source="old.raw", reads_only=True, only=("dump",)),
     "capture qemu-img": Case(capture("qemu-img"), source="guest.raw", reads_only=True, only=("qemu-img",), tolerated={
         "qemu-img fails at call 1": NO_ZSTD, "qemu-img killed at its end at call 1": NO_ZSTD}),
-    "mount-disks": Case(mount_and_umount, source="guest.raw", mounts=True),
+    "mount-disks": Case(mount_and_umount(), source="guest.raw", mounts=True),
+    "mount-disks here": Case(mount_and_umount("here"), source="guest.raw", mounts=True, only=GANETI),
+    "mount-disks elsewhere": Case(mount_and_umount("elsewhere"), source="guest.raw", mounts=True, only=SSH),
+    "umount-disks here": Case(umount("here"), source="guest.raw", reads_only=True, only=GANETI),
+    "umount-disks elsewhere": Case(umount("elsewhere"), source="guest.raw", reads_only=True, only=SSH),
+    "capture here": Case(capture("tarball", "here"), source="guest.raw", reads_only=True, only=GANETI),
+    "capture elsewhere": Case(capture("tarball", "elsewhere"), source="guest.raw", reads_only=True, only=SSH),
     "rename": Case(rename, source="guest.raw", tolerated={"sfdisk fails at call 1": UNREADABLE}),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The fixtures of the disk tier, and a guest whose programs are hostile."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS / "disk"))
 
 import cases  # noqa: E402
+import standins  # noqa: E402
 from support import Node  # noqa: E402
 
 from tests.disk.conftest import block_disk, disk, images, node, odd_tree, small_tree  # noqa: E402
@@ -31,3 +33,10 @@ def sources(node: Node, all_sources: Path, tmp_path: Path) -> Path:
     if not (all_sources / "stream").exists():
         backups.exported(node, all_sources / "guest.raw").rename(all_sources / "stream")
     return all_sources
+
+
+@pytest.fixture
+def ganeti(node: Node, tmp_path: Path) -> Iterator[None]:
+    """Stand-ins for Ganeti's commands and ssh, for the directories of calls in `tmp_path`."""
+    with standins.ganeti(tmp_path / "ganeti"):
+        yield

@@ -26,7 +26,7 @@ MODES = ("fails", "killed at its end")
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_program_fails_at_every_call(
-    name: str, node: Node, sources: Path, small_tree: Path, tmp_path: Path
+    name: str, node: Node, sources: Path, small_tree: Path, ganeti: None, tmp_path: Path
 ) -> None:
     case = CASES[name]
     if case.layout:

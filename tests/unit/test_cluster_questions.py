@@ -9,6 +9,7 @@ import pytest
 from imageos import cluster
 from imageos.cluster import ClusterInstance, parse_disks, parse_instance, ssh_command
 from imageos.errors import Failure
+from imageos.run import Finished
 
 # gnt-instance list --no-headers --separator='|' -o FIELDS
 DOWN = "inst1.example.org|image+debian-12|node1.example.org|file|2|ADMIN_down|down|N|N\n"
@@ -80,9 +81,13 @@ def test_disk_without_a_device() -> None:
 
 
 def test_complaint() -> None:
-    assert cluster.complaint(UNKNOWN) == "Instance name nosuch.example.org not found"
-    assert cluster.complaint(STOPPED_GANETI) == "the master daemon does not answer"
-    assert cluster.complaint("\n") == "it did not say why"
+    def complaint(status: int, stderr: str) -> str:
+        return cluster.complaint(Finished(["gnt-instance", "list"], status, b"", stderr))
+
+    assert complaint(1, UNKNOWN) == "Instance name nosuch.example.org not found"
+    assert complaint(1, STOPPED_GANETI) == "the master daemon does not answer"
+    assert complaint(2, "\n") == "gnt-instance failed (exit status 2)"
+    assert complaint(-9, "a warning\n") == "gnt-instance failed (killed by SIGKILL): a warning"
 
 
 def test_ssh() -> None:

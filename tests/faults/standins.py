@@ -1,0 +1,77 @@
+"""Stand-ins for what the tools ask Ganeti: gnt-cluster, gnt-instance and ssh, in the places of the real ones.
+
+Of each instance they know a directory: the path of its `disk`, its `node`, and `active` while its disks are.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from support import PATH, Node, run
+
+# The last word is the instance or, of ssh, the command. Where ssh leads to is the test's view of the machine.
+SCRIPTS = {
+    "gnt-cluster": "cat {top}/master",
+    "gnt-instance": """
+read -r disk <{top}/$last/disk && read -r node <{top}/$last/node || {{ echo unknown_entity >&2; exit 1; }}
+[ -e {top}/$last/active ] && active=Y || active=N
+case $1 in
+  list) echo "$last|image+default|fake|$node|file|1|ADMIN_down|down|N|$active|-" ;;
+  activate-disks) : >{top}/$last/active; echo "$node:disk/0:$disk" ;;
+  deactivate-disks) rm -f {top}/$last/active ;;
+esac""",
+    "ssh": 'exec nsenter --mount={top}/namespaces/mnt sh -c "$last"',
+}
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A stopped instance that Ganeti knows."""
+
+    name: str
+    state: Path
+
+    @property
+    def place(self) -> Path:
+        return Path(f"/tmp/{self.name}_root")
+
+    def left(self) -> list[Path]:
+        """What a tool has done to it and not undone."""
+        traces = (self.state / "active", Path(f"/run/imageos-disks-{self.name}"), self.place)
+        return [path for path in traces if path.exists()]
+
+
+def instance(node: Node, disk: Path, elsewhere: bool) -> Instance:
+    """One of this node, which is the master; or `elsewhere`, asked about on a third node."""
+    top = node.work.parent / "ganeti"
+    made = Instance(f"{node.work.name}.example.org", top / f"{node.work.name}.example.org")
+    made.state.mkdir(exist_ok=True)
+    (made.state / "disk").write_text(f"{disk}\n")
+    (made.state / "node").write_text("node2.example.org\n" if elsewhere else f"{os.uname().nodename}\n")
+    (top / "master").write_text("node3.example.org\n" if elsewhere else f"{os.uname().nodename}\n")
+    return made
+
+
+@contextmanager
+def ganeti(top: Path) -> Iterator[None]:
+    """Mount them over the real ones, which wrappers and all else then take for real."""
+    top.mkdir()
+    (top / "namespaces").mkdir()
+    with ExitStack() as stack:
+        mounts = {Path(f"/proc/{os.getpid()}/ns"): top / "namespaces"}
+        for name, script in SCRIPTS.items():
+            file = top / name
+            file.write_text(f"#!/bin/sh\nPATH={PATH}\nfor last; do :; done\n{script.format(top=top)}\n")
+            file.chmod(0o755)
+            real = shutil.which(name, path=PATH)
+            assert real, f"{name}: not found"
+            mounts[file] = Path(real).resolve()
+        for source, place in mounts.items():
+            run("mount", "--bind", source, place)
+            stack.callback(run, "umount", place)
+        yield
