@@ -54,7 +54,7 @@ def evaluate(
     entries = [block.split("\0") for block in done.stdout.decode("utf-8", "surrogateescape").split("\0\0")]
     evaluated, last = entries[:-1], entries[-1][0]
     if done.status != 0 or len(evaluated) < len(words):
-        path = last or evaluated[-1][0]
+        path = last or (evaluated[-1][0] if evaluated else words[0])
         raise _failure(what, path, done, may_hold_secrets(path))
     layers = []
     before: Mapping[str, str] = start

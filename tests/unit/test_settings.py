@@ -427,6 +427,13 @@ def test_file_that_ends_the_shell(status: int, with_files: Load, tmp_path: Path)
     assert raised.value.details == ("no such command",)
 
 
+def test_shell_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was killed at once, or could not write."""
+    monkeypatch.setattr(shellfiles, "pipeline", lambda *_, **__: [Finished([], -9, b"", "")])
+    with pytest.raises(Failure, match="file /etc/one: it ended the shell with status -9"):
+        shellfiles.evaluate("file", ["/etc/one", "/etc/other"], {})
+
+
 def test_syntax_error(with_files: Load, tmp_path: Path) -> None:
     said = f"{tmp_path}/defaults: line 3: unexpected EOF while looking for matching `\"'\nsecond line\n"
     with pytest.raises(Failure) as raised:
