@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn, Optional
@@ -32,20 +33,24 @@ def enter() -> None:
     if os.geteuid() != 0:
         raise Failure("this needs root", hint="run it with sudo")
     alive, ours = os.pipe()
+    # until both have their handlers: what a handler raises while Python itself forks is lost
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         linux.unshare(linux.CLONE_NEWPID)  # for the next child, not for us
         child = os.fork()
     except OSError as error:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         raise Failure(f"cannot make a PID namespace: {error.strerror}") from None
     if child:
         os.close(alive)
-        _supervise(child)
+        _supervise(child, before)
     os.close(ours)
     linux.die_with_parent()
     if select.select([alive], [], [], 0)[0]:
         os._exit(1)  # the supervisor was gone before it could take us with it
     os.close(alive)
     handle_signals()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     _private_mounts()
 
 
@@ -87,13 +92,14 @@ def _private_mounts() -> None:
     os.environ["TMPDIR"] = TEMPORARY
 
 
-def _supervise(child: int) -> NoReturn:
+def _supervise(child: int, mask: Iterable[int]) -> NoReturn:
     def forward(signum: int, _frame: Optional[FrameType]) -> None:
         with suppress(ProcessLookupError):  # it has just ended
             os.kill(child, signum)
 
     for one in SIGNALS:
         signal.signal(one, forward)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         log.info(f"killed by {signal_name(os.WTERMSIG(status))}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from imageos import isolation, run
+from imageos import isolation, linux, run
 from imageos.errors import Failure, Interrupted
 
 
@@ -38,3 +38,21 @@ def test_namespaces_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Failure, match="^this needs root$") as raised:
         isolation.enter()
     assert raised.value.hint == "run it with sudo"
+
+
+def test_signal_waits_while_the_process_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python ignores what a handler raises there: the command would go on."""
+    waiting: set[int] = set()
+
+    def fork() -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        waiting.update(signal.sigpending())
+        raise OSError(0, "no processes any more")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(linux, "unshare", lambda flags: None)
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(Interrupted):
+        isolation.enter()
+    assert waiting == {signal.SIGTERM}
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
