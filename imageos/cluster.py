@@ -119,7 +119,12 @@ def run_on(node: str, command: Sequence[str], if_lost: str | None = None) -> Non
             log.info(said.pop())
         said.append(line[len("imageos: ") :] if line.startswith("imageos: ") else line)
 
-    ended = pipeline([ssh(node, command)], on_line=relay)[0]
+    try:
+        ended = pipeline([ssh(node, command)], on_line=relay)[0]
+    except Interrupted:
+        if if_lost:
+            log.info(f"hint: {if_lost}")
+        raise
     last = said[0] if said else f"exit status {ended.status}"
     if ended.status == 255:
         raise Failure(f"cannot reach node {node} over ssh: {last}", hint=if_lost)
