@@ -44,7 +44,14 @@ ERRORS = {
     "flock": "EINTR",
     "ioctl": "EIO",
 }
-COMMANDS = {"create": "create tarball", "import": "import", "export": "export", "rename": "rename"}
+COMMANDS = {
+    "create": "create tarball",
+    "import": "import",
+    "export": "export",
+    "rename": "rename",
+    "ganeti-image": "capture tarball",
+    "mount-disks": "mount-disks",
+}
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,13 @@ def traced(node: Node, work: Path, options: list[str]) -> Node:
     """The same node, its commands under strace."""
     here = apart(node, work)
     real, here.os_dir = here.os_dir, work / "os"
-    here.os_dir.mkdir()
-    for name in ("create", "import", "export", "rename"):
+    (here.os_dir / "tools").mkdir(parents=True)
+    (here.os_dir / "tools/umount-disks").symlink_to(real / "tools/umount-disks")
+    for name in ("create", "import", "export", "rename", "tools/ganeti-image", "tools/mount-disks"):
         script = here.os_dir / name
         script.write_text(
             f"#!/bin/sh\nexec strace --follow-forks -qq --seccomp-bpf --output={work}/trace "
-            f"--trace={','.join(ERRORS)} {' '.join(options)} {real}/{name}\n"
+            f'--trace={",".join(ERRORS)} {" ".join(options)} {real}/{name} "$@"\n'
         )
         script.chmod(0o755)
     return here
