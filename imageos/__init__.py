@@ -1,3 +1,3 @@
 """imageos: an OS definition that turns an image into a running Ganeti instance."""
 
-__version__ = "1.0.dev0"
+__version__ = "1.0"
