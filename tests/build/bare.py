@@ -1,4 +1,4 @@
-"""A Debian 12 with python3 and nothing else, kept between runs, and commands in it."""
+"""A Debian 12 with python3, sudo and nothing else, kept between runs, and commands in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from checkouts import CHECKOUT
 
-CACHED = CHECKOUT / ".cache/bare-bookworm-python3.tar.zst"
+CACHED = CHECKOUT / ".cache/bare-bookworm-python3-sudo.tar.zst"
 # How this machine reaches the network, which the bare one is given too: files and variables.
 NETWORK_FILES = ("/etc/resolv.conf", "/etc/pip.conf")
 NETWORK = ("http_proxy", "https_proxy", "no_proxy", "PIP_INDEX_URL", "PIP_DEFAULT_TIMEOUT")
@@ -39,7 +39,7 @@ def unpack_bare(root: Path, work: Path) -> Path:
 
 def make_bare(work: Path) -> None:
     tree, unfinished = work / "tree", CACHED.with_name(f".{CACHED.name}")
-    debootstrap = ["debootstrap", "--variant=minbase", "--include=python3", "bookworm", str(tree)]
+    debootstrap = ["debootstrap", "--variant=minbase", "--include=python3,sudo", "bookworm", str(tree)]
     namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     subprocess.run([*namespaces, *debootstrap], check=True)
     CACHED.parent.mkdir(exist_ok=True)

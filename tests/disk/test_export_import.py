@@ -15,6 +15,7 @@ from pathlib import Path
 import backups
 import guestdisks
 import pytest
+import readme
 from backups import MARKER, exported, free_ranges, is_disarmed, read_only, restore, same, start_export, use, without
 from guestdisks import blank, make, place
 from support import MIB, Node, attached, digest, locked, mounted, partitions, probe, recorded, run, signatures
@@ -757,32 +758,21 @@ def test_restored_by_hand(
     stream, target, expected = tmp_path / "backup", disk(32), disk(32)
     stream.write_bytes(backup[0])
     restore(node, stream, expected, index=1).ok()
-    script = r"""
-        set -eu
-        tar -xf "$1" --wildcards 'disk/*' --to-command='
-            dd of="$DISK" seek="${TAR_FILENAME#disk/}" oflag=seek_bytes bs=1M iflag=fullblock conv=notrunc status=none'
-    """
-    run("env", f"DISK={target}", "sh", "-c", script, "sh", stream)
+    script = readme.block("tar -xOf BACKUP").replace("BACKUP", str(stream)).replace("/dev/vg/new", str(target))
+    assert '"disk_size": 33554432' in run("sh", "-euc", script)
     assert same(expected, target)
 
 
 def test_checked_by_hand(node: Node, backup: tuple[bytes, list[tuple[int, int]]], tmp_path: Path) -> None:
-    stream, where = tmp_path / "backup", tmp_path / "unpacked"
+    stream = tmp_path / "backup"
     stream.write_bytes(backup[0])
-    where.mkdir()
-    script = r"""
-        set -eu
-        cd "$2"
-        tar -xf "$1" --xattrs
-        for file in manifest.json disk/* end.json; do
-            echo "$(getfattr --only-values -n user.sha256 "$file")  $file"
-        done | sha256sum --check --quiet
-        sed -n 's/.*"sha256": "\(.*\)"/\1/p' end.json
-        sha256sum $(ls disk | sort -n | sed 's,^,disk/,') | sha256sum | cut -d' ' -f1
-    """
-    said, counted = run("sh", "-c", script, "sh", stream, where).split()
-    assert said == counted
-    (where / "disk/0").write_bytes(b"changed")
+    unpack, check = readme.block("mkdir unpacked").replace("BACKUP", str(stream)).split("\n", 1)
+    run("sh", "-euc", f"cd {tmp_path}\n{unpack}")
+    counted = run("sh", "-euc", f"cd {tmp_path}/unpacked\n{check}").split()[0]
+    assert counted == json.loads((tmp_path / "unpacked/end.json").read_text())["sha256"]
+    (tmp_path / "unpacked/disk/0").write_bytes(b"changed")
+    changed = run("sh", "-c", f"cd {tmp_path}/unpacked\n{check}", check=False)
+    assert "disk/0: FAILED" in changed and counted not in changed
 
 
 def test_create_waits_for_nobody(node: Node, disk: MakeDisk) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import backups
 import pytest
+import readme
 import trees
 from support import SITE, Node, Result, describe, digest, mounted, partitions, run, signatures
 from test_installed import verify
@@ -265,10 +265,7 @@ def test_ddns_gets_the_name_into_the_dns(node: Node, disk: MakeDisk, small_tree:
 
 
 def test_example_of_the_readme(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "README.rst").read_text()
-    block = re.search(r"^    #!/usr/bin/env python3\n(?:(?:    .*)?\n)+", text, re.MULTILINE)
-    assert block
-    node.hook("motd", re.sub("^    ", "", block[0], flags=re.MULTILINE))
+    node.hook("motd", readme.block("#!/usr/bin/env python3"))
     target = disk()
     log = node.create(target, env="create-kvm-network").ok().log
     assert "imageos: motd: the guest knows that it is inst1.example.org\n" in log

@@ -1,7 +1,6 @@
 """The small hooks of hooks.d, called on trees of several distributions; what README.rst shows, too."""
 
 import json
-import re
 import stat
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from types import ModuleType
 from typing import Optional
 
 import pytest
+import readme
 from hypothesis import given
 from hypothesis import strategies as st
 from support import recorded
@@ -357,11 +357,8 @@ def test_nothing_configures_the_network(guest: Path, target: Target) -> None:
 
 
 def test_example_of_the_readme(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
-    text = (CHECKOUT / "README.rst").read_text()
-    block = re.search(r"^    #!/usr/bin/env python3\n(?:(?:    .*)?\n)+", text, re.MULTILINE)
-    assert block
     example = ModuleType("example")
-    exec(re.sub("^    ", "", block[0], flags=re.MULTILINE), example.__dict__)
+    exec(readme.block("#!/usr/bin/env python3"), example.__dict__)
     example.main(hook(target))
     assert "This is inst1.example.org" in (guest / "etc/motd").read_text()
     assert "imageos: " in capfd.readouterr().err

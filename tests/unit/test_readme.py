@@ -1,20 +1,102 @@
-"""README.rst says what the code does."""
+"""README.rst says what the code does; what it tells to do is done by tests."""
 
+import ast
 import dataclasses
+import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from imageos import cli, settings
+import pytest
+import readme
+from readme import CHECKOUT
+
+from imageos import cgroup, cli, filesystem, hooks, images, layout, settings
+from imageos.commands import doctor, ganeti_image, make_qemu_img, mount_disks, umount_disks
+from imageos.disk import Attached, Device
 from imageos.hook import Hook
+from imageos.layout import MIB
+from imageos.network.backends import BACKENDS
+from imageos.settings import Settings
 from imageos.target import Target
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-README = (CHECKOUT / "README.rst").read_text()
+README = readme.TEXT
 
 
 def section(title: str) -> str:
     """The text under a heading, up to the next of its kind."""
     return re.split(r"\n\n[^\n]+\n-{3,}\n", README.split(f"\n{title}\n---", 1)[1])[0]
+
+
+def rows(title: str, heading: str) -> Iterator[list[str]]:
+    """The rows of the table under a title whose header begins with `heading`: cells, those of continued rows joined."""
+    _, columns, text = re.split(rf"(?m)^(=+(?:  =+)+)\n{re.escape(heading)}.*\n\1\n", section(title), maxsplit=1)
+    starts = [match.start() for match in re.finditer("=+", columns)]
+    found: list[list[str]] = []
+    for line in text.partition(f"\n{columns}")[0].splitlines():
+        cells = [line[start:end].strip() for start, end in itertools.zip_longest(starts, starts[1:])]
+        if cells[0]:
+            found.append(cells)
+        else:
+            found[-1] = [f"{before} {more}".strip() for before, more in zip(found[-1], cells)]
+    yield from found
+
+
+def literals(text: str) -> list[str]:
+    """The words that are set as code."""
+    return " ".join(re.findall("``([^`]+)``", text)).split()
+
+
+# Code blocks
+
+
+def asked_for() -> list[str]:
+    """The beginnings of blocks that the tests of all tiers ask for."""
+    tests = [path.read_text() for path in (CHECKOUT / "tests").glob("*/test_*.py")]
+    return [ast.literal_eval(f'"{start}"') for one in tests for _, start in re.findall(r"block\((['\"])(.+?)\1\)", one)]
+
+
+@pytest.mark.parametrize("text", readme.blocks(), ids=lambda text: text.split("\n")[0][:30])
+def test_each_block_is_done_by_a_test(text: str) -> None:
+    assert [start for start in asked_for() if text.startswith(start)], text
+
+
+def test_what_tests_ask_for_is_there() -> None:
+    for start in asked_for():
+        assert readme.block(start)
+
+
+def test_the_two_commands() -> None:
+    """The first is done on a bare Debian; the second is what CI does on a machine of its own."""
+    demo, test = readme.block("sudo ./build.py demo").splitlines()
+    assert demo.startswith("sudo ./build.py demo  ")
+    assert test.startswith("sudo ./build.py test  ")
+    assert "exec sudo ./build.py test\n" in (CHECKOUT / ".ci/run").read_text()
+
+
+def test_overview() -> None:
+    """The picture shows every command that does something with an instance, and every hook."""
+    words = set(re.findall(r"[\w-]+", readme.block("images: tarball")))
+    assert set(cli.COMMANDS) - {"verify", "install", "uninstall", "doctor"} <= words
+    assert {path.name for path in (CHECKOUT / "hooks.d").iterdir() if path.is_file()} <= words
+
+
+def test_urls(tmp_path: Path) -> None:
+    for line in readme.block("IMAGE_URL=https://images").splitlines():
+        text = line.split()[0].partition("=")[2]
+        assert settings.load({"OSP_IMAGE_URL": text}, str(tmp_path / "none")).image_url == text
+
+
+def test_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In lower case in the defaults file, they are no settings that nobody knows."""
+    set_there = dict(line.split("=", 1) for line in readme.block("http_proxy=").splitlines())
+    warnings: list[str] = []
+    monkeypatch.setattr(settings, "_evaluate_files", lambda *_: [("/etc/default/x", set_there)])
+    assert settings.examine({}, warn=warnings.append)[0].unknown == set_there
+    assert warnings == []
+
+
+# Tables
 
 
 def test_headings() -> None:
@@ -39,16 +121,90 @@ def test_settings() -> None:
         ], name
 
 
+def test_commands() -> None:
+    assert {name.strip("`"): text for name, text in rows("Tools", "command")} == cli.COMMANDS
+
+
+@pytest.mark.parametrize("command", ["mount-disks", "umount-disks", "make-qemu-img", "ganeti-image", "doctor"])
+def test_options_exist(command: str) -> None:
+    """Every option that the text shows behind a command."""
+    modules = (doctor, ganeti_image, make_qemu_img, mount_disks, umount_disks)
+    (known,) = (one.parser().format_help() for one in modules if one.parser().prog.split()[-1] == command)
+    shown = re.findall(rf"(?m)(?:^    |``|imageos ){command} ([^`\n]*)", README)
+    options = {word for text in shown for word in text.partition("#")[0].split() if word.startswith("-")}
+    for option in options:
+        assert re.search(rf"(?m)(^|\s|\[){option}\b", known), option
+
+
+def test_options_of_capturing() -> None:
+    known = ganeti_image.parser().format_help()
+    options = re.findall(r"(?m)^``(-[\w-]+)[^`]*``  ", section("Images"))
+    assert len(options) == 5
+    for option in options:
+        assert f"\n  {option}" in known, option
+
+
+def test_suffixes_of_images() -> None:
+    """In the order in which they are looked for."""
+    for name, files, _ in rows("Images", "IMAGE_TYPE"):
+        suffixes = [word for word in literals(files) if word.startswith((".", "-"))]
+        kind = images.IMAGE_TYPES[name.strip("`")]
+        assert suffixes == (["-root.dump", "-boot.dump"] if name == "``dump``" else list(kind.suffixes)), name
+    assert [row[0].strip("`") for row in rows("Images", "IMAGE_TYPE")] == list(images.IMAGE_TYPES)
+
+
+def test_partitions() -> None:
+    """Every cell is what is planned."""
+    for case, own, given in rows("Partitions", "``PARTITION_TABLE``"):
+        table = "gpt" if "gpt" in case else "msdos"
+        swap = 0 if "SWAP=no" in case else 8 * MIB
+        for text, boot in ((own, 100 * MIB), (given, 0)):
+            planned = layout.plan(table, 4 << 30, boot=boot, swap=swap, arch="x86_64", smallest_root=MIB)
+            roles = [f"{one.number} {one.role}" for one in planned.partitions]
+            if table == "gpt":
+                assert roles[:2] == ["1 bios", "2 esp"] and text.startswith("BIOS boot, ESP")
+            else:
+                assert roles == text.replace("/boot", "boot").replace(" /", " root").split(", "), case
+
+
 def test_variables_of_hooks() -> None:
-    text = section("Hooks")
-    for name in ("TARGET", "BLOCKDEV", "DISK_DEV", "ROOT_DEV", "BOOT_DEV", "SWAP_DEV", "IMAGEOS", "IMAGEOS_ACTION"):
-        assert f"``{name}``" in text
-        assert f'"{name}"' in (Path(settings.__file__).parent / "hooks.py").read_text()
+    """All that a hook gets besides the settings and what Ganeti sets."""
+    context = hooks.Context(
+        action="import",
+        environ={},
+        settings=Settings(),
+        target="/mnt",
+        device=Device("/dev/x", -1, 1 << 30, is_file=False),
+        disk=Attached("/dev/loop0", -1, 1 << 30),
+        volumes=(),
+    )
+    known = set(hooks.variables(context)) - set(Settings().variables()) - {"LC_ALL", "PATH", "TMPDIR", "HOME"}
+    shown = [name.partition(" ")[0].strip("`") for name, _ in rows("Hooks", "variable")]
+    assert {*shown} - {"INSTANCE_NAME", "FILESYSTEM", "IMAGE_TYPE"} == known - {"IMAGEOS_VOLUMES"}
 
 
-def test_the_two_commands() -> None:
-    assert "sudo ./build.py demo" in section("Try it")
-    assert "sudo ./build.py test" in section("Try it")
+def test_what_shell_hooks_find() -> None:
+    shell = (CHECKOUT / "defaults/common.sh").read_text()
+    set_there = set(re.findall(r"(?m)^(\w+)=", shell))
+    text = section("Hooks").partition("In shell\n")[2]
+    for name in ("MKDIR_P", "SCRIPT_NAME", "instance"):
+        (row,) = re.findall(rf"(?m)^``({name}.*?)``", text)
+        assert set(row.split()) <= set_there
+
+
+def test_what_rules_the_network() -> None:
+    """In the order in which it is looked for."""
+    assert [kind for kind, *_ in rows("Network of the guest", "what rules it")] == list(BACKENDS)
+
+
+def test_what_doctor_looks_at() -> None:
+    areas = re.findall(r'report\.area = "(.+)"', Path(doctor.__file__).read_text())
+    assert [area for area, _ in rows("Tools", "what it looks at")] == areas
+
+
+def test_numbers() -> None:
+    assert f"({cgroup.PROCESSES} processes, {cgroup.MEMORY >> 30} GiB; version 2 or 1)" in README
+    assert set(filesystem.FILESYSTEMS) == {"ext2", "ext3", "ext4", "xfs", "btrfs"}
 
 
 def test_commands_that_are_called_exist() -> None:
