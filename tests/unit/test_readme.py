@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import itertools
 import re
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 import readme
 from readme import CHECKOUT
 
-from imageos import cgroup, cli, filesystem, hooks, images, layout, settings
+from imageos import cgroup, cli, cloudinit, filesystem, hooks, images, layout, network, settings
 from imageos.commands import doctor, ganeti_image, make_qemu_img, mount_disks, umount_disks
 from imageos.disk import Attached, Device
 from imageos.hook import Hook
@@ -109,16 +110,23 @@ def test_headings() -> None:
 
 def test_settings() -> None:
     """The table has every setting, with its default, whether it is an OS parameter, and its description."""
-    rows = re.findall(r"^``([A-Z_]+)`` +(.*)$", section("Settings"), re.MULTILINE)
-    assert [name.lower() for name, _ in rows] == list(settings.TABLE)
-    for name, rest in rows:
-        entry = settings.TABLE[name.lower()]
-        parameter = "yes" if entry["parameter"] else "no"
-        assert rest.split(None, 1 if not entry["default"] else 2) == [
-            *([entry["default"]] if entry["default"] else []),
-            parameter,
-            entry["doc"],
-        ], name
+    shown = list(rows("Settings", "setting                  default"))
+    assert [name.strip("`").lower() for name, *_ in shown] == list(settings.TABLE)
+    for (_, *cells), entry in zip(shown, settings.TABLE.values()):
+        assert cells == [entry["default"], "yes" if entry["parameter"] else "no", entry["doc"]]
+
+
+def test_settings_that_others_read() -> None:
+    """In the hook's own source, in that of cloud-init's seed, or in that of the network, which both take."""
+    planning = inspect.getsource(network)
+    seed = inspect.getsource(cloudinit) + planning
+    for names, hook, is_in_seed in rows("Settings", "setting                                          hook"):
+        source = "" if hook == "none" else (CHECKOUT / "hooks.d" / hook.strip("`")).read_text()
+        if "network.plan" in source:
+            source += planning
+        for name in literals(names):
+            assert (hook == "none") != (f"settings.{name.lower()}" in source), name
+            assert (is_in_seed == "yes") == (f"settings.{name.lower()}" in seed), name
 
 
 def test_commands() -> None:
