@@ -163,7 +163,8 @@ def test_volumes_of_btrfs() -> None:
 
 
 def test_boot_without_an_fstab() -> None:
-    assert volumes(part(1, "ext4"), "", part(2, "ext4", discovery.XBOOTLDR))[1] == ("boot", "2", "/boot", "")
+    xbootldr = "BC13C2FF-59E6-4262-A352-B275FD6F7172"  # as systemd's specification has it
+    assert volumes(part(1, "ext4"), "", part(2, "ext4", xbootldr))[1] == ("boot", "2", "/boot", "")
 
 
 def test_what_the_guest_cannot_mount_twice() -> None:

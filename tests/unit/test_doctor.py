@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -150,6 +151,28 @@ def test_json() -> None:
         "what": "zstd is missing: needed by variant a",
         "hint": "install zstd",
     }
+
+
+@pytest.mark.parametrize(
+    "release, level", [("5.7.19-generic", ERROR), ("5.8.0", OK), ("4.19.0-27-amd64", ERROR), ("6.12.1", OK)]
+)
+def test_oldest_kernel(release: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report()
+    monkeypatch.setattr(doctor.os, "uname", lambda: SimpleNamespace(release=release))
+    monkeypatch.setattr(doctor.os, "geteuid", lambda: 1000)
+    doctor.check_kernel(report)
+    first = report.findings[0]
+    assert (first.level, first.what) == (level, f"Linux {release}")
+    assert ("5.8 or newer" in first.hint) == (level == ERROR)
+
+
+@pytest.mark.parametrize("version, level", [("3.8.18", ERROR), ("3.9.2", OK), ("3.10.0", OK), ("2.7.18", ERROR)])
+def test_oldest_python(version: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report()
+    monkeypatch.setattr(doctor.shutil, "which", lambda *_, **__: "/bin/python3")
+    monkeypatch.setattr(doctor, "version_of", lambda _: version)
+    doctor.check_python(report)
+    assert [(one.level, one.what) for one in report.findings] == [(level, f"/bin/python3 {version}")]
 
 
 def test_what_a_user_may_not_read_is_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

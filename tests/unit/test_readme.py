@@ -12,7 +12,7 @@ import pytest
 import readme
 from readme import CHECKOUT
 
-from imageos import cgroup, cli, cloudinit, filesystem, hooks, images, layout, network, settings
+from imageos import cgroup, cli, cloudinit, filesystem, hooks, images, layout, network, settings, stream
 from imageos.commands import doctor, ganeti_image, make_qemu_img, mount_disks, umount_disks
 from imageos.disk import Attached, Device
 from imageos.hook import Hook
@@ -212,6 +212,7 @@ def test_what_doctor_looks_at() -> None:
 
 def test_numbers() -> None:
     assert f"({cgroup.PROCESSES} processes, {cgroup.MEMORY >> 30} GiB; version 2 or 1)" in README
+    assert f"bytes ({stream.RUN >> 20} MiB at most)" in README
     assert set(filesystem.FILESYSTEMS) == {"ext2", "ext3", "ext4", "xfs", "btrfs"}
 
 
