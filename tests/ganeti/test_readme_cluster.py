@@ -35,6 +35,7 @@ def followed(imageos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
         cd /mnt/images
         {readme.block("tar --create")}
         {readme.block("cp debian-12-x86_64.tar.zst")}
+        {readme.block("gnt-cluster command chmod +x")}
         {readme.block("cat > /etc/ganeti/instance-image/networks")}
         chmod +x /etc/ganeti/instance-image/hooks/interfaces
         {add}
