@@ -158,8 +158,8 @@ def test_json() -> None:
 )
 def test_oldest_kernel(release: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     report = Report()
-    monkeypatch.setattr(doctor.os, "uname", lambda: SimpleNamespace(release=release))
-    monkeypatch.setattr(doctor.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr("os.uname", lambda: SimpleNamespace(release=release))
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
     doctor.check_kernel(report)
     first = report.findings[0]
     assert (first.level, first.what) == (level, f"Linux {release}")
@@ -169,7 +169,7 @@ def test_oldest_kernel(release: str, level: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("version, level", [("3.8.18", ERROR), ("3.9.2", OK), ("3.10.0", OK), ("2.7.18", ERROR)])
 def test_oldest_python(version: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     report = Report()
-    monkeypatch.setattr(doctor.shutil, "which", lambda *_, **__: "/bin/python3")
+    monkeypatch.setattr("shutil.which", lambda *_, **__: "/bin/python3")
     monkeypatch.setattr(doctor, "version_of", lambda _: version)
     doctor.check_python(report)
     assert [(one.level, one.what) for one in report.findings] == [(level, f"/bin/python3 {version}")]
