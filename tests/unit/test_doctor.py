@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from imageos import mounts
+from imageos.checks.definition import check_python
+from imageos.checks.kernel import check_kernel
 from imageos.checks.node import check_leftovers
 from imageos.checks.programs import needed_by
 from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report, as_json, as_text, verdict
@@ -160,7 +162,7 @@ def test_oldest_kernel(release: str, level: str, monkeypatch: pytest.MonkeyPatch
     report = Report()
     monkeypatch.setattr("os.uname", lambda: SimpleNamespace(release=release))
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    doctor.check_kernel(report)
+    check_kernel(report)
     first = report.findings[0]
     assert (first.level, first.what) == (level, f"Linux {release}")
     assert ("5.8 or newer" in first.hint) == (level == ERROR)
@@ -170,8 +172,8 @@ def test_oldest_kernel(release: str, level: str, monkeypatch: pytest.MonkeyPatch
 def test_oldest_python(version: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     report = Report()
     monkeypatch.setattr("shutil.which", lambda *_, **__: "/bin/python3")
-    monkeypatch.setattr(doctor, "version_of", lambda _: version)
-    doctor.check_python(report)
+    monkeypatch.setattr("imageos.checks.definition.version_of", lambda _: version)
+    check_python(report)
     assert [(one.level, one.what) for one in report.findings] == [(level, f"/bin/python3 {version}")]
 
 
