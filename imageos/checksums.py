@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from urllib.parse import unquote, urlsplit
 
 from imageos import log
 from imageos.errors import Failure
+from imageos.linux import CAP_DAC_READ_SEARCH
 from imageos.run import pipeline, require
+from imageos.sandbox import confined
 from imageos.settings import Settings
 from imageos.web import Web, beside, shown
 
@@ -149,8 +152,9 @@ def _verified(url: str, options: Sequence[str], contents: Sequence[bytes], keyri
     require("gpgv")
     keyring_id(keyring)  # it can be read
     with ExitStack() as stack:
-        files = [stack.enter_context(_in_memory(content)) for content in contents]
-        done = pipeline([["gpgv", "--status-fd", "2", "--keyring", keyring, *options, *files]])[0]
+        files = [stack.enter_context(_stored(content)) for content in contents]
+        check = ["gpgv", "--status-fd", "2", "--keyring", keyring, *options, *files]
+        done = pipeline([check], prepare=confined(keep=[CAP_DAC_READ_SEARCH]))[0]
     lines = done.stderr.splitlines()
     verdicts = {line.split()[1] for line in lines if line.startswith("[GNUPG:] ") and len(line.split()) > 1}
     if "GOODSIG" not in verdicts or "BADSIG" in verdicts:  # not its status: keys that we do not have are no fault
@@ -165,12 +169,9 @@ def _verified(url: str, options: Sequence[str], contents: Sequence[bytes], keyri
 
 
 @contextmanager
-def _in_memory(content: bytes) -> Iterator[str]:
-    """A path under which our children can read `content`, which is on no disk."""
-    descriptor = os.memfd_create("imageos")
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(content)
-        yield f"/proc/{os.getpid()}/fd/{descriptor}"
-    finally:
-        os.close(descriptor)
+def _stored(content: bytes) -> Iterator[str]:
+    """The path of a file with this content."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        yield file.name

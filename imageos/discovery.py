@@ -22,7 +22,7 @@ from imageos.filesystem import FILESYSTEMS, Volume
 from imageos.layout import GPT_TYPES, ROOT_TYPES, SECTOR
 from imageos.mounts import unescape
 from imageos.run import pipeline
-from imageos.sandbox import GuestDisk
+from imageos.sandbox import GuestDisk, confined
 from imageos.target import Target
 
 PROGRAMS = ("sfdisk", "blkid")
@@ -136,7 +136,7 @@ def read(disk: Attached) -> Table:
 
 def read_table(disk: Attached) -> Table:
     """The partition table of the disk, checked; without one, a single part that is the whole disk."""
-    done = pipeline([["sfdisk", "--json", disk.path]], timeout=PROBE_TIMEOUT)[0]
+    done = pipeline([["sfdisk", "--json", disk.path]], timeout=PROBE_TIMEOUT, prepare=confined(disk.path))[0]
     if done.status == 0:
         return parse_table(done.stdout.decode("utf-8", "replace"), disk.path, disk.size)
     if "does not contain a recognized partition table" in done.stderr:
@@ -153,7 +153,7 @@ def _whole(disk: Attached) -> Table:
 def probe(part: Part) -> Part:
     """`part` with what blkid(8) finds on its device."""
     command = ["blkid", "--probe", "--output", "export", part.device]
-    done = pipeline([command], timeout=PROBE_TIMEOUT)[0]
+    done = pipeline([command], timeout=PROBE_TIMEOUT, prepare=confined(part.device))[0]
     if done.status not in (0, 2, 8):  # 2: nothing found, 8: several things, so nobody can tell
         raise done.failure()
     seen = parse_probe(done.stdout.decode("utf-8", "replace"))

@@ -12,9 +12,10 @@ from imageos import disk as disks
 from imageos import linux, log, qcow2
 from imageos.disk import Attached, Device
 from imageos.errors import Failure
-from imageos.imagefile import Image, beginning, check_stages, limit_memory
+from imageos.imagefile import Image, beginning, check_stages
 from imageos.layout import MIB
 from imageos.run import Finished, pipeline, require
+from imageos.sandbox import confined
 
 QCOW2_SUFFIXES = (".qcow2", ".img")
 RAW_SUFFIXES = (".raw", ".raw.zst", ".raw.gz", ".raw.xz", ".img")
@@ -110,7 +111,9 @@ def _convert(image: Image, content: Content, disk: Attached) -> None:
     # O_DIRECT on the disk's side only: measured the fastest. No format is left to be guessed.
     convert = ["qemu-img", "convert", "-n", "-p", "--target-is-zero", "-W", "-m", "16", "-t", "none",
                "-f", "qcow2", "-O", "raw", "/proc/self/fd/0", disk.path]  # fmt: skip
-    finished = pipeline([convert], stdin=image.descriptor, prepare=_confine, on_line=report)
+    # all it needs is to read the image file, whoever owns it
+    enter = confined(disk.path, keep=[linux.CAP_DAC_READ_SEARCH])
+    finished = pipeline([convert], stdin=image.descriptor, prepare=enter, on_line=report)
     progress.close()
     check_stages(image, finished)
 
@@ -124,7 +127,7 @@ def _copy(image: Image, disk: Attached) -> None:
     finished = pipeline(
         stages,
         stdin=image.descriptor,
-        prepare=limit_memory,
+        prepare=confined(disk.path),
         tick=lambda: progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR)),
     )
     progress.close()
@@ -141,17 +144,12 @@ def _check_overflow(image: Image, disk: Attached, finished: Sequence[Finished]) 
         )
 
 
-def _confine() -> None:
-    # qemu-img reads what a stranger made: all it needs is to read the image file, whoever owns it
-    limit_memory()
-    linux.limit_capabilities([linux.CAP_DAC_READ_SEARCH])
-
-
 def _unpacked_size(image: Image) -> tuple[int, bool]:
     """The size of a compressed image as far as it can be known, and whether that is all of it."""
     if image.compression == "xz":
         command = ["xz", "--robot", "--list", "--force", "/proc/self/fd/0"]
-        listed = pipeline([command], stdin=image.descriptor, prepare=limit_memory)
+        enter = confined(keep=[linux.CAP_DAC_READ_SEARCH])
+        listed = pipeline([command], stdin=image.descriptor, prepare=enter)
         check_stages(image, listed)
         totals = re.search(rb"^totals\t\d+\t\d+\t\d+\t(\d+)", listed[0].stdout, re.MULTILINE)
         return (int(totals[1]), True) if totals else (0, False)

@@ -12,6 +12,7 @@ from imageos import log
 from imageos.errors import Failure
 from imageos.imagefile import Image, beginning, check_stages, limit_memory, too_large
 from imageos.run import Finished, pipeline, require
+from imageos.sandbox import confined
 
 # What is compressed within the format (dump -z) needs no name of its own.
 SUFFIXES = ("-root.dump", "-root.dump.gz", "-root.dump.zst", "-root.dump.xz")
@@ -78,6 +79,7 @@ def _restore(image: Image, directory: str) -> None:
         stdin=image.descriptor,
         cwd=directory,
         prepare=limit_memory,
+        upstream=confined(),
         tick=lambda: progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR)),
         on_line=watch(image.path),
     )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from imageos.errors import Failure
 from imageos.run import environment, require, run
+from imageos.sandbox import confined
 from imageos.target import Target
 
 LARGEST = 16 << 20  # bytes of a loader; the largest ones have 5 MB
@@ -147,6 +148,11 @@ def write(device: str, files: Mapping[str, bytes]) -> None:
         # no configuration but our own: neither root's nor what an environment may bring
         env = {**environment(), "MTOOLSRC": "/dev/null", "HOME": scratch, "MTOOLS_SKIP_CHECK": "1"}
         try:
-            run(["mcopy", "-s", "-o", "-i", device, *tops, "::"], env=env, timeout=TIMEOUT)
+            run(
+                ["mcopy", "-s", "-o", "-i", device, *tops, "::"],
+                env=env,
+                timeout=TIMEOUT,
+                prepare=confined(device),
+            )
         except Failure as failure:
             raise Failure(f"cannot write to the EFI system partition: {failure}", details=failure.details) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 
 from imageos import discovery, filesystem, linux, log
@@ -11,6 +12,7 @@ from imageos.disk import Attached
 from imageos.errors import Failure
 from imageos.layout import MIB, SECTOR
 from imageos.run import available, pipeline, run
+from imageos.sandbox import confined
 
 E2FSCK_CORRECTED = 1  # status: errors, all of them corrected
 BTRFS_SMALLEST = 256 * MIB  # that a btrfs may be resized to (fs/btrfs/ioctl.c)
@@ -79,7 +81,7 @@ def _resize(disk: Attached, part: Part, size: int) -> None:
 def _grow_filesystem(root: Part, size: int) -> None:
     if root.kind.startswith("ext"):
         _check_ext(root.device)
-        run(["resize2fs", root.device])
+        run(["resize2fs", root.device], prepare=confined(root.device, memory=resource.RLIM_INFINITY))
         return
     if root.kind == "btrfs" and size < BTRFS_SMALLEST:
         log.info(f"the btrfs on {root} is not grown: Linux refuses to below {log.size(BTRFS_SMALLEST)}")
@@ -93,7 +95,9 @@ def _grow_filesystem(root: Part, size: int) -> None:
 
 def _check_ext(device: str) -> None:
     """What resize2fs insists on."""
-    checked = pipeline([["e2fsck", "-f", "-p", device]])[0]
+    # what they take grows with the disk
+    enter = confined(device, memory=resource.RLIM_INFINITY)
+    checked = pipeline([["e2fsck", "-f", "-p", device]], prepare=enter)[0]
     if checked.status not in (0, E2FSCK_CORRECTED):
         said = [
             line for line in (checked.stdout.decode("utf-8", "backslashreplace") + checked.stderr).splitlines() if line

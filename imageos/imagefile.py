@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from imageos import log
 from imageos.errors import Failure
 from imageos.run import Finished, available, head
-
-MEMORY = 4 << 30  # bytes of address space that unpacking may take, whatever an archive claims
+from imageos.sandbox import UNPACKING, confined
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def beginning(image: Image, count: int) -> bytes:
         if not image.compression:
             return os.pread(image.descriptor, count, 0)
         os.lseek(image.descriptor, 0, os.SEEK_SET)
-        return head(image.decompress, image.descriptor, count, limit_memory)
+        return head(image.decompress, image.descriptor, count, confined())
     except Failure as failure:
         raise Failure(f"image {image.path} cannot be unpacked: {failure}", failure.hint, failure.details) from None
     except OSError as error:
@@ -112,4 +111,5 @@ def too_large(image: Image, what: str, total: int) -> Failure:
 
 
 def limit_memory() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    """For what unpacks, and needs root."""
+    resource.setrlimit(resource.RLIMIT_AS, (UNPACKING, UNPACKING))

@@ -17,6 +17,7 @@ from imageos.disk import Attached
 from imageos.errors import Failure
 from imageos.imagefile import COMPRESSIONS, Image, limit_memory
 from imageos.layout import MIB, SECTOR
+from imageos.sandbox import confined
 from imageos.stream import Source, damaged, truncated
 
 BLOCK = 512
@@ -47,7 +48,7 @@ def decompressed(source: Source, name: str) -> Iterator[Source]:
     run.require(command[0])
     with source.replayed() as (ahead, descriptor):
         stages = [["cat", f"/dev/fd/{ahead}", "-"], command]
-        with run.output_of(stages, descriptor, keep=[ahead], prepare=limit_memory) as (output, check_stages):
+        with run.output_of(stages, descriptor, keep=[ahead], prepare=confined()) as (output, check_stages):
 
             def check() -> None:
                 try:
@@ -152,7 +153,7 @@ def read_table(begin: bytes) -> discovery.Table | None:
         file.write(begin)
         file.truncate(HUGE)
         file.flush()
-        done = run.pipeline([["blkid", "--probe", file.name]], timeout=discovery.PROBE_TIMEOUT)[0]
+        done = run.pipeline([["blkid", "--probe", file.name]], timeout=discovery.PROBE_TIMEOUT, prepare=confined())[0]
         if done.status not in (0, 2, 8):
             raise done.failure()
         if done.status == 2 and begin.strip(b"\0"):  # nothing found; 8: several things at once

@@ -114,6 +114,7 @@ def pipeline(
     cwd: Optional[str] = None,
     timeout: Optional[float] = None,
     prepare: Optional[Callable[[], None]] = None,
+    upstream: Optional[Callable[[], None]] = None,
     on_line: Optional[Callable[[str], None]] = None,
     tick: Optional[Callable[[], None]] = None,
     on_exit: Optional[Callable[[], None]] = None,
@@ -121,7 +122,8 @@ def pipeline(
 ) -> list[Finished]:
     """Run `stages` with each one's stdout as the next one's stdin; judge nothing.
 
-    `env` replaces the environment (default: `environment()`); it, `cwd` and `prepare` are for every stage.
+    `env` replaces the environment (default: `environment()`); it, `cwd` and `prepare` are for every stage, but before
+    the last one `upstream`, if given, takes the place of `prepare`.
     `tick` is called every now and then; `on_exit` when the last stage has ended, while a process that it left behind
     may still hold its output open; the output of a `private` command stays out of the debug log.
     """
@@ -137,7 +139,7 @@ def pipeline(
                 stderr=subprocess.PIPE,
                 env=environment() if env is None else env,
                 cwd=cwd,
-                prepare=prepare,
+                prepare=prepare if stage is stages[-1] or upstream is None else upstream,
             )
             source = process.stdout.fileno() if process.stdout else subprocess.DEVNULL
             if stage is not stages[-1]:

@@ -16,6 +16,7 @@ from typing import Callable, NoReturn
 
 from imageos import linux
 from imageos.errors import Failure
+from imageos.isolation import TEMPORARY
 
 KEEP = (
     linux.CAP_CHOWN,
@@ -36,6 +37,9 @@ ENVIRONMENT = {
 # Name -> major, minor (Documentation/admin-guide/devices.txt)
 DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
 LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
+# Of the node, what a program of the node that reads a stranger's work may not write: root's name is enough for that
+KEPT = ("/boot", "/etc", "/home", "/opt", "/root", "/srv", "/usr", "/var/lib", "/var/spool")
+UNPACKING = 4 << 30  # bytes of address space that a program may take, whatever an archive claims
 # Of each process, in bytes; no program of a guest has reason to take more. What all of them take: cgroup.
 LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 8 << 30, resource.RLIMIT_AS: 4 << 30}
 
@@ -67,6 +71,48 @@ def entering(path: str, hostname: str, disk: GuestDisk, join: Callable[[], None]
             os._exit(126)
 
     return enter
+
+
+def confined(*devices: str, keep: Sequence[int] = (), memory: int = UNPACKING) -> Callable[[], None]:
+    """What a child does before it becomes a program of the node that reads what a stranger has made.
+
+    Of privileges it has the capabilities `keep`, of disks `devices`, no network, of /run (where root opens any
+    socket) our own temporary files; it cannot write the node's own files nor /proc and /sys.
+    """
+    found = {os.path.basename(device): os.stat(device) for device in devices}
+    nodes = {name: status.st_rdev for name, status in found.items() if stat.S_ISBLK(status.st_mode)}
+    nodes.update((name, os.makedev(*number)) for name, number in DEVICES.items())
+
+    def enter() -> None:
+        try:
+            if os.geteuid() == 0:  # doctor may be anybody's
+                _confine(nodes)
+                linux.limit_capabilities(keep)
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        except OSError as error:
+            os.write(2, f"cannot give up privileges: {error}\n".encode("ascii", "backslashreplace"))
+            os._exit(126)
+
+    return enter
+
+
+def _confine(nodes: "dict[str, int]") -> None:
+    linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC)
+    linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    plain = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+    _mount_over(root, "proc", "proc", plain | linux.MS_RDONLY)
+    _mount_over(root, "sys", "sysfs", plain | linux.MS_RDONLY)
+    _mount_over(root, "dev", "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, "mode=0755,size=64k")
+    _make_devices(root, nodes, ())
+    temporary = os.open(TEMPORARY, os.O_PATH | os.O_CLOEXEC) if os.path.isdir(TEMPORARY) else None
+    _mount_over(root, "run", "tmpfs", plain, "mode=0755,size=64k")
+    if temporary is not None:
+        os.makedirs(TEMPORARY)
+        linux.mount(f"/proc/self/fd/{temporary}", TEMPORARY, None, linux.MS_BIND)
+    for place in filter(os.path.isdir, KEPT):
+        linux.mount(place, place, None, linux.MS_BIND | linux.MS_REC)
+        linux.mount(None, place, None, linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY)
 
 
 @contextmanager

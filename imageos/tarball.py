@@ -9,6 +9,7 @@ from imageos import log
 from imageos.errors import Failure
 from imageos.imagefile import Image, beginning, check_stages, limit_memory, too_large
 from imageos.run import pipeline, require
+from imageos.sandbox import confined
 
 SUFFIXES = (".tar.gz", ".tar", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
 BLOCK = 512  # bytes of a tar header
@@ -40,6 +41,7 @@ def deploy(image: Image, directory: str) -> None:
         stages,
         stdin=image.descriptor,
         prepare=limit_memory,
+        upstream=confined(),
         tick=lambda: progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR)),
     )
     progress.close()
