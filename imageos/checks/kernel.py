@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 
-from imageos import filesystem
+from imageos import cgroup, filesystem
 from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report
 from imageos.checks.variants import Variant, listed
 from imageos.errors import Failure
@@ -31,6 +31,11 @@ def check_kernel(report: Report) -> None:
         report.say(OK, "loop devices")
     except OSError as error:
         report.say(ERROR, f"/dev/loop-control: {error.strerror}", "modprobe loop")
+    complaints = cgroup.unbounded()
+    for complaint in complaints:
+        report.say(NOTE, complaint, "in a container, /sys/fs/cgroup must be writable")
+    if not complaints:
+        report.say(OK, "control groups")
 
 
 def unshare_error() -> str:

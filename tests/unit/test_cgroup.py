@@ -1,17 +1,165 @@
 """Control groups, on a directory in the place of a hierarchy."""
 
+import errno
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
-from imageos import cgroup
+from imageos import cgroup, log
+
+NEEDED = {"pids.max": "1024", "memory.max": str(2 << 30)}
+
+
+@pytest.fixture(autouse=True)
+def no_warning_yet() -> Iterator[None]:
+    cgroup._warn.cache_clear()
+    yield
+    cgroup._warn.cache_clear()
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> "list[str]":
+    said: list[str] = []
+    monkeypatch.setattr(log, "warning", said.append)
+    return said
+
+
+def take_away(group: str, rmdir: Callable[[str], None] = os.rmdir) -> None:
+    """What the kernel has put into a group goes with it."""
+    for path in Path(group).iterdir():
+        path.unlink()
+    rmdir(group)
+
+
+@pytest.fixture
+def version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The top of a hierarchy of version 2: what a new group has in it depends on `cgroup.subtree_control`."""
+    top = tmp_path / "cgroup"
+    top.mkdir()
+    (top / "cgroup.procs").touch()
+    (top / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
+    (top / "cgroup.subtree_control").write_text("")
+    mkdir, write = os.mkdir, cgroup._write
+
+    def fill(group: Path) -> None:
+        given = (top / "cgroup.subtree_control").read_text().replace("+", " ").split()
+        for name in ("pids.max", "memory.max", "memory.swap.max"):
+            if name.split(".")[0] in given:
+                (group / name).touch()
+        for name in ("cgroup.procs", "cgroup.kill"):
+            (group / name).touch()
+
+    def make(path: str, mode: int) -> None:
+        mkdir(path, mode)
+        fill(Path(path))
+
+    def written(path: str, value: str) -> None:
+        if path.endswith("subtree_control"):
+            value = Path(path).read_text() + value
+        write(path, value)
+        for group in top.glob("imageos.*"):
+            fill(group)
+
+    monkeypatch.setattr(os, "mkdir", make)
+    monkeypatch.setattr(os, "rmdir", take_away)
+    monkeypatch.setattr(cgroup, "_write", written)
+    monkeypatch.setattr(cgroup, "HIERARCHIES", {str(top): cgroup.VERSION_2})
+    return top
+
+
+def limits(top: Path) -> "dict[str, str]":
+    (group,) = top.glob("imageos.*")
+    return {path.name: path.read_text() for path in group.glob("*.max")}
+
+
+def test_version_2(version_2: Path, warnings: "list[str]") -> None:
+    """Its controllers are switched on for the group, which gets all limits, and whoever joins is in it."""
+    with cgroup.limited() as join:
+        assert limits(version_2) == {**NEEDED, "memory.swap.max": "0"}
+        join()
+        (group,) = version_2.glob("imageos.*")
+        assert (group / "cgroup.procs").read_text() == "0"
+    assert list(version_2.glob("imageos.*")) == []
+    assert warnings == cgroup.unbounded() == []
+
+
+def test_version_2_as_systemd_has_it(version_2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is switched on already is left alone: the file may not be writable."""
+    (version_2 / "cgroup.subtree_control").write_text("cpu memory pids\n")
+    with cgroup.limited():
+        assert limits(version_2).keys() >= NEEDED.keys()
+    assert (version_2 / "cgroup.subtree_control").read_text() == "cpu memory pids\n"
+
+
+def test_without_a_controller(version_2: Path, warnings: "list[str]") -> None:
+    """One is bounded, the other is complained of: once, however many programs run."""
+    (version_2 / "cgroup.controllers").write_text("cpu pids\n")
+    for _ in range(3):
+        with cgroup.limited():
+            assert limits(version_2) == {"pids.max": "1024"}
+    assert warnings == [
+        "the guest's programs are not bounded in their memory: there is no such control group on this node"
+    ]
+
+
+def test_controllers_that_cannot_be_had(
+    version_2: Path, monkeypatch: pytest.MonkeyPatch, warnings: "list[str]"
+) -> None:
+    """The top of a container's hierarchy has processes of its own: the kernel then gives none to groups below it."""
+    write = cgroup._write
+
+    def busy(path: str, value: str) -> None:
+        if path.endswith("subtree_control"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        write(path, value)
+
+    monkeypatch.setattr(cgroup, "_write", busy)
+    with cgroup.limited() as join:
+        join()
+    assert [one.split(" in their ")[1] for one in warnings] == [
+        f"number: {version_2}: Device or resource busy",
+        f"memory: {version_2}: Device or resource busy",
+    ]
+    assert cgroup.unbounded() == warnings
+
+
+def test_read_only(version_2: Path, monkeypatch: pytest.MonkeyPatch, warnings: "list[str]") -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with cgroup.limited() as join:
+        join()
+    assert [one.split(": ", 1)[1] for one in warnings] == [f"{version_2}: Read-only file system"] * 2
+
+
+def test_no_control_groups_at_all(monkeypatch: pytest.MonkeyPatch, warnings: "list[str]") -> None:
+    monkeypatch.setattr(cgroup, "HIERARCHIES", {"/nowhere": cgroup.VERSION_2})
+    with cgroup.limited() as join:
+        join()
+    assert len(warnings) == 2
+
+
+def test_a_group_that_does_not_end_is_killed(version_2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(path: str) -> None:
+        if (Path(path) / "cgroup.kill").read_text() != "1":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        take_away(path)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    monkeypatch.setattr(cgroup, "DEADLINE", 0.2)
+    with cgroup.limited():
+        pass
+    assert list(version_2.glob("imageos.*")) == []
 
 
 def test_a_group_that_another_run_takes_for_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cgroup.procs").touch()
-    monkeypatch.setattr(cgroup, "HIERARCHIES", {str(tmp_path): {}})
+    monkeypatch.setattr(cgroup, "HIERARCHIES", {str(tmp_path): {"pids.max": 1}})
     flock = fcntl.flock
     removed: list[str] = []
 
