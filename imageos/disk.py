@@ -259,7 +259,15 @@ def _check_not_mounted(path: str) -> None:
 
 
 def _mounts_of(loop: str) -> list[Mount]:
-    return [mount for mount in mounts.current() if re.fullmatch(rf"{loop}(p\d+)?", mount.source)]
+    return [mount for mount in mounts.current() if loop_below(mount) == loop]
+
+
+def loop_below(mount: Mount) -> str:
+    """The loop device that a mounted filesystem is on, or on a partition of; empty if it is on none."""
+    number = mounts.block_device(mount)
+    place = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    match = re.search(r"/block/(loop\d+)(/|$)", place)
+    return f"/dev/{match[1]}" if match else ""
 
 
 def _drop_mounts(disk: Attached) -> None:

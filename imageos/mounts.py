@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Mount:
     place: str
-    source: str
+    source: str  # a name: any user gives what he mounts (FUSE) the name of a device
+    kind: str
+    number: int  # as st_dev of what is in it
 
     @property
     def instance(self) -> str:
@@ -30,13 +33,25 @@ def current(mountinfo: str = "/proc/self/mountinfo") -> list[Mount]:
         return parse(file.read())
 
 
+def block_device(mount: Mount) -> int:
+    """The number of the block device that a mounted filesystem is on; 0 if it is on none."""
+    if mount.kind == "btrfs":  # whose files have a number of their own; users cannot mount it
+        try:
+            return os.stat(mount.source).st_rdev
+        except OSError:
+            return 0
+    return mount.number if os.major(mount.number) else 0
+
+
 def parse(text: str) -> list[Mount]:
     return [_mount(line) for line in text.split("\n") if line]
 
 
 def _mount(line: str) -> Mount:
     before, _, after = line.partition(" - ")
-    return Mount(unescape(before.split(" ")[4]), unescape(after.split(" ")[1]))
+    _, _, number, _, place, *_ = before.split(" ")
+    kind, source, *_ = after.split(" ")
+    return Mount(unescape(place), unescape(source), kind, os.makedev(*(int(part) for part in number.split(":"))))
 
 
 def unescape(text: str) -> str:

@@ -39,7 +39,8 @@ def check_space(report: Report, variants: Sequence[Variant]) -> None:
 def check_leftovers(report: Report, mounted: Sequence[Mount], sys_block: str = "/sys/block") -> None:
     """What runs of ganeti-instance-image leave when they crash, with the commands that take it away, in order."""
     before = len(report.findings)
-    for one in mounted:
+    on_disks = [one for one in mounted if mounts.block_device(one)]
+    for one in on_disks:
         # nothing but names: the command is there to be pasted into root's shell, and anybody can mount in /tmp (fuse)
         is_mktemp = re.fullmatch(r"/tmp/tmp\.[A-Za-z0-9]{6,}", one.place)
         is_root = one.instance and one.place == mounts.mount_point(one.instance)
@@ -48,7 +49,7 @@ def check_leftovers(report: Report, mounted: Sequence[Mount], sys_block: str = "
             report.say(NOTE, f"{one.source} is mounted at {one.place}", command)
     for name in partition_maps(sys_block):
         report.say(NOTE, f"/dev/mapper/{name} is a map of an instance's partition", f"dmsetup remove {name}")
-    used = {one.source for one in mounted}
+    used = {one.source for one in on_disks}
     for device, backing in leftover_loops(sys_block, used):
         report.say(
             NOTE, f"{device} is attached to {backing}, and not used", f"losetup -d {device} (unless an instance has it)"

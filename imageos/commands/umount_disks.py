@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 
@@ -48,7 +47,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def full_name(name: str, mounted: Iterable[Mount]) -> str:
     """The name of the instance that is mounted here and that `name` is short for; `name` if there is none."""
-    names = sorted({mount.instance for mount in mounted if mount.instance and loop_of(mount.source)})
+    # a name is enough for what is only named; users mount no devices
+    loops = [mount for mount in mounted if mounts.block_device(mount) and mount.source.startswith("/dev/loop")]
+    names = sorted({mount.instance for mount in loops if mount.instance})
     meant = [name] if name in names else [one for one in names if one.startswith(f"{name}.")]
     if len(meant) > 1:
         raise Failure(f"{name} is short for several instances: {', '.join(meant)}", hint="give the whole name")
@@ -63,7 +64,7 @@ def unmount(name: str) -> None:
     place = mounts.mount_point(name)
     there = below(mounts.current(), place)
     with ExitStack() as stack:
-        for loop in {loop_of(mount.source) for mount in there if mount.place == place} - {""}:
+        for loop in {disk.loop_below(mount) for mount in there if mount.place == place} - {""}:
             stack.enter_context(disk.let_go(loop))
         for mount in there:
             unmount_one(mount)
@@ -114,12 +115,6 @@ def users(place: str) -> Iterator[str]:
 
 def is_below(path: str, place: str) -> bool:
     return path == place or path.startswith(place + "/")
-
-
-def loop_of(source: str) -> str:
-    """The loop device of a partition's device; empty if it is none."""
-    match = re.fullmatch(r"(/dev/loop\d+)(p\d+)?", source)
-    return match[1] if match else ""
 
 
 def below(mounted: Iterable[Mount], place: str) -> list[Mount]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from imageos import linux, mounts
-from imageos.commands.umount_disks import below, full_name, is_below, loop_of, unmount_at
+from imageos import disk, linux, mounts
+from imageos.commands.umount_disks import below, full_name, is_below, unmount_at
 from imageos.errors import Failure
 
 # /proc/self/mountinfo: two filesystems, one more over the second, one in a directory with a space
@@ -46,7 +46,7 @@ def test_a_carriage_return_in_a_path(tmp_path: Path) -> None:
     ],
 )
 def test_whose_mount_it_is(place: str, instance: str) -> None:
-    assert mounts.Mount(place, "/dev/loop0").instance == instance
+    assert mounts.Mount(place, "/dev/loop0", "ext4", 0).instance == instance
 
 
 def test_a_link_above_a_mount_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,11 +65,6 @@ def test_below() -> None:
     assert is_below("/tmp/a_root", "/tmp/a_root")
     assert is_below("/tmp/a_root/x", "/tmp/a_root")
     assert not is_below("/tmp/a_root2", "/tmp/a_root")
-
-
-def test_loop() -> None:
-    assert loop_of("/dev/loop12p3") == loop_of("/dev/loop12") == "/dev/loop12"
-    assert loop_of("/dev/vda1") == loop_of("tmpfs") == ""
 
 
 HERE = mounts.parse(
@@ -115,3 +110,19 @@ def test_what_is_mounted_is_named(capfd: pytest.CaptureFixture[str]) -> None:
         "imageos: mounted on this node: inst1.example.org, inst2.example.net, inst2.example.org, inst4, "
         "inst4.example.org\n"
     )
+
+
+def test_a_name_is_not_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any user mounts something with the name of a device (FUSE): only numbers tell what is below."""
+    lines = """\
+65 27 0:50 / /tmp/a_root rw - fuse.x /dev/loop3 rw
+66 27 0:51 / /tmp/b_root rw - btrfs /dev/null rw
+67 27 0:52 / /tmp/c_root rw - btrfs /nowhere rw
+68 27 259:2 / /tmp/d_root rw - ext4 /dev/root rw
+"""
+    numbers = [mounts.block_device(mount) for mount in mounts.parse(lines)]
+    assert numbers == [0, os.stat("/dev/null").st_rdev, 0, os.makedev(259, 2)]
+
+    places = {"259:2": "/sys/devices/virtual/block/loop3/loop3p2", "1:3": "/sys/devices/virtual/mem/null"}
+    monkeypatch.setattr(os.path, "realpath", lambda path: places.get(os.path.basename(path), path))
+    assert [disk.loop_below(mount) for mount in mounts.parse(lines)] == ["", "", "", "/dev/loop3"]

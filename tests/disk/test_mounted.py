@@ -1,0 +1,49 @@
+"""Disks that are mounted on the node: told by the kernel's numbers, whatever names users give to their own mounts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import guestdisks
+import pytest
+from support import PATH, Call, Node, Result, run
+
+MakeDisk = Callable[..., Path]
+
+
+def tool(node: Node, *arguments: str) -> Result:
+    return Call(node.imageos, {"PATH": PATH}, node.work / f"{arguments[0]}.log", list(arguments)).result()
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """An instance whose place in /tmp is taken away again."""
+    yield f"inst{os.getpid()}.example.org"
+    place = Path(f"/tmp/inst{os.getpid()}.example.org_root")
+    if place.is_mount():
+        run("umount", "--recursive", place)
+    if place.is_dir():
+        place.rmdir()
+
+
+@pytest.mark.parametrize("layout", ["cloud", "btrfs"])
+def test_a_mount_with_the_name_of_a_loop_device(
+    layout: str, name: str, node: Node, block_disk: MakeDisk, small_tree: Path, tmp_path: Path
+) -> None:
+    """It is no disk, and what that loop device is of is not waited for (a tmpfs here, as FUSE is for users)."""
+    loop = block_disk()
+    place = Path(f"/tmp/{name}_root")
+    place.mkdir(0o700)
+    run("mount", "-t", "tmpfs", loop, place)
+    assert tool(node, "umount-disks", "--here", name).ok().seconds < 5
+    assert run("losetup", loop), "it is attached still"
+    assert not place.exists()
+
+    guest = guestdisks.LAYOUTS[layout](tmp_path / "guest.raw", small_tree, tmp_path)
+    tool(node, "mount-disks", name, "--disk", str(guest.path)).ok()
+    (place / "written").touch()
+    assert f"it is mounted at {place}" in node.create(guest.path).failed().last
+    tool(node, "umount-disks", "--here", name).ok()
+    assert run("losetup", "--associated", guest.path) == ""
