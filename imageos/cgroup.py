@@ -158,8 +158,8 @@ def _remove_stale(top: str) -> None:
 
 
 def _read(path: str) -> str:
-    with open(path, encoding="ascii") as file:
-        return file.read()
+    with open(path, "rb") as file:
+        return file.read().decode()
 
 
 def _write(path: str, value: str) -> None:

@@ -35,6 +35,7 @@ XBOOTLDR = "BC13C2FF-59E6-4262-A352-B275FD6F7172"  # /boot in the Discoverable P
 # Subvolumes of a btrfs that may be the root, after the default one: Ubuntu and others, Debian's installer, Fedora
 ROOT_SUBVOLUMES = ("", "subvol=@", "subvol=@rootfs", "subvol=root")
 ROLES = {"/": "root", "/boot": "boot", "/boot/efi": "esp", "/efi": "esp", "/usr": "usr", "/var": "var"}
+MOST_MOUNTED = 64  # filesystems of a guest; those of an installer are a dozen at most
 MOUNTED = ("/boot", "/usr", "/var")  # partitions of these, and what is below them, are part of the system
 # What a message says of a partition that is none of ours to read
 SEALED = {
@@ -363,18 +364,26 @@ def _volumes(table: Table, system: _System, mounted: tuple[str, ...] = MOUNTED) 
     root = system.part
     yield _volume(root, "/", system.options)
     taken = {"/"}
+    count = 1
     for entry in system.fstab:
         part = resolve(entry.source, table.parts)
         if entry.mount_point in taken or entry.kind == "swap":
             continue
         role = ROLES.get(entry.mount_point)
-        if part and part.kind == root.kind == "btrfs" and part is root:
+        volume = None
+        if part is root and root.kind == "btrfs":
             subvolume = ",".join(option for option in entry.options if option.startswith("subvol"))
-            yield _volume(part, entry.mount_point, subvolume)
+            volume = _volume(root, entry.mount_point, subvolume)
         elif part and part is not root and part.kind in FILESYSTEMS and entry.mount_point.startswith(mounted):
-            yield _volume(part, entry.mount_point, "")
+            volume = _volume(part, entry.mount_point, "")
         elif not part and role in ("boot", "usr", "var"):
             log.warning(f"the guest mounts {entry.source} at {entry.mount_point}, which is not on this disk")
+        if volume:
+            if count == MOST_MOUNTED:
+                log.warning(f"the guest has more than {count} filesystems: {entry.mount_point} and on are left out")
+                break
+            count += 1
+            yield volume
         taken.add(entry.mount_point)
     for part in table.parts:
         if part.kind == "swap":

@@ -160,8 +160,12 @@ def read_record(root: str, os_dir: str) -> Record:
     if text is None:
         return Record()
     try:
-        return Record(**json.loads(text))
-    except (ValueError, TypeError):
+        record = Record(**json.loads(text))
+        for known in (record.files, record.links):
+            if not all(isinstance(one, str) for pair in known.items() for one in pair):
+                raise ValueError("not text")
+        return record
+    except (ValueError, TypeError, AttributeError):
         raise Failure(
             f"{path} is damaged", hint=f"remove it; what differs from this version is then kept: rm {path}"
         ) from None
@@ -209,7 +213,12 @@ def content(path: str) -> Optional[bytes]:
 
 
 def under(root: str, path: str) -> str:
-    return os.path.join(root, path.lstrip("/"))
+    """Where `path` is below `root`; Failure if that leads out of it."""
+    place = os.path.join(root, path.lstrip("/"))
+    directory = os.path.realpath(os.path.dirname(place))
+    if ".." in path.split("/") or os.path.commonpath([os.path.realpath(root), directory]) != os.path.realpath(root):
+        raise Failure(f"{place} leads out of {root}", hint="as --root, give a directory whose links stay inside it")
+    return place
 
 
 def _shipped(*names: str) -> bytes:

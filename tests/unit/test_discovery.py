@@ -162,6 +162,14 @@ def test_volumes_of_btrfs() -> None:
     ]  # fmt: skip
 
 
+def test_volumes_without_end(capfd: pytest.CaptureFixture[str]) -> None:
+    """A guest may name as many subvolumes as its fstab has room for; what it boots from is found all the same."""
+    text = "UUID=u1 / btrfs\n" + "".join(f"UUID=u1 /x{n} btrfs subvol=@\n" for n in range(20000))
+    found = volumes(part(1, "btrfs"), text, part(2, "swap"))
+    assert [one[2] for one in found] == ["/", *(f"/x{n}" for n in range(discovery.MOST_MOUNTED - 1)), ""]
+    assert capfd.readouterr().err.count("/x63 and on are left out") == 1
+
+
 def test_boot_without_an_fstab() -> None:
     xbootldr = "BC13C2FF-59E6-4262-A352-B275FD6F7172"  # as systemd's specification has it
     assert volumes(part(1, "ext4"), "", part(2, "ext4", xbootldr))[1] == ("boot", "2", "/boot", "")

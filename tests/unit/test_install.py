@@ -1,5 +1,6 @@
 """What install puts in place: all of it, once, and never over what the site has changed."""
 
+import json
 import os
 import re
 import shutil
@@ -407,11 +408,40 @@ def test_what_a_package_has_installed_is_left_to_it(command: str, shipped: Path,
     assert tree(root) == before
 
 
-def test_damaged_record(shipped: Path, root: Path) -> None:
+@pytest.mark.parametrize("text", ["{", "[]", "1", '{"files": 1}', '{"links": {"/x": 1}}', '{"files": {"/x": null}}'])
+def test_damaged_record(text: str, shipped: Path, root: Path) -> None:
     call("install", root)
-    (root / OS_DIR.lstrip("/") / install.RECORD).write_text("{")
-    with pytest.raises(Failure, match="installed.json is damaged"):
+    (root / OS_DIR.lstrip("/") / install.RECORD).write_text(text)
+    for command in ("install", "uninstall"):
+        with pytest.raises(Failure, match="installed.json is damaged"):
+            call(command, root)
+
+
+@pytest.mark.parametrize("name", ["/../outside/{}", "../outside/{}", "/etc/../../outside/{}", "/leads/{}"])
+def test_nothing_is_removed_outside(name: str, shipped: Path, root: Path, tmp_path: Path) -> None:
+    """Whatever the record says, and wherever links lead."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("text")
+    (outside / "link").symlink_to("target")
+    (root / "leads").symlink_to(outside)
+    known = json.dumps({"files": {name.format("file"): install.digest(b"text")}, "links": {"/x": "y"}})
+    for record in (known, json.dumps({"links": {name.format("link"): "target"}})):
+        place = root / OS_DIR.lstrip("/") / install.RECORD
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(record)
+        with pytest.raises(Failure, match="leads out of"):
+            call("uninstall", root)
+    assert sorted(os.listdir(outside)) == ["file", "link"]
+
+
+def test_nothing_is_installed_outside(shipped: Path, root: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (root / "etc").symlink_to(outside)
+    with pytest.raises(Failure, match="leads out of"):
         call("install", root)
+    assert os.listdir(outside) == []
 
 
 def test_ancestor_is_taken_over_with_its_configuration(shipped: Path, root: Path) -> None:

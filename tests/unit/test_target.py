@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import signal
 import stat
 import time
 from collections.abc import Iterator
@@ -594,6 +595,30 @@ def test_empty_files(guest: Path, node: Path, target: Target) -> None:
     (guest / "linked").symlink_to("/kept")
     target.empty_files("/linked")
     assert (guest / "kept/c").read_text() == "text"
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_a_file_that_becomes_a_fifo(read: bool, guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at it and its opening: an error or nothing, but no waiting for a reader."""
+    (guest / "log").mkdir()
+    os.mkfifo(guest / "log/a")
+    (guest / "file").touch()
+    looked = os.stat(guest / "file")
+    monkeypatch.setattr("imageos.target.os.stat", lambda *_, **__: looked)
+    reader = os.open(guest / "log/a", os.O_RDONLY | os.O_NONBLOCK) if read else None
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(5)
+    try:
+        if read:
+            target.empty_files("/log")
+        else:
+            with pytest.raises(Failure, match="^cannot empty the guest's /log: No such device"):
+                target.empty_files("/log")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        if reader is not None:
+            os.close(reader)
 
 
 # Very deep
