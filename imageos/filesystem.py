@@ -4,13 +4,14 @@ import errno
 import os
 import re
 import tempfile
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Callable
 
-from imageos import linux, log
+from imageos import linux, log, mounts
 from imageos.errors import Failure
 from imageos.layout import MIB, Layout
 from imageos.run import output_of, run
@@ -76,9 +77,8 @@ FILESYSTEMS = {
     "btrfs": Filesystem(_make_btrfs, smallest=128 * MIB, check_pass=False, look_data="rescue=nologreplay"),
 }
 BTRFS_SUPERBLOCK = 0x10000  # bytes from the beginning; the fsid is 32 bytes into it
-
-
 WRITE_BACK = ("sync",)  # the programs that `writing_back` takes
+TWIN_PATIENCE = 300.0  # seconds that another instance of the same image may take
 
 
 class MountedTwice(Failure):
@@ -141,19 +141,12 @@ def mounted(device: str, path: str, kind: str, read_only: bool = False, options:
     """
     flags = linux.MS_NOSUID | linux.MS_NODEV | (linux.MS_RDONLY if read_only else 0)
     own = FILESYSTEMS[kind].look_data if read_only else FILESYSTEMS[kind].mount_data
+    data = ",".join(filter(None, [own, options]))
     if kind == "btrfs":
-        _refuse_mounted_twin(device)
+        _mount_btrfs(device, path, flags, data)
+    else:
+        _mount(device, path, kind, flags, data)
     try:
-        linux.mount(device, path, kind, flags, ",".join(filter(None, [own, options])))
-    except OSError as error:
-        unknown = error.errno == errno.ENODEV
-        raise Failure(
-            f"cannot mount {device} as {kind}: {error.strerror}",
-            hint=f"this kernel has no {kind}: modprobe {kind}" if unknown else None,
-        ) from None
-    try:
-        if kind == "btrfs":
-            _refuse_mounted_twin(device)  # another process may have been quicker
         yield
     except BaseException:
         # What was written is lost anyway: writing it back would only delay the end, by minutes on a slow disk.
@@ -291,16 +284,59 @@ def _real_path(root: int, path: str) -> str:
         os.close(descriptor)
 
 
-def _refuse_mounted_twin(device: str) -> None:
-    """Fail if the kernel has another device with this btrfs's UUID mounted: it might show us that one."""
+def _mount(device: str, path: str, kind: str, flags: int, data: str) -> None:
+    try:
+        linux.mount(device, path, kind, flags, data)
+    except OSError as error:
+        unknown = error.errno == errno.ENODEV
+        raise Failure(
+            f"cannot mount {device} as {kind}: {error.strerror}",
+            hint=f"this kernel has no {kind}: modprobe {kind}" if unknown else None,
+        ) from None
+
+
+def _mount_btrfs(device: str, path: str, flags: int, data: str) -> None:
+    """Mount it when no other device with its UUID is mounted: the kernel would refuse, or show us that one.
+
+    Another instance of the same image is waited for; what a user has mounted is not.
+    """
+    deadline = time.monotonic() + TWIN_PATIENCE
+    waiting = False
+    while True:
+        twin = _mounted_twin(device)
+        if not twin:
+            try:
+                linux.mount(device, path, "btrfs", flags, data)
+            except OSError as error:
+                if error.errno != errno.EEXIST or time.monotonic() > deadline:
+                    _mount(device, path, "btrfs", flags, data)  # and say why not
+                    return
+            else:
+                if not _mounted_twin(device):
+                    return
+                _unmount(path, device, "btrfs")  # another process was quicker
+        elif time.monotonic() > deadline or twin in _mounted_by_users():
+            raise MountedTwice(
+                f"cannot mount {device}: a btrfs with the same UUID is mounted from /dev/{twin}",
+                hint="unmount that one, or wait until the other instance of this image is done",
+            )
+        if not waiting:
+            log.info("waiting for another instance of this image: its btrfs is mounted")
+            waiting = True
+        time.sleep(0.05)
+
+
+def _mounted_by_users() -> list[str]:
+    """The names of the devices of what is mounted where everybody sees it, not by a command like this one."""
+    return [os.path.basename(mount.source) for mount in mounts.current() if mount.kind == "btrfs"]
+
+
+def _mounted_twin(device: str) -> str:
+    """The name of another device with this btrfs's UUID that the kernel has mounted; empty if there is none."""
     with open(device, "rb") as file:
         fsid = uuid.UUID(bytes=os.pread(file.fileno(), 16, BTRFS_SUPERBLOCK + 32))
     try:
-        others = [name for name in os.listdir(f"/sys/fs/btrfs/{fsid}/devices") if name != os.path.basename(device)]
+        names = os.listdir(f"/sys/fs/btrfs/{fsid}/devices")
     except FileNotFoundError:
-        return
-    if others:
-        raise MountedTwice(
-            f"cannot mount {device}: a btrfs with the same UUID {fsid} is mounted from /dev/{others[0]}",
-            hint="unmount that one, or wait until the other instance of this image is done",
-        )
+        return ""
+    return next((name for name in names if name != os.path.basename(device)), "")

@@ -30,6 +30,9 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x02, 0x04, 0x10
 # one number on all architectures (scripts/syscall.tbl)
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2 = 428, 429, 437
+# keyctl is older than that; of 64-bit programs (asm/unistd.h)
+SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}
+KEYCTL_JOIN_SESSION_KEYRING = 1  # keyctl.h
 # A rename or mount by anybody on the node meanwhile makes openat2 give up on a path with `..` (EAGAIN): try again
 OPEN_ATTEMPTS = 1000
 # capability.h
@@ -115,6 +118,18 @@ def place_mounts(mounts: int, directory: int) -> None:
 def enter_mount_namespace(namespace: int) -> None:
     """Go to the mount namespace of which `namespace` is a descriptor; root and working directory become its root."""
     _check(_libc.setns(namespace, CLONE_NEWNS), "setns")
+
+
+def leave_session_keyring() -> None:
+    """Have an empty session keyring from now on, instead of that of who called us."""
+    number = SYS_KEYCTL.get(os.uname().machine)
+    if number is None or struct.calcsize("P") != 8:
+        return
+    try:
+        _check(_libc.syscall(ctypes.c_long(number), KEYCTL_JOIN_SESSION_KEYRING, None), "keyctl")
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # a kernel without keys
+            raise
 
 
 def die_with_parent() -> None:

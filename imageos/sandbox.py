@@ -97,6 +97,7 @@ def confined(*devices: str, keep: Sequence[int] = (), memory: int = UNPACKING) -
 
 
 def _confine(nodes: "dict[str, int]") -> None:
+    linux.leave_session_keyring()
     linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC)
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
     root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -139,6 +140,7 @@ def devices(path: str) -> Iterator[None]:
 
 def _enter(path: str, hostname: str, nodes: "dict[str, int]", uuids: Sequence[tuple[str, str]]) -> None:
     os.setsid()  # no terminal of the node's
+    linux.leave_session_keyring()
     with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("1000")  # when the node runs out of memory, this is the one to go
     linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Callable
 
 import backups
+import guestdisks
 import pytest
 from support import PATH, Call, Node, Result, attached, mounted, partitions, run, wait_until
+from trees import ARCH
 
 MakeDisk = Callable[..., Path]
 NAME = "parallel.example.org"
@@ -174,3 +176,40 @@ def assert_whole(target: Path, work: Path) -> None:
             run("e2fsck", "-f", "-n", device)
     with mounted(target, work / "root", root) as guest:
         assert (guest / "usr/share/doc/copyright").read_text() == "free\n"
+
+
+def test_instances_of_one_btrfs_image(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
+    """The kernel cannot tell their filesystems apart: each waits until it is alone, and gets its own."""
+    gate = tmp_path / "gate"
+    guest = guestdisks.btrfs(tmp_path / "image", small_tree, tmp_path)
+    node.image(guest.path, f"btrfs-{ARCH}.raw")
+    node.hook("waits", f"#!/bin/sh\n: >{gate}.$INSTANCE_NAME\nwhile [ -e {gate} ]; do sleep 0.05; done\n")
+    gate.touch()
+    targets = [disk(300) for _ in range(3)]
+    image = {"OSP_IMAGE_NAME": "btrfs", "OSP_IMAGE_TYPE": "raw"}
+    calls = [
+        node.start("create", node.environment(target, INSTANCE_NAME=f"twin{number}", **image))
+        for number, target in enumerate(targets)
+    ]
+
+    def all_meet() -> bool:
+        """One has come to its hook, the others wait for it."""
+        waiting = [call for call in calls if "waiting for another instance" in call.log()]
+        return len(waiting) >= 2 and len(list(tmp_path.glob("gate.*"))) == 1
+
+    wait_until(all_meet, 30, "one is at its hook, and two wait")
+    gate.unlink()
+    for number, (call, target) in enumerate(zip(calls, targets)):
+        call.result().ok()
+        with mounted(target, tmp_path / "look", guestdisks.place(target, 2), "ro,subvol=@") as root:
+            assert (root / "etc/hostname").read_text() == f"twin{number}\n"
+
+
+def test_btrfs_image_whose_instance_is_mounted(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
+    """By a user, who may take his time: an error that names the place."""
+    guest = guestdisks.btrfs(tmp_path / "image", small_tree, tmp_path)
+    node.image(guest.path, f"btrfs-{ARCH}.raw")
+    with mounted(guest.path, tmp_path / "look", guestdisks.place(guest.path, 2), "ro,subvol=@"):
+        result = node.create(disk(300), OSP_IMAGE_NAME="btrfs", OSP_IMAGE_TYPE="raw")
+    result.failed("a btrfs with the same UUID is mounted from")
+    assert result.seconds < 20, result.log

@@ -1,5 +1,6 @@
 """Programs of a guest that want out, or everything: refused, ended, bounded; the canary on the node is untouched."""
 
+import ctypes
 import errno
 import os
 import platform
@@ -39,6 +40,7 @@ NUMBERS = {
     "mknodat": (259, 33),
     "prctl": (157, 167),
     "mprotect": (10, 226),
+    "keyctl": (250, 219),
 }
 # NAME -> condition in Perl, true if it succeeded; $n{...} are the numbers, $canary a file of the node
 ATTEMPTS = {
@@ -73,10 +75,12 @@ ATTEMPTS = {
     "kill process 1": "kill(9, 1) && !kill(0, 1)",
     "device node of the image": 'open($f, "<", "/node")',
     "kill of the node": "kill(0, $pid)",
+    # KEYCTL_SEARCH in the session keyring, for the one that the command was started with
+    "session keyring": 'syscall($n{keyctl}, 10, -3, t("user"), t("imageos-canary"), 0) >= 0',
 }
 # How the kernel says no; 0: a signal to process 1 is not an error
 REFUSED = {str(code) for code in (0, errno.EPERM, errno.EACCES, errno.ENOENT, errno.ESRCH, errno.EROFS, errno.ENOSYS,
-                                  errno.ECONNREFUSED, errno.ENETUNREACH)}  # fmt: skip
+                                  errno.ECONNREFUSED, errno.ENETUNREACH, errno.ENOKEY, errno.EKEYREVOKED)}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +144,20 @@ def bystander() -> Iterator["subprocess.Popen[bytes]"]:
         process.kill()
 
 
-def test_no_way_out(perl_node: Node, disk: MakeDisk, tmp_path: Path, bystander: "subprocess.Popen[bytes]") -> None:
+@pytest.fixture
+def session_key() -> Iterator[None]:
+    """A key of the node in the session keyring that our children have from us."""
+    add_key, keyctl = {"x86_64": (248, 250), "aarch64": (217, 219)}[platform.machine()]
+    libc = ctypes.CDLL(None, use_errno=True)
+    key = libc.syscall(add_key, b"user", b"imageos-canary", b"x", ctypes.c_size_t(1), -3)
+    assert key > 0, os.strerror(ctypes.get_errno())
+    yield
+    assert libc.syscall(keyctl, 9, key, -3) == 0, os.strerror(ctypes.get_errno())  # KEYCTL_UNLINK
+
+
+def test_no_way_out(
+    perl_node: Node, disk: MakeDisk, tmp_path: Path, bystander: "subprocess.Popen[bytes]", session_key: None
+) -> None:
     canary = tmp_path / "canary"
     canary.write_text("of the node\n")
     abstract = f"imageos-canary-{os.getpid()}"

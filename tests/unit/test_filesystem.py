@@ -1,13 +1,16 @@
 """Filesystems as values: what goes where, how it is made, and the fstab."""
 
+import errno
 import re
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
 from imageos import filesystem, layout
 from imageos.filesystem import FILESYSTEMS, Volume
 from imageos.layout import MIB, Layout
+from imageos.mounts import Mount
 
 EXT2 = "none,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
 EXT3 = f"{EXT2},has_journal"
@@ -174,3 +177,91 @@ def test_fstab_rows_have_six_fields(kind: str) -> None:
     rows = filesystem.fstab(volumes("esp", "boot", "swap", "root", kind=kind)).splitlines()[2:]
     assert [len(row.split()) for row in rows] == [6] * 4
     assert [row.split()[1] for row in rows] == ["/", "/boot", "/boot/efi", "none"]
+
+
+# Two of one UUID
+
+
+class Twins:
+    """A kernel that has another device with this btrfs's UUID mounted, for so many looks."""
+
+    def __init__(self, looks: int, visible: bool = False) -> None:
+        self.looks, self.visible = looks, visible
+        self.done: list[str] = []
+
+    def mounted_twin(self, device: str) -> str:
+        self.looks -= 1
+        return "loop9p1" if self.looks >= 0 else ""
+
+    def mount(self, device: str, path: str, kind: str, flags: int, data: str) -> None:
+        self.done.append(f"mount {device}")
+
+    def umount(self, path: str) -> None:
+        self.done.append(f"umount {path}")
+
+
+@pytest.fixture
+def twins(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Twins]:
+    def make(looks: int, visible: bool = False) -> Twins:
+        made = Twins(looks, visible)
+        monkeypatch.setattr(filesystem, "_mounted_twin", made.mounted_twin)
+        monkeypatch.setattr("imageos.filesystem.linux.mount", made.mount)
+        monkeypatch.setattr("imageos.filesystem.linux.umount", made.umount)
+        monkeypatch.setattr("imageos.filesystem.linux.forget_btrfs", lambda device: None)
+        seen = [Mount("/mnt", "/dev/loop9p1", "btrfs" if visible else "fuse", 0)]
+        monkeypatch.setattr("imageos.filesystem.mounts.current", lambda: seen)
+        return made
+
+    return make
+
+
+def test_btrfs_alone(twins: Callable[..., Twins], capfd: pytest.CaptureFixture[str]) -> None:
+    kernel = twins(0)
+    filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
+    assert (kernel.done, capfd.readouterr().err) == (["mount /dev/loop7p1"], "")
+
+
+def test_another_instance_of_the_image_is_waited_for(
+    twins: Callable[..., Twins], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Said once; a FUSE mount of the twin's name tells nothing."""
+    kernel = twins(3)
+    filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
+    assert kernel.done == ["mount /dev/loop7p1"]
+    assert capfd.readouterr().err.count("waiting for another instance of this image") == 1
+
+
+def test_waiting_for_another_instance_has_an_end(twins: Callable[..., Twins], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystem, "TWIN_PATIENCE", 0.1)
+    kernel = twins(1000)
+    with pytest.raises(filesystem.MountedTwice, match="the same UUID is mounted from /dev/loop9p1"):
+        filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
+    assert kernel.done == []
+
+
+def test_what_a_user_has_mounted_is_not_waited_for(twins: Callable[..., Twins]) -> None:
+    kernel = twins(1000, visible=True)
+    with pytest.raises(filesystem.MountedTwice):
+        filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
+    assert (kernel.done, kernel.looks) == ([], 999)
+
+
+def test_another_instance_was_quicker(twins: Callable[..., Twins], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel has shown us is its filesystem, or it has refused ours: again."""
+    kernel = twins(0)
+    answers = iter(["", "loop9p1", "", ""])
+    monkeypatch.setattr(filesystem, "_mounted_twin", lambda device: next(answers))
+    filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
+    assert kernel.done == ["mount /dev/loop7p1", "umount /x", "mount /dev/loop7p1"]
+
+    kernel = twins(0)
+    refusals = [OSError(errno.EEXIST, "File exists")]
+
+    def mount(*arguments: str) -> None:
+        if refusals:
+            raise refusals.pop()
+        kernel.done.append("mounted")
+
+    monkeypatch.setattr("imageos.filesystem.linux.mount", mount)
+    filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
+    assert kernel.done == ["mounted"]
