@@ -255,7 +255,7 @@ def test_another_instance_was_quicker(twins: Callable[..., Twins], monkeypatch: 
     assert kernel.done == ["mount /dev/loop7p1", "umount /x", "mount /dev/loop7p1"]
 
     kernel = twins(0)
-    refusals = [OSError(errno.EEXIST, "File exists")]
+    refusals = [OSError(errno.EEXIST, "File exists")] * 3
 
     def mount(*arguments: str) -> None:
         if refusals:
