@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from zipimport import ZipImportError
 
 from imageos import log
 from imageos.errors import Failure, Interrupted, Usage, signal_name
@@ -36,6 +37,9 @@ def guard(call: Callable[[], int]) -> int:
             log.info("hint: run it with sudo")
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         log.info(f"{where}{error.strerror or error}")
+        return 1
+    except ZipImportError:  # its modules are where the other version has something else
+        log.info("imageos was replaced by another version while it started: call it again")
         return 1
     except Exception as error:
         log.info(_traceback())

@@ -3,6 +3,7 @@
 import errno
 import os
 from typing import NoReturn
+from zipimport import ZipImportError
 
 import pytest
 
@@ -38,6 +39,11 @@ def test_status_of_the_command(status: int, capfd: Capture) -> None:
         (OSError(errno.EIO, "Input/output error"), 1, "Input/output error"),
         (OSError("odd"), 1, "odd"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "Broken pipe"),
+        (
+            ZipImportError("bad local file header"),
+            1,
+            "imageos was replaced by another version while it started: call it again",
+        ),
     ],
 )
 def test_cause_is_all_that_is_said(error: BaseException, status: int, cause: str, capfd: Capture) -> None:
