@@ -3,6 +3,8 @@
 Nothing is evaluated: what a file says in a way that is not understood stays as it is.
 """
 
+from __future__ import annotations
+
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -76,7 +78,7 @@ def serial_console(speed: int) -> list[str]:
 def without(text: str, names: Sequence[str], change: Change) -> str:
     """A shell file (/etc/default/grub) whose plain assignments to `names` have nothing that `change` adds or drops."""
 
-    def cleaned(match: "re.Match[str]") -> str:
+    def cleaned(match: re.Match[str]) -> str:
         quote = match[2][:1] if match[2][:1] in ("'", '"') else ""
         words = split(match[2][1:-1] if quote else match[2])
         kept = change.kept(words)

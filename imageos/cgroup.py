@@ -5,15 +5,16 @@ next one, which finds it unlocked. In version 2 ours are at the top, which alone
 while it has processes of its own (Documentation/admin-guide/cgroup-v2.rst, No Internal Process Constraint).
 """
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
-from typing import Callable
 
 from imageos import log
 

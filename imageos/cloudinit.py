@@ -3,6 +3,8 @@
 Format: cloud-init's documentation, datasource NoCloud and network configuration version 2. JSON, which is YAML.
 """
 
+from __future__ import annotations
+
 import json
 import uuid
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """The disk that Ganeti hands over: claimed, attached through a loop device, wiped, partitioned, let go."""
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import os
@@ -7,10 +9,9 @@ import re
 import stat
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Callable, Optional
 
 from imageos import linux, log, mounts
 from imageos.errors import Failure
@@ -215,7 +216,7 @@ def set_partitions(disk: Attached, wanted: list[tuple[int, int, int]]) -> None:
         _await_node(disk.partition(number))
 
 
-def _kernel_partitions(disk: Attached) -> "dict[int, tuple[int, int]]":
+def _kernel_partitions(disk: Attached) -> dict[int, tuple[int, int]]:
     """number -> (start, size in bytes), as the kernel has them; its sysfs counts 512-byte sectors."""
     name = os.path.basename(disk.path)
     found = {}
@@ -293,7 +294,7 @@ def _check_unused(path: str, descriptor: int) -> None:
         raise _in_use(path, "an instance, or another program that locks it, is using it")
 
 
-def _loop_over(backing: os.stat_result) -> Optional[str]:
+def _loop_over(backing: os.stat_result) -> str | None:
     """The loop device over a file or device, if there is one (O_EXCL does not see it).
 
     Asked of the kernel by number: the path in its backing_file is wrong once the namespace that attached it is gone.
@@ -366,5 +367,5 @@ def _await_node(path: str) -> None:
     _wait(lambda: os.path.exists(path), f"{path} did not appear within {DEADLINE:.0f} s")
 
 
-def _in_use(path: str, how: str, hint: Optional[str] = None) -> Failure:
+def _in_use(path: str, how: str, hint: str | None = None) -> Failure:
     return Failure(f"disk {path} is in use: {how}", hint=hint or "stop the instance first; fuser -v shows who has it")

@@ -3,6 +3,8 @@
 The firmware finds a loader there without any variable of its own (NVRAM) at the removable path, EFI/BOOT.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import tempfile

@@ -1,15 +1,16 @@
 """Filesystems: made, mounted, described in an fstab."""
 
+from __future__ import annotations
+
 import errno
 import os
 import re
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Callable
 
 from imageos import linux, log, mounts
 from imageos.errors import Failure

@@ -3,9 +3,10 @@
 Format: ganeti-os-interface(7). Booleans and None come as Python text, sizes in MiB.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Optional
 
 from imageos.errors import Failure
 
@@ -19,7 +20,7 @@ NOT_GANETI = "Ganeti calls this script; see gnt-instance(8), or imageos --help f
 class Disk:
     index: int
     path: str
-    size: Optional[int]  # bytes, as Ganeti says; the device may be larger
+    size: int | None  # bytes, as Ganeti says; the device may be larger
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Backup:
     instance: str
     index: int
     device: str
-    size_descriptor: Optional[int]  # where export says how many bytes will come
+    size_descriptor: int | None  # where export says how many bytes will come
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -3,6 +3,8 @@
 What differs between distributions is found by looking at the guest's files, never at its name in the settings.
 """
 
+from __future__ import annotations
+
 import re
 
 from imageos import log

@@ -14,11 +14,13 @@
 The same is in the environment, for hooks in any language; see README.rst.
 """
 
+from __future__ import annotations
+
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Callable, NoReturn
+from typing import NoReturn
 
 from imageos import ganeti, log, settings
 from imageos.errors import Failure
@@ -53,7 +55,7 @@ class Hook:
         log.warning(message)
 
     @staticmethod
-    def run(main: Callable[["Hook"], None]) -> NoReturn:
+    def run(main: Callable[[Hook], None]) -> NoReturn:
         """Call `main` with what the environment says, and exit: 0, or 1 with the cause on the last line."""
 
         def call() -> int:
@@ -88,6 +90,6 @@ def guest_disk(disk: str, volumes: tuple[Volume, ...]) -> GuestDisk:
     return GuestDisk(nodes=[disk, *by_uuid.values()], uuids=tuple(by_uuid.items()))
 
 
-def _volumes(text: str) -> "list[Volume]":
+def _volumes(text: str) -> list[Volume]:
     fields = [line.split(" ", 3) for line in text.splitlines()]
     return [Volume(role, kind, device, uuid) for role, kind, uuid, device in fields]

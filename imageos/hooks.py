@@ -1,5 +1,7 @@
 """The site's hooks: found, and run one after the other with what they may rely on."""
 
+from __future__ import annotations
+
 import os
 import re
 import signal

@@ -5,6 +5,8 @@ namespace of its own: when it ends, or when the supervisor is killed, the kernel
 was started, drops the mounts, and with them the loop devices (autoclear). Not even SIGKILL leaves anything.
 """
 
+from __future__ import annotations
+
 import os
 import select
 import signal
@@ -12,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from types import FrameType
-from typing import NoReturn, Optional
+from typing import NoReturn
 
 from imageos import linux, log
 from imageos.errors import Failure, Interrupted, signal_name
@@ -58,7 +60,7 @@ def handle_signals() -> None:
     """Turn the first of SIGTERM, SIGINT and SIGHUP into Interrupted, ignore what follows."""
     interrupted = False
 
-    def interrupt(signum: int, _frame: Optional[FrameType]) -> None:
+    def interrupt(signum: int, _frame: FrameType | None) -> None:
         nonlocal interrupted
         if interrupted:
             return  # a second exception would cut the cleaning up short
@@ -93,7 +95,7 @@ def _private_mounts() -> None:
 
 
 def _supervise(child: int, mask: Iterable[int]) -> NoReturn:
-    def forward(signum: int, _frame: Optional[FrameType]) -> None:
+    def forward(signum: int, _frame: FrameType | None) -> None:
         with suppress(ProcessLookupError):  # it has just ended
             os.kill(child, signum)
 

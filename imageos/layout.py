@@ -3,9 +3,10 @@
 Sizes and offsets are bytes, aligned to 1 MiB.
 """
 
+from __future__ import annotations
+
 import uuid
 from dataclasses import dataclass
-from typing import Optional
 
 from imageos.errors import Failure
 from imageos.log import size as readable
@@ -48,7 +49,7 @@ class Layout:
     disk_id: str
     partitions: tuple[Partition, ...]
 
-    def find(self, role: str) -> Optional[Partition]:
+    def find(self, role: str) -> Partition | None:
         return next((partition for partition in self.partitions if partition.role == role), None)
 
 
@@ -96,7 +97,7 @@ def sfdisk_script(layout: Layout) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _too_small(disk_size: int, sizes: "dict[str, int]", root: int, smallest_root: int) -> Failure:
+def _too_small(disk_size: int, sizes: dict[str, int], root: int, smallest_root: int) -> Failure:
     others = " + ".join(f"{role} {readable(size)}" for role, size in sizes.items())
     return Failure(
         f"the disk of {readable(disk_size)} is too small: {others or 'the partition table'} leaves "

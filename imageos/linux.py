@@ -4,6 +4,8 @@ Numbers and structures are the kernel's user API (include/uapi/linux/*.h), the s
 architecture that Ganeti runs on. Every function raises OSError.
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import errno
@@ -11,7 +13,6 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterable
-from typing import Optional
 
 from imageos.errors import Failure
 
@@ -65,7 +66,7 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "unshare")
 
 
-def mount(source: Optional[str], path: str, kind: Optional[str], flags: int = 0, data: str = "") -> None:
+def mount(source: str | None, path: str, kind: str | None, flags: int = 0, data: str = "") -> None:
     """mount(2). `path` may be `/proc/self/fd/N` of a directory that was resolved with care."""
     _check(_libc.mount(_bytes(source), _bytes(path), _bytes(kind), ctypes.c_ulong(flags), _bytes(data or None)), path)
 
@@ -254,5 +255,5 @@ def enlarge_pipe(descriptor: int, size: int) -> None:
         fcntl.fcntl(descriptor, F_SETPIPE_SZ, size)
 
 
-def _bytes(text: Optional[str]) -> Optional[bytes]:
+def _bytes(text: str | None) -> bytes | None:
     return None if text is None else os.fsencode(text)

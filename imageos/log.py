@@ -3,11 +3,12 @@
 stdout is never written: on export it is the backup.
 """
 
+from __future__ import annotations
+
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Optional
 
 PREFIX = "imageos: "
 LONGEST = 1 << 16  # characters of a line: a guest may have much to say
@@ -60,7 +61,7 @@ class Progress:
         self._total = total
         self._terminal = os.isatty(2)
         self._start = time.monotonic()
-        self._first: Optional[int] = None  # a download may begin in the middle
+        self._first: int | None = None  # a download may begin in the middle
         self._next = self._start + (0.0 if self._terminal else self.INTERVAL)
 
     def update(self, done: int) -> None:
@@ -93,7 +94,7 @@ def progress_words(done: int, total: int, moved: int, seconds: float) -> list[st
     return words
 
 
-def bar(what: str, words: str, share: Optional[float], columns: int) -> str:
+def bar(what: str, words: str, share: float | None, columns: int) -> str:
     """One line that fits into a terminal: what it is gives way first, then the bar. It does not move about."""
     drawn = f"[{'#' * round(share * Progress.WIDTH):<{Progress.WIDTH}}] " if share is not None else ""
     if columns < len(f"imageos: {drawn}") + Progress.WORDS:

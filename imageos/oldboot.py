@@ -1,7 +1,9 @@
 """The boot loaders of old and of small guests: GRUB Legacy, and extlinux as Alpine has it. For BIOS."""
 
+from __future__ import annotations
+
 import re
-from typing import Callable, Optional
+from collections.abc import Callable
 
 from imageos import bootconfig, linux
 from imageos.bootconfig import Change
@@ -23,7 +25,7 @@ MENUS = (*EXTLINUX_MENUS, *MENU_LST)
 Loader = Callable[[Target, Change, str, int, int], None]
 
 
-def find(target: Target) -> Optional[Loader]:
+def find(target: Target) -> Loader | None:
     """What sets up the boot loader that the guest has."""
     if target.which("update-extlinux"):
         return set_up_extlinux

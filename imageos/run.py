@@ -4,6 +4,8 @@ Lists only, never a shell string; stdin closed unless given; a whitelisted envir
 and bounded; every stage of a pipeline counts; children are killed when we leave early.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import selectors
@@ -13,10 +15,10 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import IO, Callable, Optional
+from typing import IO
 
 from imageos import linux, log
 from imageos.errors import Failure, signal_name
@@ -84,13 +86,13 @@ class Finished:
 def run(
     argv: Sequence[str],
     *,
-    input: Optional[str] = None,
-    stdin: Optional[int] = None,
-    env: Optional[Mapping[str, str]] = None,
-    cwd: Optional[str] = None,
-    timeout: Optional[float] = None,
-    prepare: Optional[Callable[[], None]] = None,
-    on_line: Optional[Callable[[str], None]] = None,
+    input: str | None = None,
+    stdin: int | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    timeout: float | None = None,
+    prepare: Callable[[], None] | None = None,
+    on_line: Callable[[str], None] | None = None,
 ) -> str:
     """Run one command to its end and return what it printed; raise Failure unless its status is 0.
 
@@ -108,16 +110,16 @@ def run(
 def pipeline(
     stages: Sequence[Sequence[str]],
     *,
-    input: Optional[str] = None,
-    stdin: Optional[int] = None,
-    env: Optional[Mapping[str, str]] = None,
-    cwd: Optional[str] = None,
-    timeout: Optional[float] = None,
-    prepare: Optional[Callable[[], None]] = None,
-    upstream: Optional[Callable[[], None]] = None,
-    on_line: Optional[Callable[[str], None]] = None,
-    tick: Optional[Callable[[], None]] = None,
-    on_exit: Optional[Callable[[], None]] = None,
+    input: str | None = None,
+    stdin: int | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    timeout: float | None = None,
+    prepare: Callable[[], None] | None = None,
+    upstream: Callable[[], None] | None = None,
+    on_line: Callable[[str], None] | None = None,
+    tick: Callable[[], None] | None = None,
+    on_exit: Callable[[], None] | None = None,
     private: bool = False,
 ) -> list[Finished]:
     """Run `stages` with each one's stdout as the next one's stdin; judge nothing.
@@ -171,7 +173,7 @@ def pipeline(
                     pipe.close()
 
 
-def foreground(argv: Sequence[str], *, cwd: Optional[str] = None, env: Optional[Mapping[str, str]] = None) -> int:
+def foreground(argv: Sequence[str], *, cwd: str | None = None, env: Mapping[str, str] | None = None) -> int:
     """Run a command that talks to the user: with our stdin, stdout and stderr. Its status is as the shell shows it."""
     log.debug(f"$ {shlex.join(argv)}")
     try:
@@ -190,7 +192,7 @@ def output_of(
     stages: Sequence[Sequence[str]],
     stdin: int = subprocess.DEVNULL,
     keep: Sequence[int] = (),
-    prepare: Optional[Callable[[], None]] = None,
+    prepare: Callable[[], None] | None = None,
 ) -> Iterator[tuple[int, Callable[[], None]]]:
     """Run `stages` as in `pipeline`; the descriptor of the last one's stdout, and a function to call at its end.
 
@@ -237,7 +239,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.stdout.close()
 
 
-def head(argv: Sequence[str], stdin: int, count: int, prepare: Optional[Callable[[], None]] = None) -> bytes:
+def head(argv: Sequence[str], stdin: int, count: int, prepare: Callable[[], None] | None = None) -> bytes:
     """The first `count` bytes that `argv` writes, or fewer if it ends before; Failure if it fails before.
 
     It is killed when it has written them.
@@ -260,16 +262,16 @@ def head(argv: Sequence[str], stdin: int, count: int, prepare: Optional[Callable
 
 
 def _start(
-    register: Callable[["subprocess.Popen[bytes]"], object],
+    register: Callable[[subprocess.Popen[bytes]], object],
     argv: Sequence[str],
     *,
     stdin: int,
-    stderr: "int | IO[bytes]",
+    stderr: int | IO[bytes],
     env: Mapping[str, str],
-    cwd: Optional[str] = None,
+    cwd: str | None = None,
     keep: Sequence[int] = (),
-    prepare: Optional[Callable[[], None]] = None,
-) -> "subprocess.Popen[bytes]":
+    prepare: Callable[[], None] | None = None,
+) -> subprocess.Popen[bytes]:
     """Start a process and hand it to `register`, which is to end it. A signal waits until that is done: one that came
     in between would leave a process that goes on writing to the disk.
     """
@@ -334,7 +336,7 @@ def _missing(program: str, error: OSError) -> Failure:
     return Failure(f"{program}: {error.strerror or error}")
 
 
-def _feed(process: "subprocess.Popen[bytes]", text: str) -> None:
+def _feed(process: subprocess.Popen[bytes], text: str) -> None:
     # Only for short scripts: less than a pipe holds (64 KiB), so that this cannot block.
     assert process.stdin and len(text) < 60000
     try:
@@ -345,10 +347,10 @@ def _feed(process: "subprocess.Popen[bytes]", text: str) -> None:
 
 
 def _capture(
-    processes: list["subprocess.Popen[bytes]"],
-    timeout: Optional[float],
-    on_line: Optional[Callable[[str], None]],
-    tick: Optional[Callable[[], None]],
+    processes: list[subprocess.Popen[bytes]],
+    timeout: float | None,
+    on_line: Callable[[str], None] | None,
+    tick: Callable[[], None] | None,
     on_exit: Callable[[], None],
 ) -> dict[int, bytes]:
     """Read the last stage's stdout (key 2n) and every stage's stderr (key 2n+1) until all are closed."""
@@ -393,7 +395,7 @@ def _capture(
     return {key: bytes(buffer) for key, buffer in buffers.items()}
 
 
-def _run_dry(processes: list["subprocess.Popen[bytes]"]) -> None:
+def _run_dry(processes: list[subprocess.Popen[bytes]]) -> None:
     """The last stage has ended: if it wants no more of good input, let those before it come to their own end.
 
     tar stops at the end of its archive; only the decompressor's end tells whether what it gave was right.

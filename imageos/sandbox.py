@@ -5,14 +5,16 @@ and /sys, few capabilities, no way to gain more, bounds on processes and memory.
 kernel refuses user namespaces, and with them new mounts, to a process in a chroot.
 """
 
+from __future__ import annotations
+
 import os
 import resource
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable, NoReturn
+from typing import NoReturn
 
 from imageos import linux
 from imageos.errors import Failure
@@ -96,7 +98,7 @@ def confined(*devices: str, keep: Sequence[int] = (), memory: int = UNPACKING) -
     return enter
 
 
-def _confine(nodes: "dict[str, int]") -> None:
+def _confine(nodes: dict[str, int]) -> None:
     linux.leave_session_keyring()
     linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC)
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
@@ -138,7 +140,7 @@ def devices(path: str) -> Iterator[None]:
         linux.umount(f"{path}/dev", linux.MNT_DETACH)
 
 
-def _enter(path: str, hostname: str, nodes: "dict[str, int]", uuids: Sequence[tuple[str, str]]) -> None:
+def _enter(path: str, hostname: str, nodes: dict[str, int], uuids: Sequence[tuple[str, str]]) -> None:
     os.setsid()  # no terminal of the node's
     linux.leave_session_keyring()
     with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
@@ -193,7 +195,7 @@ def _exit_as(child: int) -> NoReturn:
             os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 
-def _make_devices(root: int, nodes: "dict[str, int]", uuids: Sequence[tuple[str, str]]) -> None:
+def _make_devices(root: int, nodes: dict[str, int], uuids: Sequence[tuple[str, str]]) -> None:
     directory = _directory(root, "dev")
     for name, number in nodes.items():
         kind, mode = (stat.S_IFCHR, 0o666) if name in DEVICES else (stat.S_IFBLK, 0o660)

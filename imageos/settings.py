@@ -4,12 +4,14 @@ built-in < defaults file < variant file < OS parameter (OSP_NAME). The files are
 them, with Ganeti's variables in its environment, and what they set is read back.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Mapping
-from typing import Any, Callable, Optional, cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from imageos import ganeti, log, shellfiles
 from imageos.errors import Failure
@@ -138,12 +140,10 @@ class Settings:
 
     cdinstall: bool = _setting(_yes_no, "no", "leave the disks alone: the instance boots an installer", parameter=True)
     swap: bool = _setting(_yes_no, "yes", "make a swap partition (tarball and dump)", parameter=True)
-    swap_size: Optional[int] = _setting(
+    swap_size: int | None = _setting(
         _mebibytes, "", "size of swap in MiB (default: the instance's memory)", parameter=True
     )
-    boot_size: Optional[int] = _setting(
-        _mebibytes, "", "size of /boot in MiB (default: 100, on gpt 512)", parameter=True
-    )
+    boot_size: int | None = _setting(_mebibytes, "", "size of /boot in MiB (default: 100, on gpt 512)", parameter=True)
     filesystem: str = _setting(
         _choice("ext2", "ext3", "ext4", "xfs", "btrfs"),
         "ext3",
@@ -197,7 +197,7 @@ class Settings:
     # What the files set besides: for the hooks.
     unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def resolved(self, memory: int) -> "Settings":
+    def resolved(self, memory: int) -> Settings:
         """With the sizes that depend on others filled in; `memory` of the instance in MiB."""
         boot_size = self.boot_size or (512 if self.partition_table == "gpt" else 100)
         return dataclasses.replace(self, boot_size=boot_size, swap_size=self.swap_size or memory)

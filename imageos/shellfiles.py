@@ -1,9 +1,10 @@
 """The site's files that are shell, as all in /etc/default are: the shell evaluates them and says what they set."""
 
+from __future__ import annotations
+
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from typing import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from imageos.errors import Failure
 from imageos.run import DEFAULT_PATH, Finished, pipeline

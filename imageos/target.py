@@ -5,15 +5,17 @@ absolute or not, never leads to the node. Only regular files of bounded size are
 and renames it into place, with the owner, mode and extended attributes of the old one.
 """
 
+from __future__ import annotations
+
 import errno
 import fnmatch
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Callable, Optional, Protocol
+from typing import Protocol
 
 from imageos import cgroup, linux
 from imageos.errors import Failure
@@ -64,7 +66,7 @@ class Target:
         mode = self._mode(path)
         return mode is not None and stat.S_ISDIR(mode)
 
-    def which(self, program: str) -> Optional[str]:
+    def which(self, program: str) -> str | None:
         """The path of an executable of the guest, by name."""
         for directory in PROGRAM_PATH:
             path = f"{directory}/{program}"
@@ -73,12 +75,12 @@ class Target:
                 return path
         return None
 
-    def read(self, path: str) -> Optional[str]:
+    def read(self, path: str) -> str | None:
         """The text of a regular file, None if there is none; bytes that are not UTF-8 survive a write."""
         data = self.read_bytes(path, READ_LIMIT)
         return None if data is None else data.decode("utf-8", "surrogateescape")
 
-    def read_bytes(self, path: str, limit: int) -> Optional[bytes]:
+    def read_bytes(self, path: str, limit: int) -> bytes | None:
         """The content of a regular file of at most `limit` bytes, None if there is none."""
         try:
             # O_NONBLOCK: a FIFO must not stop us
@@ -219,7 +221,7 @@ class Target:
 
     # --- running ---
 
-    def run(self, argv: Sequence[str], input: Optional[str] = None) -> str:
+    def run(self, argv: Sequence[str], input: str | None = None) -> str:
         """Run a program of the guest in the sandbox; its output. Failure unless its status is 0."""
         with cgroup.limited() as join:
             return run(
@@ -274,7 +276,7 @@ class Target:
             except OSError as error:
                 raise _failure("remove", path, error) from None
 
-    def _mode(self, path: str) -> Optional[int]:
+    def _mode(self, path: str) -> int | None:
         try:
             descriptor = linux.open_in_root(self._root, path, os.O_PATH)
         except OSError:
@@ -350,7 +352,7 @@ def _failure(verb: str, path: str, error: OSError) -> Failure:
     return Failure(f"cannot {verb} the guest's {path}: {error.strerror}")
 
 
-def _lstat(parent: int, name: str) -> Optional[os.stat_result]:
+def _lstat(parent: int, name: str) -> os.stat_result | None:
     try:
         return os.stat(name, dir_fd=parent, follow_symlinks=False)
     except FileNotFoundError:
@@ -410,7 +412,7 @@ def _remove_tree(parent: int, name: str) -> None:
     os.rmdir(name, dir_fd=parent)
 
 
-def _walk(top: int, on_file: _Visit, on_left: Optional[_Visit] = None) -> None:
+def _walk(top: int, on_file: _Visit, on_left: _Visit | None = None) -> None:
     """Call `on_file` for all that is no directory below `top` (which is closed), `on_left` for each directory left.
 
     Any depth, with two descriptors; never through a link.

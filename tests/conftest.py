@@ -9,6 +9,8 @@ While a test has a `node`, the machine's root filesystem is read-only for it: co
 guest ends cannot harm the machine that it is tested on.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import shutil

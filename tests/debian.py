@@ -6,6 +6,8 @@ packages more; `python3 tests/debian.py` makes all suites. A system is made on a
 an interrupted run leaves neither mounts nor a tree.
 """
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import os

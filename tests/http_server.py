@@ -1,5 +1,7 @@
 """A real HTTP server on loopback that can be as slow, unreliable and wrong as servers are."""
 
+from __future__ import annotations
+
 import hashlib
 import select
 import socket
@@ -11,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Optional
 
 STEP = 1 << 14  # bytes that are sent at once
 
@@ -21,22 +22,22 @@ class File:
     """What is at one path, and how the server behaves when it is asked for it."""
 
     content: bytes = b""
-    etag: Optional[str] = "of the content"
-    last_modified: Optional[str] = None
+    etag: str | None = "of the content"
+    last_modified: str | None = None
     status: int = 200
-    location: Optional[str] = None
+    location: str | None = None
     knows_head: bool = True
     knows_ranges: bool = True
     minds_if_range: bool = True
-    announced: Optional[int] = None  # Content-Length that is not true; -1: none at all
+    announced: int | None = None  # Content-Length that is not true; -1: none at all
     chunked: bool = False
     rate: int = 0  # bytes per second
     cuts: list[int] = field(default_factory=list)  # the next answers end after so many bytes
-    stalls_at: Optional[int] = None  # no more after so many bytes, but the connection stays
-    password: Optional[str] = None  # `Basic ...` that must be sent
+    stalls_at: int | None = None  # no more after so many bytes, but the connection stays
+    password: str | None = None  # `Basic ...` that must be sent
 
     @property
-    def tag(self) -> Optional[str]:
+    def tag(self) -> str | None:
         return f'"{hashlib.md5(self.content).hexdigest()}"' if self.etag == "of the content" else self.etag
 
 
@@ -167,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(certificate: Optional[Path] = None) -> Iterator[Server]:
+def serving(certificate: Path | None = None) -> Iterator[Server]:
     """A server in a thread; with a file that holds key and certificate it speaks https."""
     with Server() as server:
         if certificate:

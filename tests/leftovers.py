@@ -1,5 +1,7 @@
 """What a test may have left on the machine, and how it is taken away."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal
@@ -26,7 +28,7 @@ class Leftovers:
         for upper, top in zip(uppers, ("/tmp", "/var/tmp")):
             self.files |= {f"{top}/{name}" for name in os.listdir(upper) if Path(top, name) not in TESTS.parents}
 
-    def minus(self, other: "Leftovers") -> "Leftovers":
+    def minus(self, other: Leftovers) -> Leftovers:
         self.processes = {pid: name for pid, name in self.processes.items() if pid not in other.processes}
         self.mounts = [mount for mount in self.mounts if mount not in other.mounts]
         self.loops = {name: back for name, back in self.loops.items() if name not in other.loops}

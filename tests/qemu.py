@@ -4,6 +4,8 @@ Always software emulation, which is what every machine has. qemu gets a snapshot
 as it was, and ends with the context or, should this process be killed, with it.
 """
 
+from __future__ import annotations
+
 import re
 import shutil
 import subprocess
@@ -31,7 +33,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()c78=>].?|\r")
 class Console:
     """The serial console of a running virtual machine."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self.process, self.log = process, log
         self.started = time.monotonic()
 
@@ -62,7 +64,7 @@ class Console:
                 raise AssertionError(f"{why}, but there is no {missing}; the console's end:\n{text[-6000:]}")
             time.sleep(0.2)
 
-    def facts(self) -> "Facts":
+    def facts(self) -> Facts:
         """What the guest reports about itself (see REPORT in debian.py)."""
         text = self.wait_for(r"^FACTS-BEGIN$", r"^FACTS-END$")
         return Facts.parse(text[text.index("FACTS-BEGIN") : text.index("FACTS-END")])
@@ -126,7 +128,7 @@ class Facts:
     dns: set[str] = field(default_factory=set)
 
     @classmethod
-    def parse(cls, report: str) -> "Facts":
+    def parse(cls, report: str) -> Facts:
         facts = cls({})
         for line in re.findall(r"^FACT (.*)$", report, re.MULTILINE):
             name, _, value = line.partition(" ")

@@ -3,6 +3,8 @@
 tests/unit/test_readme.py fails on a block that no test asks for.
 """
 
+from __future__ import annotations
+
 import re
 import textwrap
 from collections.abc import Iterator

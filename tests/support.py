@@ -3,6 +3,8 @@
 Nothing here is specific to one tier; nothing is left behind that is not undone by a context manager.
 """
 
+from __future__ import annotations
+
 import ctypes
 import fcntl
 import hashlib
@@ -12,11 +14,11 @@ import signal
 import stat
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Optional, Union
+from typing import Union
 
 TESTS = Path(__file__).resolve().parent
 MIB = 1 << 20
@@ -80,11 +82,11 @@ class Result:
     def last(self) -> str:
         return self.lines[-1] if self.lines else ""
 
-    def ok(self) -> "Result":
+    def ok(self) -> Result:
         assert self.status == 0, self.log
         return self
 
-    def failed(self, *names: str) -> "Result":
+    def failed(self, *names: str) -> Result:
         """It failed in the agreed way, and the last line names what is wrong."""
         assert self.status == 1, f"status {self.status}\n{self.log}"
         for name in names:
@@ -190,7 +192,7 @@ class Node:
         return path
 
     def environment(
-        self, disk: Name, *more_disks: Name, env: str = "create", **overrides: Optional[object]
+        self, disk: Name, *more_disks: Name, env: str = "create", **overrides: object | None
     ) -> dict[str, str]:
         """A recorded environment with these disks; an override None removes the variable."""
         values = {name: value for name, value in recorded(env).items() if not name.startswith(("DISK_1_", "OSP_"))}
@@ -219,7 +221,7 @@ class Node:
         return result
 
     def create(
-        self, disk: Name, *more_disks: Name, env: str = "create", seconds: float = 120, **overrides: Optional[object]
+        self, disk: Name, *more_disks: Name, env: str = "create", seconds: float = 120, **overrides: object | None
     ) -> Result:
         return self.call("create", self.environment(disk, *more_disks, env=env, **overrides), seconds=seconds)
 
@@ -269,7 +271,7 @@ def digest(path: Name) -> str:
     return total.hexdigest()
 
 
-def _data(descriptor: int, end: int) -> Iterator["tuple[int, int]"]:
+def _data(descriptor: int, end: int) -> Iterator[tuple[int, int]]:
     if stat.S_ISBLK(os.fstat(descriptor).st_mode):
         yield 0, end
         return
@@ -296,7 +298,7 @@ def attached(path: Name, offset: int = 0, size: int = 0, read_only: bool = False
 
 
 @contextmanager
-def mounted(disk: Name, where: Path, partition: "Optional[Partition]" = None, options: str = "ro") -> Iterator[Path]:
+def mounted(disk: Name, where: Path, partition: Partition | None = None, options: str = "ro") -> Iterator[Path]:
     """A filesystem of `disk` (or all of it), mounted at `where` for the test only."""
     where.mkdir(exist_ok=True)
     start, size = (partition.start, partition.size) if partition else (0, 0)

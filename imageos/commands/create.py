@@ -1,5 +1,7 @@
 """create: turn an image into the system on an instance's first disk."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -5,6 +5,8 @@ the site's is replaced if it is still as install has put it there, else it is ke
 it as FILE.new. There is no cache to prune: imageos runs from its file.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
@@ -13,7 +15,6 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Optional
 
 from imageos import __version__, ganeti, log, settings
 from imageos.commandline import Parser
@@ -204,7 +205,7 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def content(path: str) -> Optional[bytes]:
+def content(path: str) -> bytes | None:
     try:
         with open(path, "rb") as file:
             return file.read()

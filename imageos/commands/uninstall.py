@@ -4,6 +4,8 @@ What the site has made or changed stays, and is named; so do images. Instances n
 made, reinstalled, renamed, exported or imported. Done again, it changes nothing.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

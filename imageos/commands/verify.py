@@ -1,5 +1,7 @@
 """verify: say everything that is wrong with the settings, the variant, the OS parameters and the image."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 

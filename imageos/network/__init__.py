@@ -6,11 +6,13 @@ ARP); all others use DHCP. IPv6: Ganeti has no addresses, so where a gnt-network
 made of the MAC (EUI-64), which is what a node can foresee; elsewhere routers advertise.
 """
 
+from __future__ import annotations
+
 import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Optional, Union
+from typing import Union
 
 from imageos.errors import Failure
 from imageos.ganeti import Instance, Nic
@@ -92,9 +94,9 @@ def routes(interface: Interface) -> list[Route]:
 class _Given:
     """What is known of a NIC's addresses, as it was checked."""
 
-    address: Optional[Address]
+    address: Address | None
     gateway: str
-    address6: Optional[Address]
+    address6: Address | None
     gateway6: str
     dns: Sequence[str]
     search: Sequence[str] = ()
@@ -182,7 +184,7 @@ def _without_scope(text: str) -> str:
     return text
 
 
-def _eui64(nic: Nic, subnet: str) -> Optional[Address]:
+def _eui64(nic: Nic, subnet: str) -> Address | None:
     """The address that the MAC makes in a /64 (RFC 4291, appendix A); none in any other network."""
     try:
         network = ipaddress.IPv6Network(subnet)

@@ -1,5 +1,7 @@
 """The addresses that the site wrote down itself, in the files of ganeti-instance-image, which are shell."""
 
+from __future__ import annotations
+
 import os
 import shlex
 from collections.abc import Mapping

@@ -4,6 +4,8 @@ Formats: interfaces(5); netplan's reference; systemd.network(5); NetworkManager'
 /usr/share/doc/initscripts/sysconfig.txt of Red Hat; ifcfg(5) and routes(5) of SUSE; netifrc's net.example; udev(7).
 """
 
+from __future__ import annotations
+
 import ipaddress
 import json
 import uuid

@@ -5,6 +5,8 @@ are what counts: seconds tell about the machine. Nothing is asserted; the guard 
 tests/disk/test_cost.py.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import sys

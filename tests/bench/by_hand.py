@@ -3,6 +3,8 @@
 Each script gets `image` and, attached at $loop, a new disk; it ends when everything is on the disk.
 """
 
+from __future__ import annotations
+
 EXT4 = "none,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file,has_journal,extent,huge_file,flex_bg,"
 EXT4 += "metadata_csum,64bit,dir_nlink,extra_isize"  # what imageos makes, so that both write the same
 

@@ -1,5 +1,7 @@
 """What the benchmark deploys: one Debian in every type of image, kept between runs."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess

@@ -1,15 +1,16 @@
 """Where the benchmark runs: a node of its own, fresh disks, and commands that are timed."""
 
+from __future__ import annotations
+
 import os
 import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 from support import Call, Node, private_mounts, run
 
@@ -65,7 +66,7 @@ def seconds(call: Call) -> float:
     return call.result(900).ok().seconds
 
 
-def pipe(argv: Sequence[str], environment: "dict[str, str]", source: Path, sink: Path) -> float:
+def pipe(argv: Sequence[str], environment: dict[str, str], source: Path, sink: Path) -> float:
     """Seconds of export or import, with files (or /dev/null) as their stream."""
     start = time.monotonic()
     with source.open("rb") as stdin, sink.open("wb") as stdout:
@@ -99,7 +100,7 @@ def compare(ours: Step, other: Step, rounds: int) -> Measured:
 
 
 @contextmanager
-def peak_memory() -> Iterator["list[int]"]:
+def peak_memory() -> Iterator[list[int]]:
     """Watch the processes of imageos; [bytes of the largest so far]."""
     peak, done = [0], threading.Event()
 
@@ -116,7 +117,7 @@ def peak_memory() -> Iterator["list[int]"]:
         watcher.join()
 
 
-def _ours() -> "list[int]":
+def _ours() -> list[int]:
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:

@@ -1,5 +1,7 @@
 """A Debian tarball becomes a system that boots: deployed as Ganeti does it, booted in qemu, asked from inside."""
 
+from __future__ import annotations
+
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
 """A Debian instance becomes a sealed disk image, that becomes another instance, which boots as one of its own."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

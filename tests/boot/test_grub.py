@@ -1,5 +1,7 @@
 """What the hook `grub` makes boots from BIOS and from UEFI, with the command line that was asked for."""
 
+from __future__ import annotations
+
 import re
 from contextlib import ExitStack
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Guests of every kind of network configuration, booted: what they were given is what they have."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack

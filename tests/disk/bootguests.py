@@ -4,6 +4,8 @@ A stand-in writes down in /var/log/calls how it was called, and does what the ne
 programs is made up: where configuration, modules, loaders and menus are, and what is in them.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import trees

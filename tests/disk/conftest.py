@@ -1,8 +1,9 @@
 """Small images and disks for the tests that deploy."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import trees

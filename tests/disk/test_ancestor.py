@@ -1,5 +1,7 @@
 """A node of ganeti-instance-image 0.7.3 as a site has it becomes one of imageos, with what README.rst says to do."""
 
+from __future__ import annotations
+
 import os
 import shutil
 from collections.abc import Callable

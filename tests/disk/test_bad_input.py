@@ -1,14 +1,15 @@
 """Bad input: exit status 1, the last line names the thing, the disk is untouched or disarmed, nothing is left."""
 
+from __future__ import annotations
+
 import fcntl
 import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import trees

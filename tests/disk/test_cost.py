@@ -1,11 +1,13 @@
 """What one create costs in processes, syncs and sleeps: it must not creep back. `./build.py bench` has the seconds."""
 
+from __future__ import annotations
+
 import os
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from support import Node
 

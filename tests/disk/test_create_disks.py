@@ -1,10 +1,12 @@
 """The kinds of disks that Ganeti hands over, and what was on them before."""
 
+from __future__ import annotations
+
 import binascii
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 from support import MIB, Node, attached, digest, mounted, partitions, recorded, run, signatures

@@ -1,8 +1,10 @@
 """What makes a deployed tree an instance of its own: names, identity, console."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import trees

@@ -1,8 +1,10 @@
 """The hooks of a site: which ones run, in what order, with what, and what happens when one misbehaves."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 from support import SITE, Node, digest, mounted, partitions, signatures

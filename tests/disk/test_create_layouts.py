@@ -1,8 +1,10 @@
 """The partition layouts of the contract, their filesystems and what the guest is told about them."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 from support import MIB, Node, mounted, partitions, probe, signatures, table_of

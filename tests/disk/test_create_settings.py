@@ -1,7 +1,9 @@
 """Where settings come from, what a file may contain, and what is said about a wrong one."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 from support import DEFAULTS, MIB, SITE, Node, digest, partitions

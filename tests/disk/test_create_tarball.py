@@ -1,10 +1,12 @@
 """A tarball becomes the guest's tree, with everything that a tree can have."""
 
+from __future__ import annotations
+
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import trees

@@ -1,5 +1,7 @@
 """doctor on a node: every failing check provoked for real."""
 
+from __future__ import annotations
+
 import json
 import os
 import pty
@@ -17,7 +19,7 @@ class Doctor:
     def __init__(self, node: Node) -> None:
         self.node = node
 
-    def __call__(self, *arguments: str, path: str = PATH, silent: bool = True) -> "tuple[int, str]":
+    def __call__(self, *arguments: str, path: str = PATH, silent: bool = True) -> tuple[int, str]:
         """Its status and report; it writes nothing to the node's /etc, and the rest is read-only for it."""
         before = listing(self.node.layer)
         argv = [str(self.node.imageos), "doctor", "--os-dir", str(self.node.os_dir), *arguments]

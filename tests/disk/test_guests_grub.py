@@ -1,10 +1,12 @@
 """The hook `grub` on guests of many distributions: what is called, what is written, and that twice is as once."""
 
+from __future__ import annotations
+
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Optional
 
 import bootguests
 import guestdisks
@@ -52,7 +54,7 @@ Deploy = Callable[..., Guest]
 def deploy(node: Node, disk: MakeDisk, tmp_path: Path) -> Deploy:
     """Create an instance from the guest `name`, `extra` files in its tree, with the hook run twice."""
 
-    def make(name: str, extra: Optional[dict[str, str]] = None, **settings: object) -> Guest:
+    def make(name: str, extra: dict[str, str] | None = None, **settings: object) -> Guest:
         target = disk(300)
         result = create(node, target, tmp_path, name, extra, **settings).ok()
         states = re.findall(r"[hj]-look: ((?:state|esp) .*)", result.log)
@@ -64,7 +66,7 @@ def deploy(node: Node, disk: MakeDisk, tmp_path: Path) -> Deploy:
 
 
 def create(
-    node: Node, target: Path, tmp_path: Path, name: str, extra: Optional[dict[str, str]] = None, **settings: object
+    node: Node, target: Path, tmp_path: Path, name: str, extra: dict[str, str] | None = None, **settings: object
 ) -> Result:
     tree = bootguests.guest(tmp_path / "tree", name)
     for path, text in (extra or {}).items():

@@ -1,12 +1,13 @@
 """The hook `interfaces`: trees of the distributions after create; the files, read by the programs they are for."""
 
+from __future__ import annotations
+
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import trees

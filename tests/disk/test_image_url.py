@@ -1,5 +1,7 @@
 """Images from a URL, from a real server that is slow, cut off, wrong or gone."""
 
+from __future__ import annotations
+
 import base64
 import hashlib
 import json
@@ -9,11 +11,10 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Optional
 
 import pytest
 import trees
@@ -64,7 +65,7 @@ def cached(known: Settings) -> list[str]:
     return sorted(path.name.partition("-")[2] for path in directory.iterdir()) if directory.exists() else []
 
 
-def notes(known: Settings) -> "dict[str, object]":
+def notes(known: Settings) -> dict[str, object]:
     (path,) = Path(known.cache_dir).glob("*.json")
     return dict(json.loads(path.read_text()))
 
@@ -87,7 +88,7 @@ def test_download(server: Server, known: Settings) -> None:
     [{}, {"etag": None, "last_modified": "Mon, 01 Jan 2024 00:00:00 GMT"}, {"knows_head": False}, {"etag": 'W/"1"'}],
     ids=["etag", "last-modified", "no HEAD", "weak etag"],
 )
-def test_not_again(how: "dict[str, object]", server: Server, known: Settings) -> None:
+def test_not_again(how: dict[str, object], server: Server, known: Settings) -> None:
     server.put("/a.tar", CONTENT, **how)
     assert get(known) == CONTENT
     received = os.stat(next(Path(known.cache_dir).glob("*.tar")))
@@ -108,7 +109,7 @@ def test_not_again(how: "dict[str, object]", server: Server, known: Settings) ->
     ids=["etag", "last-modified", "neither", "no HEAD"],
 )  # fmt: skip
 def test_changed_on_the_server(
-    before: "dict[str, object]", after: "dict[str, object]", server: Server, known: Settings
+    before: dict[str, object], after: dict[str, object], server: Server, known: Settings
 ) -> None:
     server.put("/a.tar", CONTENT, **before)
     assert get(known) == CONTENT
@@ -254,7 +255,7 @@ def test_connection_that_stays_open(server: Server, known: Settings, monkeypatch
     [{}, {"etag": None, "last_modified": "Mon, 01 Jan 2024 00:00:00 GMT"}, {"knows_ranges": False}, {"etag": None}],
     ids=["etag", "last-modified", "no ranges", "no validator"],
 )
-def test_cut_off(how: "dict[str, object]", server: Server, known: Settings) -> None:
+def test_cut_off(how: dict[str, object], server: Server, known: Settings) -> None:
     server.put("/a.tar", CONTENT, cuts=[300_000, 300_000], **how)
     assert get(known) == CONTENT
     ranges = [one.headers.get("Range") for one in server.requests if (one.method, one.path) == ("GET", "/a.tar")]
@@ -321,7 +322,7 @@ def test_announces_too_little(server: Server, known: Settings) -> None:
 
 
 @pytest.mark.parametrize("how", [{"announced": -1}, {"chunked": True}], ids=["till the end", "chunked"])
-def test_announces_nothing(how: "dict[str, object]", server: Server, known: Settings) -> None:
+def test_announces_nothing(how: dict[str, object], server: Server, known: Settings) -> None:
     server.put("/a.tar", CONTENT, **how)
     assert get(known) == CONTENT
 
@@ -431,7 +432,7 @@ def test_checksum_file_cut_off(server: Server, known: Settings) -> None:
 
 
 @pytest.fixture(scope="session")
-def gpg(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Callable[..., bytes]"]:
+def gpg(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., bytes]]:
     """Sign: gpg("alice", content, "--detach-sign"); `gpg("alice")` is the keyring."""
     home = tmp_path_factory.mktemp("gpg")
     home.chmod(0o700)
@@ -452,7 +453,7 @@ def gpg(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Callable[..., byt
 
 
 @pytest.fixture
-def signed(gpg: "Callable[..., bytes]", known: Settings, tmp_path: Path) -> Settings:
+def signed(gpg: Callable[..., bytes], known: Settings, tmp_path: Path) -> Settings:
     keyring = tmp_path / "alice.gpg"
     keyring.write_bytes(gpg("alice"))
     return replace(known, image_keyring=str(keyring))
@@ -465,7 +466,7 @@ def test_signed(
     how: list[str],
     server: Server,
     signed: Settings,
-    gpg: "Callable[..., bytes]",
+    gpg: Callable[..., bytes],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     server.sums("/SHA256SUMS", "a.tar")
@@ -476,7 +477,7 @@ def test_signed(
     assert server.count("/a.tar") == 1
 
 
-def test_signed_text(server: Server, signed: Settings, gpg: "Callable[..., bytes]") -> None:
+def test_signed_text(server: Server, signed: Settings, gpg: Callable[..., bytes]) -> None:
     """The signature is inside; only what it is of counts."""
     text = gpg("alice", f"{SHA256}  a.tar\n".encode(), "--clearsign")
     server.put("/SHA256SUMS", text)
@@ -487,7 +488,7 @@ def test_signed_text(server: Server, signed: Settings, gpg: "Callable[..., bytes
         get(signed)
 
 
-def test_several_signatures(server: Server, signed: Settings, gpg: "Callable[..., bytes]") -> None:
+def test_several_signatures(server: Server, signed: Settings, gpg: Callable[..., bytes]) -> None:
     """One by a key that we have is enough, unless another one is wrong."""
     server.sums("/SHA256SUMS", "a.tar")
     sums = server.files["/SHA256SUMS"].content
@@ -499,7 +500,7 @@ def test_several_signatures(server: Server, signed: Settings, gpg: "Callable[...
         get(signed)
 
 
-def test_second_file_is_signed(server: Server, signed: Settings, gpg: "Callable[..., bytes]") -> None:
+def test_second_file_is_signed(server: Server, signed: Settings, gpg: Callable[..., bytes]) -> None:
     server.sums("/SHA256SUMS", "a.tar")
     server.sums("/SHA512SUMS", "a.tar", algorithm="sha512")
     server.put("/SHA512SUMS.gpg", gpg("alice", server.files["/SHA512SUMS"].content, "--detach-sign"))
@@ -510,7 +511,7 @@ def test_second_file_is_signed(server: Server, signed: Settings, gpg: "Callable[
     "case", ["unsigned", "no checksum", "other key", "other content", "garbage", "forged", "forged text", "no keyring",
              "armored keyring"],
 )  # fmt: skip
-def test_not_signed(case: str, server: Server, signed: Settings, gpg: "Callable[..., bytes]", tmp_path: Path) -> None:
+def test_not_signed(case: str, server: Server, signed: Settings, gpg: Callable[..., bytes], tmp_path: Path) -> None:
     wrong = f"{hashlib.sha256(OTHER).hexdigest()}  a.tar\n".encode()
     if case != "no checksum":
         server.sums("/SHA256SUMS", "a.tar")
@@ -593,7 +594,7 @@ def test_copy_that_is_not_verified(server: Server, known: Settings) -> None:
         assert get(known, image_verify=False) == CONTENT
 
 
-def test_copy_that_is_not_signed(server: Server, signed: Settings, gpg: "Callable[..., bytes]") -> None:
+def test_copy_that_is_not_signed(server: Server, signed: Settings, gpg: Callable[..., bytes]) -> None:
     server.sums("/SHA256SUMS", "a.tar")
     get(signed, image_keyring="")
     with gone(server), pytest.raises(web.Unreachable):
@@ -625,7 +626,7 @@ def small(known: Settings) -> Iterator[Settings]:
 
 
 @pytest.mark.parametrize("how", [{}, {"announced": -1}], ids=["announced", "not announced"])
-def test_disk_full(how: "dict[str, object]", server: Server, small: Settings) -> None:
+def test_disk_full(how: dict[str, object], server: Server, small: Settings) -> None:
     server.put("/a.tar", CONTENT, **how)
     with pytest.raises(Failure, match=f"CACHE_DIR {small.cache_dir} has no space left for image {server.url}/a.tar"):
         get(small)
@@ -679,7 +680,7 @@ print(hashlib.sha256(open(descriptor, "rb").read()).hexdigest())
 """
 
 
-def client(known: Settings, cleanup: str = "no") -> "subprocess.Popen[str]":
+def client(known: Settings, cleanup: str = "no") -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", CLIENT, known.image_url, known.cache_dir, cleanup],
         cwd=CHECKOUT,
@@ -691,7 +692,7 @@ def client(known: Settings, cleanup: str = "no") -> "subprocess.Popen[str]":
 
 
 @pytest.mark.parametrize("how", [{}, {"knows_head": False, "etag": None}], ids=["good server", "bad server"])
-def test_twenty_at_once(how: "dict[str, object]", server: Server, known: Settings) -> None:
+def test_twenty_at_once(how: dict[str, object], server: Server, known: Settings) -> None:
     server.put("/a.tar", CONTENT, rate=200_000, **how)
     clients = [client(known) for _ in range(20)]
     said = [one.communicate(timeout=60) for one in clients]
@@ -742,7 +743,7 @@ def test_progress(
 # --- proxies and https ------------------------------------------------------------------------------------
 
 
-def make_certificate(directory: Path, name: str, extensions: str, ca: Optional[Path] = None) -> Path:
+def make_certificate(directory: Path, name: str, extensions: str, ca: Path | None = None) -> Path:
     """A key, and a certificate signed with the key of `ca` or its own; both are in the file returned."""
     config, key, request, made = (directory / f"{name}.{suffix}" for suffix in ("cnf", "key", "csr", "pem"))
     config.write_text(

@@ -1,5 +1,7 @@
 """What `install` puts where, what Ganeti wants of it, and `verify`."""
 
+from __future__ import annotations
+
 import os
 import re
 import stat

@@ -1,5 +1,7 @@
 """The check after each test sees what a test leaves, and takes it away."""
 
+from __future__ import annotations
+
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path

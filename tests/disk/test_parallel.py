@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
 
 import backups
 import guestdisks

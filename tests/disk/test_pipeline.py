@@ -1,5 +1,7 @@
 """The processes of one pipeline: every stage's end counts."""
 
+from __future__ import annotations
+
 from imageos.run import pipeline
 
 

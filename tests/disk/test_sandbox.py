@@ -1,7 +1,9 @@
 """What a program of the guest can reach: its own root and disk, nothing of the node."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 from support import Node

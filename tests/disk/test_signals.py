@@ -4,10 +4,12 @@ That nothing is left is the check after each test; here the call is stopped in a
 a settings file, a tool in PATH, a hook.
 """
 
+from __future__ import annotations
+
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import trees

@@ -1,5 +1,7 @@
 """Called wrongly, or by hand."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess
@@ -10,7 +12,7 @@ import pytest
 from support import PATH, Name, Node
 
 
-def call(*argv: Name, **environment: str) -> "subprocess.CompletedProcess[str]":
+def call(*argv: Name, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [os.fspath(word) for word in argv],
         env={"PATH": PATH, **environment},

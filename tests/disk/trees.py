@@ -1,5 +1,7 @@
 """Small trees that look like a guest, and images of them."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess

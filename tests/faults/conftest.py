@@ -1,5 +1,7 @@
 """The fixtures of the disk tier, and a guest whose programs are hostile."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Iterator
 from pathlib import Path

@@ -12,10 +12,10 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import trees

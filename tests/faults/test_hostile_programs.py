@@ -1,5 +1,7 @@
 """Programs of a guest that want out, or everything: refused, ended, bounded; the canary on the node is untouched."""
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import os
@@ -8,9 +10,8 @@ import shutil
 import socket
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import trees
@@ -136,7 +137,7 @@ def said(log: str) -> list[str]:
 
 
 @pytest.fixture
-def bystander() -> Iterator["subprocess.Popen[bytes]"]:
+def bystander() -> Iterator[subprocess.Popen[bytes]]:
     """A process of the node that has nothing to do with it."""
     with subprocess.Popen(["sleep", "1000"]) as process:
         yield process
@@ -156,7 +157,7 @@ def session_key() -> Iterator[None]:
 
 
 def test_no_way_out(
-    perl_node: Node, disk: MakeDisk, tmp_path: Path, bystander: "subprocess.Popen[bytes]", session_key: None
+    perl_node: Node, disk: MakeDisk, tmp_path: Path, bystander: subprocess.Popen[bytes], session_key: None
 ) -> None:
     canary = tmp_path / "canary"
     canary.write_text("of the node\n")

@@ -1,10 +1,11 @@
 """A real cluster of one node (see one-node-cluster) on which imageos is installed."""
 
+from __future__ import annotations
+
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Union
 
 from support import PATH, TESTS, run
 
@@ -18,7 +19,7 @@ ADD = (
 )
 
 
-def tiny_image(work: Path, files: Mapping[str, Union[str, bytes]] = {}) -> Path:  # noqa: B006
+def tiny_image(work: Path, files: Mapping[str, str | bytes] = {}) -> Path:  # noqa: B006
     """An image with as little in it as a system can have, and these files."""
     tree, image = work / "tree", work / "tiny-x86_64.tar.gz"
     for directory in ("bin", "boot", "etc", "root"):

@@ -1,5 +1,7 @@
 """A cluster and the smallest image, for each test anew."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 

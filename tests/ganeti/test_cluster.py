@@ -1,5 +1,7 @@
 """imageos on a real Ganeti cluster of one node (see one-node-cluster), made anew for each test."""
 
+from __future__ import annotations
+
 import json
 import re
 from pathlib import Path

@@ -1,5 +1,7 @@
 """imageos brought to a cluster as its file, copied by Ganeti, and taken away again."""
 
+from __future__ import annotations
+
 import subprocess
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """README.rst followed to the letter: each of its commands for a cluster, in its order, on a real one."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 

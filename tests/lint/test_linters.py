@@ -1,5 +1,7 @@
 """What the linters say, with the configuration of ruff.toml and setup.cfg."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The tier that computes only: no process may be started, no root is needed."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 from collections.abc import Iterator

@@ -1,11 +1,12 @@
 """The rules that hold the modules together, read from their source."""
 
+from __future__ import annotations
+
 import ast
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import Callable, Union
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGE = CHECKOUT / "imageos"
@@ -167,7 +168,7 @@ def test_hooks_import_only_what_is_for_them(name: str) -> None:
 
 @for_each(SOURCES)
 def test_only_the_standard_library(name: str) -> None:
-    known: Union[frozenset[str], list[str]] = getattr(sys, "stdlib_module_names", STDLIB)
+    known: frozenset[str] | list[str] = getattr(sys, "stdlib_module_names", STDLIB)
     assert {one.partition(".")[0] for one in imported(name)} <= {"imageos", *known}
 
 

@@ -1,5 +1,7 @@
 """The small hooks of hooks.d, called on trees of several distributions; what README.rst shows, too."""
 
+from __future__ import annotations
+
 import json
 import stat
 import time
@@ -8,7 +10,6 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
-from typing import Optional
 
 import pytest
 import readme
@@ -49,10 +50,10 @@ def no_bytecode() -> None:
 
 def hook(
     target: Target,
-    known: Optional[Settings] = None,
+    known: Settings | None = None,
     action: str = "create",
     nics: bool = True,
-    environ: Optional[dict[str, str]] = None,
+    environ: dict[str, str] | None = None,
 ) -> Hook:
     instance = ganeti.instance({**recorded("create-kvm-network"), **({} if nics else {"NIC_COUNT": "0"})})
     return Hook(action, target, known or Settings(), instance, "/dev/loop7", (), (), environ or {})
@@ -147,7 +148,7 @@ def test_ssh_password_counts(guest: Path, target: Target) -> None:
 
 
 @pytest.mark.parametrize("shadow", [None, "", "daemon:*:19000::::::\n", "rooted:*:1::::::\n"])
-def test_ssh_password_has_no_place(shadow: Optional[str], guest: Path, target: Target) -> None:
+def test_ssh_password_has_no_place(shadow: str | None, guest: Path, target: Target) -> None:
     put(guest, {"etc/passwd": PASSWD, **({} if shadow is None else {"etc/shadow": shadow})})
     with pytest.raises(Failure, match="^the guest's /etc/shadow has no line for root$") as raised:
         ssh(target, root_password_hash=HASH)
@@ -289,7 +290,7 @@ def cloud(guest: Path) -> Path:
     return guest
 
 
-def configured(cloud: Path, target: Target, known: Optional[Settings] = None, **environ: str) -> dict[str, object]:
+def configured(cloud: Path, target: Target, known: Settings | None = None, **environ: str) -> dict[str, object]:
     loaded("cloud-init").main(hook(target, known, environ=environ))
     first, _, rest = (cloud / CONFIG).read_text().partition("\n")
     assert first == "#cloud-config"

@@ -1,11 +1,12 @@
 """Control groups, on a directory in the place of a hierarchy."""
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable
 
 import pytest
 
@@ -22,7 +23,7 @@ def no_warning_yet() -> Iterator[None]:
 
 
 @pytest.fixture
-def warnings(monkeypatch: pytest.MonkeyPatch) -> "list[str]":
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
     monkeypatch.setattr(log, "warning", said.append)
     return said
@@ -71,12 +72,12 @@ def version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return top
 
 
-def limits(top: Path) -> "dict[str, str]":
+def limits(top: Path) -> dict[str, str]:
     (group,) = top.glob("imageos.*")
     return {path.name: path.read_text() for path in group.glob("*.max")}
 
 
-def test_version_2(version_2: Path, warnings: "list[str]") -> None:
+def test_version_2(version_2: Path, warnings: list[str]) -> None:
     """Its controllers are switched on for the group, which gets all limits, and whoever joins is in it."""
     with cgroup.limited() as join:
         assert limits(version_2) == {**NEEDED, "memory.swap.max": "0"}
@@ -95,7 +96,7 @@ def test_version_2_as_systemd_has_it(version_2: Path, monkeypatch: pytest.Monkey
     assert (version_2 / "cgroup.subtree_control").read_text() == "cpu memory pids\n"
 
 
-def test_without_a_controller(version_2: Path, warnings: "list[str]") -> None:
+def test_without_a_controller(version_2: Path, warnings: list[str]) -> None:
     """One is bounded, the other is complained of: once, however many programs run."""
     (version_2 / "cgroup.controllers").write_text("cpu pids\n")
     for _ in range(3):
@@ -106,9 +107,7 @@ def test_without_a_controller(version_2: Path, warnings: "list[str]") -> None:
     ]
 
 
-def test_controllers_that_cannot_be_had(
-    version_2: Path, monkeypatch: pytest.MonkeyPatch, warnings: "list[str]"
-) -> None:
+def test_controllers_that_cannot_be_had(version_2: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
     """The top of a container's hierarchy has processes of its own: the kernel then gives none to groups below it."""
     write = cgroup._write
 
@@ -127,7 +126,7 @@ def test_controllers_that_cannot_be_had(
     assert cgroup.unbounded() == warnings
 
 
-def test_read_only(version_2: Path, monkeypatch: pytest.MonkeyPatch, warnings: "list[str]") -> None:
+def test_read_only(version_2: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -137,7 +136,7 @@ def test_read_only(version_2: Path, monkeypatch: pytest.MonkeyPatch, warnings: "
     assert [one.split(": ", 1)[1] for one in warnings] == [f"{version_2}: Read-only file system"] * 2
 
 
-def test_no_control_groups_at_all(monkeypatch: pytest.MonkeyPatch, warnings: "list[str]") -> None:
+def test_no_control_groups_at_all(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
     monkeypatch.setattr(cgroup, "HIERARCHIES", {"/nowhere": cgroup.VERSION_2})
     with cgroup.limited() as join:
         join()

@@ -1,5 +1,7 @@
 """The command line: which command is meant."""
 
+from __future__ import annotations
+
 from types import ModuleType
 
 import pytest

@@ -1,5 +1,7 @@
 """cloud-init's seed: in the dialect that the guest's cloud-init can follow, and for root's eyes only."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

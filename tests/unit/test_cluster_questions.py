@@ -1,5 +1,7 @@
 """What Ganeti prints, recorded on 3.0.2, as values; the command line that reaches another node."""
 
+from __future__ import annotations
+
 import os
 import shlex
 import socket

@@ -1,5 +1,7 @@
 """A disk that is a file, as far as no root is needed: claimed, refused, wiped."""
 
+from __future__ import annotations
+
 import ctypes
 import fcntl
 import os

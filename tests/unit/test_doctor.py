@@ -1,5 +1,7 @@
 """doctor: what it reads from the kernel's files, and how it shows what it found."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,6 +1,6 @@
 """What Ganeti says in its environment, as recorded on a real cluster."""
 
-from typing import Optional
+from __future__ import annotations
 
 import pytest
 from hypothesis import given
@@ -37,7 +37,7 @@ def instance(
     name: str,
     disks: tuple[str, str],
     nics: tuple[Nic, ...],
-    directory: Optional[str] = None,
+    directory: str | None = None,
     hypervisor: str = "fake",
     reinstall: bool = False,
 ) -> Instance:
@@ -71,7 +71,7 @@ EXPECTED = {
 RECORDINGS = sorted(path.stem for path in (TESTS / "env").glob("*.env"))
 
 
-def changed(**variables: Optional[str]) -> dict[str, str]:
+def changed(**variables: str | None) -> dict[str, str]:
     """The recorded environment of create with other values; None takes a variable away."""
     merged = {**recorded("create"), **variables}
     return {name: value for name, value in merged.items() if value is not None}
@@ -114,17 +114,17 @@ def test_short_name() -> None:
 
 
 @pytest.mark.parametrize(("text", "expected"), [("True", True), ("False", False), ("None", False), (None, False)])
-def test_serial_console(text: Optional[str], expected: bool) -> None:
+def test_serial_console(text: str | None, expected: bool) -> None:
     assert ganeti.instance(changed(INSTANCE_HV_serial_console=text)).serial_console is expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [("115200", 115200), ("None", 38400), ("", 38400), (None, 38400)])
-def test_serial_speed(text: Optional[str], expected: int) -> None:
+def test_serial_speed(text: str | None, expected: int) -> None:
     assert ganeti.instance(changed(INSTANCE_HV_serial_speed=text)).serial_speed == expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [("/boot/vmlinuz", "/boot/vmlinuz"), ("None", ""), ("", ""), (None, "")])
-def test_kernel_path(text: Optional[str], expected: str) -> None:
+def test_kernel_path(text: str | None, expected: str) -> None:
     assert ganeti.instance(changed(INSTANCE_HV_kernel_path=text)).kernel_path == expected
 
 
@@ -181,7 +181,7 @@ def test_other_versions(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["", None])
-def test_no_version(version: Optional[str]) -> None:
+def test_no_version(version: str | None) -> None:
     with pytest.raises(Failure, match="^OS_API_VERSION is not set$") as raised:
         ganeti.instance(changed(OS_API_VERSION=version))
     assert "Ganeti calls this script" in str(raised.value.hint)
@@ -259,7 +259,7 @@ def test_old_name() -> None:
         ({"INSTANCE_HV_serial_speed": "fast"}, "INSTANCE_HV_serial_speed='fast' is not a number"),
     ],
 )
-def test_wrong_values_are_named(variables: dict[str, Optional[str]], message: str) -> None:
+def test_wrong_values_are_named(variables: dict[str, str | None], message: str) -> None:
     with pytest.raises(Failure) as raised:
         ganeti.instance(changed(**variables))
     assert str(raised.value) == message

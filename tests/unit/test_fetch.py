@@ -1,5 +1,7 @@
 """Images from a URL: names, checksum files, what is shown and sent. Downloading is for the tier with a server."""
 
+from __future__ import annotations
+
 import json
 import os
 from email.message import Message

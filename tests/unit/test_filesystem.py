@@ -1,9 +1,11 @@
 """Filesystems as values: what goes where, how it is made, and the fstab."""
 
+from __future__ import annotations
+
 import errno
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 

@@ -3,6 +3,8 @@
 Whatever comes, it is a value or a Failure, soon and in little memory.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 import os

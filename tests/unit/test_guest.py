@@ -1,10 +1,11 @@
 """What is written into a guest: its name, its identity, its console; on small trees of several distributions."""
 
+from __future__ import annotations
+
 import os
 import stat
 import time
 from pathlib import Path
-from typing import Optional
 
 import pytest
 from hypothesis import given
@@ -325,7 +326,7 @@ def test_console_of_systemd_that_was_masked(guest: Path, target: Target) -> None
 
 
 @pytest.mark.parametrize("getty", [None, "sbin/getty", "sbin/agetty"])
-def test_console_of_an_inittab(getty: Optional[str], guest: Path, target: Target) -> None:
+def test_console_of_an_inittab(getty: str | None, guest: Path, target: Target) -> None:
     tree(guest, {"etc/inittab": SYSVINIT})
     if getty:
         tree(guest, {getty: ""})
@@ -378,7 +379,7 @@ def test_mount_points_are_made(programs: str, guest: Path, target: Target) -> No
         (None, False),
     ],
 )
-def test_relabelling(text: Optional[str], asked: bool, guest: Path, target: Target) -> None:
+def test_relabelling(text: str | None, asked: bool, guest: Path, target: Target) -> None:
     if text is not None:
         tree(guest, {"etc/selinux/config": text})
     system.request_relabel(target)

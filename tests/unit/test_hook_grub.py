@@ -1,12 +1,13 @@
 """Kernel command lines in the files of a guest, the loaders on its ESP, and what the hook `grub` decides."""
 
+from __future__ import annotations
+
 import importlib.machinery
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, Optional
 
 import pytest
 from hypothesis import given
@@ -301,7 +302,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Programs of the guest are recorded; those that write what is read back do so."""
     seen = Seen()
 
-    def run(self: Target, argv: Sequence[str], input: Optional[str] = None) -> str:
+    def run(self: Target, argv: Sequence[str], input: str | None = None) -> str:
         seen.programs.append(argv[0].rpartition("/")[2])
         if argv[0].endswith("mkconfig"):
             self.write(argv[2], MENU)

@@ -1,9 +1,11 @@
 """The site's hooks: which ones, in what order, and what they are told."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Optional
 
 import pytest
 from support import recorded
@@ -24,7 +26,7 @@ KNOWN = Settings(image_type="tarball", image_name="debian-12", user_data="#cloud
 
 
 def context(
-    *volumes: Volume, action: str = "create", known: Settings = KNOWN, environ: Optional[dict[str, str]] = None
+    *volumes: Volume, action: str = "create", known: Settings = KNOWN, environ: dict[str, str] | None = None
 ) -> hooks.Context:
     return hooks.Context(
         action,

@@ -1,5 +1,7 @@
 """Images: found by name, told by their first bytes. Unpacking is for the tier of real disks."""
 
+from __future__ import annotations
+
 import io
 import os
 import tarfile

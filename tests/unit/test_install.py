@@ -1,5 +1,7 @@
 """What install puts in place: all of it, once, and never over what the site has changed."""
 
+from __future__ import annotations
+
 import json
 import os
 import re

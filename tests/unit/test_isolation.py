@@ -1,5 +1,7 @@
 """Signals become an exception that nothing swallows. Namespaces are for the tier of real disks."""
 
+from __future__ import annotations
+
 import os
 import signal
 from collections.abc import Iterator

@@ -1,8 +1,9 @@
 """Partitions: where they begin and end, what they are, and the text that sfdisk gets."""
 
+from __future__ import annotations
+
 import dataclasses
 import re
-from typing import Optional
 
 import pytest
 from hypothesis import given
@@ -150,7 +151,7 @@ def test_every_disk_has_an_id_of_its_own() -> None:
 # What sfdisk gets
 
 
-def script(table: str, disk_id: str, arch: str = "x86_64", boot: Optional[int] = None, swap: int = 256) -> str:
+def script(table: str, disk_id: str, arch: str = "x86_64", boot: int | None = None, swap: int = 256) -> str:
     boot = (512 if table == "gpt" else 100) if boot is None else boot
     made = plan(table, boot=boot * MIB, swap=swap * MIB, arch=arch)
     return layout.sfdisk_script(dataclasses.replace(made, disk_id=disk_id))

@@ -1,5 +1,7 @@
 """Messages: ASCII, one prefix, nothing on stdout."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 

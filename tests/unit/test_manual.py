@@ -1,5 +1,7 @@
 """The manual page and the completions: made from the commands as they are."""
 
+from __future__ import annotations
+
 import argparse
 
 import pytest

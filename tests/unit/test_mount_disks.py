@@ -1,5 +1,7 @@
 """mount-disks: what it holds, and lets go in which order."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
 """The plan of the guest's interfaces, and how cloud-init is told."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import re

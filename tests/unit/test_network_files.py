@@ -3,14 +3,15 @@
 `python3 tests/unit/test_network_files.py` writes the golden files anew; what has changed is for git diff to show.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Callable
 
 import pytest
 

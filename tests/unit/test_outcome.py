@@ -1,5 +1,7 @@
 """How a command ends: exit status, hint, and the cause on the last line."""
 
+from __future__ import annotations
+
 import errno
 import os
 from typing import NoReturn

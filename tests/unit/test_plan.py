@@ -1,5 +1,7 @@
 """The layouts of the contract, from the settings and the instance that ask for them."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

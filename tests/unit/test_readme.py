@@ -1,5 +1,7 @@
 """README.rst says what the code does; what it tells to do is done by tests."""
 
+from __future__ import annotations
+
 import ast
 import dataclasses
 import inspect

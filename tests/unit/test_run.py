@@ -1,5 +1,7 @@
 """What is said of processes. None is started here."""
 
+from __future__ import annotations
+
 import errno
 import os
 from pathlib import Path

@@ -1,12 +1,14 @@
 """The settings: the contract's table, what is accepted, who has the last word, what an error says."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Callable, Optional, Union
+from typing import Union
 
 import pytest
 from hypothesis import given
@@ -355,7 +357,7 @@ def with_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     defaults.touch()
 
     def load(
-        *layers: Layer, status: int = 0, said: str = "", environ: Optional[Layer] = None, variant: str = ""
+        *layers: Layer, status: int = 0, said: str = "", environ: Layer | None = None, variant: str = ""
     ) -> Settings:
         monkeypatch.setattr(shellfiles, "pipeline", Shell(layers, status, said).pipeline)
         return settings.load({"OS_VARIANT": variant, **(environ or {})}, str(defaults))

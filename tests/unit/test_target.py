@@ -1,14 +1,15 @@
 """The guest's files, when the guest is hostile: no path of it ever leads to the node."""
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import os
 import signal
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable
 
 import pytest
 from hypothesis import HealthCheck, given

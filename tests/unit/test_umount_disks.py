@@ -1,5 +1,7 @@
 """What is mounted at and below a place, in the order in which it can be taken away."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 
