@@ -120,7 +120,7 @@ def overview() -> str:
 def _load(name: str) -> ModuleType:
     from importlib import import_module
 
-    from imageos.isolation import handle_signals
+    from imageos.node.isolation import handle_signals
 
     handle_signals()
     return import_module("imageos.commands." + ("import_" if name == "import" else name.replace("-", "_")))

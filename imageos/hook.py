@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from imageos import ganeti, log, settings
+from imageos.disks.filesystem import Volume
 from imageos.errors import Failure
-from imageos.filesystem import Volume
 from imageos.ganeti import Instance
+from imageos.guests.sandbox import GuestDisk
+from imageos.guests.target import Target, opened
 from imageos.outcome import guard
-from imageos.sandbox import GuestDisk
 from imageos.settings import Settings
-from imageos.target import Target, opened
 
 __all__ = ["Failure", "Hook"]  # what a hook imports from here
 

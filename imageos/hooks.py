@@ -11,12 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from imageos import ganeti, log
-from imageos.disk import Attached, Device
+from imageos.disks.disk import Attached, Device
+from imageos.disks.filesystem import Volume
 from imageos.errors import Failure, signal_name
-from imageos.filesystem import Volume
-from imageos.isolation import leftover_processes
+from imageos.guests.sandbox import devices
+from imageos.node.isolation import leftover_processes
 from imageos.run import environment, pipeline
-from imageos.sandbox import devices
 from imageos.settings import Settings
 
 OS_DIR = "/usr/share/ganeti/os/image"

@@ -20,8 +20,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO
 
-from imageos import linux, log
+from imageos import log
 from imageos.errors import Failure, signal_name
+from imageos.node import linux
 
 DEFAULT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 # What is kept of a stream that we only want for messages; a hostile guest may print for ever.

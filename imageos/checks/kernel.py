@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 
-from imageos import cgroup, filesystem
 from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report
 from imageos.checks.variants import Variant, listed
+from imageos.disks import filesystem
 from imageos.errors import Failure
+from imageos.node import cgroup
 from imageos.run import pipeline
 
 NAMESPACES = ("mount", "pid", "net", "ipc", "uts")

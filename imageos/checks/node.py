@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from imageos import log, mounts, settings
+from imageos import log, settings
 from imageos.checks.report import ERROR, NOTE, OK, Report
 from imageos.checks.variants import Variant
+from imageos.disks.layout import MIB
 from imageos.errors import Failure
-from imageos.layout import MIB
-from imageos.mounts import Mount
+from imageos.node import mounts
+from imageos.node.mounts import Mount
 
 LITTLE = 64 * MIB  # bytes: with less, whatever is written there will fail soon
 

@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from imageos import filesystem, qcow2
 from imageos.checks.report import ERROR, NOTE, OK, Report
 from imageos.checks.variants import Variant, listed
+from imageos.disks import filesystem
 from imageos.errors import Failure
+from imageos.images import qcow2
 from imageos.run import PACKAGES, pipeline
 
 GANETI_PATH = "/sbin:/bin:/usr/sbin:/usr/bin"  # what its scripts are called with

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from imageos import ganeti, images, layout, log, settings, wholeness
+from imageos import ganeti, log, settings
+from imageos.checks import wholeness
 from imageos.checks.report import ERROR, NOTE, OK, Report
+from imageos.disks import layout
+from imageos.disks.layout import MIB, Layout
 from imageos.errors import Failure
 from imageos.hooks import check_overlay, find
-from imageos.imagefile import Image
-from imageos.layout import MIB, Layout
+from imageos.images import imagetypes
+from imageos.images.imagefile import Image
 from imageos.run import available
 from imageos.settings import Settings
 
@@ -34,7 +37,7 @@ class Variant:
     @property
     def layout(self) -> Layout | None:
         """The partitions that it makes on a large disk; None if its image has its own."""
-        if not self.has_image or not images.IMAGE_TYPES[self.known.image_type].deploy:
+        if not self.has_image or not imagetypes.IMAGE_TYPES[self.known.image_type].deploy:
             return None
         sizes = self.known.resolved(memory=1024)
         return layout.plan(
@@ -121,7 +124,7 @@ def check_image(report: Report, variant: Variant) -> Variant:
         if known.image_url:
             check_download(report, variant)
             return variant
-        image = images.find(known)
+        image = imagetypes.find(known)
         variant = dataclasses.replace(variant, image=image)
         report_image(report, variant, image)
         if image.boot:
@@ -136,7 +139,7 @@ def report_image(report: Report, variant: Variant, image: Image) -> None:
     if program and not available(program):
         report.say(NOTE, f"variant {variant.name}: {image.path} cannot be looked at without {program}")
         return
-    images.IMAGE_TYPES[variant.known.image_type].check(image)
+    imagetypes.IMAGE_TYPES[variant.known.image_type].check(image)
     truncated = wholeness.why_truncated(image)
     if truncated:
         raise Failure(f"image {image.path} is truncated or damaged at its end: {truncated}", hint="copy it again")
@@ -144,14 +147,14 @@ def report_image(report: Report, variant: Variant, image: Image) -> None:
 
 
 def check_download(report: Report, variant: Variant) -> None:
-    from imageos import cache, fetch, web  # bring http and TLS
+    from imageos.images import cache, fetch, web  # bring http and TLS
 
     url = web.shown(variant.known.image_url)
-    reason = images.why_unreachable(variant.known)
+    reason = imagetypes.why_unreachable(variant.known)
     if not reason:
         report.say(OK, f"variant {variant.name}: {url}")
         return
-    names = images.IMAGE_TYPES[variant.known.image_type].suffixes
+    names = imagetypes.IMAGE_TYPES[variant.known.image_type].suffixes
     stem = f"{variant.known.image_name}-{variant.known.arch}"
     urls = fetch.urls(variant.known, [stem + suffix for suffix in names])
     if any(cache.load(f"{variant.known.cache_dir}/{fetch.cache_name(one)}") for one in urls):

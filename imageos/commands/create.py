@@ -6,36 +6,23 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from imageos import (
-    cloudinit,
-    discovery,
-    disk,
-    diskimage,
-    filesystem,
-    ganeti,
-    grow,
-    guest,
-    hooks,
-    images,
-    isolation,
-    layout,
-    log,
-    network,
-    settings,
-    target,
-)
-from imageos.disk import Attached, Device
+from imageos import ganeti, hooks, log, network, settings
+from imageos.disks import discovery, disk, filesystem, grow, layout
+from imageos.disks.disk import Attached, Device
+from imageos.disks.filesystem import FILESYSTEMS, Volume
+from imageos.disks.layout import MIB, Layout
 from imageos.errors import Failure
-from imageos.filesystem import FILESYSTEMS, Volume
 from imageos.ganeti import Instance
+from imageos.guests import cloudinit, guest, target
+from imageos.guests.target import Target
 from imageos.hook import guest_disk
-from imageos.imagefile import Image
-from imageos.images import IMAGE_TYPES
-from imageos.layout import MIB, Layout
+from imageos.images import diskimage, imagetypes
+from imageos.images.imagefile import Image
+from imageos.images.imagetypes import IMAGE_TYPES
 from imageos.network import Interface, files
+from imageos.node import isolation
 from imageos.run import require
 from imageos.settings import Settings
-from imageos.target import Target
 
 
 def main(_arguments: Sequence[str]) -> int:
@@ -59,7 +46,7 @@ def create(instance: Instance, known: Settings) -> None:
     hooks.check(known)
     interfaces(instance, known)  # addresses that make no sense are no reason to lose what the disk holds
     image_type = IMAGE_TYPES[known.image_type]
-    image = images.find(known, with_boot=not instance.kernel_path)
+    image = imagetypes.find(known, with_boot=not instance.kernel_path)
     image_type.check(image)
     with disk.claimed(instance.disks[0].path) as device:
         if image_type.deploy:

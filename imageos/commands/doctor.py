@@ -10,10 +10,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from imageos import mounts
 from imageos.checks import definition, kernel, node, programs, variants
 from imageos.checks.report import Report, as_json, as_text
 from imageos.commandline import Parser
+from imageos.node import mounts
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -10,12 +10,15 @@ import os
 import time
 from collections.abc import Sequence
 
-from imageos import __version__, discovery, disk, ganeti, isolation, linux, log, settings, stream, usage
-from imageos.discovery import Table
-from imageos.disk import Device
+from imageos import __version__, ganeti, log, settings
+from imageos.backups import stream
+from imageos.backups.stream import Manifest, Volume
+from imageos.disks import discovery, disk, usage
+from imageos.disks.discovery import Table
+from imageos.disks.disk import Device
+from imageos.disks.usage import Map
 from imageos.errors import Failure
-from imageos.stream import Manifest, Volume
-from imageos.usage import Map
+from imageos.node import isolation, linux
 
 
 def main(_arguments: Sequence[str]) -> int:

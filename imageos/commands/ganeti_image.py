@@ -9,11 +9,13 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from imageos import capture, cluster, hooks, isolation, log, settings
-from imageos.capture import CAPTURED, Place
+from imageos import cluster, hooks, log, settings
 from imageos.cluster import ClusterInstance
 from imageos.commandline import Parser
 from imageos.commands.mount_disks import program_there
+from imageos.images import capture
+from imageos.images.capture import CAPTURED, Place
+from imageos.node import isolation
 
 TYPES = {
     "tarball": "NAME-ARCH.tar.zst: the files, for any layout and filesystem",

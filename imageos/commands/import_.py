@@ -13,37 +13,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from imageos import (
-    discovery,
-    disk,
-    diskimage,
-    dump,
-    filesystem,
-    ganeti,
-    grow,
-    guest,
-    hooks,
-    isolation,
-    legacy,
-    log,
-    qcow2,
-    restore,
-    run,
-    settings,
-    stream,
-)
-from imageos import target as targets
+from imageos import ganeti, hooks, log, run, settings
+from imageos.backups import legacy, restore, stream
+from imageos.backups.legacy import Member
+from imageos.backups.stream import Source
 from imageos.commands import create
-from imageos.disk import Device
+from imageos.disks import discovery, disk, filesystem, grow
+from imageos.disks.disk import Device
+from imageos.disks.filesystem import Volume
+from imageos.disks.layout import MIB
 from imageos.errors import Failure
-from imageos.filesystem import Volume
 from imageos.ganeti import Instance
+from imageos.guests import guest
+from imageos.guests import target as targets
+from imageos.guests.target import Target
 from imageos.hook import guest_disk
-from imageos.layout import MIB
-from imageos.legacy import Member
+from imageos.images import diskimage, dump, qcow2
+from imageos.node import isolation
 from imageos.settings import Settings
-from imageos.stream import Source
-from imageos.target import Target
 
 
 def main(_arguments: Sequence[str]) -> int:

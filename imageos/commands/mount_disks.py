@@ -12,12 +12,14 @@ import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from imageos import cluster, discovery, disk, filesystem, hooks, isolation, linux, log
+from imageos import cluster, hooks, log
 from imageos.cluster import ClusterInstance
 from imageos.commandline import Parser
-from imageos.disk import Attached
+from imageos.disks import discovery, disk, filesystem
+from imageos.disks.disk import Attached
 from imageos.errors import Failure, Interrupted
-from imageos.mounts import mount_point
+from imageos.node import isolation, linux
+from imageos.node.mounts import mount_point
 from imageos.run import foreground
 
 

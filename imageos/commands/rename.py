@@ -6,11 +6,14 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from imageos import discovery, disk, filesystem, ganeti, guest, hooks, hostname, isolation, log, settings, target
-from imageos.discovery import Found
-from imageos.disk import Attached, Device
+from imageos import ganeti, hooks, log, settings
+from imageos.disks import discovery, disk, filesystem
+from imageos.disks.discovery import Found
+from imageos.disks.disk import Attached, Device
 from imageos.ganeti import Instance
+from imageos.guests import guest, hostname, target
 from imageos.hook import guest_disk
+from imageos.node import isolation
 from imageos.settings import Settings
 
 

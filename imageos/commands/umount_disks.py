@@ -10,11 +10,13 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 
-from imageos import cluster, disk, linux, log, mounts
+from imageos import cluster, log
 from imageos.commandline import Parser
 from imageos.commands.mount_disks import program_there, remove_directory
+from imageos.disks import disk
 from imageos.errors import Failure
-from imageos.mounts import Mount
+from imageos.node import linux, mounts
+from imageos.node.mounts import Mount
 
 
 def parser() -> Parser:

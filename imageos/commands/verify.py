@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from imageos import ganeti, hooks, images, isolation, log, settings
+from imageos import ganeti, hooks, log, settings
 from imageos.errors import Failure
+from imageos.images import imagetypes
+from imageos.node import isolation
 from imageos.settings import Settings
 
 
@@ -32,12 +34,12 @@ def image_problems(known: Settings) -> list[Failure]:
     if known.cdinstall or not (known.image_name or known.image_url):
         return []
     if known.image_url:
-        reason = images.why_unreachable(known)
+        reason = imagetypes.why_unreachable(known)
         if reason:
             log.warning(reason)
         return []
     try:
-        images.IMAGE_TYPES[known.image_type].check(images.find(known))
+        imagetypes.IMAGE_TYPES[known.image_type].check(imagetypes.find(known))
     except Failure as problem:
         return [problem]
     return []

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from imageos import cloudinit, log
+from imageos import log
+from imageos.guests import cloudinit
+from imageos.guests.target import Target
 from imageos.network import Interface, render
-from imageos.target import Target
 
 Interfaces = Sequence[Interface]
 Files = Callable[[Target, Interfaces], Mapping[str, str]]

@@ -21,9 +21,9 @@ import trees
 from http_server import Server, serving
 from support import DEFAULTS, Node, digest, partitions, run, wait_until
 
-from imageos import fetch, web
-from imageos import images as images_module
 from imageos.errors import Failure
+from imageos.images import fetch, web
+from imageos.images import imagetypes as images_module
 from imageos.settings import Settings
 
 MakeDisk = Callable[..., Path]
@@ -123,7 +123,7 @@ def test_not_hashed_again(server: Server, known: Settings, monkeypatch: pytest.M
     get(known)
     hashed: list[str] = []
     monkeypatch.setattr(fetch, "digests_of", lambda path, _: hashed.append(path))
-    monkeypatch.setattr("imageos.cache.digests_of", lambda path, _: hashed.append(path))
+    monkeypatch.setattr("imageos.images.cache.digests_of", lambda path, _: hashed.append(path))
     assert get(known) == CONTENT
     assert hashed == []
     assert server.count("/a.tar") == 1
@@ -671,7 +671,7 @@ def test_links_in_the_cache(server: Server, known: Settings, tmp_path: Path) -> 
 
 CLIENT = """
 import sys
-from imageos import fetch
+from imageos.images import fetch
 from imageos.settings import Settings
 known = Settings(image_url=sys.argv[1], cache_dir=sys.argv[2], image_type="tarball", image_cleanup=sys.argv[3] == "yes")
 path, descriptor = fetch.fetched(known, ["ignored"])

@@ -12,7 +12,7 @@ import pytest
 import trees
 from support import MIB, Node, run
 
-from imageos import disk as disks
+from imageos.disks import disk as disks
 
 MakeDisk = Callable[..., Path]
 SIZE, DISK = 24 * MIB + 512, 40  # bytes of the image, MiB of the disk
@@ -167,7 +167,7 @@ def test_zeroes_are_written_where_no_hole_can_be_punched(
     def refuse(*_: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr("imageos.linux.punch_hole", refuse)
+    monkeypatch.setattr("imageos.node.linux.punch_hole", refuse)
     target = guestdisks.soiled((disk if kind == "file" else block_disk)(DISK), DISK)
     with disks.claimed(str(target)) as device, disks.attached(device) as attached:
         os.pread(attached.descriptor, MIB, 0)

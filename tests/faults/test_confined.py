@@ -30,7 +30,7 @@ ATTEMPTS = {
     "network": '[ "$(grep -c : /proc/net/dev)" -gt 1 ] || ! grep -q lo: /proc/net/dev',
 }
 ESP_HOOK = """#!/usr/bin/env python3
-from imageos import esp
+from imageos.guests import esp
 from imageos.hook import Hook
 
 

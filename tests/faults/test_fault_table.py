@@ -17,7 +17,7 @@ from cases import CASES, Case, apart
 from support import Node, Result, digest, partitions
 from wrappers import Fault
 
-from imageos import discovery
+from imageos.disks import discovery
 
 # The guest on the disk decides whether these are needed: that is known when it is written
 LATE = ("e2fsck", "resize2fs", "xfs_growfs", "btrfs")

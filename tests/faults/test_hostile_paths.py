@@ -21,14 +21,16 @@ import pytest
 import trees
 from support import TESTS, Node, recorded, run
 
-from imageos import ganeti, isolation, linux, log, settings, target
-from imageos import hostname as hostnames
+from imageos import ganeti, log, settings
 from imageos.commands import create
-from imageos.disk import Attached
+from imageos.disks.disk import Attached
+from imageos.disks.filesystem import Volume
 from imageos.errors import Failure
-from imageos.filesystem import Volume
+from imageos.guests import hostname as hostnames
+from imageos.guests import target
+from imageos.guests.sandbox import GuestDisk
 from imageos.hook import Hook
-from imageos.sandbox import GuestDisk
+from imageos.node import isolation, linux
 
 HOOKS = sorted(path.name for path in (TESTS.parent / "hooks.d").iterdir() if "python3" in path.read_text()[:30])
 TREES = {"systemd": trees.SYSTEMD, "sysvinit": trees.SYSVINIT}
@@ -100,7 +102,7 @@ def steps(guest: Path, known: settings.Settings, monkeypatch: pytest.MonkeyPatch
     known = dataclasses.replace(known, overlay="web", overlays_dir=str(overlays))
     monkeypatch.setattr(isolation, "TARGET", str(guest))
     monkeypatch.setattr(target, "run", lambda *_, **__: "")
-    monkeypatch.setattr("imageos.sandbox.os.stat", os.stat)
+    monkeypatch.setattr("imageos.guests.sandbox.os.stat", os.stat)
     monkeypatch.setattr(target, "entering", lambda *_: None)
     monkeypatch.setattr(log, "_write", lambda _: None)
     instance = ganeti.instance(recorded("create-kvm-network"))

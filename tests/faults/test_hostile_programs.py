@@ -18,7 +18,8 @@ import trees
 from support import Call, Node, run
 from test_sandbox import HOOK
 
-from imageos import cgroup, log, outcome
+from imageos import log, outcome
+from imageos.node import cgroup
 
 MakeDisk = Callable[..., Path]
 

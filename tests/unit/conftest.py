@@ -12,8 +12,8 @@ import hypothesis
 import pytest
 
 from imageos import log
-from imageos.sandbox import GuestDisk
-from imageos.target import Target, opened
+from imageos.guests.sandbox import GuestDisk
+from imageos.guests.target import Target, opened
 
 # The same examples in each run, no timing (a busy machine is no fault), and nothing left in the checkout.
 hypothesis.settings.register_profile("unit", derandomize=True, deadline=None, max_examples=20, database=None)

@@ -13,24 +13,36 @@ PACKAGE = CHECKOUT / "imageos"
 
 # Lowest first: a module imports only from those before it. A new module goes as far up as it can.
 ORDER = [
+    *("node", "guests", "disks", "images", "backups"),
     # what everything stands on
-    *("errors", "log", "outcome", "linux", "run", "mounts", "cgroup", "isolation"),
+    *("errors", "log", "outcome", "node.linux", "run", "node.mounts", "node.cgroup", "node.isolation"),
     # what Ganeti and the site say
     *("ganeti", "shellfiles", "settings", "cluster"),
     # disks and filesystems
-    *("layout", "disk", "filesystem"),
+    *("disks.layout", "disks.disk", "disks.filesystem"),
     # the guest's root, and what is in it
-    *("sandbox", "target", "guest", "hostname", "discovery", "grow"),
+    *("guests.sandbox", "guests.target", "guests.guest", "guests.hostname", "disks.discovery", "disks.grow"),
     # the guest's network
-    *("network", "network.files", "network.render", "cloudinit", "network.backends"),
+    *("network", "network.files", "network.render", "guests.cloudinit", "network.backends"),
     # what makes it boot
-    *("bootconfig", "esp", "oldboot"),
+    *("guests.bootconfig", "guests.esp", "guests.oldboot"),
     # images
-    *("web", "checksums", "cache", "fetch", "imagefile", "qcow2", "tarball", "dump", "diskimage", "images"),
+    *(
+        "images.web",
+        "images.checksums",
+        "images.cache",
+        "images.fetch",
+        "images.imagefile",
+        "images.qcow2",
+        "images.tarball",
+        "images.dump",
+        "images.diskimage",
+        "images.imagetypes",
+    ),
     # backups
-    *("ext", "usage", "stream", "restore", "legacy", "wholeness"),
+    *("disks.ext", "disks.usage", "backups.stream", "backups.restore", "backups.legacy", "checks.wholeness"),
     # images made of instances
-    *("sealing", "capture"),
+    *("guests.sealing", "images.capture"),
     # hooks: what one imports, and what runs them
     *("hook", "hooks"),
     # commands
@@ -188,7 +200,7 @@ def test_processes_are_started_in_one_place(name: str) -> None:
     if name != "run":
         assert not {"subprocess", "multiprocessing", "pty", "concurrent.futures"} & imported(name)
     starts = {one for one in used(name) if one.startswith(tuple(f"os.{starter}" for starter in STARTERS))}
-    assert starts <= ({"os.fork"} if name in ("isolation", "sandbox") else set())
+    assert starts <= ({"os.fork"} if name in ("node.isolation", "guests.sandbox") else set())
 
 
 @for_each(SOURCES)
@@ -199,13 +211,13 @@ def test_no_command_is_text_for_a_shell(name: str) -> None:
 
 @for_each(SOURCES)
 def test_system_calls_are_in_one_place(name: str) -> None:
-    assert "ctypes" not in imported(name) or name == "linux"
+    assert "ctypes" not in imported(name) or name == "node.linux"
 
 
 @for_each(SOURCES)
 def test_stdout_belongs_to_the_backup(name: str) -> None:
     """Messages go through log; only what was asked for (help, a report) is printed."""
-    if name not in ("cli", "isolation") and not name.startswith("commands."):
+    if name not in ("cli", "node.isolation") and not name.startswith("commands."):
         assert not {"print", "sys.stdout"} & used(name)
 
 
@@ -213,7 +225,7 @@ ROOTS = {"isolation.TARGET", "TARGET", "context.target"}
 JOINS = ("os.path.join", "Path", "pathlib.Path", "PurePath")
 
 
-@for_each(sorted(set(SOURCES) - {"isolation", "sandbox", "target"}))
+@for_each(sorted(set(SOURCES) - {"node.isolation", "guests.sandbox", "guests.target"}))
 def test_no_path_is_made_below_the_mounted_root(name: str) -> None:
     """A link of the guest's could lead it to the node: Target resolves the guest's paths."""
     if not ROOTS & used(name):
@@ -225,7 +237,14 @@ def test_no_path_is_made_below_the_mounted_root(name: str) -> None:
 
 
 @for_each(
-    [*(f"hooks.d/{hook}" for hook in PYTHON_HOOKS), "guest", "hostname", "cloudinit", "network", "network.backends"]
+    [
+        *(f"hooks.d/{hook}" for hook in PYTHON_HOOKS),
+        "guests.guest",
+        "guests.hostname",
+        "guests.cloudinit",
+        "network",
+        "network.backends",
+    ]
 )
 def test_guest_is_reached_through_target_alone(name: str) -> None:
     """What changes a guest has no other means to open a file."""

@@ -19,9 +19,9 @@ from support import recorded
 
 from imageos import ganeti
 from imageos.errors import Failure
+from imageos.guests.target import Target
 from imageos.hook import Hook
 from imageos.settings import Settings
-from imageos.target import Target
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 HASH = "$6$salt$NewHash"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from imageos import sealing
-from imageos.capture import CAPTURED, Place, check_place
 from imageos.errors import Failure
-from imageos.images import IMAGE_TYPES
-from imageos.target import Target
+from imageos.guests import sealing
+from imageos.guests.target import Target
+from imageos.images.capture import CAPTURED, Place, check_place
+from imageos.images.imagetypes import IMAGE_TYPES
 
 
 def in_the_way(directory: Path, kind: str, replace: bool = False) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from imageos import cgroup, log
+from imageos import log
+from imageos.node import cgroup
 
 NEEDED = {"pids.max": "1024", "memory.max": str(2 << 30)}
 

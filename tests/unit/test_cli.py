@@ -128,7 +128,7 @@ def test_commands_are_those_of_the_contract() -> None:
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_its_module(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     handled = []
-    monkeypatch.setattr("imageos.isolation.handle_signals", lambda: handled.append(True))
+    monkeypatch.setattr("imageos.node.isolation.handle_signals", lambda: handled.append(True))
     module = cli._load(name)
     assert handled == [True]
     assert callable(module.main)

@@ -7,10 +7,11 @@ import json
 import pytest
 from support import recorded
 
-from imageos import cloudinit, ganeti
+from imageos import ganeti
+from imageos.guests import cloudinit
+from imageos.guests.target import Target
 from imageos.network import Interface
 from imageos.settings import Settings
-from imageos.target import Target
 
 INSTANCE = ganeti.instance(recorded("create-kvm-network"))
 STATIC = Interface("eth0", "aa:00:00:c5:90:29", False, "198.51.100.2/24", "198.51.100.1", False, ("198.51.100.53",))

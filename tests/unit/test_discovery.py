@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from imageos import discovery
-from imageos.discovery import Found, FstabEntry, Part, Table, parse_fstab, parse_probe, parse_table, resolve
+from imageos.disks import discovery
+from imageos.disks.discovery import Found, FstabEntry, Part, Table, parse_fstab, parse_probe, parse_table, resolve
+from imageos.disks.filesystem import Volume
+from imageos.disks.layout import MIB
 from imageos.errors import Failure
-from imageos.filesystem import Volume
-from imageos.layout import MIB
 
 DISK = 100 * MIB
 SECTORS = DISK // 512

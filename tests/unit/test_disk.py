@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from support import make_odd
 
-from imageos import disk, linux
-from imageos.disk import SIGNATURES, Attached, Device
+from imageos.disks import disk
+from imageos.disks.disk import SIGNATURES, Attached, Device
+from imageos.disks.layout import MIB
 from imageos.errors import Failure
-from imageos.layout import MIB
+from imageos.node import linux
 
 F_OFD_SETLK = 37  # fcntl.h
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from imageos import mounts
 from imageos.checks.definition import check_python
 from imageos.checks.kernel import check_kernel
 from imageos.checks.node import check_leftovers
@@ -16,6 +15,7 @@ from imageos.checks.programs import needed_by
 from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report, as_json, as_text, verdict
 from imageos.checks.variants import Variant, check_hooks
 from imageos.errors import Failure
+from imageos.node import mounts
 from imageos.settings import Settings
 
 

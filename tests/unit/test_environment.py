@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from support import TESTS, recorded
 
 from imageos import ganeti
+from imageos.disks.layout import MIB
 from imageos.errors import Failure
 from imageos.ganeti import Backup, Disk, Instance, Nic
-from imageos.layout import MIB
 
 STORAGE = "/srv/ganeti/file-storage"
 FIRST = ("6d6a0b44-6dd8-4c31-8b68-91832fb0a4ef", "b3ea422f-0f64-4068-bd59-18470451df8b")

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imageos import cache, checksums, fetch, web
-from imageos.cache import Copy
-from imageos.checksums import checksum_in
 from imageos.errors import Failure
+from imageos.images import cache, checksums, fetch, web
+from imageos.images.cache import Copy
+from imageos.images.checksums import checksum_in
 from imageos.settings import Settings
 
 HEX = "0123456789abcdef" * 4

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from imageos import filesystem, layout
-from imageos.filesystem import FILESYSTEMS, Volume
-from imageos.layout import MIB, Layout
-from imageos.mounts import Mount
+from imageos.disks import filesystem, layout
+from imageos.disks.filesystem import FILESYSTEMS, Volume
+from imageos.disks.layout import MIB, Layout
+from imageos.node.mounts import Mount
 
 EXT2 = "none,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
 EXT3 = f"{EXT2},has_journal"
@@ -207,11 +207,11 @@ def twins(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Twins]:
     def make(looks: int, visible: bool = False) -> Twins:
         made = Twins(looks, visible)
         monkeypatch.setattr(filesystem, "_mounted_twin", made.mounted_twin)
-        monkeypatch.setattr("imageos.filesystem.linux.mount", made.mount)
-        monkeypatch.setattr("imageos.filesystem.linux.umount", made.umount)
-        monkeypatch.setattr("imageos.filesystem.linux.forget_btrfs", lambda device: None)
+        monkeypatch.setattr("imageos.disks.filesystem.linux.mount", made.mount)
+        monkeypatch.setattr("imageos.disks.filesystem.linux.umount", made.umount)
+        monkeypatch.setattr("imageos.disks.filesystem.linux.forget_btrfs", lambda device: None)
         seen = [Mount("/mnt", "/dev/loop9p1", "btrfs" if visible else "fuse", 0)]
-        monkeypatch.setattr("imageos.filesystem.mounts.current", lambda: seen)
+        monkeypatch.setattr("imageos.disks.filesystem.mounts.current", lambda: seen)
         return made
 
     return make
@@ -264,6 +264,6 @@ def test_another_instance_was_quicker(twins: Callable[..., Twins], monkeypatch: 
             raise refusals.pop()
         kernel.done.append("mounted")
 
-    monkeypatch.setattr("imageos.filesystem.linux.mount", mount)
+    monkeypatch.setattr("imageos.disks.filesystem.linux.mount", mount)
     filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
     assert kernel.done == ["mounted"]

@@ -15,9 +15,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from imageos import discovery, dump, ext, guest, hostname, legacy, qcow2, settings, stream
-from imageos.diskimage import zstd_frame_size
+from imageos import settings
+from imageos.backups import legacy, stream
+from imageos.disks import discovery, ext
 from imageos.errors import Failure
+from imageos.guests import guest, hostname
+from imageos.images import dump, qcow2
+from imageos.images.diskimage import zstd_frame_size
 
 ROUNDS = int(os.environ.get("IMAGEOS_FUZZ", "150"))
 MEMORY = 64 << 20  # bytes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from imageos.discovery import Part, Table
-from imageos.grow import new_size, why_not
-from imageos.layout import MIB
+from imageos.disks.discovery import Part, Table
+from imageos.disks.grow import new_size, why_not
+from imageos.disks.layout import MIB
 
 
 def part(number: int, start: int, size: int, kind: str = "ext4", type: str = "83") -> Part:

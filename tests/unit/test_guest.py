@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imageos import guest as system
 from imageos.errors import Failure
-from imageos.target import Target
+from imageos.guests import guest as system
+from imageos.guests.target import Target
 
 NAME = "inst1.example.org"
 DEBIAN_HOSTS = """\

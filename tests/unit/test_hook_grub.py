@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imageos import bootconfig, esp
-from imageos.bootconfig import Change
+from imageos.disks.filesystem import Volume
 from imageos.errors import Failure
-from imageos.filesystem import Volume
 from imageos.ganeti import Instance
+from imageos.guests import bootconfig, esp
+from imageos.guests.bootconfig import Change
+from imageos.guests.target import READ_LIMIT, Target
 from imageos.hook import Hook
 from imageos.settings import Settings
-from imageos.target import READ_LIMIT, Target
 
 OLD, NEW = "11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"
 ADD = Change(("console=tty0", "console=ttyS0,38400n8", "x=1"))

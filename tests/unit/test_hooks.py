@@ -11,9 +11,9 @@ import pytest
 from support import recorded
 
 from imageos import hook, hooks, settings
-from imageos.disk import Attached, Device
+from imageos.disks.disk import Attached, Device
+from imageos.disks.filesystem import Volume
 from imageos.errors import Failure
-from imageos.filesystem import Volume
 from imageos.hook import Hook
 from imageos.run import Finished
 from imageos.settings import Settings

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from imageos import hostname
-from imageos.hostname import OWN, REPEATED
-from imageos.target import Target
+from imageos.guests import hostname
+from imageos.guests.hostname import OWN, REPEATED
+from imageos.guests.target import Target
 
 OLD, NEW = "old.example.org", "new.example.net"
 

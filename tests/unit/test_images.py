@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import make_odd
 
-from imageos import images, tarball
 from imageos.errors import Failure
-from imageos.imagefile import Image
+from imageos.images import imagetypes, tarball
+from imageos.images.imagefile import Image
 from imageos.settings import Settings
 
 MAGIC = {
@@ -86,7 +86,7 @@ def put(known: Settings, content: bytes, suffix: str = ".tar") -> Path:
 @pytest.mark.parametrize("suffix", [".tar.gz", ".tar", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4"])
 def test_found_by_name(suffix: str, known: Settings) -> None:
     path = put(known, archive(), suffix)
-    found = images.find(known)
+    found = imagetypes.find(known)
     assert found.path == str(path)
     assert found.size == path.stat().st_size
     assert os.path.samestat(os.stat(found.descriptor), path.stat())
@@ -95,33 +95,33 @@ def test_found_by_name(suffix: str, known: Settings) -> None:
 @pytest.mark.parametrize("compression", MAGIC)
 def test_content_counts_not_the_name(compression: str, known: Settings, tools: Path) -> None:
     put(known, MAGIC[compression] + bytes(1000), ".tar")
-    assert images.find(known).decompress[0] == compression
+    assert imagetypes.find(known).decompress[0] == compression
 
 
 def test_suffix_does_not_count(known: Settings) -> None:
     put(known, archive(), ".tar.gz")
-    assert images.find(known).compression == ""
-    assert images.find(known).decompress == ()
+    assert imagetypes.find(known).compression == ""
+    assert imagetypes.find(known).decompress == ()
 
 
 @pytest.mark.parametrize(("compression", "parallel"), [("gzip", "pigz"), ("bzip2", "lbzip2")])
 def test_faster_program_first(compression: str, parallel: str, known: Settings, tools: Path) -> None:
     put(known, MAGIC[compression], SUFFIX[compression])
-    assert images.find(known).decompress == (compression, "-dc")
+    assert imagetypes.find(known).decompress == (compression, "-dc")
     add(tools, parallel)
-    assert images.find(known).decompress == (parallel, "-dc")
+    assert imagetypes.find(known).decompress == (parallel, "-dc")
 
 
 def test_what_is_missing_is_named(known: Settings, tools: Path) -> None:
     (tools / "zstd").unlink()
     put(known, MAGIC["zstd"], ".tar.zst")
     with pytest.raises(Failure, match="missing on this node: zstd"):
-        tarball.check(images.find(known))
+        tarball.check(imagetypes.find(known))
 
 
 def test_no_name() -> None:
     with pytest.raises(Failure, match="^IMAGE_NAME is not set$") as raised:
-        images.find(Settings())
+        imagetypes.find(Settings())
     assert "image_name" in str(raised.value.hint)
 
 
@@ -129,7 +129,7 @@ def test_missing_image(known: Settings) -> None:
     for name in ("other-x86_64.tar.gz", "tiny-x86.tar.gz"):
         Path(known.image_dir, name).touch()
     with pytest.raises(Failure) as raised:
-        images.find(known)
+        imagetypes.find(known)
     assert str(raised.value).startswith(f"cannot find image {known.image_dir}/tiny-x86_64.tar")
     for name in ("IMAGE_NAME", "ARCH", "IMAGE_DIR", "tiny-x86.tar.gz", "other-x86_64.tar.gz"):
         assert name in str(raised.value.hint)
@@ -139,14 +139,14 @@ def test_missing_image_in_a_full_directory(known: Settings) -> None:
     for n in range(100):
         Path(known.image_dir, f"image-{n:02d}.tar").touch()
     with pytest.raises(Failure) as raised:
-        images.find(known)
+        imagetypes.find(known)
     assert str(raised.value.hint).endswith("image-06.tar, image-07.tar, and 92 more")
 
 
 def test_missing_directory(known: Settings) -> None:
     os.rmdir(known.image_dir)
     with pytest.raises(Failure) as raised:
-        images.find(known)
+        imagetypes.find(known)
     assert f"IMAGE_DIR {known.image_dir}: No such file or directory" in str(raised.value.hint)
 
 
@@ -157,7 +157,7 @@ def test_what_is_no_image(kind: str, known: Settings) -> None:
         path.unlink()
     make_odd(path, kind)
     with pytest.raises(Failure) as raised:
-        images.find(known)
+        imagetypes.find(known)
     assert str(path) in str(raised.value)
 
 
@@ -168,7 +168,7 @@ def test_what_is_no_image(kind: str, known: Settings) -> None:
 @pytest.mark.parametrize("name", ["a", "etc/\u00fcmlaut", "d/" * 90 + "f"], ids=["short", "umlaut", "long"])
 def test_real_archives(form: int, name: str, known: Settings, tools: Path) -> None:
     put(known, archive(name, form=form))
-    tarball.check(images.find(known))
+    tarball.check(imagetypes.find(known))
 
 
 NO_ARCHIVE = {
@@ -185,7 +185,7 @@ NO_ARCHIVE = {
 def test_no_archive(content: str, known: Settings, tools: Path) -> None:
     put(known, NO_ARCHIVE[content])
     with pytest.raises(Failure, match="is not a tarball, or damaged at its beginning"):
-        tarball.check(images.find(known))
+        tarball.check(imagetypes.find(known))
 
 
 @pytest.mark.parametrize("cut", [1, 512, 1024])
@@ -193,7 +193,7 @@ def test_end_is_missing(cut: int, known: Settings, tools: Path) -> None:
     whole = archive(size=10 * 512)
     put(known, whole.rstrip(b"\0") + bytes(1024 - cut))
     with pytest.raises(Failure, match="truncated"):
-        tarball.check(images.find(known))
+        tarball.check(imagetypes.find(known))
 
 
 HEADER = archive("name", 8)[:512]

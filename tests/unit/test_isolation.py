@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from imageos import isolation, linux, run
+from imageos import run
 from imageos.errors import Failure, Interrupted
+from imageos.node import isolation, linux
 
 
 @pytest.fixture(autouse=True)

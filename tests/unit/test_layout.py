@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imageos import layout
+from imageos.disks import layout
+from imageos.disks.layout import MIB, SECTOR, Layout, Partition
 from imageos.errors import Failure
-from imageos.layout import MIB, SECTOR, Layout, Partition
 
 GIB = 1 << 30
 TIB = 1 << 40

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from imageos import discovery, disk, filesystem, linux
 from imageos.commands import mount_disks
-from imageos.discovery import Found, Part, Table
-from imageos.disk import Attached, Device
+from imageos.disks import discovery, disk, filesystem
+from imageos.disks.discovery import Found, Part, Table
+from imageos.disks.disk import Attached, Device
 from imageos.errors import Interrupted
+from imageos.node import linux
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import recorded
 
-from imageos import cloudinit, ganeti, network
+from imageos import ganeti, network
 from imageos.errors import Failure
 from imageos.ganeti import Nic
+from imageos.guests import cloudinit
+from imageos.guests.target import Target
 from imageos.network import Interface
 from imageos.settings import Settings
-from imageos.target import Target
 
 INSTANCE = ganeti.instance(recorded("create-kvm-network"))
 STATIC = Interface(

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from imageos import cloudinit
+from imageos.guests import cloudinit
+from imageos.guests.target import READ_LIMIT, Target
 from imageos.network import Interface, backends, render
 from imageos.network.backends import BACKENDS, RECOGNISED, assigned, configure, used
-from imageos.target import READ_LIMIT, Target
 
 GOLDEN = Path(__file__).parent / "golden"
 DNS = ("192.0.2.53", "2001:db8::53")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from imageos.commands import create
-from imageos.disk import Device
+from imageos.disks.disk import Device
+from imageos.disks.layout import MIB
 from imageos.errors import Failure
 from imageos.ganeti import Instance
-from imageos.layout import MIB
 from imageos.settings import Settings
 
 DISK = Device("/dev/xvg/disk0", -1, 10 << 30, is_file=False)
@@ -65,6 +65,6 @@ def test_installer_leaves_the_disks_alone(monkeypatch: pytest.MonkeyPatch, tmp_p
     environment = {"OS_API_VERSION": "20", "INSTANCE_NAME": "inst1.example.org", "OSP_CDINSTALL": "yes"}
     monkeypatch.setattr("os.environ", environment)
     monkeypatch.setattr("imageos.settings.load.__defaults__", (str(tmp_path / "none"),))
-    monkeypatch.setattr("imageos.isolation.enter", lambda: None)
+    monkeypatch.setattr("imageos.node.isolation.enter", lambda: None)
     monkeypatch.setattr(create, "create", touched)
     assert create.main([]) == 0

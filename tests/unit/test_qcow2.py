@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
-from imageos import qcow2
 from imageos.errors import Failure
+from imageos.images import qcow2
 
 GIB = 1 << 30
 FIELDS = {

@@ -14,14 +14,19 @@ import pytest
 import readme
 from readme import CHECKOUT
 
-from imageos import cgroup, cli, cloudinit, filesystem, hooks, images, layout, network, settings, stream
+from imageos import cli, hooks, network, settings
+from imageos.backups import stream
 from imageos.commands import doctor, ganeti_image, make_qemu_img, mount_disks, umount_disks
-from imageos.disk import Attached, Device
+from imageos.disks import filesystem, layout
+from imageos.disks.disk import Attached, Device
+from imageos.disks.layout import MIB
+from imageos.guests import cloudinit
+from imageos.guests.target import Target
 from imageos.hook import Hook
-from imageos.layout import MIB
+from imageos.images import imagetypes
 from imageos.network.backends import BACKENDS
+from imageos.node import cgroup
 from imageos.settings import Settings
-from imageos.target import Target
 
 README = readme.TEXT
 
@@ -158,9 +163,9 @@ def test_suffixes_of_images() -> None:
     """In the order in which they are looked for."""
     for name, files, _ in rows("Images", "IMAGE_TYPE"):
         suffixes = [word for word in literals(files) if word.startswith((".", "-"))]
-        kind = images.IMAGE_TYPES[name.strip("`")]
+        kind = imagetypes.IMAGE_TYPES[name.strip("`")]
         assert suffixes == (["-root.dump", "-boot.dump"] if name == "``dump``" else list(kind.suffixes)), name
-    assert [row[0].strip("`") for row in rows("Images", "IMAGE_TYPE")] == list(images.IMAGE_TYPES)
+    assert [row[0].strip("`") for row in rows("Images", "IMAGE_TYPE")] == list(imagetypes.IMAGE_TYPES)
 
 
 def test_partitions() -> None:

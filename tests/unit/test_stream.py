@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imageos import stream
+from imageos.backups import stream
+from imageos.backups.stream import Manifest, Source, Volume
 from imageos.errors import Failure
-from imageos.stream import Manifest, Source, Volume
 
 Run = tuple[int, bytes]
 BLOCK = 512

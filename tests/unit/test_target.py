@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from imageos import linux
 from imageos.errors import Failure
-from imageos.sandbox import GuestDisk
-from imageos.target import READ_LIMIT, READ_TOTAL, Target, opened
+from imageos.guests.sandbox import GuestDisk
+from imageos.guests.target import READ_LIMIT, READ_TOTAL, Target, opened
+from imageos.node import linux
 
 SECRET = "the node's own\n"
 
@@ -605,7 +605,7 @@ def test_a_file_that_becomes_a_fifo(read: bool, guest: Path, target: Target, mon
     os.mkfifo(guest / "log/a")
     (guest / "file").touch()
     looked = os.stat(guest / "file")
-    monkeypatch.setattr("imageos.target.os.stat", lambda *_, **__: looked)
+    monkeypatch.setattr("imageos.guests.target.os.stat", lambda *_, **__: looked)
     reader = os.open(guest / "log/a", os.O_RDONLY | os.O_NONBLOCK) if read else None
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
     signal.alarm(5)
@@ -694,7 +694,7 @@ def test_program_runs_in_the_sandbox(target: Target, guest: Path, monkeypatch: p
         calls.append((argv, options))
         return "output"
 
-    monkeypatch.setattr("imageos.target.run", fake)
+    monkeypatch.setattr("imageos.guests.target.run", fake)
     assert target.run(["update-grub"], input="yes\n") == "output"
     ((argv, options),) = calls
     assert argv == ["update-grub"]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from imageos import disk, linux, mounts
 from imageos.commands.umount_disks import below, full_name, is_below, unmount_at
+from imageos.disks import disk
 from imageos.errors import Failure
+from imageos.node import linux, mounts
 
 # /proc/self/mountinfo: two filesystems, one more over the second, one in a directory with a space
 MOUNTS = """\

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imageos import ext, usage
-from imageos.usage import Map
+from imageos.disks import ext, usage
+from imageos.disks.usage import Map
 
 SIZE = 300 * 1024 + 700  # the last block is not whole
 BLOCKS = 301

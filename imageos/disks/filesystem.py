@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
-from imageos import linux, log, mounts
+from imageos import log
+from imageos.disks.layout import MIB, Layout
 from imageos.errors import Failure
-from imageos.layout import MIB, Layout
+from imageos.node import linux, mounts
 from imageos.run import output_of, run
 
 # Spelt out from `none`, so that the guest gets the same on every node, and nothing that an older kernel,

@@ -5,8 +5,8 @@ Accounts, passwords, authorized keys and what the site has configured stay.
 
 from __future__ import annotations
 
-from imageos import cloudinit, guest
-from imageos.target import Target
+from imageos.guests import cloudinit, guest
+from imageos.guests.target import Target
 
 # What is removed besides what every new instance gets anew (guest.forget_identity). Only names may be patterns.
 REMOVED = (

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 
-from imageos import legacy, qcow2
-from imageos.imagefile import Image
-from imageos.layout import MIB, SECTOR
-from imageos.linux import CAP_DAC_READ_SEARCH
+from imageos.backups import legacy
+from imageos.disks.layout import MIB, SECTOR
+from imageos.guests.sandbox import confined
+from imageos.images import qcow2
+from imageos.images.imagefile import Image
+from imageos.node.linux import CAP_DAC_READ_SEARCH
 from imageos.run import available, pipeline
-from imageos.sandbox import confined
 
 # The magic of the end of a bzip2 stream; it begins at any bit, 32 bits of CRC and padding follow.
 BZIP2_END = 0x177245385090

@@ -11,11 +11,12 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-from imageos import ext, log
-from imageos.discovery import Part
-from imageos.disk import Device
+from imageos import log
+from imageos.disks import ext
+from imageos.disks.discovery import Part
+from imageos.disks.disk import Device
+from imageos.disks.layout import MIB
 from imageos.errors import Failure
-from imageos.layout import MIB
 
 RUN = MIB  # bytes of the longest run
 AHEAD = 8  # runs that are being read before they are asked for

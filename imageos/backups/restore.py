@@ -10,11 +10,13 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from imageos import disk, linux, log, usage
-from imageos.disk import Device
+from imageos import log
+from imageos.backups.stream import Source
+from imageos.disks import disk, usage
+from imageos.disks.disk import Device
+from imageos.disks.layout import MIB
 from imageos.errors import Failure
-from imageos.layout import MIB
-from imageos.stream import Source
+from imageos.node import linux
 
 HEAD = disk.SIGNATURES
 UNIT = 64 << 10  # bytes: zeroes of a plain disk are looked for in such units

@@ -16,8 +16,9 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-from imageos import linux, log
+from imageos import log
 from imageos.errors import Failure, Interrupted, signal_name
+from imageos.node import linux
 from imageos.run import SIGNALS
 
 # The runtime directory: on the node it is empty; in the namespace a tmpfs of ours hides it, so that

@@ -14,16 +14,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from imageos import disk as disks
-from imageos import filesystem, log, target
-from imageos.disk import Attached
+from imageos import log
+from imageos.disks import disk as disks
+from imageos.disks import filesystem
+from imageos.disks.disk import Attached
+from imageos.disks.filesystem import FILESYSTEMS, Volume
+from imageos.disks.layout import GPT_TYPES, ROOT_TYPES, SECTOR
 from imageos.errors import Failure
-from imageos.filesystem import FILESYSTEMS, Volume
-from imageos.layout import GPT_TYPES, ROOT_TYPES, SECTOR
-from imageos.mounts import unescape
+from imageos.guests import target
+from imageos.guests.sandbox import GuestDisk, confined
+from imageos.guests.target import Target
+from imageos.node.mounts import unescape
 from imageos.run import pipeline
-from imageos.sandbox import GuestDisk, confined
-from imageos.target import Target
 
 PROGRAMS = ("sfdisk", "blkid")
 MOST_PARTITIONS = 128  # as many as a usual GPT has room for

@@ -17,17 +17,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
-from imageos import discovery, disk, ext, filesystem, isolation, linux, log, sealing, target, usage
-from imageos.checksums import digests_of
-from imageos.discovery import Found, Table
-from imageos.disk import Attached, Device
+from imageos import log
+from imageos.disks import discovery, disk, ext, filesystem, usage
+from imageos.disks.discovery import Found, Table
+from imageos.disks.disk import Attached, Device
+from imageos.disks.filesystem import Volume
+from imageos.disks.layout import MIB
+from imageos.disks.usage import Map
 from imageos.errors import Failure
-from imageos.filesystem import Volume
-from imageos.images import IMAGE_TYPES
-from imageos.layout import MIB
+from imageos.guests import sealing, target
+from imageos.guests.sandbox import GuestDisk
+from imageos.images.checksums import digests_of
+from imageos.images.imagetypes import IMAGE_TYPES
+from imageos.node import isolation, linux
 from imageos.run import available, output_of, pipeline, require, run
-from imageos.sandbox import GuestDisk
-from imageos.usage import Map
 
 SPARE = 16 * MIB  # that sealing and replayed journals may add to the copy
 CHUNK = MIB

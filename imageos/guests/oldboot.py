@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from imageos import bootconfig, linux
-from imageos.bootconfig import Change
 from imageos.errors import Failure
-from imageos.target import Target
+from imageos.guests import bootconfig
+from imageos.guests.bootconfig import Change
+from imageos.guests.target import Target
+from imageos.node import linux
 
 EXTLINUX = "/etc/update-extlinux.conf"
 EXTLINUX_MENUS = ("/boot/extlinux.conf", "/boot/extlinux/extlinux.conf", "/boot/syslinux/syslinux.cfg")

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from imageos.errors import Failure
+from imageos.guests.sandbox import confined
+from imageos.guests.target import Target
 from imageos.run import environment, require, run
-from imageos.sandbox import confined
-from imageos.target import Target
 
 LARGEST = 16 << 20  # bytes of a loader; the largest ones have 5 MB
 TIMEOUT = 120.0  # seconds

@@ -5,14 +5,16 @@ from __future__ import annotations
 import resource
 from dataclasses import replace
 
-from imageos import discovery, filesystem, linux, log
-from imageos import disk as disks
-from imageos.discovery import Found, Part, Table
-from imageos.disk import Attached
+from imageos import log
+from imageos.disks import discovery, filesystem
+from imageos.disks import disk as disks
+from imageos.disks.discovery import Found, Part, Table
+from imageos.disks.disk import Attached
+from imageos.disks.layout import MIB, SECTOR
 from imageos.errors import Failure
-from imageos.layout import MIB, SECTOR
+from imageos.guests.sandbox import confined
+from imageos.node import linux
 from imageos.run import available, pipeline, run
-from imageos.sandbox import confined
 
 E2FSCK_CORRECTED = 1  # status: errors, all of them corrected
 BTRFS_SMALLEST = 256 * MIB  # that a btrfs may be resized to (fs/btrfs/ioctl.c)

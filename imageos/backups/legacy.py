@@ -12,13 +12,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from imageos import discovery, dump, log, run
-from imageos.disk import Attached
+from imageos import log, run
+from imageos.backups.stream import Source, damaged, truncated
+from imageos.disks import discovery
+from imageos.disks.disk import Attached
+from imageos.disks.layout import MIB, SECTOR
 from imageos.errors import Failure
-from imageos.imagefile import COMPRESSIONS, Image, limit_memory
-from imageos.layout import MIB, SECTOR
-from imageos.sandbox import confined
-from imageos.stream import Source, damaged, truncated
+from imageos.guests.sandbox import confined
+from imageos.images import dump
+from imageos.images.imagefile import COMPRESSIONS, Image, limit_memory
 
 BLOCK = 512
 HUGE = 1 << 50  # bytes: a size that no partition table exceeds

@@ -8,14 +8,16 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from imageos import disk as disks
-from imageos import linux, log, qcow2
-from imageos.disk import Attached, Device
+from imageos import log
+from imageos.disks import disk as disks
+from imageos.disks.disk import Attached, Device
+from imageos.disks.layout import MIB
 from imageos.errors import Failure
-from imageos.imagefile import Image, beginning, check_stages
-from imageos.layout import MIB
+from imageos.guests.sandbox import confined
+from imageos.images import qcow2
+from imageos.images.imagefile import Image, beginning, check_stages
+from imageos.node import linux
 from imageos.run import Finished, pipeline, require
-from imageos.sandbox import confined
 
 QCOW2_SUFFIXES = (".qcow2", ".img")
 RAW_SUFFIXES = (".raw", ".raw.zst", ".raw.gz", ".raw.xz", ".img")

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from email.message import Message
 
 from imageos import log
-from imageos.checksums import digests_of
-from imageos.web import shown
+from imageos.images.checksums import digests_of
+from imageos.images.web import shown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from imageos import log
 from imageos.errors import Failure
+from imageos.guests.sandbox import UNPACKING, confined
 from imageos.run import Finished, available, head
-from imageos.sandbox import UNPACKING, confined
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from imageos import diskimage, dump, tarball
 from imageos.errors import Failure
-from imageos.imagefile import Image, open_image
+from imageos.images import diskimage, dump, tarball
+from imageos.images.imagefile import Image, open_image
 from imageos.settings import Settings
 
 
@@ -56,7 +56,7 @@ def find(settings: Settings, with_boot: bool = True) -> Image:
 
 
 def _find_at_url(settings: Settings, with_boot: bool) -> Image:
-    from imageos import fetch, web  # bring http and TLS, which an image in IMAGE_DIR does not need
+    from imageos.images import fetch, web  # bring http and TLS, which an image in IMAGE_DIR does not need
 
     if not fetch.is_one_image(settings.image_url):
         _require_name(settings)
@@ -70,7 +70,7 @@ def _find_at_url(settings: Settings, with_boot: bool) -> Image:
 
 def why_unreachable(settings: Settings) -> str | None:
     """What stands in the way of a download from IMAGE_URL now; None if the server has the image."""
-    from imageos import fetch, web
+    from imageos.images import fetch, web
 
     server = web.Web(settings.unknown)
     for url in fetch.urls(settings, _names(settings)):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from imageos import log
-from imageos.target import Target
+from imageos.guests.target import Target
 
 _NAME = r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)"
 _ALONE = rf"^\s*{_NAME}\s*$"

@@ -16,11 +16,11 @@ from http.client import HTTPResponse
 from urllib.parse import quote, unquote, urlsplit
 
 from imageos import log
-from imageos.cache import Copy, identity, load, locked, remove, save, sync
-from imageos.checksums import Checksum, digests_of, expected, keyring_id, pinned
 from imageos.errors import Failure
+from imageos.images.cache import Copy, identity, load, locked, remove, save, sync
+from imageos.images.checksums import Checksum, digests_of, expected, keyring_id, pinned
+from imageos.images.web import Answer, Missing, Transient, Unreachable, Web, cleaned, network_errors, shown
 from imageos.settings import Settings
-from imageos.web import Answer, Missing, Transient, Unreachable, Web, cleaned, network_errors, shown
 
 CHUNK = 1 << 20  # bytes
 GRACE = 2.0  # seconds that a server gets to close the connection after the last byte

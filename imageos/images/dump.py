@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 from imageos import log
 from imageos.errors import Failure
-from imageos.imagefile import Image, beginning, check_stages, limit_memory, too_large
+from imageos.guests.sandbox import confined
+from imageos.images.imagefile import Image, beginning, check_stages, limit_memory, too_large
 from imageos.run import Finished, pipeline, require
-from imageos.sandbox import confined
 
 # What is compressed within the format (dump -z) needs no name of its own.
 SUFFIXES = ("-root.dump", "-root.dump.gz", "-root.dump.zst", "-root.dump.xz")

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
-from imageos import linux
 from imageos.errors import Failure
-from imageos.isolation import TEMPORARY
+from imageos.node import linux
+from imageos.node.isolation import TEMPORARY
 
 KEEP = (
     linux.CAP_CHOWN,

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
-from imageos import linux, log, mounts
+from imageos import log
+from imageos.disks.layout import MIB, SECTOR, Layout, sfdisk_script
 from imageos.errors import Failure
-from imageos.layout import MIB, SECTOR, Layout, sfdisk_script
-from imageos.mounts import Mount
+from imageos.node import linux, mounts
+from imageos.node.mounts import Mount
 from imageos.run import run
 
 DEADLINE = 10.0  # seconds to wait for the kernel or udev

@@ -9,7 +9,7 @@ import re
 
 from imageos import log
 from imageos.errors import Failure
-from imageos.target import Target
+from imageos.guests.target import Target
 
 # Directories that a kernel and a first process expect, should an image have left them out
 MOUNT_POINTS = ("/dev", "/proc", "/sys", "/run")

@@ -13,11 +13,11 @@ from urllib.parse import unquote, urlsplit
 
 from imageos import log
 from imageos.errors import Failure
-from imageos.linux import CAP_DAC_READ_SEARCH
+from imageos.guests.sandbox import confined
+from imageos.images.web import Web, beside, shown
+from imageos.node.linux import CAP_DAC_READ_SEARCH
 from imageos.run import pipeline, require
-from imageos.sandbox import confined
 from imageos.settings import Settings
-from imageos.web import Web, beside, shown
 
 # Where the checksum of NAME may be, and the algorithms that are believed there. The last is of
 # ganeti-instance-image, which knew SHA-1 only.

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from imageos import log
 from imageos.errors import Failure
-from imageos.imagefile import Image, beginning, check_stages, limit_memory, too_large
+from imageos.guests.sandbox import confined
+from imageos.images.imagefile import Image, beginning, check_stages, limit_memory, too_large
 from imageos.run import pipeline, require
-from imageos.sandbox import confined
 
 SUFFIXES = (".tar.gz", ".tar", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
 BLOCK = 512  # bytes of a tar header

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from imageos.ganeti import Instance
+from imageos.guests.target import Target
 from imageos.network import Interface, render
 from imageos.settings import Settings
-from imageos.target import Target
 
 SEED = "/var/lib/cloud/seed/nocloud"
 # The node answers ARP for whatever it has a route to (proxy ARP): where a guest must have a gateway, this one will do.

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from imageos import cgroup, linux
 from imageos.errors import Failure
+from imageos.guests.sandbox import ENVIRONMENT, GuestDisk, entering
+from imageos.node import cgroup, linux
 from imageos.run import run
-from imageos.sandbox import ENVIRONMENT, GuestDisk, entering
 
 MIB = 1 << 20
 READ_LIMIT = MIB  # bytes; a configuration file that is larger is not one

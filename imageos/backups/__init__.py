@@ -1,0 +1,1 @@
+"""Backups: the stream of export, and what import reads besides."""

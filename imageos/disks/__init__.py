@@ -1,0 +1,1 @@
+"""The instance's disk: partitions, filesystems, what is on it."""

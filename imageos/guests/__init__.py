@@ -1,0 +1,1 @@
+"""The guest: its files and programs, its identity, its boot loader."""

@@ -1,0 +1,1 @@
+"""Images: downloaded, checked, deployed, captured."""
