@@ -217,6 +217,11 @@ def test_what_doctor_looks_at() -> None:
     assert [area for area, _ in rows("Tools", "what it looks at")] == list(dict.fromkeys(areas))
 
 
+def test_packages() -> None:
+    there = {f"{path.parent.name}/" for path in (CHECKOUT / "imageos").glob("*/__init__.py")}
+    assert {name.strip("`") for name, _ in rows("Development", "``imageos/``")} == there
+
+
 def test_numbers() -> None:
     assert f"({cgroup.PROCESSES} processes, {cgroup.MEMORY >> 30} GiB; version 2 or 1)" in README
     assert f"bytes ({stream.RUN >> 20} MiB at most)" in README
