@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from imageos.disks.disk import Attached, Device
 from imageos.disks.filesystem import Volume
 from imageos.errors import Failure, signal_name
 from imageos.guests.sandbox import devices
-from imageos.node.isolation import leftover_processes
+from imageos.node.isolation import other_processes
 from imageos.run import environment, pipeline
 from imageos.settings import Settings
 
@@ -146,13 +146,14 @@ def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
         while held:
             log.info(f"{name}: {held.pop(0)}")
 
+    ours = other_processes()  # what writes back meanwhile
     # private: its output is in the log already
     finished = pipeline(
         [argv],
         env=env,
         cwd=os_directory(),
         on_line=pass_on,
-        on_exit=lambda: end_leftovers(f"hook {name}"),
+        on_exit=lambda: end_leftovers(f"hook {name}", ours),
         private=True,
     )[0]
     if not finished.status:
@@ -169,10 +170,13 @@ def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
     raise Failure(f"hook {name} {how}{': ' if said else ''}{said}", hint=hint)
 
 
-def end_leftovers(who: str) -> None:
-    """End what a hook (or shell) left running: it would keep the guest's filesystems busy, and gnt-backup waiting."""
+def end_leftovers(who: str, ours: Collection[int] = ()) -> None:
+    """End what a hook (or shell) left running: it would keep the guest's filesystems busy, and gnt-backup waiting.
+
+    `ours`: processes that were there before it.
+    """
     reported: set[int] = set()
-    while running := {pid: command for pid in leftover_processes() if (command := _command(pid))}:
+    while running := {pid: command for pid in other_processes() if pid not in ours and (command := _command(pid))}:
         for pid, command in running.items():
             with suppress(OSError):  # gone by itself
                 os.kill(pid, signal.SIGKILL)

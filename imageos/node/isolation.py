@@ -78,7 +78,7 @@ def ignore_signals() -> None:
         signal.signal(one, signal.SIG_IGN)
 
 
-def leftover_processes() -> list[int]:
+def other_processes() -> list[int]:
     """Every process of our PID namespace but ourselves."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
 

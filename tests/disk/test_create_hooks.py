@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import SITE, Node, digest, mounted, partitions, signatures
+from support import PATH, SITE, Node, digest, mounted, partitions, signatures
 
 MakeDisk = Callable[..., Path]
 SAY = "#!/bin/sh\necho hook-says ${0##*/}\n"
@@ -226,6 +226,18 @@ def test_hook_that_leaves_a_process(daemon: str, node: Node, disk: MakeDisk) -> 
         for line in result.lines
         if line.startswith("imageos:") and "sleep" in line or "daemon" in line and re.search(r"left|end", line)
     ], f"not reported\n{result.log}"
+
+
+def test_what_writes_back_meanwhile_is_no_leftover(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    """sync(1) lasts until the second hook has seen it."""
+    fake, seen = tmp_path / "bin/sync", tmp_path / "seen"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\nwhile [ ! -e {seen} ]; do sleep 0.05; done\nexec /bin/sync "$@"\n')
+    fake.chmod(0o755)
+    node.hook("a", "#!/bin/sh\n:\n")
+    node.hook("b", f"#!/bin/sh\ngrep -l '{fake}' /proc/[0-9]*/cmdline && : > {seen}\n")
+    result = node.create(disk(), PATH=f"{fake.parent}:{PATH}").ok()
+    assert "running" not in result.log
 
 
 def test_hook_that_mounts(node: Node, disk: MakeDisk) -> None:
