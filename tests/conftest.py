@@ -49,6 +49,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(base, ignore_errors=True)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """A short name for a case that is a long text: pytest would take all of it, up to a megabyte."""
+    return f"{argname} of {len(val)}" if isinstance(val, (str, bytes)) and len(val) > 100 else None
+
+
 # The view of the machine
 
 
