@@ -259,6 +259,7 @@ DEBIAN_PACKAGES = (
     "grub2-common",
 )
 BOOT_DEADLINE = 300  # seconds; 25 to 60 under software emulation
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class BuildError(Exception):
@@ -902,8 +903,17 @@ def run(command: list[str], environment: Mapping[str, str] | None = None) -> str
 def scratch_directory() -> Iterator[Path]:
     # Not /tmp, which may be in memory: the disk of a demonstration is large.
     place = os.environ.get("TMPDIR", "/var/tmp")
-    with tempfile.TemporaryDirectory(prefix="imageos-", dir=place) as name:
-        yield Path(name)
+    # A signal waits while the directory is made or taken away, which would be left half done.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        with tempfile.TemporaryDirectory(prefix="imageos-", dir=place) as name:
+            try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                yield Path(name)
+            finally:
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def make_directory(path: Path) -> None:

@@ -21,7 +21,7 @@ SCRIPTS = {
 read -r disk <{top}/$last/disk && read -r node <{top}/$last/node || {{ echo unknown_entity >&2; exit 1; }}
 [ -e {top}/$last/active ] && active=Y || active=N
 case $1 in
-  list) echo "$last|image+default|fake|$node|file|1|ADMIN_down|down|N|$active|-" ;;
+  list) echo "$last|image+default|$node|file|1|ADMIN_down|down|N|$active" ;;
   activate-disks) : >{top}/$last/active; echo "$node:disk/0:$disk" ;;
   deactivate-disks) rm -f {top}/$last/active ;;
 esac""",
