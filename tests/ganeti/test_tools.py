@@ -210,13 +210,14 @@ def test_killed(signal: str, phase: str, shell: str, cluster: Cluster, prepared:
     wait = '[ "$1" = list ] || ' if program == "gnt-instance" else ""
     script = f"""{prepared}
         mkdir /srv/fake
+        touch /srv/waiting  # by the test: blkid may write nowhere
         real=$(type -P {program})
         echo '#!/bin/sh
-        {wait}{{ touch /srv/waiting; while [ -e /srv/waiting ]; do sleep 0.1; done; }}
+        {wait}while [ -e /srv/waiting ]; do sleep 0.101; done
         exec '$real' "$@"' >/srv/fake/{program}
         chmod +x /srv/fake/{program}
         PATH=/srv/fake:$PATH mount-disks {shell} inst1 </dev/null >/srv/log 2>&1 &
-        wait_for test -e /srv/waiting
+        wait_for pgrep --full --exact "sleep 0.101"
         kill -{signal} $!
         [ {phase}{signal} = activationTERM ] && sleep 0.5 && rm /srv/waiting  # deactivating is not to be waited for
         wait $! || echo "ended with $?"
