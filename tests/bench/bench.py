@@ -176,7 +176,7 @@ class Bench:
         def export(size: int) -> float:
             path = self.work / f"made-{size}"
             if not path.exists():
-                self.create(size)
+                self.create(size, IMAGE_NAME="empty")
                 (self.work / "disk").rename(path)
             environment = self.environment("export-disk0", EXPORT_DEVICE=path, DISK_0_PATH=path)
             return pipe([str(self.node.os_dir / "export")], environment, Path("/dev/null"), Path("/dev/null"))

@@ -198,7 +198,8 @@ STARTERS = ("fork", "forkpty", "system", "popen", "posix_spawn", "exec", "spawn"
 @for_each(SOURCES)
 def test_processes_are_started_in_one_place(name: str) -> None:
     if name != "run":
-        assert not {"subprocess", "multiprocessing", "pty", "concurrent.futures"} & imported(name)
+        assert not {"subprocess", "multiprocessing", "pty"} & imported(name)
+        assert "ProcessPoolExecutor" not in ast.dump(tree(name))
     starts = {one for one in used(name) if one.startswith(tuple(f"os.{starter}" for starter in STARTERS))}
     assert starts <= ({"os.fork"} if name in ("node.isolation", "guests.sandbox") else set())
 
