@@ -131,6 +131,7 @@ def mount_of(device: Path, where: Path, make: bool = True) -> Iterator[None]:
         run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", device)
     where.mkdir()
     run("mount", "-o", "ro", device, where)  # so that the mount itself does not change the disk
+    run("sync", device)  # nor what the kernel has noted of it, later
     try:
         yield
     finally:
