@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import PATH
+from support import PATH, wait_until
 
 # What the wrappers and imageos itself are run by
 INTERPRETERS = ("env", "sh", "dash", "bash", "python3", "busybox")
@@ -53,8 +54,7 @@ def recording(work: Path) -> tuple[str, Path]:
     record.mkdir()
     path.mkdir()
     wrapper = work / "wrapper"
-    wrapper.write_text(COUNT.format(record=record) + f'PATH={PATH} exec "${{0##*/}}" "$@"\n')
-    wrapper.chmod(0o755)
+    write(wrapper, COUNT.format(record=record) + f'PATH={PATH} exec "${{0##*/}}" "$@"\n')
     for program in programs():
         if program.name not in INTERPRETERS and not program.name.startswith("python"):
             (path / program.name).symlink_to(wrapper)
@@ -78,9 +78,29 @@ def failing(work: Path, fault: Fault) -> str:
     real = next(program for program in programs() if program.name == fault.program)
     action = MODES[fault.mode].format(name=fault.program, real=real)
     wrapper = path / fault.program
-    wrapper.write_text(COUNT.format(record=record) + f'if [ $n = {fault.nth} ]; then {action}; fi\nexec {real} "$@"\n')
-    wrapper.chmod(0o755)
+    write(wrapper, COUNT.format(record=record) + f'if [ $n = {fault.nth} ]; then {action}; fi\nexec {real} "$@"\n')
     return f"{path}:{PATH}"
+
+
+def write(program: Path, text: str) -> None:
+    """Make a program that can be executed from now on.
+
+    While a child that another thread has just forked still has it open for writing, it could not be (ETXTBSY), and the
+    next one in PATH would be taken. Nobody gets a lease then (fcntl(2)).
+    """
+    program.write_text(text)
+    program.chmod(0o755)
+    with program.open() as file:
+        wait_until(lambda: leased(file.fileno()), 10, f"{program} is closed")
+
+
+def leased(descriptor: int) -> bool:
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        return False
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return True
 
 
 def without(work: Path, missing: str) -> str:
