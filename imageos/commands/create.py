@@ -65,6 +65,7 @@ def create(instance: Instance, known: Settings) -> None:
                 complete(instance, known, image, device, attached, volumes)
             else:
                 disk.flush(device, attached.descriptor)
+            isolation.ignore_signals()  # all is on the disk: whoever sees this call fail would see it boot
     log.info(f"instance {instance.name} is ready to boot")
 
 

@@ -6,7 +6,9 @@ a settings file, a tool in PATH, a hook.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +120,33 @@ def test_terminated_twice(stopped_in: Callable[..., tuple[Call, Path, dict[str, 
     for _ in range(3):
         call.kill(signal.SIGTERM, group=True)
     assert_ended(call, signal.SIGTERM)
+
+
+def test_signal_after_the_last_write(
+    tmp_path: Path, stopped_in: Callable[..., tuple[Call, Path, dict[str, str]]]
+) -> None:
+    """Who is told that a create has failed must not find a disk that boots: such a signal comes too late."""
+    call, target, _ = stopped_in("hook")
+    with Path(loops_over(target)[0]).open("rb") as loop:  # while it has a user, the create waits for its end
+        (tmp_path / "waiting").unlink()
+        fcntl.flock(loop, fcntl.LOCK_SH)  # had when the create has let go of it
+        call.kill(signal.SIGTERM)
+        wait_until(lambda: not pending(call, signal.SIGTERM), 3, "the supervisor has passed it on")
+    result = call.result(3).ok()
+    assert result.log.splitlines()[-1].endswith("is ready to boot")
+    assert partitions(target)[-1].content["TYPE"] == "ext4"
+
+
+def loops_over(disk: Path) -> list[str]:
+    return run("losetup", "--noheadings", "--output", "NAME", "--associated", disk).split()
+
+
+def pending(call: Call, number: signal.Signals) -> bool:
+    """Whether a process of the call has still to take such a signal (proc_pid_status(5))."""
+    session = run("ps", "--no-headers", "-o", "pid", "--sid", str(call.process.pid)).split()
+    texts = [Path(f"/proc/{pid}/status").read_text() for pid in session]
+    masks = [int(mask, 16) for text in texts for mask in re.findall(r"^(?:Sig|Shd)Pnd:\s*(\w+)", text, re.MULTILINE)]
+    return any(mask & 1 << number - 1 for mask in masks)
 
 
 def test_block_device_is_free_after_kill(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
