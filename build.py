@@ -133,6 +133,7 @@ TEST_NEEDS = (
     Need("dnsmasq", "dnsmasq-base", "dnsmasq", "DHCP that puts names into the DNS"),
     Need("dhclient", "isc-dhcp-client", "dhcp-client", "DHCP that puts names into the DNS"),
     Need("gnt-cluster", "ganeti", "", "a real cluster"),
+    Need("ssh-keygen", "openssh-client", "openssh-clients", "ssh host keys"),
     Need("sshd", "openssh-server", "openssh-server", "a real cluster"),
     Need("socat", "socat", "socat", "serial consoles of a real cluster"),
 )

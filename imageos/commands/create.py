@@ -13,7 +13,8 @@ from imageos.disks.filesystem import FILESYSTEMS, Volume
 from imageos.disks.layout import MIB, Layout
 from imageos.errors import Failure
 from imageos.ganeti import Instance
-from imageos.guests import cloudinit, guest, target
+from imageos.guests import cloudinit, guest, hostkeys, target
+from imageos.guests.hostkeys import GetKey
 from imageos.guests.target import Target
 from imageos.hook import guest_disk
 from imageos.images import diskimage, imagetypes
@@ -56,13 +57,16 @@ def create(instance: Instance, known: Settings) -> None:
             intended = None
             diskimage.check_size(image, device.size)
             require(*(() if known.nomount else (*discovery.PROGRAMS, *filesystem.WRITE_BACK)))
-        with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached):
+        with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached), ExitStack() as stack:
+            rsa: GetKey = hostkeys.no_key
+            if not known.nomount:
+                rsa = stack.enter_context(hostkeys.rsa_made_meanwhile(instance.short_name))
             if intended:
                 volumes = format_disk(known, device, attached, intended)
             else:
                 volumes = write_disk_image(known, image, device, attached)
             if volumes:
-                complete(instance, known, image, device, attached, volumes)
+                complete(instance, known, image, device, attached, volumes, rsa)
             else:
                 disk.flush(device, attached.descriptor)
             isolation.ignore_signals()  # all is on the disk: whoever sees this call fail would see it boot
@@ -115,7 +119,13 @@ def write_disk_image(known: Settings, image: Image, device: Device, attached: At
 
 
 def complete(
-    instance: Instance, known: Settings, image: Image, device: Device, attached: Attached, volumes: tuple[Volume, ...]
+    instance: Instance,
+    known: Settings,
+    image: Image,
+    device: Device,
+    attached: Attached,
+    volumes: tuple[Volume, ...],
+    rsa: GetKey,
 ) -> None:
     """From filesystems to this instance's own system, unmounted."""
     deploy = IMAGE_TYPES[known.image_type].deploy
@@ -126,7 +136,7 @@ def complete(
                 deploy(image, isolation.TARGET)
         with filesystem.writing_back(isolation.TARGET):
             with log.phase(f"made it {instance.name}"):
-                configure(instance, known, attached, volumes)
+                configure(instance, known, attached, volumes, rsa)
             context = hooks.Context("create", os.environ, known, isolation.TARGET, device, attached, volumes)
             hooks.run_all(hooks.find(known.customize_dir), context)
         with log.phase("unmounted and flushed"):
@@ -134,7 +144,13 @@ def complete(
             disk.flush(device, attached.descriptor)
 
 
-def configure(instance: Instance, known: Settings, attached: Attached, volumes: tuple[Volume, ...]) -> None:
+def configure(
+    instance: Instance,
+    known: Settings,
+    attached: Attached,
+    volumes: tuple[Volume, ...],
+    rsa: GetKey,
+) -> None:
     """Make the tree this instance's own system. A disk image keeps its fstab and its boot loader."""
     disk_seen = guest_disk(attached.path, volumes)
     with target.opened(isolation.TARGET, instance.short_name, disk_seen, known.guest_timeout) as root:
@@ -143,7 +159,9 @@ def configure(instance: Instance, known: Settings, attached: Attached, volumes: 
             write_fstab(root, volumes)
         if instance.serial_console:
             guest.enable_serial_console(root, "ttyS0", instance.serial_speed)
-        guest.set_identity(root, instance.name)
+        guest.set_hostname(root, instance.name)
+        guest.forget_identity(root)
+        hostkeys.replace(root, rsa)
         if cloudinit.present(root):
             cloudinit.write_seed(root, instance, known, interfaces(instance, known))
         guest.request_relabel(root)

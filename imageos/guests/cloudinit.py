@@ -26,7 +26,7 @@ def present(target: Target) -> bool:
 
 
 def write_seed(target: Target, instance: Instance, settings: Settings, interfaces: Sequence[Interface]) -> None:
-    """Seed cloud-init for a new instance; what it knew of another is forgotten elsewhere (guest.set_identity)."""
+    """Seed cloud-init for a new instance; what it knew of another is forgotten elsewhere (guest.forget_identity)."""
     target.clear(SEED)  # a file that the image has may be readable to all, and would stay so
     target.write(f"{SEED}/meta-data", meta_data(instance.name, settings, f"iid-{uuid.uuid4()}"), mode=0o600)
     target.write(f"{SEED}/user-data", settings.user_data or "#cloud-config\n{}\n", mode=0o600)

@@ -27,7 +27,6 @@ RANDOM_SEEDS = (
     "/var/lib/misc/random-seed",
     "/var/lib/seedrng/*",
 )
-HOST_KEYS = "/etc/ssh/ssh_host_*"
 SYSTEMD_UNITS = ("/usr/lib/systemd/system", "/lib/systemd/system")
 
 
@@ -40,13 +39,6 @@ def check_root(target: Target) -> None:
         )
     for directory in MOUNT_POINTS:
         target.mkdir(directory)
-
-
-def set_identity(target: Target, instance_name: str) -> None:
-    """Make unique what no two instances may share."""
-    set_hostname(target, instance_name)
-    forget_identity(target)
-    replace_host_keys(target)
 
 
 def forget_identity(target: Target) -> None:
@@ -92,17 +84,6 @@ def forget_machine_id(target: Target) -> None:
     if target.exists("/etc/machine-id") or _systemd_units(target):
         target.write("/etc/machine-id", "", mode=0o444)
     target.remove("/var/lib/dbus/machine-id")
-
-
-def replace_host_keys(target: Target) -> None:
-    """Remove the image's ssh host keys and make new ones: not every guest does so at boot."""
-    target.remove(HOST_KEYS)
-    keygen = target.which("ssh-keygen")
-    if keygen and target.is_dir("/etc/ssh"):
-        try:
-            target.run([keygen, "-A"])
-        except Failure as failure:
-            log.warning(f"the guest has no ssh host keys: {failure}")
 
 
 def enable_serial_console(target: Target, terminal: str, speed: int) -> None:

@@ -5,13 +5,13 @@ Accounts, passwords, authorized keys and what the site has configured stay.
 
 from __future__ import annotations
 
-from imageos.guests import cloudinit, guest
+from imageos.guests import cloudinit, guest, hostkeys
 from imageos.guests.target import Target
 
 # What is removed besides what every new instance gets anew (guest.forget_identity). Only names may be patterns.
 REMOVED = (
     # keys and secrets of this machine
-    guest.HOST_KEYS,
+    hostkeys.KEYS,
     "/var/lib/systemd/credential.secret",
     "/var/lib/NetworkManager/secret_key",
     # leases

@@ -22,6 +22,7 @@ PROGRAMS = {
     "sfdisk": 1,
     "mkfs.ext4": 2,
     "mkswap": 1,
+    "ssh-keygen": 1,  # makes the key that takes longest while the rest goes on
     "sync": 1,  # begins to write back what was unpacked
 }
 SYNCS = 3  # old signatures wiped; the loop device and the disk

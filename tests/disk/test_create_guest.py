@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trees
-from support import Node, mounted, partitions, run
+from support import PATH, Node, mounted, partitions, run
 
 MakeDisk = Callable[..., Path]
 
@@ -59,6 +61,39 @@ def test_identity_of_the_image_is_gone(deploy: Callable[..., Path], small_tree: 
     assert not (made / "var/lib/cloud/instance").exists()
     assert not (made / "var/lib/cloud/instances/iid-of-the-image").exists()
     assert (made / "etc/ssh/sshd_config").exists()
+
+
+@pytest.mark.parametrize("node_can", [True, False])
+def test_host_keys_are_new(node_can: bool, node: Node, deploy: Callable[..., Path], tmp_path: Path) -> None:
+    """RSA is of the node, if it can make one; what is missing then is of the guest's own ssh-keygen."""
+    tree = with_program(guest(tmp_path), "ssh-keygen")
+    ahead = tmp_path / "asked/ssh-keygen"
+    real = "exec /usr/bin/ssh-keygen" if node_can else "false"
+    node.write(ahead, f'#!/bin/sh\ntouch {ahead}.used\n{real} "$@"\n')
+    ahead.chmod(0o755)
+    made = deploy(tree, PATH=f"{ahead.parent}:{PATH}") / "etc/ssh"
+    assert Path(f"{ahead}.used").exists()
+    for kind in ("rsa", "ecdsa", "ed25519"):
+        key = made / f"ssh_host_{kind}_key"
+        text = Path(f"{key}.pub").read_text().split()
+        assert text[:2] == run("ssh-keygen", "-y", "-f", key).split()[:2], "not the public key of this private one"
+        assert text[2] == "root@inst1"
+        assert (key.stat().st_mode & 0o777, Path(f"{key}.pub").stat().st_mode & 0o777) == (0o600, 0o644)
+    assert run("ssh-keygen", "-l", "-f", made / "ssh_host_rsa_key").startswith("3072 ")
+    kind = "RSA" if node_can else "OPENSSH"  # the guest's are of its own format
+    assert (made / "ssh_host_rsa_key").read_text().startswith(f"-----BEGIN {kind} PRIVATE KEY-----")
+    assert not [path for path in made.glob("ssh_host_*") if "of the image" in path.read_text()]
+
+
+def with_program(tree: Path, name: str) -> Path:
+    """The tree with a program of this machine, and the libraries that it wants."""
+    program = run("which", name).strip()
+    libraries = re.findall(r"/\S+", run("ldd", program))
+    for path in (program, *libraries):
+        place = tree / path[1:]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+    return tree
 
 
 def test_guest_without_any_of_the_identity_files(deploy: Callable[..., Path], tmp_path: Path) -> None:

@@ -21,7 +21,15 @@ ORDER = [
     # disks and filesystems
     *("disks.layout", "disks.disk", "disks.filesystem"),
     # the guest's root, and what is in it
-    *("guests.sandbox", "guests.target", "guests.guest", "guests.hostname", "disks.discovery", "disks.grow"),
+    *(
+        "guests.sandbox",
+        "guests.target",
+        "guests.guest",
+        "guests.hostkeys",
+        "guests.hostname",
+        "disks.discovery",
+        "disks.grow",
+    ),
     # the guest's network
     *("network", "network.files", "network.render", "guests.cloudinit", "network.backends"),
     # what makes it boot

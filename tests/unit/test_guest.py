@@ -176,43 +176,15 @@ def test_no_machine_id_where_nobody_wants_one(guest: Path, target: Target) -> No
     assert os.listdir(guest) == []
 
 
-KEYS = dict.fromkeys((f"etc/ssh/ssh_host_{kind}_key" for kind in ("rsa", "dsa", "ecdsa", "ed25519")), "the image's")
-KEYS.update({f"{name}.pub": "the image's" for name in KEYS})
-
-
-def test_host_keys_are_replaced(guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree(guest, {**KEYS, "etc/ssh/sshd_config": "", "usr/bin/ssh-keygen": ""})
-    (guest / "usr/bin/ssh-keygen").chmod(0o755)
-    calls: list[list[str]] = []
-    monkeypatch.setattr(Target, "run", lambda _self, argv: calls.append(argv))
-    system.replace_host_keys(target)
-    assert os.listdir(guest / "etc/ssh") == ["sshd_config"]
-    assert calls == [["/usr/bin/ssh-keygen", "-A"]]
-
-
-def test_host_keys_where_they_cannot_be_made(
-    guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def fail(_self: Target, _argv: list[str]) -> None:
-        raise Failure("ssh-keygen failed (exit status 1)")
-
-    tree(guest, {**KEYS, "usr/bin/ssh-keygen": ""})
-    (guest / "usr/bin/ssh-keygen").chmod(0o755)
-    monkeypatch.setattr(Target, "run", fail)
-    system.replace_host_keys(target)
-    assert "no ssh host keys: ssh-keygen failed" in capfd.readouterr().err
-    assert os.listdir(guest / "etc/ssh") == []
-
-
-def test_identity(guest: Path, target: Target) -> None:
+def test_identity_is_forgotten(guest: Path, target: Target) -> None:
     seeds = ("var/lib/systemd/random-seed", "var/lib/urandom/random-seed", "var/lib/misc/random-seed")
-    tree(guest, {**KEYS, "etc/machine-id": "x", "var/lib/cloud/seed/nocloud/meta-data": "instance-id: seeded\n"})
+    tree(guest, {"etc/machine-id": "x", "var/lib/cloud/seed/nocloud/meta-data": "instance-id: seeded\n"})
     tree(guest, dict.fromkeys((*seeds, "var/lib/seedrng/seed.credit"), "seed"))
     tree(guest, {f"var/lib/cloud/{name}": "" for name in ("data/instance-id", "instances/i-1/boot-finished")})
     (guest / "var/lib/cloud/instance").symlink_to("instances/i-1")
-    system.set_identity(target, NAME)
+    system.forget_identity(target)
     left = {str(path.relative_to(guest)) for path in guest.rglob("*") if not path.is_dir()}
-    assert left == {"etc/hostname", "etc/hosts", "etc/machine-id", "var/lib/cloud/seed/nocloud/meta-data"}
+    assert left == {"etc/machine-id", "var/lib/cloud/seed/nocloud/meta-data"}
 
 
 # The console

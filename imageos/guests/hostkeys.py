@@ -1,0 +1,80 @@
+"""The guest's ssh host keys: new ones of the types that its own ssh-keygen makes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple, Optional
+
+from imageos import log
+from imageos.errors import Failure
+from imageos.guests.target import Target
+from imageos.node.isolation import TEMPORARY
+from imageos.run import available, output_of
+
+KEYS = "/etc/ssh/ssh_host_*"
+RSA = "/etc/ssh/ssh_host_rsa_key"
+# PEM is read by every OpenSSH, its own format by 6.5 and later; 3072 bits are the default of ssh-keygen(1)
+NEW_RSA = ("ssh-keygen", "-q", "-t", "rsa", "-b", "3072", "-m", "PEM", "-N", "")
+
+
+class Key(NamedTuple):
+    """Both files of a key, as text."""
+
+    private: str
+    public: str
+
+
+GetKey = Callable[[], Optional[Key]]
+
+
+def no_key() -> Key | None:
+    return None
+
+
+@contextmanager
+def rsa_made_meanwhile(hostname: str) -> Iterator[GetKey]:
+    """A function to get an RSA key in the end, made on the node in the meantime; None if it could not be.
+
+    It takes up to a second of one processor, nearly all of what host keys cost, and the disk would wait for it.
+    """
+    if not available(NEW_RSA[0]):
+        yield no_key
+        return
+    place = os.path.join(TEMPORARY, "rsa")
+    with ExitStack() as stack:
+        _, finish = stack.enter_context(output_of([[*NEW_RSA, "-C", f"root@{hostname}", "-f", place]]))
+
+        def key() -> Key | None:
+            try:
+                finish()
+            except Failure as failure:
+                log.debug(str(failure))
+                return None
+            return Key(_take(place), _take(f"{place}.pub"))
+
+        yield key
+
+
+def replace(target: Target, rsa: GetKey = no_key) -> None:
+    """Remove the image's ssh host keys and make new ones: not every guest does so at boot."""
+    target.remove(KEYS)
+    keygen = target.which("ssh-keygen")
+    if not (keygen and target.is_dir("/etc/ssh")):
+        return
+    key = rsa()
+    if key:
+        target.write(RSA, key.private, mode=0o600)
+        target.write(f"{RSA}.pub", key.public)
+    try:
+        target.run([keygen, "-A"])  # makes those that are missing
+    except Failure as failure:
+        log.warning(f"the guest has no ssh host keys{' but one of RSA' if key else ''}: {failure}")
+
+
+def _take(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        text = file.read()
+    os.unlink(path)
+    return text
