@@ -320,7 +320,13 @@ def _loop_over(backing: os.stat_result) -> str | None:
 
 
 def _attach(device: Device, read_only: bool) -> tuple[int, str]:
-    flags = linux.LO_FLAGS_AUTOCLEAR | linux.LO_FLAGS_PARTSCAN | (linux.LO_FLAGS_READ_ONLY if read_only else 0)
+    flags = linux.LO_FLAGS_AUTOCLEAR | linux.LO_FLAGS_PARTSCAN
+    if read_only:
+        flags |= linux.LO_FLAGS_READ_ONLY  # and with the cache below, which reads ahead
+    elif device.is_file or linux.sector_size(device.descriptor) == SECTOR:
+        # What is written does not go through the cache a second time. A file that cannot have that goes without; of
+        # a device with larger sectors not every kernel knows that it cannot: older ones look at files only.
+        flags |= linux.LO_FLAGS_DIRECT_IO
     deadline = time.monotonic() + DEADLINE
     while True:
         try:

@@ -40,6 +40,20 @@ def test_block_device(node: Node, block_disk: MakeDisk, tmp_path: Path) -> None:
     assert digest(target) == digest_direct(target)
 
 
+@pytest.mark.parametrize("sector", [512, 4096])
+def test_cache_is_used_once(sector: int, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    """The loop device over the disk writes past the cache, where it can; the partitions are the same."""
+    node.hook("look", f"#!/bin/sh\ncat /sys/block/$(basename $DISK_DEV)/loop/dio >{tmp_path}/direct\n")
+    target = disk()
+    device = run("losetup", "--find", "--show", "--sector-size", str(sector), target).strip()
+    try:
+        node.create(device).ok()
+    finally:
+        run("losetup", "--detach", device)
+    assert (tmp_path / "direct").read_text() == f"{int(sector == 512)}\n"
+    assert_deployed(target, tmp_path)
+
+
 def digest_direct(device: Path) -> str:
     """The hash of what a reader gets who does not use the page cache, as a guest with cache=none."""
     copy = run("sh", "-c", f"dd if={device} iflag=direct bs=1M status=none | sha256sum")
