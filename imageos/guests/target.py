@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fnmatch
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -136,7 +135,7 @@ class Target:
         """Give `path` the content `text`; `mode` is for a new file. Missing directories are made (0755)."""
         data = text.encode("utf-8", "surrogateescape")
         with self._parent(path, make=True) as (parent, name):
-            temporary = f".imageos-{secrets.token_hex(6)}"
+            temporary = f".imageos-{os.urandom(6).hex()}"
             try:
                 old = _lstat(parent, name)
                 if old and stat.S_ISDIR(old.st_mode):
@@ -170,7 +169,7 @@ class Target:
     def symlink(self, text: str, path: str) -> None:
         """Make `path` itself a link with the content `text`, in the place of a link or file."""
         with self._parent(path, make=True, follow=False) as (parent, name):
-            temporary = f".imageos-{secrets.token_hex(6)}"
+            temporary = f".imageos-{os.urandom(6).hex()}"
             try:
                 os.symlink(text, temporary, dir_fd=parent)
                 os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
@@ -242,7 +241,7 @@ class Target:
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
             raise Failure(f"{source} is neither a file nor a directory nor a link: it cannot be copied into the guest")
         with self._parent(path, follow=False) as (parent, name):
-            temporary = f".imageos-{secrets.token_hex(6)}"
+            temporary = f".imageos-{os.urandom(6).hex()}"
             try:
                 old = _lstat(parent, name)
                 if old and stat.S_ISDIR(old.st_mode):

@@ -15,7 +15,7 @@ from imageos.disks.layout import MIB
 from imageos.errors import Failure
 from imageos.guests.sandbox import confined
 from imageos.images import qcow2
-from imageos.images.imagefile import Image, beginning, check_stages
+from imageos.images.imagefile import Image, beginning, check_stages, feed
 from imageos.node import linux
 from imageos.run import Finished, pipeline, require
 
@@ -121,18 +121,9 @@ def _convert(image: Image, content: Content, disk: Attached) -> None:
 
 
 def _copy(image: Image, disk: Attached) -> None:
-    os.lseek(image.descriptor, 0, os.SEEK_SET)
     dd = ["dd", f"of={disk.path}", f"bs={COPY_BLOCK}", "iflag=fullblock", "oflag=direct",
           "conv=sparse,notrunc,nocreat", "status=none"]  # fmt: skip
-    stages: list[Sequence[str]] = [image.decompress, dd] if image.compression else [dd]
-    progress = log.Progress("writing", image.size)
-    finished = pipeline(
-        stages,
-        stdin=image.descriptor,
-        prepare=confined(disk.path),
-        tick=lambda: progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR)),
-    )
-    progress.close()
+    finished = feed(image, dd, "writing", prepare=confined(disk.path))
     _check_overflow(image, disk, finished)
     check_stages(image, finished)
 

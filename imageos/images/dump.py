@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 
 from imageos import log
 from imageos.errors import Failure
-from imageos.guests.sandbox import confined
-from imageos.images.imagefile import Image, beginning, check_stages, limit_memory, too_large
-from imageos.run import Finished, pipeline, require
+from imageos.images.imagefile import Image, beginning, check_stages, feed, limit_memory, too_large
+from imageos.run import Finished, require
 
 # What is compressed within the format (dump -z) needs no name of its own.
 SUFFIXES = ("-root.dump", "-root.dump.gz", "-root.dump.zst", "-root.dump.xz")
@@ -69,21 +68,9 @@ def boot_path(path: str) -> str:
 
 
 def _restore(image: Image, directory: str) -> None:
-    os.lseek(image.descriptor, 0, os.SEEK_SET)
+    # TMPDIR, where it keeps a list of all directories, is ours alone (isolation)
     restore = ["restore", "-r", "-y", "-f", "-"]
-    stages: list[Sequence[str]] = [image.decompress, restore] if image.compression else [restore]
-    progress = log.Progress("restoring", image.size)
-    # TMPDIR, where restore keeps a list of all directories, is ours alone (isolation).
-    finished = pipeline(
-        stages,
-        stdin=image.descriptor,
-        cwd=directory,
-        prepare=limit_memory,
-        upstream=confined(),
-        tick=lambda: progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR)),
-        on_line=watch(image.path),
-    )
-    progress.close()
+    finished = feed(image, restore, "restoring", prepare=limit_memory, cwd=directory, on_line=watch(image.path))
     judge(image, directory, finished)
     os.unlink(f"{directory}/{SYMBOL_TABLE}")
 

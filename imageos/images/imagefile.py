@@ -6,13 +6,13 @@ import os
 import resource
 import signal
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from imageos import log
 from imageos.errors import Failure
 from imageos.guests.sandbox import UNPACKING, confined
-from imageos.run import Finished, available, head
+from imageos.run import Finished, available, head, pipeline
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,35 @@ def beginning(image: Image, count: int) -> bytes:
         raise Failure(f"image {image.path} cannot be unpacked: {failure}", failure.hint, failure.details) from None
     except OSError as error:
         raise Failure(f"cannot read image {image.path}: {error.strerror}") from None
+
+
+def feed(
+    image: Image,
+    program: Sequence[str],
+    what: str,
+    *,
+    prepare: Callable[[], None],
+    cwd: str | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> list[Finished]:
+    """Run `program` with the image, uncompressed, as its stdin, and show the progress of `what` it does; judge nothing.
+
+    `prepare`, `cwd` and `on_line` as in run.pipeline.
+    """
+    os.lseek(image.descriptor, 0, os.SEEK_SET)
+    progress = log.Progress(what, image.size)
+    finished = pipeline(
+        [image.decompress, program] if image.compression else [program],
+        stdin=image.descriptor,
+        cwd=cwd,
+        prepare=prepare,
+        upstream=confined(),
+        # the children read through our descriptor: its offset tells how far they are
+        tick=lambda: progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR)),
+        on_line=on_line,
+    )
+    progress.close()
+    return finished
 
 
 def check_stages(image: Image, finished: Sequence[Finished]) -> None:

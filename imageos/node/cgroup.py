@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -119,7 +118,7 @@ def _group(top: str) -> Iterator[str]:
 def _locked(top: str) -> tuple[str, int]:
     """A new group, and the descriptor that keeps it from being taken for stale."""
     while True:
-        path = f"{top}/{PREFIX}{secrets.token_hex(6)}"
+        path = f"{top}/{PREFIX}{os.urandom(6).hex()}"
         os.mkdir(path, 0o700)  # root's: whoever can open it can lock it, and have us wait for ever
         with suppress(FileNotFoundError):  # another run has removed it already
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
