@@ -55,6 +55,11 @@ def then_good(node: Node, target: Path, **overrides: object) -> None:
 # The disk
 
 
+def test_address_that_makes_no_sense(node: Node, disk: MakeDisk) -> None:
+    """Though only cloud-init's seed and hooks want it: the disk is not lost for a slip of the keyboard."""
+    refused(node, disk(), "NIC 0", "10.1.2.3/99", NIC_0_IP="10.1.2.3/99")
+
+
 def test_no_disk(node: Node, disk: MakeDisk) -> None:
     result = refused(node, disk(), "disk", DISK_COUNT="0", DISK_0_PATH=None, DISK_0_SIZE=None)
     assert "inst1.example.org" in result.last

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from imageos.run import pipeline
+import pytest
+
+from imageos.errors import Failure
+from imageos.run import output_of, pipeline
 
 
 def statuses(*stages: str) -> list[int]:
@@ -27,3 +30,24 @@ def test_third_of_three() -> None:
     done = pipeline([["/bin/sh", "-c", "echo one; exit 4"], ["cat"], ["cat"]])
     assert [one.status for one in done] == [4, 0, 0]
     assert done[-1].stdout == b"one\n"
+
+
+@pytest.mark.parametrize(
+    ("stages", "cause"),
+    [
+        (["echo good"], ""),
+        (["echo good; exit 3"], "exit status 3"),
+        (["echo good", "cat; exit 3"], "exit status 3"),
+        (["exec yes", "echo good; exit 3"], "exit status 3"),  # yes is stopped because nobody reads any more
+        (["kill -PIPE $$"], "killed by SIGPIPE"),
+    ],
+)
+def test_output_of_stages(stages: list[str], cause: str) -> None:
+    with output_of([["/bin/sh", "-c", stage] for stage in stages]) as (output, check):
+        with open(output, "rb", closefd=False) as file:
+            assert file.read() == (b"" if "kill" in stages[0] else b"good\n")
+        if not cause:
+            check()
+            return
+        with pytest.raises(Failure, match=cause):
+            check()

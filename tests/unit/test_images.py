@@ -15,7 +15,9 @@ from support import make_odd
 
 from imageos.errors import Failure
 from imageos.images import imagetypes, tarball
-from imageos.images.imagefile import Image
+from imageos.images.diskimage import zstd_frame_size
+from imageos.images.imagefile import Image, check_stages
+from imageos.run import Finished
 from imageos.settings import Settings
 
 MAGIC = {
@@ -240,3 +242,48 @@ def test_garbage(block: bytes) -> None:
 @given(st.binary(min_size=8, max_size=8))
 def test_garbage_for_a_checksum(checksum: bytes) -> None:
     is_archive(HEADER[:148] + checksum + HEADER[156:])
+
+
+# How unpacking ended: status and stderr of the decompressor, status of what it feeds, what is said of it
+
+
+@pytest.mark.parametrize(
+    ("upstream", "said", "last", "cause"),
+    [
+        (0, "", 0, ""),
+        (2, "gzip: decompression OK, trailing garbage ignored", 0, ""),
+        (2, "gzip: something else", 0, "gzip failed .exit status 2.: gzip: something else"),
+        (1, "gzip: trailing garbage", 0, "gzip failed .exit status 1."),
+        (1, "gzip: crc error", 0, "gzip failed .exit status 1.: gzip: crc error"),
+        (2, "gzip: decompression OK, trailing garbage ignored", 2, "gzip failed"),
+        (-13, "", 2, "tar failed .exit status 2."),
+        (-13, "", 0, "gzip failed .killed by SIGPIPE."),
+        (0, "", 1, "tar failed .exit status 1."),
+    ],
+)
+def test_end_of_unpacking(upstream: int, said: str, last: int, cause: str) -> None:
+    image = Image("/images/one-x86_64.tar.gz", -1, 1, "gzip")
+    finished = [Finished(["gzip", "-dc"], upstream, b"", said), Finished(["tar"], last, b"", "")]
+    if not cause:
+        check_stages(image, finished)
+        return
+    with pytest.raises(Failure, match=f"^image /images/one-x86_64.tar.gz is damaged or truncated: {cause}"):
+        check_stages(image, finished)
+
+
+@pytest.mark.parametrize(
+    ("frame", "size"),
+    [
+        ("20 ff", 255),  # a single segment: the size in one byte, no window
+        ("60 f4 00", 500),  # two bytes: 256 less
+        ("40 58 f4 00", 500),  # the same behind the byte of a window
+        ("80 58 01 00 00 00", 1),
+        ("a0 00 00 00 01", 1 << 24),
+        ("e0 00 00 00 00 01 00 00 00", 1 << 32),
+        ("61 07 f4 00", 500),  # behind the id of a dictionary
+        ("00 58", 0),  # not said
+    ],
+)
+def test_size_in_the_header_of_zstd(frame: str, size: int) -> None:
+    """RFC 8878, 3.1.1.1."""
+    assert zstd_frame_size((MAGIC["zstd"] + bytes.fromhex(frame)).ljust(18, b"\0")) == size
