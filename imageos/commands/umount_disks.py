@@ -76,6 +76,8 @@ def unmount(name: str) -> None:
 
 
 def unmount_one(mount: Mount) -> None:
+    if mounts.block_device(mount):
+        write_back(mount)
     try:
         unmount_at(mount.place)
     except OSError as error:
@@ -85,6 +87,25 @@ def unmount_one(mount: Mount) -> None:
         raise Failure(
             f"cannot unmount {mount.place}: in use by {using}", hint="end that, or leave the directory, and try again"
         ) from None
+
+
+def write_back(mount: Mount) -> None:
+    """Have everything on the device: umount(2) does not tell of what it could not write."""
+    node = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        directory = linux.open_in_root(node, mount.place, flags, resolve=linux.RESOLVE_NO_SYMLINKS)
+        try:
+            linux.sync_filesystem(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise Failure(
+            f"cannot write everything to {mount.source}: {error.strerror}",
+            hint=f"what was written to {mount.place} last is lost; umount-disks again goes on without it",
+        ) from None
+    finally:
+        os.close(node)
 
 
 def unmount_at(place: str) -> None:

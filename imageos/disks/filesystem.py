@@ -9,7 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from imageos import log
@@ -149,7 +149,8 @@ def mounted(device: str, path: str, kind: str, read_only: bool = False, options:
     else:
         _mount(device, path, kind, flags, data)
     try:
-        yield
+        with nullcontext() if read_only else _written(path, device):
+            yield
     except BaseException:
         # What was written is lost anyway: writing it back would only delay the end, by minutes on a slow disk.
         if not read_only:
@@ -161,6 +162,20 @@ def mounted(device: str, path: str, kind: str, read_only: bool = False, options:
             log.warning(str(failure))  # the last line belongs to the real cause
         raise
     _unmount(path, device, kind)
+
+
+@contextmanager
+def _written(path: str, device: str) -> Iterator[None]:
+    """In the end everything is on the device: umount(2) does not tell of what it could not write."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield
+        try:
+            linux.sync_filesystem(directory)
+        except OSError as error:
+            raise Failure(f"cannot write everything to {device}: {error.strerror}") from None
+    finally:
+        os.close(directory)
 
 
 @contextmanager
@@ -191,18 +206,17 @@ def mount_all(stack: ExitStack, volumes: Iterable[Volume], top: str, read_only: 
 
 @contextmanager
 def writing_back(path: str) -> Iterator[None]:
-    """While this lasts, what has been written below `path` so far goes to the disk; in the end it is there.
+    """While this lasts, what has been written below `path` so far goes to the disk; `mounted` sees to the rest.
 
     Programs of the guest keep a processor busy (ssh-keygen, update-grub) while the disk would have nothing to do.
     """
-    with output_of([["sync", "--file-system", path]]) as (_, finish):
+    with output_of([["sync", "--file-system", path]]):
         try:
             yield
         except BaseException:
             with suppress(OSError):
                 linux.shut_down_filesystem(path)  # nobody waits for what is lost anyway
             raise
-        finish()
 
 
 def trim(path: str) -> None:

@@ -214,6 +214,12 @@ def shut_down_filesystem(path: str) -> None:
         os.close(directory)
 
 
+def sync_filesystem(directory: int) -> None:
+    """Write everything of a filesystem to its device; OSError also for what could not be written before, since the
+    directory was opened or, if nobody has been told of it, since the mount (syncfs(2), Linux 5.8)."""
+    _check(_libc.syncfs(directory), "syncfs")
+
+
 def trim(directory: int) -> None:
     """Tell the device below a mounted filesystem which blocks are free; EOPNOTSUPP if one of them cannot."""
     fcntl.ioctl(directory, FITRIM, bytearray(struct.pack("=3Q", 0, (1 << 64) - 1, 0)))

@@ -9,15 +9,16 @@ import os
 import random
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import backups
 import pytest
 from backups import is_disarmed
-from cases import CASES, Case, apart
+from cases import CASES, Case, apart, tool
 from support import MIB, PATH, Node, attached, digest, partitions, run, signatures
 
 MakeDisk = Callable[..., Path]
@@ -186,3 +187,47 @@ def test_stream_that_cannot_be_written(node: Node, sources: Path, tmp_path: Path
         call = backups.Running(node, "export", environment, subprocess.DEVNULL, full)
         call.result().failed("No space left on device")
         call.announced()
+
+
+def test_full_filesystem_below_what_a_hook_writes(node: Node, sources: Path, tmp_path: Path) -> None:
+    """What is written last is written back last: when the filesystem is taken away, which itself tells of no error."""
+    room = tmp_path / "room"
+    room.mkdir()
+    node.hook("big", "#!/bin/sh\nhead -c 20M /dev/urandom >$TARGET/big\n")
+    for mib in (9, 12, 16, 24, 64):
+        with space(room, mib) as disk:
+            result = CASES["create tarball"].call(apart(node, tmp_path / str(mib)), disk, PATH)
+            if mib == 64:
+                result.ok()
+                continue
+            assert result.status == 1 and "internal error" not in result.log, f"{mib} MiB: {result.log}"
+            assert signatures(disk) == [], f"{mib} MiB: {result.log}"
+
+
+def test_full_filesystem_below_what_is_mounted(node: Node, sources: Path, tmp_path: Path) -> None:
+    name = f"inst{os.getpid()}.example.org"
+    room = tmp_path / "room"
+    room.mkdir()
+    with space(room, 64) as disk:
+        run("cp", "--sparse=always", sources / "guest.raw", disk)
+        tool(node, PATH, "mount-disks", name, "--disk", str(disk)).ok()
+        run("mount", "-o", f"remount,size={disk.stat().st_blocks // 2 + 2048}k", room)
+        run("sh", "-c", f"head -c 20M /dev/urandom >/tmp/{name}_root/big")
+        result = tool(node, PATH, "umount-disks", "--here", name)
+        assert result.status == 1 and result.lines[-1].startswith("imageos: cannot write everything to /dev/loop")
+        assert "umount-disks again" in result.lines[-2]
+        tool(node, PATH, "umount-disks", "--here", name)
+        assert not Path(f"/tmp/{name}_root").exists()
+
+
+@contextmanager
+def space(room: Path, mib: int) -> Iterator[Path]:
+    """A sparse disk of 160 MiB on a filesystem of `mib`."""
+    run("mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", room)
+    try:
+        disk = room / "disk"
+        disk.touch()
+        os.truncate(disk, 160 * MIB)
+        yield disk
+    finally:
+        run("umount", room)
