@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO
 
@@ -171,7 +171,8 @@ def pipeline(
                 process.wait()
             for pipe in (process.stdin, process.stdout, process.stderr):
                 if pipe and not pipe.closed:
-                    pipe.close()
+                    with suppress(BrokenPipeError):  # of what it was to be told when a signal came
+                        pipe.close()
 
 
 def foreground(argv: Sequence[str], *, cwd: str | None = None, env: Mapping[str, str] | None = None) -> int:

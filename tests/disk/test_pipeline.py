@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+
 import pytest
 
-from imageos.errors import Failure
-from imageos.run import output_of, pipeline
+from imageos.errors import Failure, Interrupted
+from imageos.run import output_of, pipeline, run
 
 
 def statuses(*stages: str) -> list[int]:
@@ -51,3 +54,16 @@ def test_output_of_stages(stages: list[str], cause: str) -> None:
             return
         with pytest.raises(Failure, match=cause):
             check()
+
+
+def test_signal_while_a_program_is_told_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has not been told yet is of no interest; why it was ended is."""
+
+    def feed(process: subprocess.Popen[bytes], text: str) -> None:
+        assert process.stdin
+        process.stdin.write(text.encode())  # into a buffer
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr("imageos.run._feed", feed)
+    with pytest.raises(Interrupted):
+        run(["sleep", "1000"], input="start=1\n")

@@ -26,8 +26,8 @@ from imageos.commands import create
 from imageos.disks.disk import Attached
 from imageos.disks.filesystem import Volume
 from imageos.errors import Failure
+from imageos.guests import hostkeys, target
 from imageos.guests import hostname as hostnames
-from imageos.guests import target
 from imageos.guests.sandbox import GuestDisk
 from imageos.hook import Hook
 from imageos.node import isolation, linux
@@ -112,7 +112,7 @@ def steps(guest: Path, known: settings.Settings, monkeypatch: pytest.MonkeyPatch
         return target.opened(str(guest), "inst1", GuestDisk(["/dev/null"], []), 1)
 
     def configure() -> None:
-        create.configure(instance, known, Attached("/dev/null", 0, GIB), volumes)
+        create.configure(instance, known, Attached("/dev/null", 0, GIB), volumes, hostkeys.no_key)
 
     def rename() -> None:
         with opened() as root:
