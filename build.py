@@ -218,7 +218,7 @@ DEPENDENCIES = (
     Dependency("Recommends", "gpgv", "gnupg2", "IMAGE_KEYRING"),
     Dependency("Recommends", "lz4", "lz4", "compressed images"),
     Dependency("Recommends", "mtools", "mtools", "PARTITION_TABLE=gpt: files on the EFI system partition"),
-    Dependency("Recommends", "openssh-client", "openssh-clients", "the tools, where an instance is on another node"),
+    Dependency("Recommends", "openssh-client", "openssh-clients", "ssh host keys; tools, for another node"),
     Dependency("Recommends", "qemu-utils", "qemu-img", "qcow2 images"),
     Dependency("Recommends", "xfsprogs", "xfsprogs", "FILESYSTEM=xfs, disk images with it"),
     Dependency("Recommends", "xz-utils", "xz", "compressed images"),
