@@ -57,10 +57,14 @@ def create(instance: Instance, known: Settings) -> None:
             intended = None
             diskimage.check_size(image, device.size)
             require(*(() if known.nomount else (*discovery.PROGRAMS, *filesystem.WRITE_BACK)))
-        with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached), ExitStack() as stack:
+        with (
+            disk.attached(device, direct=True) as attached,
+            disk.disarmed_on_failure(device, attached),
+            ExitStack() as ahead,
+        ):
             rsa: GetKey = hostkeys.no_key
             if not known.nomount:
-                rsa = stack.enter_context(hostkeys.rsa_made_meanwhile(instance.short_name))
+                rsa = ahead.enter_context(hostkeys.rsa_made_meanwhile(instance.short_name))
             if intended:
                 volumes = format_disk(known, device, attached, intended)
             else:
@@ -103,6 +107,7 @@ def write_disk_image(known: Settings, image: Image, device: Device, attached: At
     """The volumes of the guest in a disk image, once it is on the disk and grown; none with NOMOUNT."""
     with log.phase(f"wrote {image.path} to the disk of {log.size(device.size)}"):
         diskimage.write(image, device, attached)
+        disk.use_cache(attached)
     if known.nomount:
         log.info("NOMOUNT=yes: nothing in the image is looked at or changed")
         return ()
@@ -140,6 +145,7 @@ def complete(
             context = hooks.Context("create", os.environ, known, isolation.TARGET, device, attached, volumes)
             hooks.run_all(hooks.find(known.customize_dir), context)
         with log.phase("unmounted and flushed"):
+            disk.use_cache(attached)
             stack.close()
             disk.flush(device, attached.descriptor)
 

@@ -148,7 +148,7 @@ def restore_image(
     with legacy.staged(source, image_member, known.export_dir) as image:
         finish()
         diskimage.check_size(image, device.size)
-        with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached):
+        with disk.attached(device, direct=True) as attached, disk.disarmed_on_failure(device, attached):
             diskimage.write(image, device, attached)
             disk.flush(device, attached.descriptor)
         return diskimage.inspect(image).size
@@ -160,7 +160,11 @@ def restore_dumps(
     """Dumps go onto partitions as `create` makes them."""
     intended = create.plan(known, instance, device)
     run.require("head", "restore", *filesystem.programs(intended, known.filesystem))
-    with disk.attached(device) as attached, disk.disarmed_on_failure(device, attached), ExitStack() as stack:
+    with (
+        disk.attached(device, direct=True) as attached,
+        disk.disarmed_on_failure(device, attached),
+        ExitStack() as stack,
+    ):
         volumes = tuple(filesystem.plan_volumes(intended, known.filesystem, attached.partition))
         disk.write_table(attached, intended)
         filesystem.make(volumes)
@@ -172,6 +176,7 @@ def restore_dumps(
             if "root.dump" not in names:
                 raise Failure("the archive in the stream holds no root.dump")
             fit(root, volumes)
+        disk.use_cache(attached)
         stack.close()
         disk.flush(device, attached.descriptor)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
+import mmap
 import os
 import re
 import stat
@@ -79,13 +81,15 @@ def claimed(path: str, read_only: bool = False, shared: bool = False) -> Iterato
 
 
 @contextmanager
-def attached(device: Device, read_only: bool = False) -> Iterator[Attached]:
+def attached(device: Device, read_only: bool = False, direct: bool = False) -> Iterator[Attached]:
     """A loop device over `device`; whoever writes has to `flush` before leaving.
+
+    `direct`, for much: what is written does not go through the cache a second time, until `use_cache`.
 
     The kernel takes the loop device away with its last user (autoclear), even after SIGKILL.
     """
     with ExitStack() as stack:
-        descriptor, path = _attach(device, read_only)
+        descriptor, path = _attach(device, read_only, direct and _may_be_direct(device))
         stack.callback(os.close, descriptor)
         # udev leaves a locked disk alone: without this, partition nodes vanish for a moment whenever
         # somebody closes the disk after writing
@@ -94,17 +98,33 @@ def attached(device: Device, read_only: bool = False) -> Iterator[Attached]:
     _await_detached(path)
 
 
+def use_cache(disk: Attached) -> None:
+    """No longer write past the cache: of what fails then `flush` knows, and not only the guest's filesystem.
+
+    XFS writes its metadata when it is unmounted, which tells of no error.
+    """
+    with suppress(OSError):  # it was not direct
+        linux.use_cache(disk.descriptor)
+
+
 @contextmanager
 def let_go(path: str) -> Iterator[None]:
     """While the last mounts of the loop device `path` are taken away: in the end all is written, and the disk free."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        _, _, number = linux.loop_backing(descriptor)
-        read_only = linux.is_read_only(descriptor)
+    with ExitStack() as stack:
+        nodes = [path, *sorted(glob.glob(f"{path}p*"))]
+        descriptors = [os.open(node, os.O_RDONLY | os.O_CLOEXEC) for node in nodes]
+        for descriptor in descriptors:
+            stack.callback(os.close, descriptor)
+        _, _, number = linux.loop_backing(descriptors[0])
+        read_only = linux.is_read_only(descriptors[0])
         yield
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        for node, descriptor in zip(nodes, descriptors):  # an error of a partition is told to who has that open
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise Failure(
+                    f"{node}: what was written last is lost: {error.strerror}", hint="see the kernel's log (dmesg)"
+                ) from None
     _await_detached(path)
     if number and not read_only:
         name = os.path.basename(os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"))
@@ -137,6 +157,23 @@ def flush(device: Device, loop: int) -> None:
             linux.flush_buffers(device.descriptor)
     except OSError as error:
         raise Failure(f"disk {device.path}: cannot write everything to it: {error.strerror}") from None
+    if device.is_file and loop != device.descriptor and _allocated(device) < device.size and _space_left(device) < MIB:
+        # a loop device takes a write that was cut short for a whole one: no error tells of it
+        raise Failure(
+            f"disk {device.path}: its filesystem is full: what was written last may be lost",
+            hint="free space there, and try again",
+        )
+
+
+def _allocated(device: Device) -> int:
+    """Bytes that a file has on its filesystem."""
+    return os.fstat(device.descriptor).st_blocks * SECTOR
+
+
+def _space_left(device: Device) -> int:
+    """Bytes that the filesystem of a file still has for root."""
+    filesystem = os.fstatvfs(device.descriptor)
+    return filesystem.f_bfree * filesystem.f_frsize
 
 
 def wipe(descriptor: int, ranges: Iterable[tuple[int, int]]) -> None:
@@ -319,14 +356,32 @@ def _loop_over(backing: os.stat_result) -> str | None:
     return None
 
 
-def _attach(device: Device, read_only: bool) -> tuple[int, str]:
+def _may_be_direct(device: Device) -> bool:
+    """Whether single sectors can be written past the cache (O_DIRECT, open(2)), and a file has room for all of them.
+
+    The first is tried, since not every kernel knows it of what a loop device is over: disks with sectors of 4 KiB, ZFS.
+    The second, because the kernel takes a direct write that was cut short by a full filesystem for a whole one
+    (lo_complete_rq of drivers/block/loop.c).
+    """
+    if device.is_file and _space_left(device) < device.size - _allocated(device):
+        return False
+    try:
+        direct = os.open(f"/proc/self/fd/{device.descriptor}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        memory = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
+        return os.preadv(direct, [memory[SECTOR : 2 * SECTOR]], SECTOR) == SECTOR
+    except OSError:
+        return False
+    finally:
+        os.close(direct)
+
+
+def _attach(device: Device, read_only: bool, direct: bool) -> tuple[int, str]:
     flags = linux.LO_FLAGS_AUTOCLEAR | linux.LO_FLAGS_PARTSCAN
-    if read_only:
-        flags |= linux.LO_FLAGS_READ_ONLY  # and with the cache below, which reads ahead
-    elif device.is_file or linux.sector_size(device.descriptor) == SECTOR:
-        # What is written does not go through the cache a second time. A file that cannot have that goes without; of
-        # a device with larger sectors not every kernel knows that it cannot: older ones look at files only.
-        flags |= linux.LO_FLAGS_DIRECT_IO
+    flags |= linux.LO_FLAGS_READ_ONLY if read_only else 0
+    flags |= linux.LO_FLAGS_DIRECT_IO if direct else 0
     deadline = time.monotonic() + DEADLINE
     while True:
         try:

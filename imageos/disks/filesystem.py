@@ -135,6 +135,10 @@ def make_command(volume: Volume) -> list[str]:
     return FILESYSTEMS[volume.kind].make(volume.device, volume.uuid, label)
 
 
+class NotWritten(Failure):
+    """What has been written to a filesystem is not all on its device."""
+
+
 @contextmanager
 def mounted(device: str, path: str, kind: str, read_only: bool = False, options: str = "") -> Iterator[None]:
     """Mount `device`; what the guest's filesystem holds gets no power on the node (nosuid, nodev).
@@ -144,36 +148,59 @@ def mounted(device: str, path: str, kind: str, read_only: bool = False, options:
     flags = linux.MS_NOSUID | linux.MS_NODEV | (linux.MS_RDONLY if read_only else 0)
     own = FILESYSTEMS[kind].look_data if read_only else FILESYSTEMS[kind].mount_data
     data = ",".join(filter(None, [own, options]))
-    if kind == "btrfs":
-        _mount_btrfs(device, path, flags, data)
-    else:
-        _mount(device, path, kind, flags, data)
-    try:
-        with nullcontext() if read_only else _written(path, device):
-            yield
-    except BaseException:
-        # What was written is lost anyway: writing it back would only delay the end, by minutes on a slow disk.
-        if not read_only:
-            with suppress(OSError):
-                linux.shut_down_filesystem(path)
+    with nullcontext() if read_only else _metadata_written(device):
+        if kind == "btrfs":
+            _mount_btrfs(device, path, flags, data)
+        else:
+            _mount(device, path, kind, flags, data)
         try:
-            _unmount(path, device, kind)
-        except Failure as failure:
-            log.warning(str(failure))  # the last line belongs to the real cause
-        raise
-    _unmount(path, device, kind)
+            with nullcontext() if read_only else _files_written(device, path):
+                yield
+        except BaseException as failure:
+            # What was written is lost anyway: writing it back would only delay the end, by minutes on a slow disk.
+            if not (read_only or isinstance(failure, NotWritten)):
+                with suppress(OSError):
+                    linux.shut_down_filesystem(path)
+            try:
+                _unmount(path, device, kind)
+            except Failure as another:
+                log.warning(str(another))  # the last line belongs to the real cause
+            raise
+        _unmount(path, device, kind)
 
 
 @contextmanager
-def _written(path: str, device: str) -> Iterator[None]:
-    """In the end everything is on the device: umount(2) does not tell of what it could not write."""
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _metadata_written(device: str) -> Iterator[None]:
+    """What a filesystem writes of its own when it is unmounted is on the device in the end; umount(2) does not tell.
+
+    The device is open before, since some kernels forget an error with the last who has it open.
+    """
+    descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield
         try:
+            os.fsync(descriptor)
+        except OSError as error:
+            raise NotWritten(f"cannot write everything to {device}: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _files_written(device: str, path: str) -> Iterator[None]:
+    """The content of files is on the device in the end."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            yield
+        except NotWritten:  # of another filesystem of the guest: this one may be well
+            with suppress(OSError):
+                linux.sync_filesystem(directory)
+            raise
+        try:
             linux.sync_filesystem(directory)
         except OSError as error:
-            raise Failure(f"cannot write everything to {device}: {error.strerror}") from None
+            raise NotWritten(f"cannot write everything to {device}: {error.strerror}") from None
     finally:
         os.close(directory)
 
@@ -210,9 +237,10 @@ def writing_back(path: str) -> Iterator[None]:
 
     Programs of the guest keep a processor busy (ssh-keygen, update-grub) while the disk would have nothing to do.
     """
-    with output_of([["sync", "--file-system", path]]):
+    with output_of([["sync", "--file-system", path]]) as (_, finish):
         try:
             yield
+            finish()  # it may have been told of an error of which nobody else will be
         except BaseException:
             with suppress(OSError):
                 linux.shut_down_filesystem(path)  # nobody waits for what is lost anyway

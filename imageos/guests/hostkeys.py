@@ -44,15 +44,20 @@ def rsa_made_meanwhile(hostname: str) -> Iterator[GetKey]:
         return
     place = os.path.join(TEMPORARY, "rsa")
     with ExitStack() as stack:
-        _, finish = stack.enter_context(output_of([[*NEW_RSA, "-C", f"root@{hostname}", "-f", place]]))
+        try:
+            _, finish = stack.enter_context(output_of([[*NEW_RSA, "-C", f"root@{hostname}", "-f", place]]))
+        except Failure as failure:
+            log.debug(str(failure))
+            finish = None
 
         def key() -> Key | None:
             try:
-                finish()
-            except Failure as failure:
+                if finish:
+                    finish()
+                    return Key(_take(place), _take(f"{place}.pub"))
+            except (Failure, OSError, ValueError) as failure:
                 log.debug(str(failure))
-                return None
-            return Key(_take(place), _take(f"{place}.pub"))
+            return None
 
         yield key
 

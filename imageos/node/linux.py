@@ -41,13 +41,13 @@ CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1,
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
 CAPABILITY_VERSION_3 = 0x20080522
 # fs.h, loop.h, blkpg.h
-BLKROGET, BLKPG, BLKFLSBUF, BLKSSZGET, BLKGETSIZE64 = 0x125E, 0x1269, 0x1261, 0x1268, 0x80081272
+BLKROGET, BLKPG, BLKFLSBUF, BLKGETSIZE64 = 0x125E, 0x1269, 0x1261, 0x80081272
 BLKPG_ADD_PARTITION, BLKPG_DEL_PARTITION = 1, 2
 FS_IOC_SHUTDOWN, SHUTDOWN_NO_LOG_FLUSH = 0x8004587D, 2
 FITRIM = 0xC0185879
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10  # falloc.h
 F_SETPIPE_SZ = 1031  # fcntl.h; in Python's fcntl since 3.10
-LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LOOP_GET_STATUS64 = 0x4C82, 0x4C0A, 0x4C05
+LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LOOP_GET_STATUS64, LOOP_SET_DIRECT_IO = 0x4C82, 0x4C0A, 0x4C05, 0x4C08
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN, LO_FLAGS_DIRECT_IO = 1, 4, 8, 16
 # btrfs.h
 BTRFS_IOC_FORGET_DEV = 0x50009405
@@ -172,6 +172,11 @@ def configure_loop(loop: int, backing: int, flags: int, block_size: int = 512) -
     fcntl.ioctl(loop, LOOP_CONFIGURE, config)
 
 
+def use_cache(loop: int) -> None:
+    """Have an open loop device use the cache of what it is over, and no longer direct I/O."""
+    fcntl.ioctl(loop, LOOP_SET_DIRECT_IO, 0)
+
+
 def loop_backing(loop: int) -> tuple[int, int, int]:
     """st_dev, st_ino and st_rdev of the file that an open loop device is over; ENXIO if it is over none."""
     device, inode, rdevice = struct.unpack_from("=3Q", fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(232)))
@@ -238,12 +243,6 @@ def zero_device(device: int, start: int, length: int) -> None:
 def _fallocate(descriptor: int, mode: int, start: int, length: int) -> None:
     arguments = ctypes.c_int(mode | FALLOC_FL_KEEP_SIZE), ctypes.c_int64(start), ctypes.c_int64(length)
     _check(_libc.fallocate64(ctypes.c_int(descriptor), *arguments), "fallocate")
-
-
-def sector_size(descriptor: int) -> int:
-    """Bytes of a logical sector of an open block device: the unit of its reads and writes."""
-    size: int = struct.unpack("i", fcntl.ioctl(descriptor, BLKSSZGET, bytes(4)))[0]
-    return size
 
 
 def device_size(device: int) -> int:

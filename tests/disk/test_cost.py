@@ -26,7 +26,7 @@ PROGRAMS = {
     "sync": 1,  # begins to write back what was unpacked
 }
 SYNCS = {
-    "fsync": 3,  # old signatures wiped; the loop device and the disk
+    "fsync": 5,  # old signatures wiped; both partitions, the loop device and the disk
     "syncfs": 2,  # / and /boot: unmounting does not tell of what could not be written
 }
 CALLS = "execve,sync,syncfs,fsync,fdatasync,msync,nanosleep,clock_nanosleep"

@@ -47,3 +47,21 @@ def test_a_mount_with_the_name_of_a_loop_device(
     assert f"it is mounted at {place}" in node.create(guest.path).failed().last
     tool(node, "umount-disks", "--here", name).ok()
     assert run("losetup", "--associated", guest.path) == ""
+
+
+def test_what_the_operator_has_mounted_below(name: str, node: Node, small_tree: Path, tmp_path: Path) -> None:
+    """As one does before chroot(8): files and directories of the node, a tmpfs, and once more a part of the guest."""
+    guest = guestdisks.mbr(tmp_path / "guest.raw", small_tree, tmp_path)
+    place = Path(f"/tmp/{name}_root")
+    tool(node, "mount-disks", name, "--disk", str(guest.path)).ok()
+    own = tmp_path / "resolv.conf"
+    own.write_text("nameserver 192.0.2.1\n")
+    (place / "etc/resolv.conf").touch()
+    run("mount", "--bind", own, place / "etc/resolv.conf")
+    run("mount", "--bind", "/usr/share", place / "mnt")
+    run("mount", "-t", "tmpfs", "none", place / "run")
+    run("mount", "--bind", place / "etc", place / "home")
+    run("mount", "--bind", place / "etc/hostname", place / "etc/hosts")
+    tool(node, "umount-disks", "--here", name).ok()
+    assert not place.exists()
+    assert own.read_text() == "nameserver 192.0.2.1\n"

@@ -157,9 +157,8 @@ OTHERS = "there is another program that does the same"
 UNREADABLE = "sfdisk says 1 of a table that it cannot read; such a disk is left as it is"
 NO_ZSTD = "it is asked whether it knows zstd; zlib is good, too"
 CHECKED = "e2fsck says 1 when it has corrected something"
-AHEAD = {  # what is only begun early; in the end it is done in another way, and counts
+AHEAD = {  # what is begun early, and done in another way if that fails
     "ssh-keygen": "the guest's own makes all keys",
-    **{f"sync {how} at call 1": "the filesystem is synchronised once more" for how in ("fails", "killed at its end")},
 }
 GANETI = ("gnt-cluster", "gnt-instance")
 SSH = ("gnt-cluster", "ssh")

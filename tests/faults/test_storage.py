@@ -19,7 +19,7 @@ import backups
 import pytest
 from backups import is_disarmed
 from cases import CASES, Case, apart, tool
-from support import MIB, PATH, Node, attached, digest, partitions, run, signatures
+from support import MIB, PATH, Node, attached, digest, mounted, partitions, run, signatures
 
 MakeDisk = Callable[..., Path]
 AT_ONCE = 3
@@ -189,45 +189,54 @@ def test_stream_that_cannot_be_written(node: Node, sources: Path, tmp_path: Path
         call.announced()
 
 
-def test_full_filesystem_below_what_a_hook_writes(node: Node, sources: Path, tmp_path: Path) -> None:
-    """What is written last is written back last: when the filesystem is taken away, which itself tells of no error."""
-    room = tmp_path / "room"
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_full_filesystem_below_what_a_hook_writes(kind: str, node: Node, sources: Path, tmp_path: Path) -> None:
+    """What is written last is written back last: when the filesystem is taken away, which itself tells of no error.
+
+    At 24000 KiB of ext4 a write is cut short, which a loop device takes for a whole one.
+    """
+    room, content = tmp_path / "room", b"x" * (8 * MIB)
     room.mkdir()
-    node.hook("big", "#!/bin/sh\nhead -c 20M /dev/urandom >$TARGET/big\n")
-    for mib in (9, 12, 16, 24, 64):
-        with space(room, mib) as disk:
-            result = CASES["create tarball"].call(apart(node, tmp_path / str(mib)), disk, PATH)
-            if mib == 64:
-                result.ok()
-                continue
-            assert result.status == 1 and "internal error" not in result.log, f"{mib} MiB: {result.log}"
-            assert signatures(disk) == [], f"{mib} MiB: {result.log}"
+    node.hook("big", "#!/bin/sh\nset -e\nmkdir $TARGET/many; cd $TARGET/many; seq 3000 | xargs touch\n"
+                     "head -c 8M /dev/zero | tr '\\0' x >$TARGET/big\n")  # fmt: skip
+    statuses = []
+    for kib in (12000, 18000, 21000, 23800, 24000, 26000, 400000):
+        with space(room, kib, 500) as disk:
+            here = apart(node, tmp_path / str(kib))
+            result = here.call("create", here.environment(disk, OSP_IMAGE_NAME="plain", OSP_FILESYSTEM=kind))
+            statuses.append(result.status)
+            assert "internal error" not in result.log, f"{kib} KiB: {result.log}"
+            run("mount", "-o", "remount,size=500m", room)
+            if result.status == 0:
+                with mounted(disk, tmp_path / "root", partitions(disk)[-1], options="rw") as root:
+                    assert len(os.listdir(root / "many")) == 3000, f"{kib} KiB: {result.log}"
+                    assert (root / "big").read_bytes() == content, f"{kib} KiB: {result.log}"
+    assert statuses[0] == 1 and statuses[-1] == 0
 
 
 def test_full_filesystem_below_what_is_mounted(node: Node, sources: Path, tmp_path: Path) -> None:
     name = f"inst{os.getpid()}.example.org"
     room = tmp_path / "room"
     room.mkdir()
-    with space(room, 64) as disk:
+    with space(room, 64 << 10) as disk:
         run("cp", "--sparse=always", sources / "guest.raw", disk)
         tool(node, PATH, "mount-disks", name, "--disk", str(disk)).ok()
         run("mount", "-o", f"remount,size={disk.stat().st_blocks // 2 + 2048}k", room)
         run("sh", "-c", f"head -c 20M /dev/urandom >/tmp/{name}_root/big")
         result = tool(node, PATH, "umount-disks", "--here", name)
-        assert result.status == 1 and result.lines[-1].startswith("imageos: cannot write everything to /dev/loop")
-        assert "umount-disks again" in result.lines[-2]
-        tool(node, PATH, "umount-disks", "--here", name)
-        assert not Path(f"/tmp/{name}_root").exists()
+        assert result.status == 1 and "what was written last" in result.lines[-1], result.log
+        assert "is lost" in result.lines[-1], result.log
+        assert not Path(f"/tmp/{name}_root").is_mount()
 
 
 @contextmanager
-def space(room: Path, mib: int) -> Iterator[Path]:
-    """A sparse disk of 160 MiB on a filesystem of `mib`."""
-    run("mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", room)
+def space(room: Path, kib: int, mib: int = 160) -> Iterator[Path]:
+    """A sparse disk of `mib` on a filesystem of `kib`."""
+    run("mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", room)
     try:
         disk = room / "disk"
         disk.touch()
-        os.truncate(disk, 160 * MIB)
+        os.truncate(disk, mib * MIB)
         yield disk
     finally:
         run("umount", room)

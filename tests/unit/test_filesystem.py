@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -267,3 +268,54 @@ def test_another_instance_was_quicker(twins: Callable[..., Twins], monkeypatch: 
     monkeypatch.setattr("imageos.disks.filesystem.linux.mount", mount)
     filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
     assert kernel.done == ["mounted"]
+
+
+# The end of a mount: what the kernel is asked, in order. That it answers so: tests/faults/test_storage.py
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Leave two nested mounts by `how`, the sync of `failing` being refused; what was asked of the kernel."""
+
+    def leave(how: Exception | None, *failing: str) -> list[str]:
+        calls: list[str] = []
+
+        def note(call: str, path: str) -> None:
+            calls.append(f"{call} {Path(path).name}")
+
+        def sync(directory: int) -> None:
+            path = Path(f"/proc/self/fd/{directory}").readlink()
+            note("sync", str(path))
+            if path.name in failing:
+                raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(filesystem, "_mount", lambda device, path, *_: None)
+        monkeypatch.setattr(filesystem, "_metadata_written", lambda device: nullcontext())
+        monkeypatch.setattr(filesystem.linux, "umount", lambda path, *_: note("umount", path))
+        monkeypatch.setattr(filesystem.linux, "shut_down_filesystem", lambda path: note("shut down", path))
+        monkeypatch.setattr(filesystem.linux, "sync_filesystem", sync)
+        for name in ("root", "boot"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        expected = how or (filesystem.NotWritten("") if failing else None)
+        root = filesystem.mounted("/dev/loop7p2", str(tmp_path / "root"), "ext4")
+        boot = filesystem.mounted("/dev/loop7p1", str(tmp_path / "boot"), "ext4")
+        with pytest.raises(type(expected)) if expected else nullcontext(), root, boot:
+            if how:
+                raise how
+        return calls
+
+    return leave
+
+
+def test_unmounting_after_all_is_written(asked: Callable[..., list[str]]) -> None:
+    assert asked(None) == ["sync boot", "umount boot", "sync root", "umount root"]
+
+
+def test_unmounting_after_a_failure_does_not_wait(asked: Callable[..., list[str]]) -> None:
+    assert asked(RuntimeError()) == ["shut down boot", "umount boot", "shut down root", "umount root"]
+
+
+def test_one_filesystem_that_cannot_be_written_is_no_loss_of_the_other(asked: Callable[..., list[str]]) -> None:
+    assert asked(None, "boot") == ["sync boot", "umount boot", "sync root", "umount root"]
+    assert asked(None, "boot", "root") == ["sync boot", "umount boot", "sync root", "umount root"]
+    assert asked(None, "root") == ["sync boot", "umount boot", "sync root", "umount root"]
