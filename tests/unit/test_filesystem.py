@@ -13,6 +13,7 @@ import pytest
 from imageos.disks import filesystem, layout
 from imageos.disks.filesystem import FILESYSTEMS, Volume
 from imageos.disks.layout import MIB, Layout
+from imageos.node import linux
 from imageos.node.mounts import Mount
 
 EXT2 = "none,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
@@ -291,9 +292,9 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
 
         monkeypatch.setattr(filesystem, "_mount", lambda device, path, *_: None)
         monkeypatch.setattr(filesystem, "_metadata_written", lambda device: nullcontext())
-        monkeypatch.setattr(filesystem.linux, "umount", lambda path, *_: note("umount", path))
-        monkeypatch.setattr(filesystem.linux, "shut_down_filesystem", lambda path: note("shut down", path))
-        monkeypatch.setattr(filesystem.linux, "sync_filesystem", sync)
+        monkeypatch.setattr(linux, "umount", lambda path, *_: note("umount", path))
+        monkeypatch.setattr(linux, "shut_down_filesystem", lambda path: note("shut down", path))
+        monkeypatch.setattr(linux, "sync_filesystem", sync)
         for name in ("root", "boot"):
             (tmp_path / name).mkdir(exist_ok=True)
         expected = how or (filesystem.NotWritten("") if failing else None)
