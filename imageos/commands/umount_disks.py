@@ -79,7 +79,7 @@ def unmount(name: str) -> None:
     if lost:
         raise Failure(
             f"what was written last to {', '.join(mount.place for mount in lost)} is lost: its disk could not take it",
-            hint=f"nothing of instance {name} is mounted any more; see the kernel's log (dmesg) for what is wrong",
+            hint=f"see the kernel's log (dmesg); umount-disks {name} again has Ganeti deactivate the disks",
         )
     log.info(f"nothing of instance {name} is mounted" + (f" at {place} any more" if there else ""))
 
