@@ -23,14 +23,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from leftovers import Leftovers  # noqa: E402
-from support import Node, Result, private_mounts, run  # noqa: E402
+from support import Call, Node, Result, private_mounts, run  # noqa: E402
 
 TESTS = Path(__file__).resolve().parent
 CACHE = TESTS.parent / ".cache"
 BASE = Path("/var/cache")
 PREFIX = "imageos-tests."
 PR_SET_CHILD_SUBREAPER = 36
-PATIENCE = 5  # seconds that the kernel gets to take things away
+PATIENCE = 20  # seconds that the kernel gets to take things away
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -113,6 +113,8 @@ def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     if left:
         report = "\n".join(left.describe())
         left.remove()
+        for process in Call.unburied:
+            process.wait()
         pytest.fail(f"left behind:\n{report}", pytrace=False)
 
 

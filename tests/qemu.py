@@ -19,8 +19,8 @@ from pathlib import Path
 # second boot of Linux 6.12 panics; without the feature Linux does not use the instruction.
 CPU = "max,-cx16"
 OVMF = "/usr/share/OVMF"
-DEADLINE = 600  # seconds from power on; a Debian guest takes 25 to 60 on an idle core, 90 with cloud-init
-PATIENCE = 20  # seconds between the report and the prompt
+DEADLINE = 1200  # seconds from power on; a Debian guest takes 25 to 60 on an idle core, 90 with cloud-init
+PATIENCE = 120  # seconds between the report and the prompt
 # What a guest says that will not come up any more.
 HOPELESS = re.compile(
     r"Kernel panic|\(initramfs\)|grub rescue>|^grub> |No bootable device|Boot failed: not a bootable"

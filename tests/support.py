@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
+from typing import IO, ClassVar, Union
 
 TESTS = Path(__file__).resolve().parent
 MIB = 1 << 20
@@ -26,9 +26,11 @@ SITE = Path("/etc/ganeti/instance-image")
 DEFAULTS = Path("/etc/default/ganeti-instance-image")
 PATH = "/sbin:/bin:/usr/sbin:/usr/bin"  # Ganeti's
 CLONE_NEWNS = 0x00020000
+HANGS = 300.0  # seconds after which a wait is taken for one without end: no measure of speed, machines may be busy
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Name = Union[str, "os.PathLike[str]"]
+Stream = Union[int, IO[bytes], None]
 
 
 def run(*argv: Name, check: bool = True, text: str = "") -> str:
@@ -46,10 +48,10 @@ def recorded(name: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
 
 
-def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + HANGS
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        assert time.monotonic() < deadline, f"not within {HANGS} s: {what}"
         time.sleep(0.02)
 
 
@@ -96,9 +98,20 @@ class Result:
 
 class Call:
     """A script started as Ganeti starts it: only `environment`, cwd = directory of the script, umask 077,
-    stdin a pipe at EOF, stdout and stderr one log file. It leads a process group of its own."""
+    stdin a pipe at EOF, stdout and stderr one log file; or the streams that are given. It leads a process group."""
 
-    def __init__(self, script: Path, environment: Mapping[str, str], log: Path, arguments: Sequence[str] = ()) -> None:
+    unburied: ClassVar[list[subprocess.Popen[bytes]]] = []  # what a failed test may leave
+
+    def __init__(
+        self,
+        script: Path,
+        environment: Mapping[str, str],
+        log: Path,
+        arguments: Sequence[str] = (),
+        stdin: Stream = None,
+        stdout: Stream = None,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
         self.log_file = log
         self.started = time.monotonic()
         reader, writer = os.pipe()
@@ -109,39 +122,43 @@ class Call:
                     [str(script), *arguments],
                     env=dict(environment),
                     cwd=script.parent,
-                    stdin=reader,
-                    stdout=output,
+                    stdin=reader if stdin is None else stdin,
+                    stdout=output if stdout is None else stdout,
                     stderr=output,
                     start_new_session=True,
                     preexec_fn=_umask_077,
+                    pass_fds=pass_fds,
                 )
         finally:
             os.close(reader)
+        self.unburied.append(self.process)
 
     def log(self) -> str:
         return self.log_file.read_bytes().decode("ascii", "strict")
 
-    def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+    def wait_for(self, condition: Callable[[], object], what: str) -> None:
         """Wait for something that happens while the call runs."""
 
         def happened() -> bool:
             assert self.process.poll() is None, f"ended while we waited: {what}\n{self.log()}"
             return bool(condition())
 
-        wait_until(happened, seconds, what)
+        wait_until(happened, what)
 
     def kill(self, number: int, group: bool = False) -> None:
         (os.killpg if group else os.kill)(self.process.pid, number)
 
-    def result(self, seconds: float = 120) -> Result:
+    def result(self, interrupted: bool = False) -> Result:
+        """`interrupted`: SIGINT may have come while Python itself started, which shows where."""
         try:
-            status = self.process.wait(seconds)
+            status = self.process.wait(HANGS)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            raise AssertionError(f"not finished within {seconds} s\n{self.log()}") from None
+            raise AssertionError(f"not finished within {HANGS} s\n{self.log()}") from None
         log = self.log()  # fails unless it is ASCII
-        assert "Traceback (most recent call last)" not in log, log
+        ours = "imageos/site-packages" in log or not interrupted
+        assert "Traceback (most recent call last)" not in log or not ours, log
         return Result(status if status >= 0 else 128 - status, log, time.monotonic() - self.started)
 
 
@@ -213,17 +230,15 @@ class Node:
         log = self.work / f"{command}-{self.calls}.log"
         return Call(self.os_dir / command, environment, log, arguments)
 
-    def call(self, command: str, environment: Mapping[str, str], *arguments: str, seconds: float = 120) -> Result:
+    def call(self, command: str, environment: Mapping[str, str], *arguments: str) -> Result:
         before = listing(self.layer)
-        result = self.start(command, environment, *arguments).result(seconds)
+        result = self.start(command, environment, *arguments).result()
         written = {path for path, entry in listing(self.layer).items() if before.get(path) != entry}
         assert not written, f"{command} wrote to the node's /etc: {written}\n{result.log}"
         return result
 
-    def create(
-        self, disk: Name, *more_disks: Name, env: str = "create", seconds: float = 120, **overrides: object | None
-    ) -> Result:
-        return self.call("create", self.environment(disk, *more_disks, env=env, **overrides), seconds=seconds)
+    def create(self, disk: Name, *more_disks: Name, env: str = "create", **overrides: object | None) -> Result:
+        return self.call("create", self.environment(disk, *more_disks, env=env, **overrides))
 
     @staticmethod
     def write(path: Path, text: str) -> None:

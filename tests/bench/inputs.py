@@ -52,7 +52,7 @@ def _make(node: Node, source: Path, directory: Path) -> None:
     with disk.open("xb") as file:
         file.truncate(DISK)
     node.defaults(f"IMAGE_DIR={directory}\nBOOT_SIZE=256")
-    node.create(disk, OSP_IMAGE_NAME="bench", seconds=300).ok()
+    node.create(disk, OSP_IMAGE_NAME="bench").ok()
     boot, _, root = partitions(disk)
     with mounted(disk, directory / "mnt", root) as tree:
         used = os.statvfs(tree)

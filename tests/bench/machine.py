@@ -59,11 +59,11 @@ def by_hand(work: Path, script: str, **variables: object) -> float:
     path.chmod(0o755)
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
     environment.update((name, str(value)) for name, value in variables.items())
-    return Call(path, environment, work / "by-hand.log").result(900).ok().seconds
+    return Call(path, environment, work / "by-hand.log").result().ok().seconds
 
 
 def seconds(call: Call) -> float:
-    return call.result(900).ok().seconds
+    return call.result().ok().seconds
 
 
 def pipe(argv: Sequence[str], environment: dict[str, str], source: Path, sink: Path) -> float:

@@ -79,7 +79,7 @@ def deploy(node: Node, guest: Guest, disk: Path, *more: Path, env: str = "create
             **guest.settings,
         }.items()
     }
-    return node.create(disk, *more, env=env, seconds=300, **parameters).ok().log
+    return node.create(disk, *more, env=env, **parameters).ok().log
 
 
 def check(guest: Guest, facts: Facts, disk: Path, image: Debian) -> None:

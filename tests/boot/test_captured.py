@@ -24,14 +24,12 @@ def test_a_sealed_disk_image_boots(node: Node, tmp_path: Path) -> None:
         with disk.open("xb") as file:
             file.truncate(mib * MIB)
     (SITE / "hooks/grub").chmod(0o755)
-    node.create(first, env="create-kvm-network", seconds=300, OSP_IMAGE_NAME="bookworm").ok()
+    node.create(first, env="create-kvm-network", OSP_IMAGE_NAME="bookworm").ok()
     (SITE / "hooks/grub").chmod(0o644)  # the boot loader comes with the image
     words = ["ganeti-image", "-t", "qemu-img", "-i", "inst1", "--disk", str(first), "-n", "template", "--seal"]
-    Call(node.imageos, {"PATH": PATH}, tmp_path / "capture.log", words).result(300).ok()
+    Call(node.imageos, {"PATH": PATH}, tmp_path / "capture.log", words).result().ok()
     assert (node.images / "template-x86_64.qcow2").stat().st_size < 400 * MIB
-    log = node.create(
-        second, env="create-kvm-network", seconds=300, OSP_IMAGE_NAME="template", OSP_IMAGE_TYPE="qcow2"
-    ).ok()
+    log = node.create(second, env="create-kvm-network", OSP_IMAGE_NAME="template", OSP_IMAGE_TYPE="qcow2").ok()
     assert "grew" in log.log
     with booting(second, tmp_path / "console") as console:
         console.wait_for(r"^Debian GNU/Linux 12 inst1 ttyS0$", r"^inst1 login: ")

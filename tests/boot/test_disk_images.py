@@ -99,7 +99,7 @@ def deploy(node: Node, guest: Guest, source: BootDisk, target: Path, **more: str
 def create(node: Node, target: Path, **parameters: str | None) -> str:
     with target.open("xb") as file:
         file.truncate(DISK_SIZE * MIB)
-    return node.create(target, env="create-kvm-network", seconds=300, **parameters).ok().log
+    return node.create(target, env="create-kvm-network", **parameters).ok().log
 
 
 def boot(disks: Sequence[tuple[Path, str]], macs: Sequence[str] = ()) -> list[Facts]:

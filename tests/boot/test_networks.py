@@ -55,7 +55,7 @@ def work(tmp_path: Path) -> Iterator[Path]:
 def deploy(node: Node, flavour: str, disk: Path) -> str:
     with disk.open("xb") as file:
         file.truncate(2048 * MIB)
-    return node.create(disk, env="create-kvm-network", seconds=300, OSP_IMAGE_NAME=flavour, **NICS).ok().log
+    return node.create(disk, env="create-kvm-network", OSP_IMAGE_NAME=flavour, **NICS).ok().log
 
 
 def check(facts: Facts) -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from support import MIB, Name, Node, Result, run
+from support import MIB, Call, Name, Node, Result, Stream, run
 
 MARKER = b"deleted, but still on the disk\n"
 
@@ -30,32 +27,16 @@ class Export:
         return self.stream.stat().st_size
 
 
-class Running:
-    """A call whose stream the test has in its hand. It leads a process group, as Ganeti's child does."""
+class Running(Call):
+    """A call whose stream the test has in its hand, and with the pipe that the size is announced in."""
 
-    def __init__(self, node: Node, command: str, environment: dict[str, str], stdin: Any, stdout: Any) -> None:
+    def __init__(self, node: Node, command: str, environment: dict[str, str], stdin: Stream, stdout: Stream) -> None:
         node.calls += 1
-        self.log = node.work / f"{command}-{node.calls}.log"
+        log = node.work / f"{command}-{node.calls}.log"
         self.size_reader, writer = os.pipe()
-        self.started = time.monotonic()
-        script = node.os_dir / command
-        with self.log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [script], env={**environment, "EXP_SIZE_FD": str(writer)}, cwd=script.parent, stdin=stdin,
-                stdout=output if stdout is None else stdout, stderr=output, start_new_session=True, pass_fds=[writer],
-                preexec_fn=lambda: os.umask(0o077) and None,
-            )  # fmt: skip
+        environment = {**environment, "EXP_SIZE_FD": str(writer)}
+        super().__init__(node.os_dir / command, environment, log, (), stdin, stdout, pass_fds=[writer])
         os.close(writer)
-
-    def result(self, seconds: float = 120) -> Result:
-        try:
-            status = self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            raise AssertionError(f"not finished within {seconds} s\n{self.log.read_text()}") from None
-        log = self.log.read_bytes().decode("ascii")
-        assert "Traceback (most recent call last)" not in log, log
-        return Result(status if status >= 0 else 128 - status, log, time.monotonic() - self.started)
 
     def announced(self) -> str:
         """Read to its end: as long as anybody has it open, Ganeti waits."""
@@ -69,7 +50,7 @@ def environment(node: Node, action: str, disk: Name, index: int = 0, **more: obj
     return values
 
 
-def start_export(node: Node, disk: Name, stdout: Any, index: int = 0, **more: object) -> Running:
+def start_export(node: Node, disk: Name, stdout: Stream, index: int = 0, **more: object) -> Running:
     return Running(node, "export", environment(node, "export", disk, index, **more), subprocess.DEVNULL, stdout)
 
 

@@ -89,7 +89,7 @@ def test_path_that_is_no_disk(kind: str, node: Node, tmp_path: Path) -> None:
         "dangling link": lambda: path.symlink_to("/nonexistent/volume"),
         "empty": lambda: path.write_bytes(b""),
     }[kind]()
-    node.create(path, DISK_0_SIZE=160, seconds=20).failed("0 bytes" if kind == "empty" else str(path))
+    node.create(path, DISK_0_SIZE=160).failed("0 bytes" if kind == "empty" else str(path))
     assert kind != "empty" or path.read_bytes() == b""
 
 
@@ -241,7 +241,7 @@ def test_image_that_is_no_file(kind: str, node: Node, disk: MakeDisk) -> None:
     }[kind]()
     target = disk()
     before = digest(target)
-    node.create(target, OSP_IMAGE_NAME="odd", seconds=30).failed(f"odd-{trees.ARCH}")
+    node.create(target, OSP_IMAGE_NAME="odd").failed(f"odd-{trees.ARCH}")
     assert digest(target) == before
 
 
@@ -384,7 +384,7 @@ def test_file_that_fails_when_run(text: str, node: Node, disk: MakeDisk) -> None
 def test_endless_defaults_file_is_a_fifo(node: Node, disk: MakeDisk) -> None:
     DEFAULTS.unlink()
     os.mkfifo(DEFAULTS)
-    result = node.start("create", node.environment(disk())).result(20)
+    result = node.start("create", node.environment(disk())).result()
     result.failed(str(DEFAULTS))
 
 

@@ -208,7 +208,7 @@ def test_something_else_where_a_file_is_expected(
         file.symlink_to(file.name)
     trees.tarball(tree, node.images / f"strange-{trees.ARCH}.tar.gz")
     target = disk()
-    result = node.create(target, OSP_IMAGE_NAME="strange", seconds=30)
+    result = node.create(target, OSP_IMAGE_NAME="strange")
     if result.status == 0:
         with mounted(target, tmp_path / "root", partitions(target)[-1]) as made:
             assert (made / name).is_file()

@@ -220,7 +220,7 @@ def test_hook_that_cannot_be_started(text: str, node: Node, disk: MakeDisk) -> N
 )
 def test_hook_that_leaves_a_process(daemon: str, node: Node, disk: MakeDisk) -> None:
     node.hook("daemon", f"#!/bin/sh\n{daemon}\nsleep 0.2\nexit 0\n")
-    result = node.create(disk(), seconds=20).ok()
+    result = node.create(disk()).ok()
     assert [
         line
         for line in result.lines
@@ -294,12 +294,11 @@ def test_debug_shows_commands(node: Node, disk: MakeDisk) -> None:
 def test_hooks_do_not_see_another_create(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
     """TARGET is mounted for this run only: the node and its other processes see nothing of it."""
     gate = tmp_path / "gate"
-    node.hook("wait", f"#!/bin/sh\necho target $TARGET; touch {gate}\nwhile [ -e {gate} ]; do sleep 0.05; done\n")
+    node.hook("wait", f"#!/bin/sh\ntouch {gate}; echo target $TARGET\nwhile [ -e {gate} ]; do sleep 0.05; done\n")
     call = node.start("create", node.environment(disk()))
-    call.wait_for(gate.exists, "the hook runs")
-    target = re.search(r"target (\S+)", call.log())
-    assert target
-    assert target[1] not in Path("/proc/self/mounts").read_text()
+    call.wait_for(lambda: re.search(r"target \S+\n", call.log()), "the hook has said where")
+    (target,) = re.findall(r"target (\S+)\n", call.log())
+    assert target not in Path("/proc/self/mounts").read_text()
     gate.unlink()
     call.result().ok()
 

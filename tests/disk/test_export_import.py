@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -644,12 +643,10 @@ def test_export_is_killed(number: signal.Signals, group: bool, node: Node, large
     os.close(writer)
     os.read(reader, 1000)
     (os.killpg if group else os.kill)(call.process.pid, number)
-    started = time.monotonic()
     with open(reader, "rb") as stream:
         stream.read()
     call.announced()
-    result = call.result(5)
-    assert time.monotonic() - started < 2
+    result = call.result()
     assert result.status == 128 + number
 
 
@@ -667,7 +664,7 @@ def test_import_is_killed(
         stream.flush()
         os.kill(call.process.pid, number)
         call.announced()
-        assert call.result(5).status == 128 + number
+        assert call.result().status == 128 + number
     assert not signatures(target)
     assert number == signal.SIGKILL or is_disarmed(target, backup[1])
 
@@ -786,7 +783,7 @@ def test_create_waits_for_nobody(node: Node, disk: MakeDisk) -> None:
     os.read(reader, 1000)
     node.create(source).failed("in use")
     os.kill(call.process.pid, signal.SIGKILL)
-    call.result(5)
+    call.result()
     os.close(reader)
     call.announced()
     node.create(source).ok()

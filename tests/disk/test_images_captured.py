@@ -477,7 +477,7 @@ def test_killed(
         call = start(node, disk, kind, path=f"{fake.parent}:{PATH}")
         call.wait_for(here.exists, f"in {tool}")
         call.kill(number)
-        assert call.result(5).status == 128 + number
+        assert call.result().status == 128 + number
         assert os.listdir(node.images) == []
     capture(node, disk, kind).ok()
 

@@ -349,7 +349,6 @@ def test_hostile_table(build: Callable[[Path], None], node: Node, disk: MakeDisk
     build(tmp_path / "image")
     target = disk(100)
     result = deploy(node, tmp_path / "image", target).failed()
-    assert result.seconds < 30
     assert "partition" in result.last or "no root" in result.last
     assert_disarmed(target)
 
@@ -385,7 +384,6 @@ def test_fstab_that_is_no_file(node: Node, disk: MakeDisk, small_tree: Path, tmp
             (root / "etc/fstab").unlink()
             run(*special, root / "etc/fstab")
         result = deploy(node, guest.path, disk(200))
-        assert result.seconds < 30
         if result.status:
             assert "/etc/fstab" in result.last or "no root" in result.last
 

@@ -29,7 +29,7 @@ def test_is_seen_and_removed(kind: str, machine: list[Path], before: Leftovers, 
         disk.truncate(MIB)
     if kind == "orphan":
         subprocess.run(["sh", "-c", "setsid sleep 1000 & exit 0"], check=True)
-        wait_until(lambda: "sleep 1000" in str(Leftovers(machine, base).minus(before).describe()), 5, "it is sleep")
+        wait_until(lambda: "sleep 1000" in str(Leftovers(machine, base).minus(before).describe()), "it is sleep")
     elif kind == "mount":
         run("mount", "-t", "tmpfs", "left", tmp_path / "here")
     elif kind == "bind mount":

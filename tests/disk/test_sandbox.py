@@ -97,8 +97,7 @@ def test_a_guest_program_that_does_not_end_is_ended(node: Node, disk: MakeDisk) 
     path = node.work / "probe"
     path.write_text("busybox sleep 1000 & busybox sleep 1000\n")
     node.hook("probe", HOOK.format(probe=path))
-    result = node.create(disk(), seconds=30).failed("hook probe", "1 s")
-    assert result.seconds < 10
+    node.create(disk()).failed("hook probe", "1 s")
 
 
 @pytest.mark.parametrize("name", ["dev", "proc"])

@@ -51,11 +51,11 @@ def stopped_in(node: Node, disk: MakeDisk, images: Path, tmp_path: Path) -> Call
     yield start
 
 
-def assert_ended(call: Call, number: int, seconds: float = 3) -> None:
+def assert_ended(call: Call, number: int) -> None:
     """Ended with 128+n (a shell's view of SIGKILL) in time; and what it started is gone."""
-    result = call.result(seconds)
+    result = call.result()
     assert result.status == 128 + number, result.log
-    wait_until(lambda: not session(call.process.pid), 3, "all processes of the call are gone")
+    wait_until(lambda: not session(call.process.pid), "all processes of the call are gone")
 
 
 def session(leader: int) -> list[str]:
@@ -131,8 +131,8 @@ def test_signal_after_the_last_write(
         (tmp_path / "waiting").unlink()
         fcntl.flock(loop, fcntl.LOCK_SH)  # had when the create has let go of it
         call.kill(signal.SIGTERM)
-        wait_until(lambda: not pending(call, signal.SIGTERM), 3, "the supervisor has passed it on")
-    result = call.result(3).ok()
+        wait_until(lambda: not pending(call, signal.SIGTERM), "the supervisor has passed it on")
+    result = call.result().ok()
     assert result.log.splitlines()[-1].endswith("is ready to boot")
     assert partitions(target)[-1].content["TYPE"] == "ext4"
 
@@ -158,7 +158,7 @@ def test_block_device_is_free_after_kill(node: Node, disk: MakeDisk, tmp_path: P
         call.wait_for(here.exists, "the hook runs")
         call.kill(signal.SIGKILL)
         assert_ended(call, signal.SIGKILL)
-        wait_until(lambda: exclusively(device), 3, "the volume is free")
+        wait_until(lambda: exclusively(device), "the volume is free")
 
 
 def exclusively(device: Path) -> bool:

@@ -48,7 +48,7 @@ MORE = {
     "usr/bin/ssh-keygen": "#!/bin/sh\n",
     "usr/lib/grub/i386-pc/modinfo.sh": "",
 }
-SLOW = 10.0  # seconds
+SLOW = 60.0  # seconds
 GIB = 1 << 30
 
 

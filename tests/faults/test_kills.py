@@ -10,8 +10,11 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Optional
 
 import backups
 import pytest
@@ -20,39 +23,21 @@ from backups import is_disarmed
 from cases import Case, apart, asked, tool
 from support import MIB, PATH, Call, Node, Result, digest, partitions, run, signatures, wait_until
 
-from imageos import cluster
-
 KILLS = int(os.environ.get("IMAGEOS_KILLS", "100"))
-AT_ONCE = 2
 SOON = 3.0  # seconds
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 # The partitions (start, size) of the disk when it is done
 PLACES = {"create": [(MIB, 24 * MIB), (25 * MIB, 8 * MIB), (33 * MIB, 127 * MIB)], "import": [(MIB, 100 * MIB)]}
 SHARES = {"create": 50, "import": 30, "export": 20}  # percent
+Attempt = Callable[[Path, Optional[signal.Signals], float], Result]  # directory, signal, seconds before it
 
 
 @pytest.mark.parametrize("command", SHARES)
 def test_killed_at_any_moment(command: str, node: Node, sources: Path, tmp_path: Path) -> None:
-    usual = min(kill(command, apart(node, tmp_path / f"usual{n}"), sources, None, 0).seconds for n in range(2))
-    generator = random.Random(command)
-    plans = [
-        (generator.choice(SIGNALS), generator.uniform(0, 1.1 * usual))
-        for _ in range(max(1, KILLS * SHARES[command] // 100))
-    ]
+    def attempt(work: Path, number: signal.Signals | None, moment: float) -> Result:
+        return kill(command, apart(node, work), sources, number, moment)
 
-    def attempt(number: int) -> str:
-        work = tmp_path / str(number)
-        try:
-            kill(command, apart(node, work), sources, *plans[number])
-        except AssertionError as error:
-            return f"{plans[number][0].name} after {plans[number][1]:.3f} s: {error}"
-        run("rm", "-r", work)
-        return ""
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = [text for text in pool.map(attempt, range(len(plans))) if text]
-    print(f"{command}: {len(plans)} kills within {1.1 * usual:.1f} s")
-    assert not found, "\n".join(found)
+    at_random_moments(attempt, KILLS * SHARES[command] // 100, command, tmp_path, at_once=2)
 
 
 @pytest.mark.parametrize("how", ["--disk", "here", "elsewhere"])
@@ -60,22 +45,41 @@ def test_killed_at_any_moment(command: str, node: Node, sources: Path, tmp_path:
 def test_tool_is_killed_at_any_moment(
     command: str, how: str, node: Node, sources: Path, ganeti: None, tmp_path: Path
 ) -> None:
-    usual = min(kill_tool(command, how, apart(node, tmp_path / f"usual{n}"), sources, None, 0) for n in range(2))
-    generator = random.Random(command + how)
-    kills = max(1, KILLS // 5 if how == "--disk" else KILLS // 10)
-    for number in range(kills):
-        signum, moment = generator.choice(SIGNALS), generator.uniform(0, 1.1 * usual)
-        here = apart(node, tmp_path / str(number))
+    def attempt(work: Path, number: signal.Signals | None, moment: float) -> Result:
+        return kill_tool(command, how, apart(node, work), sources, number, moment)
+
+    at_random_moments(attempt, KILLS // (5 if how == "--disk" else 10), command + how, tmp_path, at_once=1)
+
+
+def at_random_moments(attempt: Attempt, kills: int, seed: str, work: Path, at_once: int) -> None:
+    """All are answered well, and but for a few, since the machine may have other work, soon."""
+    usual = min(attempt(work / f"usual{n}", None, 0).seconds for n in range(2))
+    generator = random.Random(seed)
+    plans = [(generator.choice(SIGNALS), generator.uniform(0, 1.1 * usual)) for _ in range(max(1, kills))]
+
+    def one(number: int) -> float | str:
+        """Seconds from the signal to the end, or what is wrong."""
+        signum, moment = plans[number]
         try:
-            kill_tool(command, how, here, sources, signum, moment)
+            answer = attempt(work / str(number), signum, moment).seconds
         except AssertionError as error:
-            raise AssertionError(f"{signum.name} after {moment:.3f} s: {error}") from None
-        run("rm", "-r", here.work)
-    print(f"{command} {how}: {kills} kills within {1.1 * usual:.1f} s")
+            return f"{signum.name} after {moment:.3f} s: {error}"
+        run("rm", "-r", work / str(number))
+        return answer
+
+    with ThreadPoolExecutor(at_once) as pool:
+        answers = list(pool.map(one, range(len(plans))))
+    found = [answer for answer in answers if isinstance(answer, str)]
+    assert not found, "\n".join(found)
+    times = sorted(answer for answer in answers if isinstance(answer, float))
+    print(f"{seed}: {len(plans)} kills within {1.1 * usual:.1f} s; the slowest answer took {times[-1]:.1f} s")
+    assert times[len(times) * 9 // 10] < SOON, times
 
 
-def kill_tool(command: str, how: str, node: Node, sources: Path, number: signal.Signals | None, moment: float) -> float:
-    """One call; how long it took."""
+def kill_tool(
+    command: str, how: str, node: Node, sources: Path, number: signal.Signals | None, moment: float
+) -> Result:
+    """One call that gets a signal at a moment; without a signal, one that gets to its end."""
     disk = Case(backups.restore, source="guest.raw").disk(node.work / "disk", sources)
     images = node.work / "captured"
     images.mkdir()
@@ -84,17 +88,8 @@ def kill_tool(command: str, how: str, node: Node, sources: Path, number: signal.
     arguments = [command, *([] if command == "mount-disks" else options), *name]
     before = digest(disk)
     call = Call(node.imageos, {"PATH": PATH}, node.work / "log", arguments)
-    if number is not None:
-        time.sleep(moment)
-        call.kill(number)
-    try:
-        result = call.result(60 if number is None else SOON)
-    except AssertionError:
-        if number == signal.SIGINT and "Traceback" in call.log() and "site-packages" not in call.log():
-            return 0.0  # while Python itself started
-        raise
-    assert result.status in (0, 128 + (number or 0)), f"status {result.status}\n{result.log}"
-    wait_until(lambda: not alive(call.process.pid), SOON, "all processes of the call are gone")
+    result = ended(call, number, moment)
+    assert result.status in expected(result, number), f"status {result.status}\n{result.log}"
     if known:
         told = result.status in (0, 128 + signal.SIGKILL) or f"umount-disks {known.name}" in result.log
         assert told or not known.left(), f"{known.left()}\n{result.log}"
@@ -108,8 +103,8 @@ def kill_tool(command: str, how: str, node: Node, sources: Path, number: signal.
         for image in images.glob("*.tar.*[!6]"):  # whole if it is there
             assert run("sha256sum", image).split()[0] in Path(f"{image}.sha256").read_text()
         assert number is not None or len(os.listdir(images)) == 2
-    wait_until(lambda: not attached_to(disk), SOON, f"no loop device is left\n{result.log}")
-    return result.seconds
+    wait_until(lambda: not attached_to(disk), f"no loop device is left\n{result.log}")
+    return result
 
 
 def test_ganeti_hangs(node: Node, sources: Path, ganeti: None, tmp_path: Path) -> None:
@@ -124,7 +119,7 @@ def test_ganeti_hangs(node: Node, sources: Path, ganeti: None, tmp_path: Path) -
     call = Call(here.imageos, {"PATH": f"{fake.parent}:{PATH}"}, here.work / "log", ["mount-disks", name])
     call.wait_for(waiting.exists, "the disks are activated")
     call.kill(signal.SIGTERM)
-    result = call.result(cluster.PATIENCE + SOON)
+    result = call.result()
     assert result.status == 128 + signal.SIGTERM
     assert "gnt-instance: not finished after" in result.log and f"umount-disks {name}" in result.log, result.log
     tool(here, PATH, "umount-disks", name).ok()
@@ -140,8 +135,8 @@ def kill(command: str, node: Node, sources: Path, number: signal.Signals | None,
     if number is None or result.status == 0:
         assert result.status == 0, result.log
         return result
-    assert result.status == (1 if "Could not import runpy" in result.log else 128 + number), f"{result}"
-    wait_until(lambda: not attached_to(disk), SOON, f"no loop device is left\n{result.log}")
+    assert result.status in expected(result, number), f"{result}"
+    wait_until(lambda: not attached_to(disk), f"no loop device is left\n{result.log}")
     if exporting:
         assert digest(disk) == before, "export has changed the disk"
     elif digest(disk) != before and not is_whole(command, result, disk, sources):
@@ -151,6 +146,11 @@ def kill(command: str, node: Node, sources: Path, number: signal.Signals | None,
     if not exporting:
         assert partitions(disk)[-1].content["TYPE"] == "ext4"
     return result
+
+
+def expected(result: Result, number: signal.Signals | None) -> tuple[int, ...]:
+    """Python's status is 1 when SIGINT comes while it imports what runs the archive."""
+    return (1,) if "Could not import runpy" in result.log else (0, 128 + (number or 0))
 
 
 def is_whole(command: str, result: Result, disk: Path, sources: Path) -> bool:
@@ -167,33 +167,27 @@ def begins_like(disk: Path, other: Path) -> bool:
 
 
 def called(command: str, node: Node, sources: Path, disk: Path, number: signal.Signals | None, moment: float) -> Result:
-    log = node.work / f"log{time.monotonic_ns()}"
+    node.calls += 1
     environment = node.environment(disk, OSP_IMAGE_NAME="small")
     source = Path("/dev/null")
     if command != "create":
         environment = backups.environment(node, command, disk)
         source = sources / "stream" if command == "import" else source
     environment.pop("EXP_SIZE_FD", None)
-    script = node.os_dir / command
-    with log.open("wb") as output, source.open("rb") as stdin, (node.work / "out").open("wb") as stream:
-        started = time.monotonic()
-        process = subprocess.Popen(
-            [script], env=environment, cwd=script.parent, stdin=stdin,
-            stdout=stream if command == "export" else output, stderr=output, start_new_session=True,
-        )  # fmt: skip
-        if number is not None:
-            time.sleep(moment)
-            process.send_signal(number)
-        try:
-            status = process.wait(SOON if number is not None else 60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError(f"not ended after {SOON} s: {log.read_text()}") from None
-    wait_until(lambda: not alive(process.pid), SOON, f"all processes of the call are gone: {alive(process.pid)}")
-    text = log.read_bytes().decode("ascii")
-    # SIGINT may come while Python itself starts
-    assert "Traceback" not in text or (number == signal.SIGINT and "imageos/site-packages" not in text), text
-    return Result(status if status >= 0 else 128 - status, text, time.monotonic() - started)
+    with source.open("rb") as stdin, (node.work / "out").open("wb") as stream:
+        stdout = stream if command == "export" else None
+        call = Call(node.os_dir / command, environment, node.work / f"log{node.calls}", stdin=stdin, stdout=stdout)
+        return ended(call, number, moment)
+
+
+def ended(call: Call, number: signal.Signals | None, moment: float) -> Result:
+    """Its end, and that of all that it has started; the seconds are those from the signal, if there is one."""
+    if number is not None:
+        time.sleep(moment)
+        call.kill(number)
+    result = call.result(interrupted=number == signal.SIGINT)
+    wait_until(lambda: not alive(call.process.pid), f"all processes of the call are gone: {alive(call.process.pid)}")
+    return replace(result, seconds=result.seconds - (moment if number is not None else 0))
 
 
 def alive(session: int) -> list[str]:

@@ -91,7 +91,7 @@ def write(program: Path, text: str) -> None:
     program.write_text(text)
     program.chmod(0o755)
     with program.open() as file:
-        wait_until(lambda: leased(file.fileno()), 10, f"{program} is closed")
+        wait_until(lambda: leased(file.fileno()), f"{program} is closed")
 
 
 def leased(descriptor: int) -> bool:

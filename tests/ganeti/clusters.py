@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from support import PATH, TESTS, run
+from support import HANGS, PATH, TESTS, run
 
 CLUSTER = TESTS / "ganeti/one-node-cluster"
 OS_DIR = "/usr/share/ganeti/os/image"
@@ -51,13 +51,13 @@ class Cluster:
             finally:
                 process.kill()
 
-    def run(self, script: str, seconds: float = 120) -> str:
+    def run(self, script: str) -> str:
         """All that the script printed. It stops at the first command that fails, and that fails the test."""
         with self.running(script) as (process, log):
             with suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
+                process.wait(HANGS)
             text = log.read_text(errors="backslashreplace")
-            assert process.returncode is not None, f"not finished within {seconds} s\n{text}"
+            assert process.returncode is not None, f"not finished within {HANGS} s\n{text}"
         assert process.returncode == 0, text
         return text
 

@@ -94,7 +94,7 @@ def test_export_is_killed(signal: str, cluster: Cluster, prepared: str) -> None:
         gnt-backup export -n node1.example.org inst1.example.org
         for file in {EXPORTS}/inst1.example.org/*-*-*; do tar -tf $file >/dev/null; done
     """
-    log = cluster.run(script, seconds=240)
+    log = cluster.run(script)
     assert "ENDED" in between(log, "WAIT"), log
     assert between(log, "LEFT") == "", log
 
@@ -129,7 +129,7 @@ def test_eight_at_once(cluster: Cluster, prepared: str) -> None:
         echo LOG; cat /var/log/ganeti/os/add*inst1[1-8]*; echo LOG
         echo LEFT; leftovers; echo LEFT
     """
-    log = cluster.run(script, seconds=300)
+    log = cluster.run(script)
     assert between(log, "LIST").count("ADMIN_down") == 9, log
     assert between(log, "LOG").count("is ready to boot") == 8, log
     assert between(log, "LEFT") == "", log

@@ -84,7 +84,7 @@ def test_captured_and_deployed(cluster: Cluster, prepared: str) -> None:
         done
         echo COUNT; wc -l </srv/inst1; echo COUNT
     """
-    log = cluster.run(script, seconds=240)
+    log = cluster.run(script)
     for what in ("DUMP", "DISK", "TAR"):
         status, lines = said(log, what)
         assert status == 0, log
@@ -137,7 +137,7 @@ def test_bad_input(cluster: Cluster, prepared: str) -> None:
         say HELP make-qemu-img --help
         echo FILES; ls -A {IMAGES} /srv/small; echo FILES
     """
-    log = cluster.run(script, seconds=300)
+    log = cluster.run(script)
     for n, (command, message) in enumerate(BAD.items()):
         status, lines = said(log, f"TRY{n}")
         assert status == 1 and lines[-1].startswith(message), f"{command}\n{log}"

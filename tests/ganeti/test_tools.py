@@ -146,7 +146,7 @@ def test_bad_input(cluster: Cluster, prepared: str) -> None:
         rm /var/lib/ganeti/ssconf_master_node
         say NOCLUSTER mount-disks inst1
     """
-    log = cluster.run(script, seconds=240)
+    log = cluster.run(script)
     for n, (command, message) in enumerate(BAD.items()):
         assert last(log, f"TRY{n}") == message, command
         assert said(log, f"LEFT{n}") == (0, []), command
