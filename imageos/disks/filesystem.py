@@ -148,13 +148,13 @@ def mounted(device: str, path: str, kind: str, read_only: bool = False, options:
     flags = linux.MS_NOSUID | linux.MS_NODEV | (linux.MS_RDONLY if read_only else 0)
     own = FILESYSTEMS[kind].look_data if read_only else FILESYSTEMS[kind].mount_data
     data = ",".join(filter(None, [own, options]))
-    with nullcontext() if read_only else _metadata_written(device):
+    with nullcontext() if read_only else _written(device, device, os.fsync):  # the metadata, after unmounting
         if kind == "btrfs":
             _mount_btrfs(device, path, flags, data)
         else:
             _mount(device, path, kind, flags, data)
         try:
-            with nullcontext() if read_only else _files_written(device, path):
+            with nullcontext() if read_only else _written(device, path, linux.sync_filesystem):
                 yield
         except BaseException as failure:
             # What was written is lost anyway: writing it back would only delay the end, by minutes on a slow disk.
@@ -170,39 +170,25 @@ def mounted(device: str, path: str, kind: str, read_only: bool = False, options:
 
 
 @contextmanager
-def _metadata_written(device: str) -> Iterator[None]:
-    """What a filesystem writes of its own when it is unmounted is on the device in the end; umount(2) does not tell.
+def _written(device: str, path: str, sync: Callable[[int], None]) -> Iterator[None]:
+    """What `sync` of `path` sees to is on the device in the end; umount(2) does not tell.
 
-    The device is open before, since some kernels forget an error with the last who has it open.
+    `path` is open from the beginning, since some kernels forget an error with the last who has it open.
     """
-    descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            raise NotWritten(f"cannot write everything to {device}: {error.strerror}") from None
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _files_written(device: str, path: str) -> Iterator[None]:
-    """The content of files is on the device in the end."""
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
             yield
         except NotWritten:  # of another filesystem of the guest: this one may be well
             with suppress(OSError):
-                linux.sync_filesystem(directory)
+                sync(descriptor)
             raise
         try:
-            linux.sync_filesystem(directory)
+            sync(descriptor)
         except OSError as error:
             raise NotWritten(f"cannot write everything to {device}: {error.strerror}") from None
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 @contextmanager
