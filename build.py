@@ -57,10 +57,13 @@ BUILD_TOOLS = (
 TEST_TOOLS = (
     *BUILD_TOOLS,
     "pytest==8.4.2",
+    "pytest-xdist==3.8.0",  # a worker for each core
     "hypothesis==6.141.1",  # properties of the parsers
     "mypy==1.19.1",  # linters run as tests, and another version finds other faults
     "ruff==0.17.6",
 )
+# For all tests; the tiers that fill the machine alone are one worker's (tests/conftest.py).
+WORKERS = ("--numprocesses=2", "--dist=loadgroup")
 
 
 @dataclass(frozen=True)
@@ -361,7 +364,7 @@ def test(arguments: list[str]) -> int:
     install_packages(TEST_NEEDS)
     python = virtual_environment(TEST_TOOLS)
     build()
-    command = [str(python), "-m", "pytest", *arguments]
+    command = [str(python), "-m", "pytest", *(arguments or WORKERS)]
     say(f"running {shlex.join(command)}")
     # Not run(): its output is for the reader, as it comes.
     status = subprocess.run(command, cwd=CHECKOUT).returncode

@@ -29,6 +29,11 @@ TESTS = Path(__file__).resolve().parent
 CACHE = TESTS.parent / ".cache"
 BASE = Path("/var/cache")
 PREFIX = "imageos-tests."
+ALONE = {
+    "boot",  # its guests come in pairs, one for each core
+    "build",  # makes dist and the caches of packages
+    "ganeti",  # eight daemons each
+}
 PR_SET_CHILD_SUBREAPER = 36
 PATIENCE = 20  # seconds that the kernel gets to take things away
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -54,6 +59,15 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return f"{argname} of {len(val)}" if isinstance(val, (str, bytes)) and len(val) > 100 else None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, a tier that needs more than one core or a place of its own is for one of them."""
+    for item in items:
+        tier = item.path.relative_to(TESTS).parts[0]
+        if tier in ALONE:
+            item.add_marker(pytest.mark.xdist_group(tier))
+
+
 # The view of the machine
 
 
@@ -66,8 +80,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
         return
     private_mounts()
     base = tmp_path_factory.getbasetemp()
+    own = BASE / base.relative_to(BASE).parts[0] if base.is_relative_to(BASE) else base  # shared with other workers
     CACHE.mkdir(exist_ok=True)
-    writable = (base, Path("/run"), CACHE)  # also while the root is not
+    writable = (own, Path("/run"), CACHE)  # also while the root is not
     for top in writable:
         run("mount", "--bind", top, top)
     layers = tmp_path_factory.mktemp("layers")

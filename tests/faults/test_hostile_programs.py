@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import platform
 import shutil
@@ -11,11 +12,13 @@ import socket
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trees
-from support import Call, Node, run
+from leftovers import descendants
+from support import Call, Node, run, wait_until
 from test_sandbox import HOOK
 
 from imageos import log, outcome
@@ -251,14 +254,39 @@ def test_disk_is_filled(perl_node: Node, disk: MakeDisk) -> None:
 
 def test_no_group_is_left(perl_node: Node, disk: MakeDisk) -> None:
     """Not even by a killed run, after the next."""
-    call = hostile(perl_node, disk(), "sleep 100", 100)
-    call.wait_for(groups, "a program of the guest runs")
-    assert all("imageos." in name for name in groups())
+    call = hostile(perl_node, disk(), "sleep 1000", 1000)
+
+    def inside() -> list[Path]:
+        family = descendants(call.process.pid)
+        return [path for path in groups() if any(int(pid) in family for pid in members(path))]
+
+    call.wait_for(inside, "a program of the guest runs")
+    assert stale(inside()) == []
     call.kill(9)
     call.result()
     hostile(perl_node, disk(), "print 1").result().ok()
-    assert groups() == []
+    wait_until(lambda: not stale(groups()), "no group is left that nobody uses")
 
 
-def groups() -> list[str]:
-    return [str(path) for top in cgroup.HIERARCHIES for path in Path(top).glob(f"{cgroup.PREFIX}*")]
+def groups() -> list[Path]:
+    return [path for top in cgroup.HIERARCHIES for path in Path(top).glob(f"{cgroup.PREFIX}*")]
+
+
+def members(group: Path) -> list[str]:
+    with suppress(OSError):  # it has been removed
+        return (group / "cgroup.procs").read_text().split()
+    return []
+
+
+def stale(found: list[Path]) -> list[Path]:
+    """Those that no run has any more: each has a lock on its own."""
+    left = []
+    for path in found:
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.append(path)
+            finally:
+                os.close(descriptor)
+    return left

@@ -19,7 +19,7 @@ say() {{
   echo "$what"; {{ "$@" 2>&1 && status=0 || status=$?; echo "status $status"; }}; echo "$what"
 }}
 left() {{
-  losetup --list --noheadings --output NAME,BACK-FILE | grep -e file-storage -e 'ganeti-instance-image/#' || true
+  losetup --list --noheadings --output NAME,BACK-FILE | grep -E '/srv/ganeti/file|ganeti-instance-image/#' || true
   grep -e /srv/ganeti/file /proc/self/mountinfo || true
   ls -d /run/imageos-disks-* /run/imageos/* 2>/dev/null || true
   gnt-instance list --no-headers --separator=' ' -o name,disks_active --filter 'admin_state == "down"' | grep Y || true

@@ -28,7 +28,7 @@ say() {
   echo "$what"; { "$@" 2>&1 && status=0 || status=$?; echo "status $status"; }; echo "$what"
 }
 left() {
-  losetup --list --noheadings --output NAME,BACK-FILE | grep file-storage || true
+  losetup --list --noheadings --output NAME,BACK-FILE | grep /srv/ganeti/file-storage || true
   grep -F org_root /proc/self/mountinfo || true
   ls -d /tmp/*.org_root /tmp/mount.* /run/imageos-disks-* /run/imageos/* 2>/dev/null || true
   gnt-instance list --no-headers --separator=' ' -o name,disks_active --filter 'admin_state == "down"' | grep Y || true
