@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -172,25 +172,39 @@ def restore_dumps(
         with targets.opened(
             isolation.TARGET, instance.short_name, guest_disk(attached.path, volumes), known.guest_timeout
         ) as root:
-            names = [restore_dump(source, member, root) for member in members]
-            if "root.dump" not in names:
-                raise Failure("the archive in the stream holds no root.dump")
+            restore_both(source, members, root, {volume.mount_point for volume in volumes})
             fit(root, volumes)
         disk.use_cache(attached)
         stack.close()
         disk.flush(device, attached.descriptor)
 
 
-def restore_dump(source: Source, member: Member, root: Target) -> str:
-    """Unpack one dump(8) into its directory of the guest."""
-    if member.name not in legacy.DUMPS:
-        raise Failure(f"the archive in the stream holds '{member.name}', which is no backup")
-    place = legacy.DUMPS[member.name]
-    root.mkdir(place)
-    with log.phase(f"restored {member.name}"), root.directory(place) as directory:
-        legacy.unpack_dump(source, member, directory)
-    root.remove(os.path.join(place, dump.SYMBOL_TABLE))
-    return member.name
+def restore_both(source: Source, members: Iterable[Member], root: Target, mounted: Collection[str]) -> None:
+    """Unpack root.dump and boot.dump, in any order, each where nothing is (see images.dump)."""
+    aside = f"/.imageos-{os.urandom(6).hex()}"  # what the other dump cannot know
+    boot = "/boot" if "/boot" in mounted else aside
+    done: list[str] = []
+    for member in members:
+        if member.name not in legacy.DUMPS:
+            raise Failure(f"the archive in the stream holds '{member.name}', which is no backup")
+        if member.name in done:
+            raise Failure(f"the archive in the stream holds {member.name} twice")
+        place = boot if member.name == "boot.dump" else "/"
+        root.mkdir(place)
+        with log.phase(f"restored {member.name}"), ExitStack() as stack:
+            directory = stack.enter_context(root.directory(place))
+            if member.name == "boot.dump":
+                dump.check_untouched("boot.dump of the backup", directory)
+            elif done:
+                directory = stack.enter_context(filesystem.alone(directory))
+            legacy.unpack_dump(source, member, directory)
+        root.remove(os.path.join(place, dump.SYMBOL_TABLE))
+        done.append(member.name)
+    if "root.dump" not in done:
+        raise Failure("the archive in the stream holds no root.dump")
+    if "boot.dump" in done and boot == aside:
+        root.mkdir("/boot")
+        root.rename(aside, "/boot")
 
 
 def fit(root: Target, volumes: tuple[Volume, ...]) -> None:

@@ -203,6 +203,20 @@ def mounted_somewhere(device: str, kind: str, read_only: bool = False, options: 
             os.rmdir(directory)
 
 
+@contextmanager
+def alone(directory: str) -> Iterator[str]:
+    """The filesystem at `directory` without what is mounted below it, at a place that is given."""
+    place = tempfile.mkdtemp(prefix="alone.", dir=os.environ.get("TMPDIR"))
+    try:
+        linux.mount(directory, place, None, linux.MS_BIND)
+        try:
+            yield place
+        finally:
+            linux.umount(place)
+    finally:
+        os.rmdir(place)
+
+
 def mount_all(stack: ExitStack, volumes: Iterable[Volume], top: str, read_only: bool = False) -> None:
     """Mount the volumes of a guest, its root at `top`, until `stack` is left."""
     for volume in sorted(volumes, key=lambda one: one.mount_point):

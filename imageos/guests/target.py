@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import itertools
 import os
 import shutil
 import stat
@@ -24,6 +25,7 @@ from imageos.run import run
 MIB = 1 << 20
 READ_LIMIT = MIB  # bytes; a configuration file that is larger is not one
 READ_TOTAL = 256 * MIB  # of all files together: a directory may have a link to one file a million times
+MOST_NAMES = 1_000_000  # in a directory that is listed
 LINK_LIMIT = 40  # as the kernel's own
 PROGRAM_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -112,9 +114,12 @@ class Target:
                 return []
             raise _failure("list", directory, error) from None
         try:
-            names = os.listdir(descriptor)
+            with os.scandir(descriptor) as entries:
+                names = [entry.name for entry in itertools.islice(entries, MOST_NAMES + 1)]
         finally:
             os.close(descriptor)
+        if len(names) > MOST_NAMES:
+            raise Failure(f"the guest's {directory} holds more than {MOST_NAMES} names")
         return [f"{directory}/{found}" for found in sorted(names) if fnmatch.fnmatchcase(found, name)]
 
     @contextmanager
@@ -165,6 +170,14 @@ class Target:
         """Make a directory and those above it, where they are missing."""
         with self._parent(path.rstrip("/") + "/.", make=True, mode=mode):
             pass
+
+    def rename(self, old: str, new: str) -> None:
+        """Move `old`, a link itself, to where a file, a link or an empty directory may be."""
+        with self._parent(old, follow=False) as (from_, name), self._parent(new, follow=False) as (to, new_name):
+            try:
+                os.rename(name, new_name, src_dir_fd=from_, dst_dir_fd=to)
+            except OSError as error:
+                raise _failure("replace", new, error) from None
 
     def symlink(self, text: str, path: str) -> None:
         """Make `path` itself a link with the content `text`, in the place of a link or file."""

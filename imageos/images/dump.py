@@ -1,4 +1,8 @@
-"""Images made by dump(8): one of the root filesystem, and one of /boot where the guest has it apart."""
+"""Images made by dump(8): one of the root filesystem, and one of /boot where the guest has it apart.
+
+restore(8) follows links that it finds. So each dump gets a place where nothing is: a link of an earlier one would lead
+it out of the guest.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 from imageos import log
+from imageos.disks import filesystem
 from imageos.errors import Failure
 from imageos.images.imagefile import Image, beginning, check_stages, feed, limit_memory, too_large
 from imageos.run import Finished, require
@@ -51,11 +56,15 @@ def check(image: Image) -> None:
 
 def deploy(image: Image, directory: str) -> None:
     """Restore the root and, below it, /boot, where both are mounted already."""
-    _restore(image, directory)
     boot = f"{directory}/boot"
     if image.boot:
+        with filesystem.alone(directory) as root:  # what was hidden under the mount point of /boot stays hidden
+            _restore(image, root)
+        check_untouched(image.boot.path, boot)
         _restore(image.boot, boot)
-    elif os.path.ismount(boot) and not set(os.listdir(boot)) - {"lost+found"}:
+        return
+    _restore(image, directory)
+    if os.path.ismount(boot) and not set(os.listdir(boot)) - {"lost+found"}:
         raise Failure(
             f"image {image.path} has nothing for /boot, and there is no {boot_path(image.path)}",
             hint="make both with make-dump, or set kernel_path so that there is no /boot",
@@ -75,6 +84,15 @@ def _restore(image: Image, directory: str) -> None:
     os.unlink(f"{directory}/{SYMBOL_TABLE}")
 
 
+def check_untouched(path: str, directory: str) -> None:
+    """Failure if something is where the dump `path` is to go, but for an empty lost+found and mounts."""
+    for name in os.listdir(directory):
+        place = f"{directory}/{name}"
+        is_own = name == "lost+found" and not os.path.islink(place) and not os.listdir(place)
+        if not (is_own or os.path.ismount(place)):
+            raise Failure(f"{path} cannot be restored: {name} is where it is to go, from another dump")
+
+
 def watch(path: str) -> Callable[[str], None]:
     """What listens to restore, and ends it with a Failure when it will not end by itself: 3 of 100 truncated dumps."""
     lines = itertools.count(1)
@@ -88,10 +106,10 @@ def watch(path: str) -> Callable[[str], None]:
 
 def judge(image: Image, directory: str, finished: Sequence[Finished]) -> None:
     """Fail unless restore, the last of the stages `finished`, has put everything of the image into `directory`."""
-    filesystem = os.statvfs(directory)
+    status = os.statvfs(directory)
     said = [line for line in finished[-1].stderr.splitlines() if line.strip() and not HARMLESS.search(line)]
-    if filesystem.f_bavail == 0 or any("No space left" in line for line in said):
-        raise too_large(image, "the filesystem", filesystem.f_blocks * filesystem.f_frsize)
+    if status.f_bavail == 0 or any("No space left" in line for line in said):
+        raise too_large(image, "the filesystem", status.f_blocks * status.f_frsize)
     damage = [line for line in said if DAMAGE.search(line)]
     check_stages(image, finished)
     if damage:

@@ -7,6 +7,7 @@ import io
 import lzma
 import os
 import resource
+import shutil
 import struct
 import subprocess
 import tarfile
@@ -19,7 +20,8 @@ import backups
 import guestdisks
 import pytest
 import trees
-from support import MIB, Node, attached, digest, run
+from backups import is_disarmed
+from support import MIB, Node, attached, digest, mounted, partitions, run
 
 MakeDisk = Callable[..., Path]
 
@@ -146,6 +148,67 @@ def test_members_of_every_kind(node: Node, disk: MakeDisk, small_tree: Path, tmp
     assert sorted(os.listdir(canary)) == ["file"]
     assert (canary / "file").read_text() == "of the node\n"
     assert (canary / "file").stat().st_mode & 0o777 == 0o640 and (canary / "file").stat().st_nlink == 1
+
+
+@pytest.fixture
+def evil_dumps(small_tree: Path, tmp_path: Path) -> Path:
+    """root.dump and boot.dump, each with links to a canary in whose place the other one has a directory or a file."""
+    canary, work = tmp_path / "canary", tmp_path / "evil"
+    for path in (canary, work):
+        path.mkdir()
+    (canary / "file").write_text("of the node\n")
+    guest = guestdisks.ancestor(work / "disk", small_tree, work)
+    boot, root = guestdisks.place(guest.path, 1), guestdisks.place(guest.path, 3)
+    with mounted(guest.path, work / "mnt", root, "rw") as top:
+        (top / "boot/grub").symlink_to(canary)
+        (top / "boot/restoresymtable").symlink_to(canary / "file")
+        (top / "boot/sub").mkdir()
+        (top / "boot/sub/evil").write_text("evil")
+    with mounted(guest.path, work / "mnt", boot, "rw") as top:
+        (top / "grub").mkdir()
+        (top / "grub/evil").write_text("evil")
+        (top / "sub").symlink_to(canary)
+    for name, part in (("root", root), ("boot", boot)):
+        assert part
+        with attached(guest.path, part.start, part.size) as device:
+            run("dump", "-0", "-q", "-f", work / f"{name}.dump", device)
+    return work
+
+
+def assert_as_it_was(canary: Path) -> None:
+    assert {path.name: path.read_text() for path in canary.iterdir()} == {"file": "of the node\n"}
+
+
+def test_dump_over_links_of_another(node: Node, disk: MakeDisk, evil_dumps: Path, tmp_path: Path) -> None:
+    """What the root's dump has under the mount point of /boot stays under it."""
+    for name in ("root", "boot"):
+        shutil.copy(evil_dumps / f"{name}.dump", node.images / f"evil-{trees.ARCH}-{name}.dump")
+    target = disk()
+    node.create(target, OSP_IMAGE_NAME="evil", OSP_IMAGE_TYPE="dump").ok()
+    assert_as_it_was(tmp_path / "canary")
+    boot, _, root = partitions(target)
+    with mounted(target, tmp_path / "mnt", boot) as top:
+        assert (top / "grub/evil").read_text() == "evil" and (top / "sub").is_symlink()
+    with mounted(target, tmp_path / "mnt", root) as top:
+        assert (top / "boot/sub/evil").read_text() == "evil" and (top / "boot/grub").is_symlink()
+
+
+@pytest.mark.parametrize("order", [["boot.dump", "root.dump"], ["root.dump", "boot.dump"], ["root.dump", "root.dump"]])
+@pytest.mark.parametrize("kernel_path", [None, "/boot/vmlinuz"])
+def test_dump_of_a_backup_over_links_of_another(
+    order: list[str], kernel_path: str | None, node: Node, disk: MakeDisk, evil_dumps: Path, tmp_path: Path
+) -> None:
+    """With /boot on its own partition, and in the root filesystem."""
+    stream, target = tmp_path / "stream", disk()
+    names = [f"./{name}" for name in order]
+    run("tar", "--create", "--file", stream, "--directory", evil_dumps, "--no-recursion", "--hard-dereference", *names)
+    result = backups.restore(node, stream, target, INSTANCE_HV_kernel_path=kernel_path)
+    assert_as_it_was(tmp_path / "canary")
+    if order == ["boot.dump", "root.dump"] and not kernel_path:
+        result.ok()
+    else:
+        result.failed("twice" if order[0] == order[1] else "/boot" if kernel_path else "boot.dump")
+        assert is_disarmed(target, [])
 
 
 @pytest.mark.parametrize("offset", [1024 + 0x18, 1024 + 0x20, 1024 + 0x28, 1024 + 0x4, 1024 + 0xFE, 4096, 4100])

@@ -509,6 +509,27 @@ def test_which(guest: Path, target: Target) -> None:
     assert target.which("missing") is None
 
 
+def test_directory_without_end(guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imageos.guests.target.MOST_NAMES", 3)
+    (guest / "etc/many").mkdir(parents=True)
+    for number in range(4):
+        assert len(target.glob("/etc/many/*")) == number
+        (guest / f"etc/many/{number}").touch()
+    with pytest.raises(Failure, match="the guest's /etc/many holds more than 3 names"):
+        target.glob("/etc/many/*.cfg")
+
+
+def test_rename(guest: Path, target: Target) -> None:
+    for name in ("old", "empty", "full"):
+        (guest / name).mkdir()
+    (guest / "full/file").touch()
+    (guest / "old/file").touch()
+    with pytest.raises(Failure, match="cannot replace the guest's /full"):
+        target.rename("/old", "/full")
+    target.rename("/old", "/empty")
+    assert (guest / "empty/file").exists() and not (guest / "old").exists()
+
+
 def test_glob(guest: Path, target: Target) -> None:
     (guest / "etc/ssh").mkdir(parents=True)
     for name in ("ssh_host_b", "ssh_host_a", "sshd_config", ".ssh_host_c", "new\nline"):
