@@ -23,6 +23,7 @@ from imageos.node.mounts import Mount
 from imageos.run import run
 
 DEADLINE = 10.0  # seconds to wait for the kernel or udev
+GLANCE = 0.5  # seconds that udev may have a disk locked which has just appeared or been written to, to look at it
 # Both ends of a disk or partition hold everything that a tool could recognise: partition tables and
 # their backups, superblocks of filesystems (btrfs at 64 KiB), LVM and RAID metadata.
 SIGNATURES = MIB
@@ -91,11 +92,20 @@ def attached(device: Device, read_only: bool = False, direct: bool = False) -> I
     with ExitStack() as stack:
         descriptor, path = _attach(device, read_only, direct and _may_be_direct(device))
         stack.callback(os.close, descriptor)
+        backing = _backing(path)
         # udev leaves a locked disk alone: without this, partition nodes vanish for a moment whenever
         # somebody closes the disk after writing
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not read_only:
+            stack.callback(_restore, descriptor)
         yield Attached(path, descriptor, device.size)
-    _await_detached(path)
+    _await_detached(path, backing)
+
+
+def _restore(loop: int) -> None:
+    """Undo what a program of the guest may have done to the loop device, whose node it has."""
+    with suppress(OSError):
+        linux.restore_loop(loop)
 
 
 def use_cache(disk: Attached) -> None:
@@ -116,6 +126,7 @@ def let_go(path: str) -> Iterator[None]:
         for descriptor in descriptors:
             stack.callback(os.close, descriptor)
         _, _, number = linux.loop_backing(descriptors[0])
+        backing = _backing(path)
         read_only = linux.is_read_only(descriptors[0])
         yield
         for node, descriptor in zip(nodes, descriptors):  # an error of a partition is told to who has that open
@@ -125,7 +136,7 @@ def let_go(path: str) -> Iterator[None]:
                 raise Failure(
                     f"{node}: what was written last is lost: {error.strerror}", hint="see the kernel's log (dmesg)"
                 ) from None
-    _await_detached(path)
+    _await_detached(path, backing)
     if number and not read_only:
         name = os.path.basename(os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"))
         node = f"/dev/{name.replace('!', '/')}"
@@ -218,6 +229,7 @@ def disarmed_on_failure(device: Device, disk: Attached) -> Iterator[None]:
         yield
     except BaseException:
         try:
+            _restore(disk.descriptor)
             _drop_mounts(disk)
             _wipe_all(disk, _kernel_partitions(disk).values())
             flush(device, disk.descriptor)
@@ -281,12 +293,16 @@ def _open_exclusively(path: str, read_only: bool, is_file: bool) -> int:
     if not (is_file or read_only) and linux.is_read_only(descriptor):
         os.close(descriptor)
         raise Failure(f"disk {path} is read-only")
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise _in_use(path, "another process has locked it") from None
-    return descriptor
+    deadline = time.monotonic() + GLANCE
+    while True:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise _in_use(path, "another process has locked it") from None
+        time.sleep(0.005)
 
 
 def _check_not_mounted(path: str) -> None:
@@ -401,11 +417,18 @@ def _attach(device: Device, read_only: bool, direct: bool) -> tuple[int, str]:
                 raise Failure(f"disk {device.path}: cannot attach {path}: {error.strerror}") from None
 
 
-def _await_detached(loop: str) -> None:
-    _wait(
-        lambda: not os.path.exists(f"/sys/block/{os.path.basename(loop)}/loop/backing_file"),
-        f"{loop} is still attached to its disk after {DEADLINE:.0f} s",
-    )
+def _backing(loop: str) -> str:
+    """What sysfs says that a loop device is attached to; empty if it is not."""
+    try:
+        with open(f"/sys/block/{os.path.basename(loop)}/loop/backing_file", "rb") as file:
+            return os.fsdecode(file.read())
+    except OSError:
+        return ""
+
+
+def _await_detached(loop: str, backing: str) -> None:
+    """Until the loop device is not attached to `backing`; to another disk it may be, by whoever was quicker."""
+    _wait(lambda: _backing(loop) != backing, f"{loop} is still attached to its disk after {DEADLINE:.0f} s")
 
 
 def _is_free(path: str) -> bool:

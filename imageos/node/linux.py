@@ -47,7 +47,9 @@ FS_IOC_SHUTDOWN, SHUTDOWN_NO_LOG_FLUSH = 0x8004587D, 2
 FITRIM = 0xC0185879
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10  # falloc.h
 F_SETPIPE_SZ = 1031  # fcntl.h; in Python's fcntl since 3.10
-LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LOOP_GET_STATUS64, LOOP_SET_DIRECT_IO = 0x4C82, 0x4C0A, 0x4C05, 0x4C08
+LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LOOP_GET_STATUS64, LOOP_SET_STATUS64 = 0x4C82, 0x4C0A, 0x4C05, 0x4C04
+LOOP_SET_DIRECT_IO = 0x4C08
+LOOP_INFO = "=5Q4I64s64s32s2Q"  # struct loop_info64
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN, LO_FLAGS_DIRECT_IO = 1, 4, 8, 16
 # btrfs.h
 BTRFS_IOC_FORGET_DEV = 0x50009405
@@ -167,9 +169,22 @@ def free_loop() -> int:
 
 def configure_loop(loop: int, backing: int, flags: int, block_size: int = 512) -> None:
     """Put the loop device `loop` over the file `backing` (LOOP_CONFIGURE, Linux 5.8); EBUSY if taken."""
-    info = struct.pack("=5Q4I64s64s32s2Q", 0, 0, 0, 0, 0, 0, 0, 0, flags, b"", b"", b"", 0, 0)
-    config = struct.pack("=II", backing, block_size) + info + bytes(64)
-    fcntl.ioctl(loop, LOOP_CONFIGURE, config)
+    fcntl.ioctl(loop, LOOP_CONFIGURE, struct.pack("=II", backing, block_size) + _loop_info(flags) + bytes(64))
+
+
+def restore_loop(loop: int) -> None:
+    """Make an open loop device what it was again: over all of its file, gone with its last user.
+
+    Whoever may write to it may change that, without any capability (lo_ioctl in drivers/block/loop.c).
+    """
+    info = struct.unpack(LOOP_INFO, fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(struct.calcsize(LOOP_INFO))))
+    offset, limit, flags = info[3], info[4], info[8]
+    if offset or limit or not flags & LO_FLAGS_AUTOCLEAR:
+        fcntl.ioctl(loop, LOOP_SET_STATUS64, _loop_info(flags | LO_FLAGS_AUTOCLEAR))
+
+
+def _loop_info(flags: int) -> bytes:
+    return struct.pack(LOOP_INFO, 0, 0, 0, 0, 0, 0, 0, 0, flags, b"", b"", b"", 0, 0)
 
 
 def use_cache(loop: int) -> None:
@@ -179,7 +194,9 @@ def use_cache(loop: int) -> None:
 
 def loop_backing(loop: int) -> tuple[int, int, int]:
     """st_dev, st_ino and st_rdev of the file that an open loop device is over; ENXIO if it is over none."""
-    device, inode, rdevice = struct.unpack_from("=3Q", fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(232)))
+    device, inode, rdevice = struct.unpack_from(
+        "=3Q", fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(struct.calcsize(LOOP_INFO)))
+    )
     return device, inode, rdevice
 
 

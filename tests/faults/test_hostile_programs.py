@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 import trees
+from backups import is_disarmed
 from leftovers import descendants
-from support import Call, Node, run, wait_until
+from support import MIB, Call, Node, run, wait_until
 from test_sandbox import HOOK
 
 from imageos import log, outcome
@@ -215,6 +216,30 @@ def test_many_processes(perl_node: Node, disk: MakeDisk) -> None:
 def test_forks_for_ever(perl_node: Node, disk: MakeDisk) -> None:
     started = hostile(perl_node, disk(), "fork while 1", timeout=2)
     started.result().failed("hook hostile", "2 s")
+
+
+# What may be changed of a loop device by whoever may write to it: struct loop_info64 of linux/loop.h
+LOOP = """
+    opendir(my $dev, "/dev");
+    my ($loop) = grep { /^loop\\d+$/ } readdir($dev);
+    open(my $f, "+<", "/dev/$loop") or die "$loop: $!";
+    my $info = "\\0" x 232;
+    ioctl($f, 0x4C05, $info) or die "get: $!";
+    substr($info, 24, 8) = pack("Q", 16 << 20);                              # lo_offset
+    substr($info, 52, 4) = pack("L", unpack("L", substr($info, 52, 4)) & ~4);  # without LO_FLAGS_AUTOCLEAR
+    ioctl($f, 0x4C04, $info) or die "set: $!";
+    print "changed\\n";
+"""
+
+
+def test_loop_device_is_changed(perl_node: Node, disk: MakeDisk) -> None:
+    """It goes with the command all the same (which is looked at after each test), and another disk is not harmed."""
+    result = hostile(perl_node, disk(), LOOP).result()
+    assert said(result.log) == ["changed"], result.log
+    target = disk()
+    result = hostile(perl_node, target, f"{LOOP} exit 1").result().failed("hook hostile")
+    assert "changed" in result.log
+    assert is_disarmed(target, [(MIB, 24 * MIB), (33 * MIB, 127 * MIB)])
 
 
 def test_much_memory(perl_node: Node, disk: MakeDisk) -> None:

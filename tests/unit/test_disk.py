@@ -54,6 +54,32 @@ def test_two_runs_on_one_disk(path: Path) -> None:
     assert "stop the instance first" in str(raised.value.hint)
 
 
+def test_somebody_who_only_glances_at_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As udev does, whose lock is shared."""
+    refusals = [BlockingIOError(), BlockingIOError()]
+    real = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        if refusals:
+            raise refusals.pop()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with disk.claimed(str(path)), path.open("rb") as file, pytest.raises(BlockingIOError):
+        real(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def test_loop_device_that_is_another_disks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was quicker has it for longer than we wait."""
+    monkeypatch.setattr(disk, "DEADLINE", 0.1)
+    backings = ["/srv/ours", "/srv/ours", "/srv/theirs"]
+    monkeypatch.setattr(disk, "_backing", lambda loop: backings.pop(0) if len(backings) > 1 else backings[0])
+    disk._await_detached("/dev/loop7", "/srv/ours")
+    backings = ["/srv/ours"]
+    with pytest.raises(Failure, match="still attached"):
+        disk._await_detached("/dev/loop7", "/srv/ours")
+
+
 def test_readers_share(path: Path) -> None:
     reader = disk.claimed(str(path), read_only=True)
     with reader, disk.claimed(str(path), read_only=True), pytest.raises(Failure, match="in use"):
