@@ -146,14 +146,14 @@ def other_mounts(fstab: str, ours: Sequence[str]) -> list[str]:
     return lines
 
 
-def read_table(begin: bytes) -> discovery.Table | None:
-    """The partition table in the first MiB of a disk; None if nothing that is known begins so.
+def read_table(begin: bytes, size: int = HUGE) -> discovery.Table | None:
+    """The partition table in the first MiB of a disk, which has `size` bytes; None if nothing that is known begins so.
 
     Judged by blkid(8), so that all that it knows is recognised; zeroes are an empty disk.
     """
     with tempfile.NamedTemporaryFile() as file:
         file.write(begin)
-        file.truncate(HUGE)
+        file.truncate(size)
         file.flush()
         done = run.pipeline([["blkid", "--probe", file.name]], timeout=discovery.PROBE_TIMEOUT, prepare=confined())[0]
         if done.status not in (0, 2, 8):
@@ -161,9 +161,9 @@ def read_table(begin: bytes) -> discovery.Table | None:
         if done.status == 2 and begin.strip(b"\0"):  # nothing found; 8: several things at once
             return None
         try:
-            return discovery.read_table(Attached(file.name, file.fileno(), HUGE))
+            return discovery.read_table(Attached(file.name, file.fileno(), size))
         except discovery.NoSystem:
-            return discovery.Table("", (), HUGE)
+            return discovery.Table("", (), size)
 
 
 def least_size(table: discovery.Table) -> int:

@@ -306,7 +306,7 @@ def parse_manifest(document: bytes) -> Manifest:
         manifest = Manifest(volumes=tuple(Volume(**volume) for volume in values.pop("volumes")), **values)
         _check_manifest(manifest)
         return manifest
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise damaged(0, f"its manifest makes no sense: {error}") from None
 
 

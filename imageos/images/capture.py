@@ -413,8 +413,13 @@ def name_it(undo: ExitStack, directory: int, descriptor: int, name: str, replace
     )
     if replace:
         temporary = f".{name}.{secrets.token_hex(4)}"
-        link(temporary)
-        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        try:
+            link(temporary)
+            os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=directory)
+            raise
     else:
         link(name)
         undo.callback(os.unlink, name, dir_fd=directory)

@@ -6,6 +6,7 @@ What messages show of a URL never has its password, nor its query, which may be 
 from __future__ import annotations
 
 import base64
+import re
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -173,9 +174,15 @@ class Web:
         text = self._environ.get(f"{parts.scheme}_proxy", "")
         if not text or is_exempt(parts.hostname or "", self._environ.get("no_proxy", "")):
             return None
-        proxy = urlsplit(text if "://" in text else f"http://{text}")
-        if proxy.scheme != "http":
-            raise Failure(f"{parts.scheme}_proxy: only proxies that are spoken to in http are supported")
+        name = f"{parts.scheme}_proxy"
+        try:
+            proxy = urlsplit(text if "://" in text else f"http://{text}")
+            _ = proxy.port
+        except ValueError:
+            raise Failure(f"{name} is not a URL") from None
+        if proxy.scheme != "http" or not proxy.hostname:
+            raise Failure(f"{name}: only proxies that are spoken to in http are supported")
+        _check_host(name, proxy.hostname)
         return proxy
 
 
@@ -226,9 +233,21 @@ def cleaned(url: str) -> str:
         raise Failure(f"{shown(url)} is not a URL") from None
     if parts.scheme not in PORTS or not parts.hostname:
         raise Failure(f"{shown(url)}: only http and https are supported")
+    _check_host(shown(url), parts.hostname)
     path = quote(parts.path, safe="/%:@!$&'()*+,;=~[]", errors="surrogateescape")
     query = quote(parts.query, safe="/%:@!$&'()*+,;=~[]?", errors="surrogateescape")
     return parts._replace(path=path, query=query, fragment="").geturl()
+
+
+def _check_host(where: str, host: str) -> None:
+    """Failure for what the resolver, or http.client, would not even try."""
+    try:
+        host.encode("idna")
+        is_name = not re.search(r"[\0-\x20\x7f]", host)
+    except UnicodeError:
+        is_name = False
+    if not is_name:
+        raise Failure(f"{where}: {host!r} cannot be the name of a host")
 
 
 def redirected(url: str, location: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Union
 
+from imageos import log
 from imageos.errors import Failure
 from imageos.ganeti import Instance, Nic
 from imageos.settings import Settings
@@ -123,7 +124,9 @@ def _from_ganeti(nic: Nic) -> _Given:
     subnet, gateway6 = nic.network.get("SUBNET", ""), nic.network.get("GATEWAY6", "")
     address6 = _eui64(nic, nic.network.get("SUBNET6", "")) if gateway6 else None
     address, gateway, link = None, "", False
-    if nic.ip and subnet:
+    if _is_ipv6(nic.ip):
+        log.warning(f"{where}: its address {nic.ip} is not set up: only IPv4 addresses of a NIC are")
+    elif nic.ip and subnet:
         address = _address(4, where, nic.ip, subnet.partition("/")[2])
         gateway = _gateway(4, where, nic.network.get("GATEWAY", ""))
     elif nic.ip and nic.mode == "routed":
@@ -176,6 +179,13 @@ def _gateway(version: int, where: str, text: str) -> str:
         return str(kind(_without_scope(text))) if text else ""
     except ValueError:
         raise Failure(f"{where}: gateway {text!r} is not an IPv{version} address") from None
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
 
 
 def _without_scope(text: str) -> str:

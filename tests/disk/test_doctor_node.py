@@ -12,31 +12,33 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import PATH, SITE, Node, attached, listing, run
+from support import PATH, SITE, Node, attached, listing, mounted, run
 
 
 class Doctor:
     def __init__(self, node: Node) -> None:
         self.node = node
 
-    def __call__(self, *arguments: str, path: str = PATH, silent: bool = True) -> tuple[int, str]:
+    def __call__(self, *arguments: str, silent: bool = True, **environment: str) -> tuple[int, str]:
         """Its status and report; it writes nothing to the node's /etc, and the rest is read-only for it."""
         before = listing(self.node.layer)
         argv = [str(self.node.imageos), "doctor", "--os-dir", str(self.node.os_dir), *arguments]
-        done = subprocess.run(argv, env={"PATH": path}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            argv, env={"PATH": PATH, **environment}, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         assert not silent or done.stderr == ""
         assert done.stdout.isascii()
         assert listing(self.node.layer) == before
         return done.returncode, done.stdout
 
-    def well(self) -> str:
-        status, text = self()
+    def well(self, **environment: str) -> str:
+        status, text = self(**environment)
         assert status == 0, text
         assert text.endswith("\nthis node can deploy its variants\n")
         return text
 
-    def ill(self, *causes: str) -> str:
-        status, text = self()
+    def ill(self, *causes: str, **environment: str) -> str:
+        status, text = self(**environment)
         assert status == 1, text
         (line,) = (line for line in unwrapped(text).splitlines() if line.startswith("  ERROR"))
         for cause in causes:
@@ -171,7 +173,7 @@ def test_program_where_ganeti_does_not_look(doctor: Doctor, image: Path, tmp_pat
     place.mkdir()
     shutil.copy2(str(shutil.which("mkswap", path=PATH)), place / "mkswap")
     with hidden("mkswap", tmp_path):
-        status, text = doctor(path=f"{place}:{PATH}")
+        status, text = doctor(PATH=f"{place}:{PATH}")
     assert status == 1
     assert f"mkswap is in {place}, where Ganeti does not look" in unwrapped(text)
 
@@ -208,6 +210,22 @@ def test_no_space_for_a_download(doctor: Doctor, node: Node, tmp_path: Path) -> 
         assert "variant remote: " in text, "nobody answers there, either"
     finally:
         run("umount", full)
+
+
+def test_raw_image_where_files_are_not_endless(doctor: Doctor, node: Node, tmp_path: Path) -> None:
+    """ext3 with blocks of 4 KiB: 2 TiB."""
+    node.variant("raw", "IMAGE_NAME=raw\nIMAGE_TYPE=raw\n")
+    with (node.images / "raw-x86_64.raw").open("wb") as image:
+        image.truncate(8 << 20)
+    run("sfdisk", "--quiet", image.name, text="label: gpt\n1 : start=1M, size=4M\n")
+    small = tmp_path / "small"
+    with small.open("wb") as file:
+        file.truncate(64 << 20)
+    run("mkfs.ext3", "-q", "-b", "4096", small)
+    with mounted(small, tmp_path / "tmp", options="rw") as directory:
+        assert "variant raw" in doctor.well(TMPDIR=str(directory))
+        os.truncate(image.name, 3 << 20)
+        doctor.ill("raw-x86_64.raw", TMPDIR=str(directory))
 
 
 def test_leftover_loop_and_mount(doctor: Doctor, tmp_path: Path) -> None:

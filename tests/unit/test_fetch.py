@@ -123,7 +123,14 @@ def test_cleaned(url: str, sent: str) -> None:
     assert web.cleaned(url) == sent
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/a", "http:///a", "http://host:port/", "http://["])
+@pytest.mark.parametrize("proxy", ["http://[", "host:port", "http://a..b:3128", "https://proxy", "http://"])
+def test_proxy_that_is_none(proxy: str) -> None:
+    with pytest.raises(Failure, match="^http_proxy"), web.Web({"http_proxy": proxy}).get("http://host/a"):
+        pass
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/a", "http:///a", "http://host:port/", "http://[",
+                                 "http://images..example.org/a", f"http://{'a' * 64}/", "http://a\x01b/"])  # fmt: skip
 def test_not_a_url(url: str) -> None:
     with pytest.raises(Failure):
         web.cleaned(url)

@@ -71,6 +71,15 @@ def test_dhcp_where_nothing_is_known(ip: str, mode: str) -> None:
     assert not only.address
 
 
+@pytest.mark.parametrize("mode", ["routed", "bridged"])
+def test_ipv6_address_of_a_nic_is_no_reason_to_fail(mode: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Ganeti takes one."""
+    nic = dataclasses.replace(INSTANCE.nics[0], ip="2001:db8::5", mode=mode)
+    (only,) = network.plan(dataclasses.replace(INSTANCE, nics=(nic,)), Settings())
+    assert only.dhcp and not only.address
+    assert "2001:db8::5 is not set up" in capfd.readouterr().err
+
+
 def test_no_nics() -> None:
     assert network.plan(dataclasses.replace(INSTANCE, nics=()), Settings()) == ()
 

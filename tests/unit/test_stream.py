@@ -220,7 +220,8 @@ def test_manifest_that_makes_no_sense(change: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", "{}", '{"format": "imageos"}', "\xff", '{"format": "imageos", "version": 1}']
+    "text",
+    ["", "[]", "null", "{}", '{"format": "imageos"}', "\xff", '{"format": "imageos", "version": 1}', "[" * 100_000],
 )
 def test_manifest_that_is_none(text: str) -> None:
     with pytest.raises(Failure, match="damaged at byte 0"):
