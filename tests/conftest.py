@@ -1,9 +1,9 @@
 """What all tiers but `unit` run in: a private view of the machine, the built file, and a check after each test.
 
-Tests of these tiers run in a mount namespace of their own, where /tmp and /var/tmp are overlays: what is there can
-be read, what is written is seen by this run only. So mounts and temporary files that a test leaves are told from
-those of other programs; processes are told by descent (this process adopts orphans), loop devices by what they are
-over. Keep caches and big files out of /tmp; `tmp_path` is on the disk, under /var/cache.
+Tests of these tiers run in a mount namespace of their own, where /run, /tmp and /var/tmp are overlays: what is there
+can be read, what is written is seen by this run only. So mounts and temporary files that a test leaves are told
+from those of other programs; processes are told by descent (this process adopts orphans), loop devices by what they
+are over. Keep caches and big files out of /tmp; `tmp_path` is on the disk, under /var/cache.
 
 While a test has a `node`, the machine's root filesystem is read-only for it: code that is wrong about where the
 guest ends cannot harm the machine that it is tested on.
@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from leftovers import Leftovers  # noqa: E402
+from leftovers import PRIVATE, Leftovers  # noqa: E402
 from support import Call, Node, Result, private_mounts, run  # noqa: E402
 
 TESTS = Path(__file__).resolve().parent
@@ -35,7 +35,7 @@ ALONE = {
     "ganeti",  # eight daemons each
 }
 PR_SET_CHILD_SUBREAPER = 36
-PATIENCE = 20  # seconds that the kernel gets to take things away
+PATIENCE = 120  # seconds that the kernel gets to take things away
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
-    """Make this process's view private; the directories that hold what it writes to /tmp and /var/tmp."""
+    """Make this process's view private; the directories that hold what it writes to /run, /tmp and /var/tmp."""
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if os.geteuid() != 0:
         yield []
@@ -82,16 +82,16 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     base = tmp_path_factory.getbasetemp()
     own = BASE / base.relative_to(BASE).parts[0] if base.is_relative_to(BASE) else base  # shared with other workers
     CACHE.mkdir(exist_ok=True)
-    writable = (own, Path("/run"), CACHE)  # also while the root is not
+    writable = (own, CACHE)  # also while the root is not
     for top in writable:
         run("mount", "--bind", top, top)
     layers = tmp_path_factory.mktemp("layers")
     run("mount", "-t", "tmpfs", "-o", "mode=700", "tmpfs", layers)
-    uppers = [overlay(Path(top), layers / top.strip("/").replace("/", "-")) for top in ("/tmp", "/var/tmp")]
+    uppers = [overlay(Path(top), layers / top.strip("/").replace("/", "-")) for top in PRIVATE]
     try:
         yield uppers
     finally:
-        for path in ("/tmp", "/var/tmp", layers, *writable):
+        for path in (*PRIVATE, layers, *writable):
             run("umount", "--lazy", path)
 
 

@@ -142,8 +142,9 @@ class Handler(BaseHTTPRequestHandler):
         for at in range(0, stop, step):
             piece = body[at : min(at + step, stop)]
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if file.chunked else piece)
-            if file.rate:
-                time.sleep(len(piece) / file.rate)
+            rate = file.rate  # the test may change it
+            if rate:
+                time.sleep(len(piece) / rate)
         if file.chunked and end >= len(body):
             self.wfile.write(b"0\r\n\r\n")
         if file.stalls_at is not None:

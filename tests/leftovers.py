@@ -10,8 +10,9 @@ from pathlib import Path
 
 from support import TESTS, run
 
+PRIVATE = ("/run", "/tmp", "/var/tmp")  # for each test run a layer of its own
 # Directories of /run that belong to tools of the system, and the one that imageos keeps (empty).
-RUN_ALLOWED = {"imageos", "mount", "blkid", "lock", "ganeti"}
+ALLOWED = {"/run/imageos", "/run/mount", "/run/blkid", "/run/lock", "/run/ganeti"}
 
 
 class Leftovers:
@@ -22,11 +23,11 @@ class Leftovers:
         self.processes = descendants(os.getpid())
         self.mounts = own_mounts(base)
         self.loops = own_loops(base)
-        self.files: set[str] = {f"/run/{name}" for name in os.listdir("/run") if name not in RUN_ALLOWED}
-        self.files |= {str(path) for path in Path("/run/imageos").glob("*")}
+        self.files = {str(path) for path in Path("/run/imageos").glob("*")}
         self.files |= {str(path) for path in [Path("/root/.shiv")] if os.path.lexists(path)}
-        for upper, top in zip(uppers, ("/tmp", "/var/tmp")):
-            self.files |= {f"{top}/{name}" for name in os.listdir(upper) if Path(top, name) not in TESTS.parents}
+        for upper, top in zip(uppers, PRIVATE):
+            found = {f"{top}/{name}" for name in os.listdir(upper) if Path(top, name) not in TESTS.parents}
+            self.files |= found - ALLOWED
 
     def minus(self, other: Leftovers) -> Leftovers:
         self.processes = {pid: name for pid, name in self.processes.items() if pid not in other.processes}
@@ -107,12 +108,21 @@ def own_mounts(base: str) -> list[str]:
     return found
 
 
+def whole(backing: str, base: str) -> str:
+    """The path of a loop device's file: opened in a mount namespace that is gone, it is shown from its mount's root."""
+    for top in [base, *map(str, Path(base).parents)]:
+        path = top + backing
+        if path.startswith(f"{base}/") and os.path.lexists(path):
+            return path
+    return backing
+
+
 def own_loops(base: str) -> dict[str, str]:
     """Loop devices over files of this run, or over such loop devices."""
     over = {}
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
-            over[f"/dev/{backing.parts[3]}"] = backing.read_text().strip()
+            over[f"/dev/{backing.parts[3]}"] = whole(backing.read_text().strip(), base)
         except OSError:  # detached meanwhile
             continue
     ours = {name for name, back in over.items() if base and back.startswith(base + "/")}

@@ -109,7 +109,7 @@ def use(top: Path, mib: int = 24) -> None:
         file.seek(100 * MIB)
         file.write(b"an island")
     (top / "zeroes").write_bytes(bytes(5 * MIB))
-    os.sync()
+    run("sync", "--file-system", top)
     for number in range(mib):
         (top / f"deleted{number}").unlink()
     for number in range(0, 40, 3):

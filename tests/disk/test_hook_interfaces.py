@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trees
 from debian import flavours
-from support import SITE, TESTS, Node, mounted, partitions, run
+from support import HANGS, SITE, TESTS, Node, mounted, partitions, run
 
 MakeDisk = Callable[..., Path]
 GOLDEN = Path(__file__).parent / "golden"
@@ -265,7 +265,7 @@ chmod a+r /run/systemd/network/*
 # a veth has no permanent address
 sed -i s/PermanentMACAddress/MACAddress/ /run/systemd/network/*
 /lib/systemd/systemd-networkd >/run/log 2>&1 & networkd=$!
-tries=50
+tries=3000
 defaults() { { ip -4 route show default; ip -6 route show default; } | grep -c default; }
 until [ "$(defaults)" = "$2" ] && ! ip addr show dev eth0 | grep -q tentative; do
   sleep 0.1
@@ -320,7 +320,7 @@ def in_namespace(tree: Path, commands: str, *arguments: str) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

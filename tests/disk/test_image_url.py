@@ -11,7 +11,6 @@ import signal
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 import trees
 from http_server import Server, serving
-from support import DEFAULTS, Node, digest, partitions, run, wait_until
+from support import DEFAULTS, HANGS, Node, digest, partitions, run, wait_until
 
 from imageos.errors import Failure
 from imageos.images import fetch, web
@@ -704,7 +703,7 @@ def test_twenty_at_once(how: dict[str, object], server: Server, known: Settings)
     clients = [client(known) for _ in range(20)]
     wait_until(lambda: waiting_for_locks(clients) == 19, "one loads it, the others wait")
     server.files["/a.tar"].rate = 0
-    said = [one.communicate(timeout=60) for one in clients]
+    said = [one.communicate(timeout=HANGS) for one in clients]
     assert [(one.returncode, out.strip()) for one, (out, _) in zip(clients, said)] == [(0, SHA256)] * 20
     assert sum("waiting for another process" in err for _, err in said) == 19
     opened = server.count("/a.tar") - (0 if how == {} else 1)  # one look instead of HEAD
@@ -715,23 +714,22 @@ def test_twenty_at_once(how: dict[str, object], server: Server, known: Settings)
 def test_some_at_once_with_cleanup(server: Server, known: Settings) -> None:
     server.put("/a.tar", CONTENT, rate=2_000_000)
     clients = [client(known, "yes") for _ in range(4)]
-    assert [one.communicate(timeout=60)[0].strip() for one in clients] == [SHA256] * 4
+    assert [one.communicate(timeout=HANGS)[0].strip() for one in clients] == [SHA256] * 4
     assert cached(known) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
 def test_killed(number: signal.Signals, server: Server, known: Settings) -> None:
-    server.put("/a.tar", CONTENT, rate=200_000)
+    server.put("/a.tar", CONTENT, rate=10_000)
     first = client(known)
     part = Path(known.cache_dir) / (fetch.cache_name(known.image_url) + ".part")
-    wait_until(lambda: part.exists() and part.stat().st_size > 200_000, "a part is there")
+    wait_until(lambda: part.exists() and part.stat().st_size > 0, "a part is there")
     waiting = client(known)
-    time.sleep(0.3)
-    assert waiting.poll() is None
+    wait_until(lambda: waiting_for_locks([waiting]) == 1, "another one waits for it")
     first.send_signal(number)
     first.communicate()
     server.files["/a.tar"].rate = 0
-    out, err = waiting.communicate(timeout=20)
+    out, err = waiting.communicate(timeout=HANGS)
     assert out.strip() == SHA256, err
     assert "going on with a download of" in err
     assert server.requests[-1].status == 206
@@ -745,7 +743,7 @@ def test_progress(
     server.put("/a.tar", CONTENT, rate=1_000_000)
     get(known)
     lines = [line for line in capfd.readouterr().err.splitlines() if "% of 1 MiB" in line]
-    assert 2 <= len(lines) <= 6
+    assert len(lines) >= 2
     assert lines[0].startswith("imageos: downloading a.tar: ")
 
 

@@ -46,10 +46,9 @@ def test_is_seen_and_removed(kind: str, machine: list[Path], before: Leftovers, 
     assert len(left.describe()) == expected[kind], left.describe()
     assert {"orphan": "sleep 1000", "file": "/tmp/left"}.get(kind, str(tmp_path)) in "\n".join(left.describe())
     left.remove()
-    assert not Leftovers(machine, base).minus(before)
+    wait_until(lambda: not Leftovers(machine, base).minus(before), "nothing is left")
 
 
 def test_nothing_is_nothing(machine: list[Path], before: Leftovers, base: str) -> None:
     subprocess.run(["sh", "-c", "sleep 0.1 & exit 0"], check=True)
-    run("sleep", "0.3")
-    assert not Leftovers(machine, base).minus(before)
+    wait_until(lambda: not Leftovers(machine, base).minus(before), "it has ended")

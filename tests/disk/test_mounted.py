@@ -37,7 +37,7 @@ def test_a_mount_with_the_name_of_a_loop_device(
     place = Path(f"/tmp/{name}_root")
     place.mkdir(0o700)
     run("mount", "-t", "tmpfs", loop, place)
-    assert tool(node, "umount-disks", "--here", name).ok().seconds < 10
+    assert tool(node, "umount-disks", "--here", name).ok()
     assert run("losetup", loop), "it is attached still"
     assert not place.exists()
 

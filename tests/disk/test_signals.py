@@ -144,9 +144,16 @@ def loops_over(disk: Path) -> list[str]:
 def pending(call: Call, number: signal.Signals) -> bool:
     """Whether a process of the call has still to take such a signal (proc_pid_status(5))."""
     session = run("ps", "--no-headers", "-o", "pid", "--sid", str(call.process.pid)).split()
-    texts = [Path(f"/proc/{pid}/status").read_text() for pid in session]
+    texts = [text for pid in session if (text := status_of(pid))]
     masks = [int(mask, 16) for text in texts for mask in re.findall(r"^(?:Sig|Shd)Pnd:\s*(\w+)", text, re.MULTILINE)]
     return any(mask & 1 << number - 1 for mask in masks)
+
+
+def status_of(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it has ended
+        return ""
 
 
 def test_block_device_is_free_after_kill(node: Node, disk: MakeDisk, tmp_path: Path) -> None:

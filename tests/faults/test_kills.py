@@ -24,7 +24,7 @@ from cases import Case, apart, asked, tool
 from support import MIB, PATH, Call, Node, Result, digest, partitions, run, signatures, wait_until
 
 KILLS = int(os.environ.get("IMAGEOS_KILLS", "100"))
-SOON = 3.0  # seconds
+SOON = 3.0  # seconds, on a machine where a call that is not killed takes a second or less
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 # The partitions (start, size) of the disk when it is done
 PLACES = {"create": [(MIB, 24 * MIB), (25 * MIB, 8 * MIB), (33 * MIB, 127 * MIB)], "import": [(MIB, 100 * MIB)]}
@@ -73,7 +73,7 @@ def at_random_moments(attempt: Attempt, kills: int, seed: str, work: Path, at_on
     assert not found, "\n".join(found)
     times = sorted(answer for answer in answers if isinstance(answer, float))
     print(f"{seed}: {len(plans)} kills within {1.1 * usual:.1f} s; the slowest answer took {times[-1]:.1f} s")
-    assert times[len(times) * 9 // 10] < SOON, times
+    assert times[len(times) * 9 // 10] < SOON * max(1, usual), times
 
 
 def kill_tool(

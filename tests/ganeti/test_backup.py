@@ -88,7 +88,7 @@ def test_export_is_killed(signal: str, cluster: Cluster, prepared: str) -> None:
         gnt-backup export -n node1.example.org inst1.example.org >/srv/export.log 2>&1 &
         until grep 'disk/1 is sending' /srv/export.log >&2; do sleep 0.1; done
         pkill -{signal} -f '^python3.*image/export$'
-        echo WAIT; timeout 60 tail --pid=$! -f /dev/null && echo ENDED; echo WAIT
+        echo WAIT; timeout 600 tail --pid=$! -f /dev/null && echo ENDED; echo WAIT
         cat /srv/export.log
         echo LEFT; leftovers; echo LEFT
         gnt-backup export -n node1.example.org inst1.example.org

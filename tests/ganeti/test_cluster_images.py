@@ -159,11 +159,11 @@ def test_killed(signal: str, cluster: Cluster, prepared: str) -> None:
         printf '#!/bin/sh\\ntouch /srv/waiting\\nsleep 1000\\n' >/srv/fake/tar
         chmod +x /srv/fake/tar
         PATH=/srv/fake:$PATH ganeti-image -t tarball -i inst1 -n made >/srv/log 2>&1 &
-        for _ in {{1..300}}; do [ -e /srv/waiting ] && break; sleep 0.1; done
+        until [ -e /srv/waiting ]; do sleep 0.1; done
         kill -{signal} $!
         wait $! || echo "ended with $?"
         tail -1 /srv/log
-        sleep 0.5
+        while losetup --list --noheadings --output BACK-FILE | grep -q /srv/ganeti/file; do sleep 0.1; done
         say LEFT left
         ls -A {IMAGES}
         gnt-instance startup inst1.example.org

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import readme
+from clusters import MINUTES
 from support import PATH, TESTS
 
 CLUSTER = TESTS / "ganeti/one-node-cluster"
@@ -49,7 +50,7 @@ def on_cluster(script: str, work: Path, prepare: str = ":") -> str:
         stderr=subprocess.STDOUT,
         text=True,
         errors="backslashreplace",
-        timeout=120,
+        timeout=MINUTES * 60,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

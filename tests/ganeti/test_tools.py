@@ -33,7 +33,8 @@ left() {
   ls -d /tmp/*.org_root /tmp/mount.* /run/imageos-disks-* /run/imageos/* 2>/dev/null || true
   gnt-instance list --no-headers --separator=' ' -o name,disks_active --filter 'admin_state == "down"' | grep Y || true
 }
-wait_for() { for _ in {1..300}; do ! "$@" >/dev/null 2>&1 || return 0; sleep 0.1; done; return 1; }
+gone() { while losetup --list --noheadings --output BACK-FILE | grep -q /srv/ganeti/file; do sleep 0.1; done; }
+wait_for() { for _ in {1..3000}; do ! "$@" >/dev/null 2>&1 || return 0; sleep 0.1; done; return 1; }
 """
 )
 
@@ -223,7 +224,7 @@ def test_killed(signal: str, phase: str, shell: str, cluster: Cluster, prepared:
         wait $! || echo "ended with $?"
         rm -f /srv/waiting
         echo LOG; cat /srv/log; echo LOG
-        sleep 0.5
+        gone
         say LEFT left
         say UMOUNT umount-disks inst1
         say LEFT2 left
@@ -273,7 +274,7 @@ def test_shell(cluster: Cluster, prepared: str) -> None:
         wait_for test -e /srv/ready
         kill -KILL $!
         wait $! || true
-        sleep 0.5
+        gone
         say KILLED left
         umount-disks inst1
         say LEFT5 left
