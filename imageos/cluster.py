@@ -49,6 +49,11 @@ class ClusterInstance:
         """Whether this node is the one that has the disks."""
         return _is_this_node(self.node)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether Ganeti does not reach that node."""
+        return self.status.startswith("ERROR_node")
+
 
 def instance(name: str) -> ClusterInstance:
     """The instance that Ganeti knows by `name`, which may be short; Failure if there is none, or no Ganeti."""
@@ -62,11 +67,12 @@ def instance(name: str) -> ClusterInstance:
     raise Failure(f"there is no instance {name}", hint=_near(name))
 
 
-def check_stopped(known: ClusterInstance) -> None:
-    """Failure unless the instance is down and Ganeti means it to be."""
+def check_stopped(known: ClusterInstance, otherwise: str = "") -> None:
+    """Failure unless the instance is down and Ganeti means it to be; `otherwise` is what its hint says besides."""
     if not known.stopped:
         what = "is running" if known.status == "running" else f"is not stopped: its status is {known.status}"
-        raise Failure(f"instance {known.name} {what}", hint=f"gnt-instance stop {known.name}")
+        hint = _without_node(known) if known.is_lost else f"gnt-instance stop {known.name}{otherwise}"
+        raise Failure(f"instance {known.name} {what}", hint=hint)
 
 
 @contextmanager
@@ -77,8 +83,11 @@ def activated(known: ClusterInstance, keep: bool = False) -> Iterator[tuple[str,
     """
     if not known.disk_count:
         raise Failure(f"instance {known.name} has no disks (disk template {known.disk_template})")
-    if known.status.startswith("ERROR_node"):
-        raise Failure(f"instance {known.name} is on node {known.node}, which is {known.status[len('ERROR_node') :]}")
+    if known.is_lost:
+        raise Failure(
+            f"instance {known.name} is on node {known.node}, which is {known.status[len('ERROR_node') :]}",
+            hint=_without_node(known),
+        )
     with _mark(known.name) as mark:
         if os.fstat(mark).st_size:
             raise Failure(
@@ -225,6 +234,10 @@ def ssh_command(node: str, command: Sequence[str], cluster: str, ports: str, ter
     ]
 
 
+def _without_node(known: ClusterInstance) -> str:
+    return f"repair node {known.node}, or, if another one has the disks too, gnt-instance failover {known.name}"
+
+
 def _hint(answer: Finished) -> str | None:
     answers = complaint(answer) != SILENT
     return None if answers else "systemctl start ganeti.target, on the master"
@@ -237,7 +250,11 @@ def _hint(answer: Finished) -> str | None:
 def _master() -> str:
     answer = pipeline([["gnt-cluster", "getmaster"]])[0]
     if answer.status:
-        raise Failure("this is not a node of a Ganeti cluster: gnt-cluster getmaster fails", details=[answer.stderr])
+        raise Failure(
+            "this is not a node of a Ganeti cluster: gnt-cluster getmaster fails",
+            hint="mount-disks --disk PATH, umount-disks --here and ganeti-image --disk PATH work without Ganeti",
+            details=[answer.stderr],
+        )
     return answer.stdout.decode("utf-8", "replace").strip()
 
 
@@ -255,7 +272,10 @@ def _near(name: str) -> str:
 def _activate(known: ClusterInstance) -> tuple[str, ...]:
     answer = ask(["gnt-instance", "activate-disks", known.name])
     if answer.status:
-        raise Failure(f"cannot activate the disks of instance {known.name}: {complaint(answer)}")
+        raise Failure(
+            f"cannot activate the disks of instance {known.name}: {complaint(answer)}",
+            hint=_hint(answer) or f"gnt-instance info {known.name} shows them, gnt-cluster verify-disks checks all",
+        )
     return parse_disks(answer.stdout.decode("utf-8", "replace"), known.disk_count)
 
 
@@ -290,7 +310,10 @@ def _mark(name: str) -> Iterator[int]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise Failure(f"another tool is working on the disks of instance {name}") from None
+                raise Failure(
+                    f"another tool is working on the disks of instance {name}",
+                    hint=f"wait for it; fuser -v {path} shows which",
+                ) from None
             if not os.fstat(descriptor).st_nlink:
                 continue  # the other one has just taken it away
             yield descriptor

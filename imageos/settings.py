@@ -168,7 +168,7 @@ class Settings:
     image_verify: bool = _setting(_yes_no, "yes", "check a downloaded image against its checksum")
     image_cleanup: bool = _setting(_yes_no, "no", "remove a downloaded image after use")
     cache_dir: str = _setting(_directory, CACHE_DIR, "where downloaded images are kept")
-    export_dir: str = _setting(_directory, "/tmp", "not used any more: nothing is staged on export")
+    export_dir: str = _setting(_directory, "/tmp", "where import keeps a qcow2 disk of an old backup")
     fdisk: str = _setting(_text, "sfdisk", "accepted and ignored: sfdisk it is")
     grow: bool = _setting(
         _yes_no, "yes", "grow root partition and filesystem of a disk image to the disk", parameter=True

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     if known.is_here:
         check_free(known.name, options)
     if not options.read_only:
-        cluster.check_stopped(known)
+        cluster.check_stopped(known, ", or --read-only, which writes nothing")
     elif not known.stopped:
         log.warning(f"instance {known.name} is not stopped ({known.status}): what you see may contradict itself")
     with cluster.activated(known, keep=not options.shell) as disks:
@@ -117,12 +117,13 @@ def mount_there(known: ClusterInstance, path: str, options: argparse.Namespace) 
     command = [program_there(), "mount-disks", "--disk", path]
     command += [word for word, wanted in (("--read-only", options.read_only), ("--shell", options.shell)) if wanted]
     command.append(known.name)
+    if_lost = f"umount-disks {known.name} takes away what may be mounted there"
     if options.shell:
         status = foreground(cluster.ssh(known.node, command, terminal=os.isatty(0)))
         if status == 255:
-            raise Failure(f"cannot reach node {known.node} over ssh, or lost it")
+            raise Failure(f"cannot reach node {known.node} over ssh, or lost it", hint=if_lost)
         return status
-    cluster.run_on(known.node, command, f"umount-disks {known.name} takes away what may be mounted there")
+    cluster.run_on(known.node, command, if_lost)
     log.info(f"that is on node {known.node}")
     return 0
 

@@ -26,7 +26,7 @@ def read(instance: Instance, settings: Settings) -> Mapping[str, str]:
     except shellfiles.MissingFile as missing:
         raise Failure(
             f"network file {path} names a subnet that has no file: {missing.path}",
-            hint="it must set ADDRESS and SUBNET; the subnet's file sets NETMASK and GATEWAY",
+            hint=f"SUBNET must name a file in {settings.networks_dir}/subnets, which sets NETMASK and GATEWAY",
         ) from None
     found = {name: value for _, variables in layers for name, value in variables.items()}
     if not found.get("ADDRESS"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+from pathlib import Path
 
 import pytest
 
 from imageos import cluster
 from imageos.cluster import ClusterInstance, parse_disks, parse_instance, ssh_command
+from imageos.commands import ganeti_image, mount_disks, umount_disks
 from imageos.errors import Failure
 from imageos.run import Finished
 
@@ -30,6 +32,7 @@ Timeout while talking to the master daemon. Jobs might have been submitted and w
 timed out. Useful commands in this situation are "gnt-job list", "gnt-job cancel" and "gnt-job watch". Error:
 Connect timed out
 """
+FAILOVER = "if another one has the disks too, gnt-instance failover inst1.example.org"
 
 
 def test_instance() -> None:
@@ -116,3 +119,66 @@ def test_this_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getfqdn", lambda: "node2.example.org")
     assert not parse_instance(DOWN).is_here
     assert parse_instance(DOWN.replace("node1.example.org", os.uname().nodename)).is_here
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [
+        ("running|up|Y", "gnt-instance stop inst1.example.org, or else"),
+        ("ERROR_down|up|N", "gnt-instance stop inst1.example.org, or else"),
+        ("ERROR_nodedown|down|?", f"repair node node1.example.org, or, {FAILOVER}"),
+        ("ERROR_nodeoffline|up|?", f"repair node node1.example.org, or, {FAILOVER}"),
+    ],
+)
+def test_what_to_do_about_an_instance_that_is_not_stopped(status: str, hint: str) -> None:
+    with pytest.raises(Failure) as failure:
+        cluster.check_stopped(parse_instance(DOWN.replace("ADMIN_down|down|N", status)), ", or else")
+    assert failure.value.hint == hint
+
+
+def test_what_to_do_about_a_node_that_is_down() -> None:
+    known = parse_instance(DOWN.replace("ADMIN_down|down|N", "ERROR_nodeoffline|down|?"))
+    with (
+        pytest.raises(Failure, match="on node node1.example.org, which is offline") as failure,
+        cluster.activated(known),
+    ):
+        pass
+    assert failure.value.hint == f"repair node node1.example.org, or, {FAILOVER}"
+
+
+def test_what_to_do_without_ganeti(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Finished(["gnt-cluster", "getmaster"], 1, b"", "no such file\n")
+    monkeypatch.setattr(cluster, "pipeline", lambda *_, **__: [answer])
+    with pytest.raises(Failure, match="not a node of a Ganeti cluster") as failure:
+        cluster._master.__wrapped__()
+    assert failure.value.hint is not None
+    for words, known in (
+        ("mount-disks --disk PATH", mount_disks.parser()),
+        ("umount-disks --here", umount_disks.parser()),
+        ("ganeti-image --disk PATH", ganeti_image.parser()),
+    ):
+        assert words in failure.value.hint
+        assert words.split()[1] in known.format_help()
+
+
+@pytest.mark.parametrize(
+    ("stderr", "hint"),
+    [
+        ("Disk activation failed\n", "gnt-instance info inst1.example.org shows them"),
+        (STOPPED_GANETI, "systemctl start ganeti.target, on the master"),
+    ],
+)
+def test_what_to_do_about_disks_that_are_not_activated(stderr: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Finished(["gnt-instance", "activate-disks"], 1, b"", stderr)
+    monkeypatch.setattr(cluster, "ask", lambda *_: answer)
+    with pytest.raises(Failure, match="cannot activate the disks") as failure:
+        cluster._activate(parse_instance(DOWN))
+    assert (failure.value.hint or "").startswith(hint)
+
+
+def test_what_to_do_about_another_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that it names is the one that the other tool has open."""
+    monkeypatch.setattr(cluster, "MARK", f"{tmp_path}/disks-{{}}")
+    with cluster._mark("inst1"), pytest.raises(Failure, match="another tool") as failure, cluster._mark("inst1"):
+        pass
+    assert failure.value.hint == f"wait for it; fuser -v {tmp_path}/disks-inst1 shows which"
