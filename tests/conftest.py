@@ -31,7 +31,7 @@ BASE = Path("/var/cache")
 PREFIX = "imageos-tests."
 ALONE = {
     "boot",  # its guests come in pairs, one for each core
-    "build",  # makes dist and the caches of packages
+    "build",  # makes the packages in dist and their caches
     "ganeti",  # eight daemons each
 }
 PR_SET_CHILD_SUBREAPER = 36

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from pathlib import Path
 
-from support import TESTS, run
+from support import TESTS, run, wait_until
 
 PRIVATE = ("/run", "/tmp", "/var/tmp")  # for each test run a layer of its own
 # Directories of /run that belong to tools of the system, and the one that imageos keeps (empty).
-ALLOWED = {"/run/imageos", "/run/mount", "/run/blkid", "/run/lock", "/run/ganeti"}
+ALLOWED = {Path("/run", name) for name in ("imageos", "mount", "blkid", "lock", "lvm", "ganeti")}
 
 
 class Leftovers:
@@ -23,11 +22,10 @@ class Leftovers:
         self.processes = descendants(os.getpid())
         self.mounts = own_mounts(base)
         self.loops = own_loops(base)
-        self.files = {str(path) for path in Path("/run/imageos").glob("*")}
-        self.files |= {str(path) for path in [Path("/root/.shiv")] if os.path.lexists(path)}
+        self.files = {str(path) for path in [Path("/root/.shiv")] if os.path.lexists(path)}
         for upper, top in zip(uppers, PRIVATE):
-            found = {f"{top}/{name}" for name in os.listdir(upper) if Path(top, name) not in TESTS.parents}
-            self.files |= found - ALLOWED
+            found = {Path(top, path.relative_to(upper)) for path in (*upper.glob("*"), *upper.glob("imageos/*"))}
+            self.files |= {str(path) for path in found - ALLOWED if path not in TESTS.parents}
 
     def minus(self, other: Leftovers) -> Leftovers:
         self.processes = {pid: name for pid, name in self.processes.items() if pid not in other.processes}
@@ -51,14 +49,17 @@ class Leftovers:
         for pid in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(0.2)
-        reap()
+        wait_until(self.are_ended, f"these are gone: {self.processes}")
         for mount in reversed(self.mounts):
             run("umount", "--lazy", mount.split(" ")[0], check=False)
         for name in self.loops:
             run("losetup", "--detach", name, check=False)
         for path in self.files:
             run("rm", "-rf", "--one-file-system", path, check=False)
+
+    def are_ended(self) -> bool:
+        reap()
+        return not self.processes.keys() & descendants(os.getpid()).keys()
 
 
 def reap() -> None:

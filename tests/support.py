@@ -162,6 +162,12 @@ class Call:
         return Result(status if status >= 0 else 128 - status, log, time.monotonic() - self.started)
 
 
+def session(leader: int) -> list[str]:
+    """`STATE PID ARGUMENTS` of the living processes that a call has started."""
+    lines = run("ps", "--no-headers", "-o", "stat,pid,args", "--sid", str(leader), check=False).splitlines()
+    return [line for line in lines if not line.startswith("Z")]
+
+
 def _umask_077() -> None:
     os.umask(0o077)
 
@@ -239,6 +245,12 @@ class Node:
 
     def create(self, disk: Name, *more_disks: Name, env: str = "create", **overrides: object | None) -> Result:
         return self.call("create", self.environment(disk, *more_disks, env=env, **overrides))
+
+    def tool(self, *arguments: str, path: str = PATH) -> Result:
+        """One of the tools for an instance, called by its name."""
+        self.calls += 1
+        log = self.work / f"{arguments[0]}-{self.calls}.log"
+        return Call(self.os_dir / "tools" / arguments[0], {"PATH": path}, log, arguments[1:]).result()
 
     @staticmethod
     def write(path: Path, text: str) -> None:

@@ -41,7 +41,6 @@ EXT = {
     "ext4-lazy": ["-t", "ext4", "-E", "lazy_itable_init=1,lazy_journal_init=1", "-b", "1024"],
     "ext4-smaller": ["-t", "ext4", "-b", "4096", "DEVICE", "60M"],
 }
-GARBAGE = "label: dos\n1 : start=1M, size=140M, type=83\n"
 
 
 def soil(disk: Path) -> Path:

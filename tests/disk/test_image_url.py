@@ -727,7 +727,7 @@ def test_killed(number: signal.Signals, server: Server, known: Settings) -> None
     waiting = client(known)
     wait_until(lambda: waiting_for_locks([waiting]) == 1, "another one waits for it")
     first.send_signal(number)
-    first.communicate()
+    first.communicate(timeout=HANGS)
     server.files["/a.tar"].rate = 0
     out, err = waiting.communicate(timeout=HANGS)
     assert out.strip() == SHA256, err

@@ -8,13 +8,9 @@ from pathlib import Path
 
 import guestdisks
 import pytest
-from support import PATH, Call, Node, Result, run
+from support import Node, run
 
 MakeDisk = Callable[..., Path]
-
-
-def tool(node: Node, *arguments: str) -> Result:
-    return Call(node.imageos, {"PATH": PATH}, node.work / f"{arguments[0]}.log", list(arguments)).result()
 
 
 @pytest.fixture
@@ -37,15 +33,15 @@ def test_a_mount_with_the_name_of_a_loop_device(
     place = Path(f"/tmp/{name}_root")
     place.mkdir(0o700)
     run("mount", "-t", "tmpfs", loop, place)
-    assert tool(node, "umount-disks", "--here", name).ok()
+    node.tool("umount-disks", "--here", name).ok()
     assert run("losetup", loop), "it is attached still"
     assert not place.exists()
 
     guest = guestdisks.LAYOUTS[layout](tmp_path / "guest.raw", small_tree, tmp_path)
-    tool(node, "mount-disks", name, "--disk", str(guest.path)).ok()
+    node.tool("mount-disks", name, "--disk", str(guest.path)).ok()
     (place / "written").touch()
     assert f"it is mounted at {place}" in node.create(guest.path).failed().last
-    tool(node, "umount-disks", "--here", name).ok()
+    node.tool("umount-disks", "--here", name).ok()
     assert run("losetup", "--associated", guest.path) == ""
 
 
@@ -53,7 +49,7 @@ def test_what_the_operator_has_mounted_below(name: str, node: Node, small_tree: 
     """As one does before chroot(8): files and directories of the node, a tmpfs, and once more a part of the guest."""
     guest = guestdisks.mbr(tmp_path / "guest.raw", small_tree, tmp_path)
     place = Path(f"/tmp/{name}_root")
-    tool(node, "mount-disks", name, "--disk", str(guest.path)).ok()
+    node.tool("mount-disks", name, "--disk", str(guest.path)).ok()
     own = tmp_path / "resolv.conf"
     own.write_text("nameserver 192.0.2.1\n")
     (place / "etc/resolv.conf").touch()
@@ -62,6 +58,6 @@ def test_what_the_operator_has_mounted_below(name: str, node: Node, small_tree: 
     run("mount", "-t", "tmpfs", "none", place / "run")
     run("mount", "--bind", place / "etc", place / "home")
     run("mount", "--bind", place / "etc/hostname", place / "etc/hosts")
-    tool(node, "umount-disks", "--here", name).ok()
+    node.tool("umount-disks", "--here", name).ok()
     assert not place.exists()
     assert own.read_text() == "nameserver 192.0.2.1\n"

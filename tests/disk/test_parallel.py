@@ -12,7 +12,7 @@ from pathlib import Path
 import backups
 import guestdisks
 import pytest
-from support import PATH, Call, Node, Result, attached, mounted, partitions, run, wait_until
+from support import Call, Node, Result, attached, mounted, partitions, run, wait_until
 from trees import ARCH
 
 from imageos.disks import filesystem
@@ -23,13 +23,8 @@ PLACE = Path(f"/tmp/{NAME}_root")
 KINDS = ["file", "block device"]
 
 
-def tool(node: Node, *argv: str) -> Result:
-    node.calls += 1
-    return Call(node.imageos, {"PATH": PATH}, node.work / f"{argv[0]}-{node.calls}.log", argv).result()
-
-
 def capture(node: Node, target: Path, kind: str) -> Result:
-    return tool(node, "ganeti-image", "-t", kind, "-i", NAME, "-d", str(node.images), "--disk", str(target))
+    return node.tool("ganeti-image", "-t", kind, "-i", NAME, "-d", str(node.images), "--disk", str(target))
 
 
 def rename(node: Node, target: Path) -> Result:
@@ -42,7 +37,7 @@ SECOND: dict[str, Callable[[Node, Path], Result]] = {
     "import": lambda node, target: backups.restore(node, b"a stream that is never read", target),
     "export": lambda node, target: backups.export(node, target).result,
     "rename": rename,
-    "mount-disks": lambda node, target: tool(node, "mount-disks", "other", "--disk", str(target)),
+    "mount-disks": lambda node, target: node.tool("mount-disks", "other", "--disk", str(target)),
     "ganeti-image -t tarball": lambda node, target: capture(node, target, "tarball"),
     "ganeti-image -t dump": lambda node, target: capture(node, target, "dump"),
     "ganeti-image -t qemu-img": lambda node, target: capture(node, target, "qemu-img"),
@@ -71,7 +66,7 @@ def test_nothing_else_during_create(
     with waiting(node, target, tmp_path / "gate"):
         for name, second in SECOND.items():
             assert f"disk {target} is in use: " in second(node, target).failed().last, name
-        tool(node, "mount-disks", "other", "--read-only", "--disk", str(target)).failed(str(target), "in use")
+        node.tool("mount-disks", "other", "--read-only", "--disk", str(target)).failed(str(target), "in use")
         assert os.listdir(node.images) == images
     assert_whole(target, tmp_path)
 
@@ -83,7 +78,7 @@ def test_nothing_else_while_mounted(
     """They say where; and what is written there afterwards is on the disk."""
     target = disk() if kind == "file" else block_disk()
     node.create(target).ok()
-    tool(node, "mount-disks", NAME, "--disk", str(target)).ok()
+    node.tool("mount-disks", NAME, "--disk", str(target)).ok()
     try:
         for name, second in SECOND.items():
             result = second(node, target).failed(str(target))
@@ -91,7 +86,7 @@ def test_nothing_else_while_mounted(
             assert f"hint: umount-disks {NAME}" in result.log, name
         (PLACE / "written").write_text("afterwards\n")
     finally:
-        tool(node, "umount-disks", "--here", NAME).ok()
+        node.tool("umount-disks", "--here", NAME).ok()
     assert_whole(target, tmp_path)
     with mounted(target, tmp_path / "root", partitions(target)[-1]) as guest:
         assert (guest / "written").read_text() == "afterwards\n"

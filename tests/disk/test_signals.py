@@ -11,11 +11,12 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trees
-from support import PATH, Call, Node, attached, digest, partitions, run, wait_until
+from support import PATH, Call, Node, attached, digest, partitions, run, session, wait_until
 
 MakeDisk = Callable[..., Path]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL]
@@ -56,12 +57,6 @@ def assert_ended(call: Call, number: int) -> None:
     result = call.result()
     assert result.status == 128 + number, result.log
     wait_until(lambda: not session(call.process.pid), "all processes of the call are gone")
-
-
-def session(leader: int) -> list[str]:
-    """The living processes that a call has started."""
-    lines = run("ps", "--no-headers", "-o", "stat,pid,args", "--sid", str(leader), check=False).splitlines()
-    return [line for line in lines if not line.startswith("Z")]
 
 
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
@@ -143,17 +138,12 @@ def loops_over(disk: Path) -> list[str]:
 
 def pending(call: Call, number: signal.Signals) -> bool:
     """Whether a process of the call has still to take such a signal (proc_pid_status(5))."""
-    session = run("ps", "--no-headers", "-o", "pid", "--sid", str(call.process.pid)).split()
-    texts = [text for pid in session if (text := status_of(pid))]
-    masks = [int(mask, 16) for text in texts for mask in re.findall(r"^(?:Sig|Shd)Pnd:\s*(\w+)", text, re.MULTILINE)]
-    return any(mask & 1 << number - 1 for mask in masks)
-
-
-def status_of(pid: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/status").read_text()
-    except OSError:  # it has ended
-        return ""
+    masks: list[str] = []
+    for process in session(call.process.pid):
+        with suppress(OSError):  # it has ended
+            text = Path("/proc", process.split()[1], "status").read_text()
+            masks += re.findall(r"^(?:Sig|Shd)Pnd:\s*(\w+)", text, re.MULTILINE)
+    return any(int(mask, 16) & 1 << number - 1 for mask in masks)
 
 
 def test_block_device_is_free_after_kill(node: Node, disk: MakeDisk, tmp_path: Path) -> None:

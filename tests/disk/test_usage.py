@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from support import PATH, Name, Node
+from support import HANGS, PATH, Name, Node
 
 
 def call(*argv: Name, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -20,7 +20,7 @@ def call(*argv: Name, **environment: str) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="ascii",
-        timeout=60,
+        timeout=HANGS,
     )
 
 

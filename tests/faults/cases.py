@@ -16,9 +16,8 @@ import backups
 import guestdisks
 import standins
 import trees
-import wrappers
 from standins import Instance
-from support import MIB, Call, Node, Result, attached, run
+from support import MIB, Node, Result, attached, run
 
 SIZE = 160  # MiB of most disks
 
@@ -83,7 +82,7 @@ def capture(kind: str, how: str = "--disk") -> Callable[[Node, Path, str], Resul
         directory.mkdir()
         name, known = asked(how, node, disk)
         image = ["-n", "made", "-a", trees.ARCH, "-d", str(directory), "--seal"]
-        result = tool(node, path, "ganeti-image", "-t", kind, "-i", *name, *image)
+        result = node.tool("ganeti-image", "-t", kind, "-i", *name, *image, path=path)
         left = os.listdir(directory)
         assert bool(left) == ("imageos: made" in result.log) >= (result.status == 0), f"{left}\n{result.log}"
         if known and known.left():
@@ -100,13 +99,13 @@ def mount_and_umount(how: str = "--disk") -> Callable[[Node, Path, str], Result]
     def call(node: Node, disk: Path, path: str) -> Result:
         name, known = asked(how, node, disk)
         place = Path(f"/tmp/{name[0]}_root")
-        result = tool(node, path, "mount-disks", *name)
+        result = node.tool("mount-disks", *name, path=path)
         if known:
             assert result.status or place.is_mount(), result.log
             put_right(node, known, result)
             return result
         assert place.exists() == (result.status == 0), result.log
-        undone = tool(node, wrappers.PATH, "umount-disks", "--here", name[0]).ok()
+        undone = node.tool("umount-disks", "--here", name[0]).ok()
         assert not place.exists(), undone.log
         return result
 
@@ -119,11 +118,11 @@ def umount(how: str) -> Callable[[Node, Path, str], Result]:
     def call(node: Node, disk: Path, path: str) -> Result:
         name, known = asked(how, node, disk)
         assert known
-        tool(node, wrappers.PATH, "mount-disks", "--read-only", *name).ok()
+        node.tool("mount-disks", "--read-only", *name).ok()
         assert len(known.left()) == 3
-        result = tool(node, path, "umount-disks", *name)
+        result = node.tool("umount-disks", *name, path=path)
         assert result.status or not known.left(), result.log
-        tool(node, wrappers.PATH, "umount-disks", *name).ok()
+        node.tool("umount-disks", *name).ok()
         assert not known.left()
         return result
 
@@ -142,13 +141,8 @@ def put_right(node: Node, known: Instance, result: Result) -> None:
     """What a tool leaves, umount-disks takes away; and the tool has said so."""
     if known.left():
         assert f"umount-disks {known.name}" in result.log, f"{known.left()}\n{result.log}"
-        undone = tool(node, wrappers.PATH, "umount-disks", known.name).ok()
+        undone = node.tool("umount-disks", known.name).ok()
         assert not known.left(), undone.log
-
-
-def tool(node: Node, path: str, *argv: str) -> Result:
-    script = node.os_dir / "tools" / argv[0]
-    return Call(script, {"PATH": path}, node.work / f"{argv[0]}.log", argv[1:]).result()
 
 
 SURVEY = "a table that cannot be looked at is no reason not to make a backup: everything is sent"

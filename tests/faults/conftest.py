@@ -26,7 +26,7 @@ def all_sources(images: Path, small_tree: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def sources(node: Node, all_sources: Path, tmp_path: Path) -> Path:
+def sources(node: Node, all_sources: Path) -> Path:
     """What the cases are about, as the node's IMAGE_DIR."""
     import backups
 

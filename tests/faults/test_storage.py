@@ -18,7 +18,7 @@ from pathlib import Path
 import backups
 import pytest
 from backups import is_disarmed
-from cases import CASES, Case, apart, tool
+from cases import CASES, Case, apart
 from support import MIB, PATH, Node, attached, digest, mounted, partitions, run, signatures
 
 MakeDisk = Callable[..., Path]
@@ -220,10 +220,10 @@ def test_full_filesystem_below_what_is_mounted(node: Node, sources: Path, tmp_pa
     room.mkdir()
     with space(room, 64 << 10) as disk:
         run("cp", "--sparse=always", sources / "guest.raw", disk)
-        tool(node, PATH, "mount-disks", name, "--disk", str(disk)).ok()
+        node.tool("mount-disks", name, "--disk", str(disk)).ok()
         run("mount", "-o", f"remount,size={disk.stat().st_blocks // 2 + 2048}k", room)
         run("sh", "-c", f"head -c 20M /dev/urandom >/tmp/{name}_root/big")
-        result = tool(node, PATH, "umount-disks", "--here", name)
+        result = node.tool("umount-disks", "--here", name)
         assert result.status == 1 and "what was written last" in result.lines[-1], result.log
         assert "is lost" in result.lines[-1], result.log
         assert not Path(f"/tmp/{name}_root").is_mount()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +14,21 @@ OS_DIR = "/usr/share/ganeti/os/image"
 SITE = "/etc/ganeti/instance-image"
 MINUTES = 20  # after which a cluster is taken for one that hangs
 IMAGES = "/var/cache/ganeti-instance-image"
+# for every script:
+#   say WHAT COMMAND...: what it prints, with its status as the last line, between two lines WHAT (see `said`)
+#   wait_for COMMAND...: until it succeeds
+#   detached: whether no disk of an instance has a loop device
+FUNCTIONS = """
+say() {
+  what=$1; shift
+  echo "$what"; { "$@" 2>&1 && status=0 || status=$?; echo "status $status"; }; echo "$what"
+}
+wait_for() {
+  for _ in {1..3000}; do ! "$@" >/dev/null 2>&1 || return 0; sleep 0.1; done
+  echo "in vain: wait_for $*"; return 1
+}
+detached() { ! losetup --list --noheadings --output BACK-FILE | grep /srv/ganeti/file-storage; }
+"""
 ADD = (
     "gnt-instance add -t file --no-start --no-name-check --no-ip-check -B memory=256"
     " --net 0:mode=routed,link=100,ip=192.0.2.50 -n node1.example.org"
@@ -41,28 +56,47 @@ class Cluster:
     def running(self, script: str, kvm: bool = False) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
         """The process and the file with all that it prints; the cluster ends with the context."""
         log = self.work / f"cluster-{len(list(self.work.glob('cluster-*')))}.log"
-        argv = ["setpriv", "--pdeathsig", "KILL", str(CLUSTER), *(["--kvm"] if kvm else [])]
-        argv += ["bash", "-euo", "pipefail", "-c", f"{self.imageos} install\n{script}"]
-        environment = {"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8"}
-        with log.open("wb") as output:
-            process = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-        with process:
-            try:
-                yield process, log
-            finally:
-                process.kill()
+        argv = [str(CLUSTER), *(["--kvm"] if kvm else [])]
+        argv += ["bash", "-euo", "pipefail", "-c", f"{FUNCTIONS}{self.imageos} install\n{script}"]
+        with started(argv, log) as process:
+            yield process, log
 
     def run(self, script: str) -> str:
         """All that the script printed. It stops at the first command that fails, and that fails the test."""
         with self.running(script) as (process, log):
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(MINUTES * 60)
-            text = log.read_text(errors="backslashreplace")
-            assert process.returncode is not None, f"not finished within {MINUTES} minutes\n{text}"
-        assert process.returncode == 0, text
-        return text
+            return printed(process, log)
+
+
+@contextmanager
+def started(argv: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends with the context, or with this one."""
+    argv = ["setpriv", "--pdeathsig", "KILL", *argv]
+    environment = {"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def printed(process: subprocess.Popen[bytes], log: Path) -> str:
+    """All that it prints until its end."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(MINUTES * 60)
+    text = log.read_text(errors="backslashreplace")
+    assert process.returncode is not None, f"not finished within {MINUTES} minutes\n{text}"
+    assert process.returncode == 0, text
+    return text
 
 
 def between(text: str, mark: str) -> str:
     """What the script printed between two lines `mark`."""
     return text.split(f"{mark}\n")[1]
+
+
+def said(log: str, what: str) -> tuple[int, list[str]]:
+    """Status and messages of a command that `say` ran."""
+    *lines, status = between(log, what).splitlines()
+    return int(status.split()[1]), [line.removeprefix("imageos: ") for line in lines]

@@ -86,8 +86,8 @@ def test_export_is_killed(signal: str, cluster: Cluster, prepared: str) -> None:
     script = f"""{prepared}
         head -c 900M /dev/urandom | dd of="$(disk inst1.example.org 1)" bs=1M conv=notrunc iflag=fullblock status=none
         gnt-backup export -n node1.example.org inst1.example.org >/srv/export.log 2>&1 &
-        until grep 'disk/1 is sending' /srv/export.log >&2; do sleep 0.1; done
-        pkill -{signal} -f '^python3.*image/export$'
+        kill_sending() {{ find {EXPORTS} -size +10M | grep . && pkill -{signal} -f '^python3.*image/export$'; }}
+        wait_for kill_sending
         echo WAIT; timeout 600 tail --pid=$! -f /dev/null && echo ENDED; echo WAIT
         cat /srv/export.log
         echo LEFT; leftovers; echo LEFT

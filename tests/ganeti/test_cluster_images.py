@@ -6,18 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-from clusters import ADD, IMAGES, OS_DIR, Cluster, between, tiny_image
+from clusters import ADD, IMAGES, OS_DIR, Cluster, between, said, tiny_image
 
 TINY = "-o image+default -O image_name=tiny,image_type=tarball,swap_size=16"
 DISKS = "/srv/ganeti/file-storage"
-# say WHAT COMMAND...: what it prints, with its status as the last line, between two lines WHAT
 SCRIPT = f"""
 for tool in make-dump make-qemu-img ganeti-image; do ln -sf {OS_DIR}/imageos /usr/local/sbin/$tool; done
 PATH=/usr/local/sbin:$PATH
-say() {{
-  what=$1; shift
-  echo "$what"; {{ "$@" 2>&1 && status=0 || status=$?; echo "status $status"; }}; echo "$what"
-}}
 left() {{
   losetup --list --noheadings --output NAME,BACK-FILE | grep -E '/srv/ganeti/file|ganeti-instance-image/#' || true
   grep -e /srv/ganeti/file /proc/self/mountinfo || true
@@ -51,12 +46,6 @@ def prepared(tmp_path: Path) -> str:
         {ADD} --disk 0:size=1G --disk 1:size=1G {TINY} inst1.example.org
         gnt-instance deactivate-disks inst1.example.org
     """
-
-
-def said(log: str, what: str) -> tuple[int, list[str]]:
-    """Status and messages of a command that `say` ran."""
-    *lines, status = between(log, what).splitlines()
-    return int(status.split()[1]), [line.removeprefix("imageos: ") for line in lines]
 
 
 def test_captured_and_deployed(cluster: Cluster, prepared: str) -> None:
@@ -159,11 +148,11 @@ def test_killed(signal: str, cluster: Cluster, prepared: str) -> None:
         printf '#!/bin/sh\\ntouch /srv/waiting\\nsleep 1000\\n' >/srv/fake/tar
         chmod +x /srv/fake/tar
         PATH=/srv/fake:$PATH ganeti-image -t tarball -i inst1 -n made >/srv/log 2>&1 &
-        until [ -e /srv/waiting ]; do sleep 0.1; done
+        wait_for test -e /srv/waiting
         kill -{signal} $!
         wait $! || echo "ended with $?"
         tail -1 /srv/log
-        while losetup --list --noheadings --output BACK-FILE | grep -q /srv/ganeti/file; do sleep 0.1; done
+        wait_for detached
         say LEFT left
         ls -A {IMAGES}
         gnt-instance startup inst1.example.org

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import readme
-from clusters import MINUTES
-from support import PATH, TESTS
-
-CLUSTER = TESTS / "ganeti/one-node-cluster"
-OS_DIR = "/usr/share/ganeti/os/image"
+from clusters import CLUSTER, OS_DIR, printed, started
 
 # Ganeti reaches its nodes as root by ssh.
 SSHD = """
@@ -24,12 +19,13 @@ echo "cluster.example.org $(cut -d' ' -f1,2 /run/host_key.pub)" >/var/lib/ganeti
 /usr/sbin/sshd -o HostKey=/run/host_key -o PermitRootLogin=yes -o PidFile=none -o StrictModes=no -o UsePAM=no
 """
 
-# In a mount namespace: what is written to these is seen in it only, so that a package can be installed.
+# In a mount namespace: what is written to these is seen in it only, so that a package can be installed. The cluster
+# has layers of its own over others; the kernel allows no third one over those of the test run.
 LAYERED = """
 set -eu
 work=$1; shift
 mount -t tmpfs -o mode=755 tmpfs "$work"
-for top in usr etc run root var; do # the last hides $work
+for top in usr root var; do # the last hides $work
   mkdir -p "$work/$top/upper" "$work/$top/work"
   mount -t overlay -o "lowerdir=/$top,upperdir=$work/$top/upper,workdir=$work/$top/work" overlay "/$top"
 done
@@ -37,23 +33,14 @@ exec "$@"
 """
 
 
-def on_cluster(script: str, work: Path, prepare: str = ":") -> str:
+def on_cluster(script: str, work: Path) -> str:
     """What `script` prints on a cluster of one node that leaves the machine as it was."""
     work.mkdir()
-    inner = f'{prepare}\nexec {CLUSTER} bash -euo pipefail -c "$0"'
-    done = subprocess.run(
-        ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "bash", "-c", LAYERED, "bash", str(work)]
-        + ["bash", "-euo", "pipefail", "-c", inner, script],
-        env={"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="backslashreplace",
-        timeout=MINUTES * 60,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    argv = ["unshare", "--mount", "bash", "-c", LAYERED, "bash", str(work)]
+    argv += [str(CLUSTER), "bash", "-euo", "pipefail", "-c", script]
+    log = work.with_suffix(".log")
+    with started(argv, log) as process:
+        return printed(process, log)
 
 
 LOOK = """

@@ -106,6 +106,7 @@ PACKAGE = f"""
 {SSHD}
 echo 'APT::Install-Recommends "false";' >/etc/apt/apt.conf.d/99-offline
 cd {readme.CHECKOUT}
+mount -t tmpfs tmpfs dist  # tests/build makes packages in the checkout's
 """
 
 

@@ -10,31 +10,24 @@ import shlex
 from pathlib import Path
 
 import pytest
-from clusters import ADD, IMAGES, OS_DIR, Cluster, between
+from clusters import ADD, IMAGES, OS_DIR, Cluster, between, said
 
 PLACE = "/tmp/inst1.example.org_root"
 INSTANCE = (
     f"{ADD} --disk 0:size=1G --disk 1:size=1G -o image+default -O image_name=tiny,image_type=tarball,swap_size=16"
 )
-# say WHAT COMMAND...: what it prints, with its status as the last line, between two lines WHAT
 TOOLS = (
     f"""
 for tool in mount-disks umount-disks; do ln -sf {OS_DIR}/imageos /usr/local/sbin/$tool; done
 PATH=/usr/local/sbin:$PATH
 """
     + """
-say() {
-  what=$1; shift
-  echo "$what"; { "$@" 2>&1 && status=0 || status=$?; echo "status $status"; }; echo "$what"
-}
 left() {
   losetup --list --noheadings --output NAME,BACK-FILE | grep /srv/ganeti/file-storage || true
   grep -F org_root /proc/self/mountinfo || true
   ls -d /tmp/*.org_root /tmp/mount.* /run/imageos-disks-* /run/imageos/* 2>/dev/null || true
   gnt-instance list --no-headers --separator=' ' -o name,disks_active --filter 'admin_state == "down"' | grep Y || true
 }
-gone() { while losetup --list --noheadings --output BACK-FILE | grep -q /srv/ganeti/file; do sleep 0.1; done; }
-wait_for() { for _ in {1..3000}; do ! "$@" >/dev/null 2>&1 || return 0; sleep 0.1; done; return 1; }
 """
 )
 
@@ -48,12 +41,6 @@ def prepared(tiny: Path) -> str:
         mkfs.ext4 -q -F /srv/ganeti/file-storage/inst1.example.org/*.disk1
         gnt-instance deactivate-disks inst1.example.org
     """
-
-
-def said(log: str, what: str) -> tuple[int, list[str]]:
-    """Status and messages of a command that `say` ran."""
-    *lines, status = between(log, what).splitlines()
-    return int(status.split()[1]), [line.removeprefix("imageos: ") for line in lines]
 
 
 def last(log: str, what: str, status: int = 1) -> str:
@@ -220,11 +207,14 @@ def test_killed(signal: str, phase: str, shell: str, cluster: Cluster, prepared:
         PATH=/srv/fake:$PATH mount-disks {shell} inst1 </dev/null >/srv/log 2>&1 &
         wait_for pgrep --full --exact "sleep 0.101"
         kill -{signal} $!
-        [ {phase}{signal} = activationTERM ] && sleep 0.5 && rm /srv/waiting  # deactivating is not to be waited for
+        if [ {phase}{signal} = activationTERM ]; then
+          wait_for pgrep --full '^/bin/sh /srv/fake/gnt-instance deactivate-disks'
+          rm /srv/waiting
+        fi
         wait $! || echo "ended with $?"
         rm -f /srv/waiting
         echo LOG; cat /srv/log; echo LOG
-        gone
+        wait_for detached
         say LEFT left
         say UMOUNT umount-disks inst1
         say LEFT2 left
@@ -249,7 +239,8 @@ def test_shell(cluster: Cluster, prepared: str) -> None:
     script = f"""{prepared}
         export SHELL=/bin/sh
         in_shell() {{ mount-disks "$@" <<<"$commands"; }}
-        commands='pwd; cat etc/os-release; echo from the shell >boot/note; sleep 1000 & sleep 0.5; exit 3'
+        commands='pwd; cat etc/os-release; echo from the shell >boot/note; sleep 1000 & '
+        commands+='until [ "$(cat /proc/$!/comm)" = sleep ]; do :; done; exit 3'
         say WRITE in_shell --shell inst1
         say LEFT left
         commands='cat boot/note; echo x >etc/x; exit 0'
@@ -274,7 +265,7 @@ def test_shell(cluster: Cluster, prepared: str) -> None:
         wait_for test -e /srv/ready
         kill -KILL $!
         wait $! || true
-        gone
+        wait_for detached
         say KILLED left
         umount-disks inst1
         say LEFT5 left
