@@ -180,7 +180,10 @@ def restore_dumps(
 
 
 def restore_both(source: Source, members: Iterable[Member], root: Target, mounted: Collection[str]) -> None:
-    """Unpack root.dump and boot.dump, in any order, each where nothing is (see images.dump)."""
+    """Unpack root.dump and boot.dump, in any order, each where nothing is (see images.dump).
+
+    What the root filesystem has under the mount point of /boot nobody could see: it gives way to boot.dump.
+    """
     aside = f"/.imageos-{os.urandom(6).hex()}"  # what the other dump cannot know
     boot = "/boot" if "/boot" in mounted else aside
     done: list[str] = []
@@ -194,6 +197,8 @@ def restore_both(source: Source, members: Iterable[Member], root: Target, mounte
         with log.phase(f"restored {member.name}"), ExitStack() as stack:
             directory = stack.enter_context(root.directory(place))
             if member.name == "boot.dump":
+                below = [os.path.basename(path) for path in mounted if os.path.dirname(path) == place]
+                root.clear(place, keep=["lost+found", *below])
                 dump.check_untouched("boot.dump of the backup", directory)
             elif done:
                 directory = stack.enter_context(filesystem.alone(directory))
@@ -204,6 +209,7 @@ def restore_both(source: Source, members: Iterable[Member], root: Target, mounte
         raise Failure("the archive in the stream holds no root.dump")
     if "boot.dump" in done and boot == aside:
         root.mkdir("/boot")
+        root.clear("/boot")
         root.rename(aside, "/boot")
 
 
