@@ -428,7 +428,9 @@ def _backing(loop: str) -> str:
 
 def _await_detached(loop: str, backing: str) -> None:
     """Until the loop device is not attached to `backing`; to another disk it may be, by whoever was quicker."""
-    _wait(lambda: _backing(loop) != backing, f"{loop} is still attached to its disk after {DEADLINE:.0f} s")
+    _wait(
+        lambda: not backing or _backing(loop) != backing, f"{loop} is still attached to its disk after {DEADLINE:.0f} s"
+    )
 
 
 def _is_free(path: str) -> bool:
