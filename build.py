@@ -57,13 +57,11 @@ BUILD_TOOLS = (
 TEST_TOOLS = (
     *BUILD_TOOLS,
     "pytest==8.4.2",
-    "pytest-xdist==3.8.0",  # a worker for each core
+    "pytest-xdist==3.8.0",  # two workers, for who is in a hurry
     "hypothesis==6.141.1",  # properties of the parsers
     "mypy==1.19.1",  # linters run as tests, and another version finds other faults
     "ruff==0.17.6",
 )
-# For all tests; the tiers that fill the machine alone are one worker's (tests/conftest.py).
-WORKERS = ("--numprocesses=2", "--dist=loadgroup")
 
 
 @dataclass(frozen=True)
@@ -364,7 +362,7 @@ def test(arguments: list[str]) -> int:
     install_packages(TEST_NEEDS)
     python = virtual_environment(TEST_TOOLS)
     build()
-    command = [str(python), "-m", "pytest", *(arguments or WORKERS)]
+    command = [str(python), "-m", "pytest", *arguments]
     say(f"running {shlex.join(command)}")
     # Not run(): its output is for the reader, as it comes.
     status = subprocess.run(command, cwd=CHECKOUT).returncode

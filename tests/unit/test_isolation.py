@@ -48,7 +48,7 @@ def test_signal_waits_while_the_process_is_forked(monkeypatch: pytest.MonkeyPatc
     waiting: set[int] = set()
 
     def fork() -> int:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # to this thread: a worker of pytest-xdist has others, which take it
         waiting.update(signal.sigpending())
         raise OSError(0, "no processes any more")
 
