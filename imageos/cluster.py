@@ -249,13 +249,14 @@ def _hint(answer: Finished) -> str | None:
 @cache
 def _master() -> str:
     answer = pipeline([["gnt-cluster", "getmaster"]])[0]
-    if answer.status:
+    name = answer.stdout.decode("utf-8", "replace").strip()
+    if answer.status or not name:
         raise Failure(
-            "this is not a node of a Ganeti cluster: gnt-cluster getmaster fails",
+            "this is not a node of a Ganeti cluster: gnt-cluster getmaster names no master",
             hint="mount-disks --disk PATH, umount-disks --here and ganeti-image --disk PATH work without Ganeti",
             details=[answer.stderr],
         )
-    return answer.stdout.decode("utf-8", "replace").strip()
+    return name
 
 
 def _near(name: str) -> str:

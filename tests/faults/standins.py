@@ -53,7 +53,10 @@ def instance(node: Node, disk: Path, elsewhere: bool) -> Instance:
     made.state.mkdir(exist_ok=True)
     (made.state / "disk").write_text(f"{disk}\n")
     (made.state / "node").write_text("node2.example.org\n" if elsewhere else f"{os.uname().nodename}\n")
-    (top / "master").write_text("node3.example.org\n" if elsewhere else f"{os.uname().nodename}\n")
+    # in one step: a call that runs at the same time would find it empty
+    master = made.state / "master"
+    master.write_text("node3.example.org\n" if elsewhere else f"{os.uname().nodename}\n")
+    master.rename(top / "master")
     return made
 
 

@@ -143,7 +143,7 @@ def test_bad_input(cluster: Cluster, prepared: str) -> None:
     assert said(log, "NONE")[0] == said(log, "OPTION")[0] == 2
     assert said(log, "HELP")[1][0].startswith("usage: mount-disks ")
     assert last(log, "SILENT") == "cannot ask Ganeti about instance inst1: the master daemon does not answer"
-    assert last(log, "NOCLUSTER") == "this is not a node of a Ganeti cluster: gnt-cluster getmaster fails"
+    assert last(log, "NOCLUSTER") == "this is not a node of a Ganeti cluster: gnt-cluster getmaster names no master"
 
 
 def test_instance_that_is_not_stopped(cluster: Cluster, prepared: str) -> None:

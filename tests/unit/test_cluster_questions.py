@@ -146,8 +146,9 @@ def test_what_to_do_about_a_node_that_is_down() -> None:
     assert failure.value.hint == f"repair node node1.example.org, or, {FAILOVER}"
 
 
-def test_what_to_do_without_ganeti(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = Finished(["gnt-cluster", "getmaster"], 1, b"", "no such file\n")
+@pytest.mark.parametrize(("status", "stderr"), [(1, "no such file\n"), (0, "")])
+def test_what_to_do_without_ganeti(status: int, stderr: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Finished(["gnt-cluster", "getmaster"], status, b"", stderr)
     monkeypatch.setattr(cluster, "pipeline", lambda *_, **__: [answer])
     with pytest.raises(Failure, match="not a node of a Ganeti cluster") as failure:
         cluster._master.__wrapped__()
