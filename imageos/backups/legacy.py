@@ -25,8 +25,7 @@ from imageos.images.imagefile import COMPRESSIONS, Image, limit_memory
 BLOCK = 512
 HUGE = 1 << 50  # bytes: a size that no partition table exceeds
 BACKUP_TABLE = 33 * SECTOR  # of a GPT, behind the last partition
-# A member that is the backup of a filesystem -> where the guest has it
-DUMPS = {"root.dump": "/", "boot.dump": "/boot"}
+DUMPS = ("root.dump", "boot.dump")  # the members that are backups of filesystems
 IMAGE = "disk.img"
 
 

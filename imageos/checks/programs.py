@@ -8,12 +8,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
+from imageos import hooks
 from imageos.checks.report import ERROR, NOTE, OK, Report
 from imageos.checks.variants import Variant, listed
 from imageos.disks import filesystem
 from imageos.errors import Failure
 from imageos.images import qcow2
 from imageos.run import PACKAGES, pipeline
+from imageos.settings import Settings
 
 GANETI_PATH = "/sbin:/bin:/usr/sbin:/usr/bin"  # what its scripts are called with
 ALWAYS = ("sfdisk", "blkid", "tar")  # whatever the variants are, backups included
@@ -53,6 +55,8 @@ def needed_by(variant: Variant) -> Iterator[str]:
     if variant.layout:
         yield from filesystem.programs(variant.layout, known.filesystem)
         yield {"tarball": "tar", "dump": "restore"}[known.image_type]
+        if variant.layout.find("esp") and "grub" in enabled_hooks(known):
+            yield "mcopy"
     elif known.image_type == "qcow2" or (image and os.pread(image.descriptor, 4, 0) == qcow2.MAGIC):
         yield "qemu-img"
     elif image or known.image_type == "raw":
@@ -61,6 +65,13 @@ def needed_by(variant: Variant) -> Iterator[str]:
         yield from file.decompress[:1] if file else ()
     if known.image_keyring:
         yield "gpgv"
+
+
+def enabled_hooks(known: Settings) -> list[str]:
+    """None where they cannot be listed, which another check says."""
+    with suppress(Failure):
+        return hooks.find(known.customize_dir)
+    return []
 
 
 def search_path() -> str:

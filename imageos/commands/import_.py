@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -172,20 +172,20 @@ def restore_dumps(
         with targets.opened(
             isolation.TARGET, instance.short_name, guest_disk(attached.path, volumes), known.guest_timeout
         ) as root:
-            restore_both(source, members, root, {volume.mount_point for volume in volumes})
+            restore_both(source, members, root, any(volume.role == "boot" for volume in volumes))
             fit(root, volumes)
         disk.use_cache(attached)
         stack.close()
         disk.flush(device, attached.descriptor)
 
 
-def restore_both(source: Source, members: Iterable[Member], root: Target, mounted: Collection[str]) -> None:
+def restore_both(source: Source, members: Iterable[Member], root: Target, separate_boot: bool) -> None:
     """Unpack root.dump and boot.dump, in any order, each where nothing is (see images.dump).
 
     What the root filesystem has under the mount point of /boot nobody could see: it gives way to boot.dump.
     """
     aside = f"/.imageos-{os.urandom(6).hex()}"  # what the other dump cannot know
-    boot = "/boot" if "/boot" in mounted else aside
+    boot = "/boot" if separate_boot else aside
     done: list[str] = []
     for member in members:
         if member.name not in legacy.DUMPS:
@@ -197,8 +197,7 @@ def restore_both(source: Source, members: Iterable[Member], root: Target, mounte
         with log.phase(f"restored {member.name}"), ExitStack() as stack:
             directory = stack.enter_context(root.directory(place))
             if member.name == "boot.dump":
-                below = [os.path.basename(path) for path in mounted if os.path.dirname(path) == place]
-                root.clear(place, keep=["lost+found", *below])
+                root.clear(place, keep=["lost+found"])
                 dump.check_untouched("boot.dump of the backup", directory)
             elif done:
                 directory = stack.enter_context(filesystem.alone(directory))

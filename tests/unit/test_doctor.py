@@ -102,6 +102,16 @@ def test_programs_of_a_variant(known: Settings, programs: set[str]) -> None:
     assert programs <= set(needed_by(Variant("v", known)))
 
 
+@pytest.mark.parametrize(("table", "needed"), [("gpt", True), ("msdos", False)])
+def test_program_that_fills_the_esp(table: str, needed: bool, tmp_path: Path) -> None:
+    hook = tmp_path / "grub"
+    hook.touch(0o644)
+    known = Settings(image_name="x", image_type="tarball", partition_table=table, customize_dir=str(tmp_path))
+    assert "mcopy" not in needed_by(Variant("v", known)), "the hook is off"
+    hook.chmod(0o755)
+    assert ("mcopy" in needed_by(Variant("v", known))) == needed
+
+
 @pytest.mark.parametrize("known", [Settings(), Settings(image_name="x", cdinstall=True)])
 def test_nothing_is_needed_where_no_image_is_named(known: Settings) -> None:
     assert list(needed_by(Variant("v", known))) == []
