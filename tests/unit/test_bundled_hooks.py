@@ -255,8 +255,8 @@ def test_ddns(kind: str, guest: Path, target: Target, capfd: pytest.CaptureFixtu
 
 def test_ddns_with_many_lines() -> None:
     begin = time.process_time()
-    assert loaded("zz_ddns").with_line("hostname\n" * 100_000, r"hostname", "hostname") == "hostname\n"
-    assert time.process_time() - begin < 5, "quadratic: minutes"
+    assert loaded("zz_ddns").with_line("hostname\n" * 30_000, r"hostname", "hostname") == "hostname\n"
+    assert time.process_time() - begin < 3, "quadratic: much more"
 
 
 def test_ddns_of_a_client_that_needs_no_help(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,12 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has the disk locked does not let go of it: no need to wait for that."""
+    monkeypatch.setattr(disk, "GLANCE", 0.01)
+
+
+@pytest.fixture
 def attached(path: Path) -> Iterator[Attached]:
     """The file in the place of the loop device."""
     with path.open("r+b", buffering=0) as file:
@@ -47,7 +53,7 @@ def test_claimed(path: Path) -> None:
         os.fstat(device.descriptor)
 
 
-def test_two_runs_on_one_disk(path: Path) -> None:
+def test_two_runs_on_one_disk(path: Path, impatient: None) -> None:
     with disk.claimed(str(path)), pytest.raises(Failure) as raised, disk.claimed(str(path)):
         pass
     assert str(raised.value) == f"disk {path} is in use: another process has locked it"
@@ -80,7 +86,7 @@ def test_loop_device_that_is_another_disks_at_once(monkeypatch: pytest.MonkeyPat
         disk._await_detached("/dev/loop7", "/srv/ours")
 
 
-def test_readers_share(path: Path) -> None:
+def test_readers_share(path: Path, impatient: None) -> None:
     reader = disk.claimed(str(path), read_only=True)
     with reader, disk.claimed(str(path), read_only=True), pytest.raises(Failure, match="in use"):
         disk.claimed(str(path)).__enter__()
@@ -114,7 +120,7 @@ def test_no_disk(kind: str, message: str, tmp_path: Path) -> None:
     assert message in str(raised.value)
 
 
-def test_no_descriptor_stays(path: Path) -> None:
+def test_no_descriptor_stays(path: Path, impatient: None) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
     with disk.claimed(str(path)), pytest.raises(Failure), disk.claimed(str(path)):
         pass
