@@ -94,7 +94,9 @@ def activated(known: ClusterInstance, keep: bool = False) -> Iterator[tuple[str,
                 f"the disks of instance {known.name} are mounted, or were left active by a tool that was killed",
                 hint=f"umount-disks {known.name} takes that away",
             )
-        os.write(mark, b"was active\n" if known.disks_active else ACTIVATED)
+        # a tool that has ended since Ganeti was asked may have deactivated them
+        was_active = known.disks_active and instance(known.name).disks_active
+        os.write(mark, b"was active\n" if was_active else ACTIVATED)
         try:
             yield _activate(known)
         except BaseException as cause:

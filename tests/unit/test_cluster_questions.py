@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,23 @@ def test_what_to_do_about_another_tool(tmp_path: Path, monkeypatch: pytest.Monke
     with cluster._mark("inst1"), pytest.raises(Failure, match="another tool") as failure, cluster._mark("inst1"):
         pass
     assert failure.value.hint == f"wait for it; fuser -v {tmp_path}/disks-inst1 shows which"
+
+
+@pytest.mark.parametrize(("active", "deactivated"), [("Y", False), ("N", True)])
+def test_another_tool_that_ends_meanwhile(
+    active: str, deactivated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had activated the disks when Ganeti was asked first; now it has deactivated them, or it was not a tool."""
+    monkeypatch.setattr(cluster, "MARK", f"{tmp_path}/disks-{{}}")
+    answers = {"list": DOWN.replace("|N|N", f"|N|{active}"), "activate-disks": DISKS, "deactivate-disks": ""}
+    asked: list[str] = []
+
+    def ask(command: Sequence[str], _seconds: float | None = None) -> Finished:
+        asked.append(command[1])
+        return Finished(list(command), 0, answers[command[1]].encode(), "")
+
+    monkeypatch.setattr(cluster, "ask", ask)
+    with cluster.activated(parse_instance(DOWN.replace("|N|N", "|N|Y"))):
+        pass
+    assert asked == ["list", "activate-disks", *(["deactivate-disks"] if deactivated else [])]
+    assert not list(tmp_path.iterdir())
