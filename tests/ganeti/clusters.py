@@ -17,7 +17,8 @@ IMAGES = "/var/cache/ganeti-instance-image"
 # for every script:
 #   say WHAT COMMAND...: what it prints, with its status as the last line, between two lines WHAT (see `said`)
 #   wait_for COMMAND...: until it succeeds
-#   detached: whether no disk of an instance has a loop device
+#   loops: the loop devices over disks of instances, and over copies of them
+#   detached: whether there is none
 FUNCTIONS = """
 say() {
   what=$1; shift
@@ -27,7 +28,8 @@ wait_for() {
   for _ in {1..3000}; do ! "$@" >/dev/null 2>&1 || return 0; sleep 0.1; done
   echo "in vain: wait_for $*"; return 1
 }
-detached() { ! losetup --list --noheadings --output BACK-FILE | grep /srv/ganeti/file-storage; }
+loops() { losetup --list --noheadings --output NAME,BACK-FILE | grep -e /srv/ganeti/file -e 'ganeti-instance-image/#'; }
+detached() { ! loops; }
 """
 ADD = (
     "gnt-instance add -t file --no-start --no-name-check --no-ip-check -B memory=256"

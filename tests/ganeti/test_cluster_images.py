@@ -14,7 +14,7 @@ SCRIPT = f"""
 for tool in make-dump make-qemu-img ganeti-image; do ln -sf {OS_DIR}/imageos /usr/local/sbin/$tool; done
 PATH=/usr/local/sbin:$PATH
 left() {{
-  losetup --list --noheadings --output NAME,BACK-FILE | grep -E '/srv/ganeti/file|ganeti-instance-image/#' || true
+  loops || true
   grep -e /srv/ganeti/file /proc/self/mountinfo || true
   ls -d /run/imageos-disks-* /run/imageos/* 2>/dev/null || true
   gnt-instance list --no-headers --separator=' ' -o name,disks_active --filter 'admin_state == "down"' | grep Y || true

@@ -23,7 +23,7 @@ PATH=/usr/local/sbin:$PATH
 """
     + """
 left() {
-  losetup --list --noheadings --output NAME,BACK-FILE | grep /srv/ganeti/file-storage || true
+  loops || true
   grep -F org_root /proc/self/mountinfo || true
   ls -d /tmp/*.org_root /tmp/mount.* /run/imageos-disks-* /run/imageos/* 2>/dev/null || true
   gnt-instance list --no-headers --separator=' ' -o name,disks_active --filter 'admin_state == "down"' | grep Y || true
