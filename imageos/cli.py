@@ -67,8 +67,7 @@ def dispatch(argv: list[str]) -> int:
             return 0
         if arguments and [name, *arguments] != ["verify", "parameters"]:
             raise Usage(f"{name} takes no argument {arguments[-1]!r}", hint=f"imageos {name} --help")
-    status: int = module.main(arguments)
-    return status
+    return _run(module, arguments)
 
 
 def script_help(name: str, module: ModuleType) -> str:
@@ -121,9 +120,21 @@ def _load(name: str) -> ModuleType:
     from importlib import import_module
 
     from imageos.node.isolation import handle_signals
+    from imageos.run import signals_held
 
     handle_signals()
-    return import_module("imageos.commands." + ("import_" if name == "import" else name.replace("-", "_")))
+    with signals_held():  # what is raised where Python imports may be lost
+        return import_module("imageos.commands." + ("import_" if name == "import" else name.replace("-", "_")))
+
+
+def _run(module: ModuleType, arguments: list[str]) -> int:
+    from imageos.node.isolation import ignore_signals
+
+    try:
+        status: int = module.main(arguments)
+        return status
+    finally:
+        ignore_signals()  # it has ended, in one way or the other: only words are left
 
 
 def _nearest(name: str) -> str:

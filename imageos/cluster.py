@@ -11,7 +11,7 @@ import re
 import shlex
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -94,10 +94,10 @@ def activated(known: ClusterInstance, keep: bool = False) -> Iterator[tuple[str,
                 f"the disks of instance {known.name} are mounted, or were left active by a tool that was killed",
                 hint=f"umount-disks {known.name} takes that away",
             )
-        # a tool that has ended since Ganeti was asked may have deactivated them
-        was_active = known.disks_active and instance(known.name).disks_active
-        os.write(mark, b"was active\n" if was_active else ACTIVATED)
         try:
+            # a tool that has ended since Ganeti was asked may have deactivated them
+            was_active = known.disks_active and instance(known.name).disks_active
+            os.write(mark, b"was active\n" if was_active else ACTIVATED)
             yield _activate(known)
         except BaseException as cause:
             _give_up(known.name, mark, cause)
@@ -300,7 +300,8 @@ def _deactivate(name: str, mark: int, seconds: float | None = None) -> None:
                 f"cannot deactivate the disks of instance {name}: {complaint(answer)}",
                 hint=f"umount-disks {name}, when nothing uses them any more",
             )
-    os.unlink(MARK.format(name))
+    with suppress(FileNotFoundError):  # a signal has come just after this, the first time
+        os.unlink(MARK.format(name))
 
 
 @contextmanager

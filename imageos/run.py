@@ -15,7 +15,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO
@@ -277,30 +277,38 @@ def _start(
     """Start a process and hand it to `register`, which is to end it. A signal waits until that is done: one that came
     in between would leave a process that goes on writing to the disk.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    with signals_held() as before:
 
-    def enter() -> None:
-        for one in SIGNALS:
-            signal.signal(one, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if prepare:
-            prepare()
+        def enter() -> None:
+            for one in SIGNALS:
+                signal.signal(one, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if prepare:
+                prepare()
 
-    try:
-        process = subprocess.Popen(
-            list(argv),
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            env=dict(env),
-            cwd=cwd,
-            pass_fds=keep,
-            preexec_fn=enter,
-        )
+        try:
+            process = subprocess.Popen(
+                list(argv),
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=dict(env),
+                cwd=cwd,
+                pass_fds=keep,
+                preexec_fn=enter,
+            )
+        except OSError as error:
+            raise _missing(argv[0], error) from None
         register(process)
         return process
-    except OSError as error:
-        raise _missing(argv[0], error) from None
+
+
+@contextmanager
+def signals_held() -> Iterator[Iterable[int]]:
+    """Let signals wait until the end of the context, in this thread; gives what was held before, for a child."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield before
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -30,7 +30,7 @@ from imageos.guests.sandbox import GuestDisk
 from imageos.images.checksums import digests_of
 from imageos.images.imagetypes import IMAGE_TYPES
 from imageos.node import isolation, linux
-from imageos.run import available, output_of, pipeline, require, run
+from imageos.run import available, output_of, pipeline, require, run, signals_held
 
 SPARE = 16 * MIB  # that sealing and replayed journals may add to the copy
 CHUNK = MIB
@@ -421,5 +421,6 @@ def name_it(undo: ExitStack, directory: int, descriptor: int, name: str, replace
                 os.unlink(temporary, dir_fd=directory)
             raise
     else:
-        link(name)
-        undo.callback(os.unlink, name, dir_fd=directory)
+        with signals_held():
+            link(name)
+            undo.callback(os.unlink, name, dir_fd=directory)

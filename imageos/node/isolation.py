@@ -19,7 +19,7 @@ from typing import NoReturn
 from imageos import log
 from imageos.errors import Failure, Interrupted, signal_name
 from imageos.node import linux
-from imageos.run import SIGNALS
+from imageos.run import SIGNALS, signals_held
 
 # The runtime directory: on the node it is empty; in the namespace a tmpfs of ours hides it, so that
 # mount points and temporary files vanish with us.
@@ -36,24 +36,21 @@ def enter() -> None:
     if os.geteuid() != 0:
         raise Failure("this needs root", hint="run it with sudo")
     alive, ours = os.pipe()
-    # until both have their handlers: what a handler raises while Python itself forks is lost
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        linux.unshare(linux.CLONE_NEWPID)  # for the next child, not for us
-        child = os.fork()
-    except OSError as error:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        raise Failure(f"cannot make a PID namespace: {error.strerror}") from None
-    if child:
+    with signals_held() as before:  # until both have their handlers: what one raises while Python forks is lost
+        try:
+            linux.unshare(linux.CLONE_NEWPID)  # for the next child, not for us
+            child = os.fork()
+        except OSError as error:
+            raise Failure(f"cannot make a PID namespace: {error.strerror}") from None
+        if child:
+            os.close(alive)
+            _supervise(child, before)
+        os.close(ours)
+        linux.die_with_parent()
+        if select.select([alive], [], [], 0)[0]:
+            os._exit(1)  # the supervisor was gone before it could take us with it
         os.close(alive)
-        _supervise(child, before)
-    os.close(ours)
-    linux.die_with_parent()
-    if select.select([alive], [], [], 0)[0]:
-        os._exit(1)  # the supervisor was gone before it could take us with it
-    os.close(alive)
-    handle_signals()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        handle_signals()
     _private_mounts()
 
 

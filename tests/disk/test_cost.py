@@ -34,10 +34,10 @@ CALLS = "execve,sync,syncfs,fsync,fdatasync,msync,nanosleep,clock_nanosleep"
 
 
 def test_processes_syncs_and_sleeps_of_one_create(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    trace = tmp_path / "trace"
+    trace, create = tmp_path / "trace", node.os_dir / "create"
     started = time.time() - time.monotonic()  # of the machine
     subprocess.run(
-        ["strace", "--follow-forks", "-ttt", "--output", trace, "--trace", CALLS, node.os_dir / "create"],
+        ["strace", "--follow-forks", "--output-separately", "-ttt", "--output", trace, "--trace", CALLS, create],
         env=node.environment(disk()),
         cwd=node.os_dir,
         stdin=subprocess.DEVNULL,
@@ -48,7 +48,12 @@ def test_processes_syncs_and_sleeps_of_one_create(node: Node, disk: MakeDisk, tm
     ours: Counter[str] = Counter()  # calls of our own processes; what mkfs does is its own business
     others = set()  # processes that have become another program
     sleeps = []  # seconds
-    for process, moment, call, rest in re.findall(r"^(\d+) +([\d.]+) (\w+)\((.*)", trace.read_text(), re.MULTILINE):
+    lines = [
+        (file.suffix, *found)
+        for file in tmp_path.glob("trace.*")
+        for found in re.findall(r"^([\d.]+) (\w+)\((.*)", file.read_text(), re.MULTILINE)
+    ]
+    for process, moment, call, rest in lines:
         if call == "execve":
             if "ENOENT" not in rest:
                 name = os.path.basename(rest.split('"')[1])

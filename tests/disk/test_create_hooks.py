@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -229,14 +230,20 @@ def test_hook_that_leaves_a_process(daemon: str, node: Node, disk: MakeDisk) -> 
 
 
 def test_what_writes_back_meanwhile_is_no_leftover(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """sync(1) lasts until the second hook has seen it. (grep -q: whatever other process ends meanwhile.)"""
-    fake, seen = tmp_path / "bin/sync", tmp_path / "seen"
+    """sync(1) lasts until the second hook has seen it. (grep -q: whatever other process ends meanwhile.)
+
+    It waits without a child, which would be a leftover if it is older than the hook.
+    """
+    fake, seen, gate = tmp_path / "bin/sync", tmp_path / "seen", tmp_path / "gate"
     fake.parent.mkdir()
-    fake.write_text(f'#!/bin/sh\nwhile [ ! -e {seen} ]; do sleep 0.05; done\nexec /bin/sync "$@"\n')
+    os.mkfifo(gate)
+    fake.write_text(f'#!/bin/sh\nread -r _ <{gate}\nexec /bin/sync "$@"\n')
     fake.chmod(0o755)
     node.hook("a", "#!/bin/sh\n:\n")
-    node.hook("b", f"#!/bin/sh\ngrep -qs '{fake}' /proc/[0-9]*/cmdline && : > {seen}\n")
+    # until sync has opened it and read the line
+    node.hook("b", f"#!/bin/sh\ngrep -qs '{fake}' /proc/[0-9]*/cmdline && : > {seen}\necho >{gate}\n")
     result = node.create(disk(), PATH=f"{fake.parent}:{PATH}").ok()
+    assert seen.exists()
     assert "running" not in result.log
 
 

@@ -17,7 +17,21 @@ import pytest
 import readme
 from backups import MARKER, exported, free_ranges, is_disarmed, read_only, restore, same, start_export, use, without
 from guestdisks import blank, make, place
-from support import MIB, Node, attached, digest, locked, mounted, partitions, probe, recorded, run, signatures
+from support import (
+    MIB,
+    Node,
+    attached,
+    digest,
+    locked,
+    mounted,
+    partitions,
+    probe,
+    recorded,
+    run,
+    session,
+    signatures,
+    wait_until,
+)
 
 MakeDisk = Callable[..., Path]
 
@@ -642,10 +656,10 @@ def test_export_is_killed(number: signal.Signals, group: bool, node: Node, large
     os.close(writer)
     os.read(reader, 1000)
     (os.killpg if group else os.kill)(call.process.pid, number)
+    result = call.result()  # the full pipe holds it until the signal gets there
     with open(reader, "rb") as stream:
         stream.read()
     call.announced()
-    result = call.result()
     assert result.status == 128 + number
 
 
@@ -785,4 +799,5 @@ def test_create_waits_for_nobody(node: Node, disk: MakeDisk) -> None:
     call.result()
     os.close(reader)
     call.announced()
+    wait_until(lambda: not session(call.process.pid), "the disk is free")
     node.create(source).ok()

@@ -13,7 +13,21 @@ from pathlib import Path
 import guestdisks
 import pytest
 import trees
-from support import MIB, PATH, Call, Name, Node, Result, attached, describe, mounted, partitions, run
+from support import (
+    MIB,
+    PATH,
+    Call,
+    Name,
+    Node,
+    Result,
+    attached,
+    describe,
+    mounted,
+    partitions,
+    run,
+    session,
+    wait_until,
+)
 
 MakeDisk = Callable[..., Path]
 TYPES = {"tarball": "tarball", "dump": "dump", "qemu-img": "qemu"}  # ganeti-image's -> IMAGE_TYPE
@@ -479,6 +493,7 @@ def test_killed(
         call.kill(number)
         assert call.result().status == 128 + number
         assert os.listdir(node.images) == []
+        wait_until(lambda: not session(call.process.pid), "the disk is free")
     capture(node, disk, kind).ok()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from imageos import log
 from imageos.guests.sandbox import GuestDisk
 from imageos.guests.target import Target, opened
+from imageos.run import SIGNALS
 
 # The same examples in each run, no timing (a busy machine is no fault), and nothing left in the checkout.
 hypothesis.settings.register_profile("unit", derandomize=True, deadline=None, max_examples=20, database=None)
@@ -45,7 +47,10 @@ def process_state() -> Iterator[None]:
     """What a command sets for its whole process is as before for the next test."""
     umask = os.umask(0o022)
     os.umask(umask)
+    handlers = {one: signal.getsignal(one) for one in SIGNALS}
     yield
+    for one, handler in handlers.items():
+        signal.signal(one, handler)
     os.umask(umask)
     log.set_debug(False)
 
