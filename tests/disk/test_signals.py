@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import signal
+import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -164,3 +165,23 @@ def exclusively(device: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+@pytest.mark.parametrize("number", SIGNALS[:3], ids=lambda number: number.name)
+def test_signal_while_it_says_why_it_failed(number: signal.Signals, node: Node) -> None:
+    """Nobody has read its output for a while: the words are whole, and the status is theirs."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"\n")
+    os.set_blocking(writer, True)
+    process = subprocess.Popen([node.imageos, "umount-disks", "--here", "../x"], stdout=writer, stderr=writer)
+    Call.unburied.append(process)
+    os.close(writer)
+    waits = Path(f"/proc/{process.pid}/wchan")
+    wait_until(lambda: "pipe_write" in waits.read_text(), "it wants to say why it failed")
+    process.send_signal(number)
+    with open(reader) as output:
+        assert output.read().lstrip("\n") == "imageos: '../x' cannot be the name of an instance\n"
+    assert process.wait() == 1
