@@ -255,15 +255,40 @@ def write_table(disk: Attached, layout: Layout) -> None:
 
 
 def set_partitions(disk: Attached, wanted: list[tuple[int, int, int]]) -> None:
-    """Make the kernel's partitions of the disk exactly these (number, start, size in bytes)."""
+    """Make the kernel's partitions of the disk exactly these (number, start, size in bytes).
+
+    One whose start stays is resized: it could not be deleted while anybody looks at it, as LVM does at every disk.
+    """
     existing = _kernel_partitions(disk)
-    for number in existing:
-        if existing[number] not in [(start, size) for n, start, size in wanted if n == number]:
-            linux.delete_partition(disk.descriptor, number)
+    starts = {number: start for number, start, _ in wanted}
+    for number, (start, _) in existing.items():
+        if starts.get(number) != start:
+            _delete_partition(disk, number)
     for number, start, size in wanted:
-        if existing.get(number) != (start, size):
-            linux.add_partition(disk.descriptor, number, start, size)
+        have = existing.get(number, (None, None))
+        try:
+            if have[0] != start:
+                linux.add_partition(disk.descriptor, number, start, size)
+            elif have[1] != size:
+                linux.resize_partition(disk.descriptor, number, start, size)
+        except OSError as error:
+            raise Failure(f"cannot make {disk.partition(number)}: {error.strerror}") from None
         _await_node(disk.partition(number))
+
+
+def _delete_partition(disk: Attached, number: int) -> None:
+    """Once nobody has it open any more."""
+
+    def is_gone() -> bool:
+        try:
+            linux.delete_partition(disk.descriptor, number)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return False
+            raise Failure(f"cannot take away {disk.partition(number)}: {error.strerror}") from None
+        return True
+
+    _wait(is_gone, f"{disk.partition(number)} is still in use after {DEADLINE:.0f} s")
 
 
 def _kernel_partitions(disk: Attached) -> dict[int, tuple[int, int]]:

@@ -42,7 +42,7 @@ CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
 CAPABILITY_VERSION_3 = 0x20080522
 # fs.h, loop.h, blkpg.h
 BLKROGET, BLKPG, BLKFLSBUF, BLKGETSIZE64 = 0x125E, 0x1269, 0x1261, 0x80081272
-BLKPG_ADD_PARTITION, BLKPG_DEL_PARTITION = 1, 2
+BLKPG_ADD_PARTITION, BLKPG_DEL_PARTITION, BLKPG_RESIZE_PARTITION = 1, 2, 3
 FS_IOC_SHUTDOWN, SHUTDOWN_NO_LOG_FLUSH = 0x8004587D, 2
 FITRIM = 0xC0185879
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10  # falloc.h
@@ -205,6 +205,11 @@ def add_partition(disk: int, number: int, start: int, length: int) -> None:
     _blkpg(disk, BLKPG_ADD_PARTITION, number, start, length)
 
 
+def resize_partition(disk: int, number: int, start: int, length: int) -> None:
+    """Tell the kernel of the new length of a partition, which may be in use; `start` is as it was (Linux 3.6)."""
+    _blkpg(disk, BLKPG_RESIZE_PARTITION, number, start, length)
+
+
 def forget_btrfs(device: str) -> None:
     """Have the kernel forget a btrfs device that is not mounted: its name and UUID will be another's."""
     try:
@@ -216,6 +221,7 @@ def forget_btrfs(device: str) -> None:
 
 
 def delete_partition(disk: int, number: int) -> None:
+    """Have the kernel forget a partition; EBUSY while anybody has it open."""
     _blkpg(disk, BLKPG_DEL_PARTITION, number, 0, 0)
 
 

@@ -13,7 +13,7 @@ import guestdisks
 import pytest
 import trees
 from guestdisks import DATA, ROOT, UUID, by_number, place
-from support import MIB, Node, Result, attached, listing, mounted, partitions, run, table_of
+from support import MIB, PATH, Node, Result, attached, listing, mounted, partitions, run, table_of
 
 MakeDisk = Callable[..., Path]
 
@@ -91,6 +91,26 @@ def test_backup_header_moves_although_the_root_stays(node: Node, disk: MakeDisk,
     deploy(node, image, target).ok()
     assert target.read_bytes()[-512:-504] == b"EFI PART"
     assert partitions(target)[0].size == 80 * MIB
+
+
+# programs after which somebody looks at partitions for a while, as LVM does at every disk
+@pytest.mark.parametrize("program", ["blkid", "sfdisk"])
+def test_somebody_looks_at_a_partition(
+    program: str, node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path
+) -> None:
+    """It is grown nevertheless."""
+    guest = guestdisks.mbr(tmp_path / "image", small_tree, tmp_path)
+    fake, seen = tmp_path / "fake" / program, tmp_path / "seen"
+    real = run("sh", "-c", f"PATH={PATH} command -v {program}").strip()
+    look = f'{{ sleep 1 & }} 3<"/dev/${{node##*/}}" && echo "$node" >>{seen}'
+    looks = f"for node in /sys/block/loop*/loop*p{guest.root}; do {look}; done"
+    node.write(fake, f'#!/bin/sh\n{real} "$@" || exit\n({looks}) >/dev/null 2>&1\nexit 0\n')
+    fake.chmod(0o755)
+    target = disk(300)
+    deploy(node, guest.path, target, PATH=f"{fake.parent}:{PATH}").ok()
+    assert seen.read_text()
+    root = place(target, guest.root)
+    assert root and root.size > place(guest.path, guest.root).size + 100 * MIB
 
 
 def test_same_size_as_the_image(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_loop_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (backing, block_size, flags) == (8, 512, 4 | 8)
 
 
-@pytest.mark.parametrize("operation", ["add", "delete"])
+@pytest.mark.parametrize("operation", ["add", "delete", "resize"])
 def test_partition_is_told(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -215,6 +215,9 @@ def test_partition_is_told(operation: str, monkeypatch: pytest.MonkeyPatch) -> N
     if operation == "add":
         linux.add_partition(7, 3, MIB, 4 * MIB)
         assert seen == [(7, 0x1269, 1, 152, (MIB, 4 * MIB, 3))]
+    elif operation == "resize":
+        linux.resize_partition(7, 3, MIB, 4 * MIB)
+        assert seen == [(7, 0x1269, 3, 152, (MIB, 4 * MIB, 3))]
     else:
         linux.delete_partition(7, 3)
         assert seen == [(7, 0x1269, 2, 152, (0, 0, 3))]
