@@ -2,7 +2,7 @@
 """usage: ./build.py                      build dist/imageos
        sudo ./build.py demo            build it, deploy a tiny image onto a file and show the result
        sudo ./build.py demo --debian   the same with Debian, and boot it in qemu to its login prompt
-       sudo ./build.py test [ARGS...]  build it and run all tests; ARGS are for pytest
+       sudo ./build.py test [ARGS...]  build it and run all tests; or what ARGS say to pytest
        sudo ./build.py bench [NAME...] build it and measure it against the same work done by hand
        ./build.py deb                  build it and a package for Debian and its relatives, in dist
        ./build.py rpm                  the same for Fedora and its relatives
@@ -57,11 +57,12 @@ BUILD_TOOLS = (
 TEST_TOOLS = (
     *BUILD_TOOLS,
     "pytest==8.4.2",
-    "pytest-xdist==3.8.0",  # two workers, for who is in a hurry
+    "pytest-xdist==3.8.0",  # two workers
     "hypothesis==6.141.1",  # properties of the parsers
     "mypy==1.19.1",  # linters run as tests, and another version finds other faults
     "ruff==0.17.6",
 )
+WORKERS = ("--numprocesses=2", "--dist=loadgroup")  # of a run of all tests; for one tier they would cost more
 
 
 @dataclass(frozen=True)
@@ -362,7 +363,7 @@ def test(arguments: list[str]) -> int:
     install_packages(TEST_NEEDS)
     python = virtual_environment(TEST_TOOLS)
     build()
-    command = [str(python), "-m", "pytest", *arguments]
+    command = [str(python), "-m", "pytest", *(arguments or WORKERS)]
     say(f"running {shlex.join(command)}")
     # Not run(): its output is for the reader, as it comes.
     status = subprocess.run(command, cwd=CHECKOUT).returncode
@@ -855,11 +856,12 @@ def boot(disk: Path) -> None:
 def show_console_until_login(qemu: subprocess.Popen[bytes]) -> None:
     assert qemu.stdout is not None
     console = ""
-    shown = 0
+    shown = line = 0
     deadline = time.monotonic() + BOOT_DEADLINE
     with selectors.DefaultSelector() as selector:
         selector.register(qemu.stdout, selectors.EVENT_READ)
-        while " login:" not in console[shown:]:
+        while " login:" not in console[line:]:
+            line = shown  # where the last one begins that was not complete: the prompt may be, with what comes next
             if not selector.select(deadline - time.monotonic()):
                 raise BuildError(f"no login prompt within {BOOT_DEADLINE} s")
             data = os.read(qemu.stdout.fileno(), 65536)

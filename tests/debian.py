@@ -24,6 +24,7 @@ from pathlib import Path
 
 SUITES = ("bullseye", "bookworm", "trixie")
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "debian"
+ATTEMPTS = 3  # at an image: a mirror may be away for a moment
 KEEP = 86400  # seconds that images of another recipe stay in the cache
 PACKAGES = (
     "linux-image-cloud-amd64",
@@ -55,6 +56,7 @@ FLAVOURS = {
 # What the guest says about itself once it is up, on the serial console: `FACT NAME VALUE` lines between two marks.
 # It waits for the getty, because systemd hangs up the terminal before it starts one.
 REPORT = r"""#!/bin/sh
+dmesg --console-off  # a message of the kernel would go into the middle of a line; a panic is shown nevertheless
 state=$(systemctl is-system-running --wait 2>/dev/null)
 tries=30
 while [ $tries -gt 0 ]; do
@@ -137,8 +139,8 @@ mount -t proc proc "$work/proc"
 export DEBIAN_FRONTEND=noninteractive
 printf '#!/bin/sh\nexit 101\n' >"$work/usr/sbin/policy-rc.d"
 chmod 755 "$work/usr/sbin/policy-rc.d"
-chroot "$work" apt-get -q update
-chroot "$work" apt-get -q --yes --no-install-recommends install "$@"
+chroot "$work" apt-get -q -o Acquire::Retries=5 update
+chroot "$work" apt-get -q -o Acquire::Retries=5 --yes --no-install-recommends install "$@"
 rm "$work/usr/sbin/policy-rc.d"
 case " $* " in
   *systemd-resolved*) chroot "$work" systemctl --quiet enable systemd-networkd systemd-resolved ;;
@@ -223,24 +225,26 @@ def _make(path: Path, name: str, script: str, arguments: Sequence[str]) -> None:
     for other in [*path.parent.glob(f"{name}-*"), *path.parent.glob(f".{name}-*")]:
         if other.stat().st_mtime < time.time() - KEEP:  # a younger one may be another checkout's
             shutil.rmtree(other)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=path.parent))
-    try:
-        made = subprocess.run(
-            ["setpriv", "--pdeathsig", "KILL"]
-            + ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-            + ["bash", "-c", script, "debian", str(scratch), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", **_proxies()},
-            text=True,
-            errors="replace",
-        )
-        if made.returncode:
-            raise RuntimeError(f"cannot make {name}:\n" + "\n".join(made.stdout.splitlines()[-30:]))
-        scratch.rename(path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    for _ in range(ATTEMPTS):
+        scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=path.parent))
+        try:
+            made = subprocess.run(
+                ["setpriv", "--pdeathsig", "KILL"]
+                + ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+                + ["bash", "-c", script, "debian", str(scratch), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", **_proxies()},
+                text=True,
+                errors="replace",
+            )
+            if made.returncode == 0:
+                scratch.rename(path)
+                return
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    raise RuntimeError(f"cannot make {name}:\n" + "\n".join(made.stdout.splitlines()[-30:]))
 
 
 def _proxies() -> dict[str, str]:

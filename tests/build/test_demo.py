@@ -46,7 +46,7 @@ def start(checkout: Path, scratch: Path, *arguments: str) -> subprocess.Popen[st
 
 
 def finished(process: subprocess.Popen[str], status: int = 0) -> str:
-    shown, _ = process.communicate(timeout=900)
+    shown, _ = process.communicate(timeout=3600)
     assert process.returncode == status, shown
     return shown
 

@@ -90,6 +90,7 @@ def test_export_is_killed(signal: str, cluster: Cluster, prepared: str) -> None:
         wait_for kill_sending
         echo WAIT; timeout 600 tail --pid=$! -f /dev/null && echo ENDED; echo WAIT
         cat /srv/export.log
+        wait_for detached
         echo LEFT; leftovers; echo LEFT
         gnt-backup export -n node1.example.org inst1.example.org
         for file in {EXPORTS}/inst1.example.org/*-*-*; do tar -tf $file >/dev/null; done

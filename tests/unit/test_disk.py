@@ -77,10 +77,10 @@ def test_somebody_who_only_glances_at_the_disk(path: Path, monkeypatch: pytest.M
 
 def test_loop_device_that_is_another_disks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever was quicker has it for longer than we wait."""
-    monkeypatch.setattr(disk, "DEADLINE", 0.1)
     backings = ["/srv/ours", "/srv/ours", "/srv/theirs"]
     monkeypatch.setattr(disk, "_backing", lambda loop: backings.pop(0) if len(backings) > 1 else backings[0])
     disk._await_detached("/dev/loop7", "/srv/ours")
+    monkeypatch.setattr(disk, "DEADLINE", 0.1)
     backings = ["/srv/ours"]
     with pytest.raises(Failure, match="still attached"):
         disk._await_detached("/dev/loop7", "/srv/ours")
