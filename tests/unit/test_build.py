@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import zipfile
 from pathlib import Path, PurePath
+from types import SimpleNamespace
 
 import pytest
 
@@ -256,3 +258,25 @@ def test_version_of_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_paths_are_those_of_the_program() -> None:
     assert (build.OS_DIR, build.SITE_DIR, build.IMAGE_DIR) == (hooks.OS_DIR, settings.SITE_DIR, settings.CACHE_DIR)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["Debian\r\n", "inst1 ", "login: "],
+        ["inst1 login: [   43.5] clocksource: Long readout interval\r\n"],
+        ["inst1 log", "in: [   43.5] random\r\n"],
+    ],
+)
+def test_login_prompt_is_seen(
+    texts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However the console cuts it, and whatever the kernel says behind it."""
+    parts = iter(texts)
+    monkeypatch.setattr(os, "read", lambda *_: next(parts, "").encode())
+    reader, writer = os.pipe()
+    os.write(writer, b"x")  # there is always something to be read
+    with open(reader, "rb", buffering=0) as stdout:
+        build.show_console_until_login(SimpleNamespace(stdout=stdout))  # type: ignore[arg-type]
+    os.close(writer)
+    assert "login:" in capsys.readouterr().out
