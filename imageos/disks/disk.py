@@ -23,7 +23,9 @@ from imageos.node.mounts import Mount
 from imageos.run import run
 
 DEADLINE = 10.0  # seconds to wait for the kernel or udev
-GLANCE = 0.5  # seconds that udev may have a disk locked which has just appeared or been written to, to look at it
+# Seconds that others may look at a disk which has just appeared, or been written to or let go: udev has it locked then,
+# and a loop device stays over it until the last of them has closed that
+GLANCE = 1.0
 # Both ends of a disk or partition hold everything that a tool could recognise: partition tables and
 # their backups, superblocks of filesystems (btrfs at 64 KiB), LVM and RAID metadata.
 SIGNATURES = MIB
@@ -360,7 +362,7 @@ def _drop_mounts(disk: Attached) -> None:
 
 
 def _check_unused(path: str, descriptor: int) -> None:
-    loop = _loop_over(os.fstat(descriptor))
+    loop = _loop_that_stays(os.fstat(descriptor))
     if loop:
         raise _in_use(path, f"{loop} is attached to it", f"see losetup --list; losetup --detach {loop} if it is stale")
     # qemu holds open-file-description locks on the images that it uses
@@ -371,6 +373,27 @@ def _check_unused(path: str, descriptor: int) -> None:
         return  # some filesystems have no such locks
     if struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK:
         raise _in_use(path, "an instance, or another program that locks it, is using it")
+
+
+def _loop_that_stays(backing: os.stat_result) -> str | None:
+    """The loop device over a file or device, if there is one; one on its way out is given a moment.
+
+    That is one which was detached while somebody had it open, if only to look (loop_clr_fd of drivers/block/loop.c).
+    """
+    deadline = time.monotonic() + GLANCE
+    while True:
+        loop = _loop_over(backing)
+        if not loop or not _goes_with_its_last_user(loop) or time.monotonic() > deadline:
+            return loop
+        time.sleep(0.005)
+
+
+def _goes_with_its_last_user(loop: str) -> bool:
+    try:
+        with open(f"/sys/block/{os.path.basename(loop)}/loop/autoclear", "rb") as file:
+            return file.read(1) == b"1"
+    except OSError:
+        return True  # it has gone
 
 
 def _loop_over(backing: os.stat_result) -> str | None:

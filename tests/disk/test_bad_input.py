@@ -100,6 +100,29 @@ def test_disk_in_use_by_a_loop_device(node: Node, disk: MakeDisk) -> None:
     then_good(node, target)
 
 
+@pytest.mark.parametrize("kind", ["file", "block device"])
+def test_disk_whose_loop_device_is_going(kind: str, node: Node, disk: MakeDisk, block_disk: MakeDisk) -> None:
+    """It was detached, and is there until the last has closed it who looks at it."""
+    target = disk() if kind == "file" else block_disk()
+    with looked_at(target, "inf") as device:
+        assert device.name in refused(node, target, str(target), "in use").log
+    with looked_at(target, "0.5"):
+        then_good(node, target)
+
+
+@contextmanager
+def looked_at(disk: Path, seconds: str) -> Iterator[Path]:
+    """A loop device over the disk, already detached, that somebody else has open."""
+    with attached(disk) as device, device.open("rb") as file:
+        looks = subprocess.Popen(["sleep", seconds], stdin=file)
+    try:
+        assert run("losetup", "--associated", disk)
+        yield device
+    finally:
+        looks.kill()
+        looks.wait()
+
+
 def test_disk_in_use_by_a_mount_through_a_loop_device(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
     target = disk()
     with attached(target) as device, mount_of(device, tmp_path / "mnt"):

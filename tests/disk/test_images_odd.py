@@ -102,13 +102,14 @@ def test_somebody_looks_at_a_partition(
     guest = guestdisks.mbr(tmp_path / "image", small_tree, tmp_path)
     fake, seen = tmp_path / "fake" / program, tmp_path / "seen"
     real = run("sh", "-c", f"PATH={PATH} command -v {program}").strip()
-    look = f'{{ sleep 1 & }} 3<"/dev/${{node##*/}}" && echo "$node" >>{seen}'
-    looks = f"for node in /sys/block/loop*/loop*p{guest.root}; do {look}; done"
-    node.write(fake, f'#!/bin/sh\n{real} "$@" || exit\n({looks}) >/dev/null 2>&1\nexit 0\n')
+    disk_of = 'disk=$(echo "$device" | sed -E "s/(loop[0-9]+)p.*/\\1/")'
+    look = f'{{ sleep 1 & }} 3<"${{disk}}p{guest.root}" && echo "$device" >>{seen}'
+    last = f"for device; do :; done; {disk_of}"
+    node.write(fake, f'#!/bin/sh\n{real} "$@" || exit\n{last}\n({look}) >/dev/null 2>&1\nexit 0\n')
     fake.chmod(0o755)
     target = disk(300)
     deploy(node, guest.path, target, PATH=f"{fake.parent}:{PATH}").ok()
-    assert seen.read_text()
+    assert re.match(r"/dev/loop\d+", seen.read_text())
     root = place(target, guest.root)
     assert root and root.size > place(guest.path, guest.root).size + 100 * MIB
 
