@@ -19,10 +19,9 @@ from imageos import log
 from imageos.errors import Failure
 from imageos.images.cache import Copy, identity, load, locked, remove, save, sync
 from imageos.images.checksums import Checksum, digests_of, expected, keyring_id, pinned
-from imageos.images.web import Answer, Missing, Transient, Unreachable, Web, cleaned, network_errors, shown
+from imageos.images.web import Answer, Missing, Transient, Unreachable, Web, cleaned, shown
 from imageos.settings import Settings
 
-CHUNK = 1 << 20  # bytes
 GRACE = 2.0  # seconds that a server gets to close the connection after the last byte
 
 # A URL that ends so is one image; any other is the directory of the images. The word tells the kind of image.
@@ -169,7 +168,7 @@ def _downloaded(web: Web, url: str, path: str, wanted: Sequence[Checksum]) -> Co
     part, directory = path + ".part", os.path.dirname(path)
     try:
         with log.phase(f"downloaded {shown(url)}"):
-            copy = web.patiently(url, lambda: _receive(web, url, part))
+            copy = web.patiently(url, lambda: _receive(web, url, part), lambda: _size(part))
         digests = digests_of(part, {"sha256", *(one.algorithm for one in wanted)})
         for one in wanted:
             found = digests[one.algorithm]
@@ -196,7 +195,7 @@ def _downloaded(web: Web, url: str, path: str, wanted: Sequence[Checksum]) -> Co
 def _receive(web: Web, url: str, part: str) -> Copy:
     """Begin the download to `part`, or go on with it; one attempt."""
     known = load(part)
-    have = os.path.getsize(part) if known and known.condition else 0
+    have = _size(part) if known and known.condition else 0
     ask = {"Range": f"bytes={have}-", "If-Range": known.condition} if known and have else {}
     with web.get(url, ask) as answer:
         response = answer.response
@@ -233,10 +232,9 @@ def _receive_body(answer: Answer, part: str, have: int, copy: Copy) -> int:
     try:
         while copy.size is None or have <= copy.size:
             try:
-                with network_errors():
-                    if have == copy.size:
-                        answer.connection.settimeout(GRACE)
-                    chunk = answer.response.read1(CHUNK)
+                if have == copy.size:
+                    answer.connection.settimeout(GRACE)
+                chunk = answer.read()
             except Transient:
                 if have == copy.size:
                     break
@@ -252,6 +250,14 @@ def _receive_body(answer: Answer, part: str, have: int, copy: Copy) -> int:
         progress.close()
         os.close(descriptor)
     return have
+
+
+def _size(part: str) -> int:
+    """Of what was downloaded so far, in bytes."""
+    try:
+        return os.path.getsize(part)
+    except FileNotFoundError:
+        return 0
 
 
 def _is_rest(known: Copy, have: int, response: HTTPResponse) -> bool:

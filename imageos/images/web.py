@@ -21,8 +21,11 @@ from imageos import __version__, log
 from imageos.errors import Failure
 
 CONNECT_TIMEOUT = 15.0  # seconds
-READ_TIMEOUT = 30.0  # seconds without a byte
-PAUSES = (0.5, 1.0, 2.0)  # seconds before each further attempt
+READ_TIMEOUT = 30.0  # seconds without a byte, or with fewer than
+LEAST = 32 << 10  # bytes: at that rate an image takes a week
+PAUSES = (0.5, 1.0, 2.0)  # seconds before each further attempt; all of them again after
+PROGRESS = 1 << 20  # bytes more than ever before
+CHUNK = 1 << 20  # bytes
 REDIRECTS = 10
 SMALL = 1 << 20  # bytes of a file that is read into memory
 
@@ -45,10 +48,25 @@ class Transient(Exception):
     """What may be better at the next attempt."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
     response: HTTPResponse
     connection: socket
+    _waited: float = 0.0  # seconds, since we last looked at how much comes
+    _received: int = 0  # bytes in them
+
+    def read(self, most: int = CHUNK) -> bytes:
+        """The next bytes of the content, empty at its end; Transient if hardly any come."""
+        if self._waited > READ_TIMEOUT:
+            if self._received < LEAST:
+                raise Transient(f"only {log.size(self._received)} in {self._waited:.0f} s")
+            self._waited, self._received = 0.0, 0
+        start = time.monotonic()
+        with network_errors():
+            chunk = self.response.read1(most)
+        self._waited += time.monotonic() - start
+        self._received += len(chunk)
+        return chunk
 
 
 class Web:
@@ -78,9 +96,13 @@ class Web:
         """The content of a small file; None if the server has none."""
 
         def ask() -> bytes:
-            with self.get(url) as answer, network_errors():
-                content = answer.response.read(SMALL + 1)
-                if len(content) <= SMALL and answer.response.length:
+            with self.get(url) as answer:
+                announced, answer.response.length = answer.response.length, None
+                most = SMALL + 1 if announced is None else min(announced, SMALL + 1)
+                content = b""
+                while len(content) < most and (chunk := answer.read(most - len(content))):
+                    content += chunk
+                if announced is not None and len(content) < most:
                     raise Transient("cut off")
                 return content
 
@@ -101,20 +123,27 @@ class Web:
             _check(url, answer.response)
             yield answer
 
-    def patiently(self, url: str, attempt: Callable[[], T]) -> T:
-        """What `attempt` returns, which is made again when it raises Transient; in the end Unreachable."""
+    def patiently(self, url: str, attempt: Callable[[], T], so_far: Callable[[], int] = lambda: 0) -> T:
+        """What `attempt` returns, which is made again when it raises Transient; in the end Unreachable.
+
+        As often as needed, while there is progress: `so_far` says how many bytes the attempts have brought.
+        """
         if self._unreachable:
             raise self._unreachable
-        for pause in (*PAUSES, 0.0):
+        most, pauses = so_far(), iter(PAUSES)
+        while True:
             try:
                 return attempt()
             except Transient as error:
                 problem = f"{shown(url)}: {error}"
-            if pause:
-                log.info(f"{problem}; trying again")
-                time.sleep(pause)
-        self._unreachable = Unreachable(problem)
-        raise self._unreachable
+            if so_far() >= most + PROGRESS:
+                most, pauses = so_far(), iter(PAUSES)
+            pause = next(pauses, None)
+            if pause is None:
+                self._unreachable = Unreachable(problem)
+                raise self._unreachable
+            log.info(f"{problem}; trying again")
+            time.sleep(pause)
 
     @contextmanager
     def _answered(self, method: str, url: str, headers: Mapping[str, str]) -> Iterator[Answer]:

@@ -239,6 +239,17 @@ def test_stalled(server: Server, known: Settings, monkeypatch: pytest.MonkeyPatc
     assert cached(known) == ["a.tar.part", "a.tar.part.json"]
 
 
+@pytest.mark.parametrize("name", ["a.tar", "SHA256SUMS"])
+def test_trickles(name: str, server: Server, known: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then keeps no create waiting for days."""
+    monkeypatch.setattr(web, "READ_TIMEOUT", 0.2)
+    server.sums("/SHA256SUMS", "a.tar")
+    server.files[f"/{name}"].rate = 20
+    with pytest.raises(web.Unreachable, match=f"{server.url}/{name}: (only . bytes in 0 s|timed out)"):
+        get(known)
+    assert server.count(f"/{name}") == 4
+
+
 def test_connection_that_stays_open(server: Server, known: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """All bytes have come; that the server does not close is no fault."""
     monkeypatch.setattr(fetch, "GRACE", 0.1)
@@ -274,6 +285,18 @@ def test_resumed_by_the_next_run(server: Server, known: Settings) -> None:
     assert get(known) == CONTENT
     assert server.requests[-1].headers["Range"] == "bytes=400000-"
     assert server.requests[-1].headers["If-Range"] == server.files["/a.tar"].tag
+
+
+def test_cut_off_again_and_again(server: Server, known: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad line brings all of it, bit by bit; one that brings nothing new is given up."""
+    monkeypatch.setattr(web, "PROGRESS", 100_000)
+    server.put("/a.tar", CONTENT, cuts=[60_000] * 12)
+    assert get(known) == CONTENT
+    assert server.count("/a.tar") == 13
+    server.put("/b.tar", CONTENT, knows_ranges=False, cuts=[600_000] * 12)
+    with pytest.raises(web.Unreachable, match="cut off after 600000 of"):
+        get(known, image_url=server.url + "/b.tar")
+    assert server.count("/b.tar") == 4
 
 
 @pytest.mark.parametrize("minds_if_range", [True, False])
