@@ -30,7 +30,8 @@ def copy(source: Path, target: Path, modes: bool) -> None:
         shutil.copyfile(source, target)
         return
     function = shutil.copy2 if modes else shutil.copyfile
-    ignore = shutil.ignore_patterns() if modes else shutil.ignore_patterns("__pycache__")
+    # what Python is just writing beside a module has gone when it would be copied
+    ignore = shutil.ignore_patterns("*.pyc.*" if modes else "__pycache__")
     shutil.copytree(source, target, symlinks=True, copy_function=function, ignore=ignore)
 
 

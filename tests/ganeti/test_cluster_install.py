@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import readme
-from clusters import CLUSTER, OS_DIR, printed, started
+from clusters import CLUSTER, FUNCTIONS, OS_DIR, printed, started
 
 # Ganeti reaches its nodes as root by ssh.
 SSHD = """
@@ -16,7 +16,8 @@ ssh-keygen -q -t rsa -N '' -f /root/.ssh/id_rsa
 cp /root/.ssh/id_rsa.pub /root/.ssh/authorized_keys
 cp /root/.ssh/id_rsa /root/.ssh/id_dsa
 echo "cluster.example.org $(cut -d' ' -f1,2 /run/host_key.pub)" >/var/lib/ganeti/known_hosts
-/usr/sbin/sshd -o HostKey=/run/host_key -o PermitRootLogin=yes -o PidFile=none -o StrictModes=no -o UsePAM=no
+/usr/sbin/sshd -o HostKey=/run/host_key -o PermitRootLogin=yes -o PidFile=/run/sshd.pid -o StrictModes=no -o UsePAM=no
+wait_for test -e /run/sshd.pid
 """
 
 # In a mount namespace: what is written to these is seen in it only, so that a package can be installed. The cluster
@@ -34,10 +35,10 @@ exec "$@"
 
 
 def on_cluster(script: str, work: Path) -> str:
-    """What `script` prints on a cluster of one node that leaves the machine as it was."""
+    """What `script` prints, after FUNCTIONS, on a cluster of one node that leaves the machine as it was."""
     work.mkdir()
     argv = ["unshare", "--mount", "bash", "-c", LAYERED, "bash", str(work)]
-    argv += [str(CLUSTER), "bash", "-euo", "pipefail", "-c", script]
+    argv += [str(CLUSTER), "bash", "-euo", "pipefail", "-c", FUNCTIONS + script]
     log = work.with_suffix(".log")
     with started(argv, log) as process:
         return printed(process, log)

@@ -298,6 +298,7 @@ printf '#!/bin/sh\necho "$SSH_ORIGINAL_COMMAND" >>/srv/ssh.log\neval "$SSH_ORIGI
 chmod +x /srv/note
 /usr/sbin/sshd -f /dev/null -oAuthorizedKeysFile=/srv/key.pub -oStrictModes=no -oPermitRootLogin=yes \
     -oHostKey=/etc/ssh/ssh_host_rsa_key -oForceCommand=/srv/note -oPidFile=/srv/sshd.pid
+wait_for test -e /srv/sshd.pid  # it listens
 elsewhere() { unshare --uts sh -c 'hostname node2.example.org; exec "$@"' sh "$@"; }
 """
 
@@ -316,6 +317,7 @@ def test_disks_on_another_node(cluster: Cluster, prepared: str) -> None:
         rmdir {PLACE}
         say LEFT2 left
         kill $(cat /srv/sshd.pid)
+        wait_for test ! -e /srv/sshd.pid
         say UNREACHABLE elsewhere mount-disks inst1
     """
     log = cluster.run(script)
