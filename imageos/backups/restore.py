@@ -7,7 +7,8 @@ anything, is written last: however the import ends before, not even by SIGKILL i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from imageos import log
@@ -17,6 +18,7 @@ from imageos.disks.disk import Device
 from imageos.disks.layout import MIB
 from imageos.errors import Failure
 from imageos.node import linux
+from imageos.run import signals_held
 
 HEAD = disk.SIGNATURES
 UNIT = 64 << 10  # bytes: zeroes of a plain disk are looked for in such units
@@ -91,6 +93,31 @@ def writing(device: Device, volumes: Iterable[tuple[int, int]] = ()) -> Iterator
         except (Failure, OSError) as error:
             log.warning(f"disk {device.path} may still look whole: {error}")
         raise
+
+
+@contextmanager
+def write_behind(writer: Writer) -> Iterator[Callable[[int, memoryview], None]]:
+    """`writer.write` in another thread; what a call is given has to stay as it is until the next call has returned.
+
+    Meanwhile the caller receives and checks what comes next, which takes as long as the writing.
+    """
+    thread = ThreadPoolExecutor(1)
+    pending: list[Future[None]] = []  # one at most
+
+    def write(offset: int, data: memoryview) -> None:
+        finish()
+        pending.append(thread.submit(writer.write, offset, data))
+
+    def finish() -> None:
+        if pending:
+            pending.pop().result()
+
+    try:
+        yield write
+        finish()
+    finally:
+        with signals_held():  # after a failure the disk is disarmed: no write may come later
+            thread.shutdown()
 
 
 def copy_plain(source: Source, writer: Writer, room: int, expected: int | None) -> int:

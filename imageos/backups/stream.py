@@ -17,6 +17,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -115,8 +116,6 @@ def write(output: int, manifest: Manifest, runs: Runs, read_into: Callable[[int,
 def _hashed(runs: Runs, read_into: Callable[[int, memoryview], None]) -> Iterator[tuple[int, memoryview, str]]:
     """Each run, its content (valid until the next one) and its hash, which other threads make while the runs before it
     are written: measured, one processor hashes half as fast as a disk is read."""
-    from concurrent.futures import Future, ThreadPoolExecutor  # nothing but an export needs them
-
     buffers = [memoryview(bytearray(RUN)) for _ in range(HASHERS + 1)]
     waiting: deque[tuple[int, memoryview, Future[str]]] = deque()
     with ThreadPoolExecutor(HASHERS) as hashers:
@@ -311,12 +310,12 @@ def parse_manifest(document: bytes) -> Manifest:
 
 
 def read_runs(source: Source, manifest: Manifest) -> Iterator[tuple[int, memoryview]]:
-    """Every run (offset, content), checked; the content is valid until the next one.
+    """Every run (offset, content), checked; the content is valid until the next but one.
 
     Failure for whatever is not as it was written, at the latest when the stream has ended.
     """
     totals = Totals()
-    buffer = memoryview(bytearray(RUN))
+    buffers = [memoryview(bytearray(RUN)) for _ in range(2)]
     reached = 0
     while True:
         place = source.position
@@ -326,7 +325,8 @@ def read_runs(source: Source, manifest: Manifest) -> Iterator[tuple[int, memoryv
         offset = int(name[5:]) if name.startswith("disk/") and name[5:].isdecimal() else -1
         if offset < reached or offset + size > manifest.disk_size or not 0 < size <= RUN:
             raise damaged(place, f"{name!r} with {size} bytes does not belong there")
-        data = buffer[:size]
+        buffers.reverse()
+        data = buffers[0][:size]
         _read_content(source, data, digest, place)
         totals.add(offset, size, digest)
         reached = offset + size

@@ -89,10 +89,11 @@ def restore_stream(source: Source, device: Device) -> int:
     progress = log.Progress("restoring", manifest.bytes)
     done = 0
     with restore.writing(device, [(one.start, one.size) for one in manifest.volumes]) as writer:
-        for offset, data in stream.read_runs(source, manifest):
-            writer.write(offset, data)
-            done += len(data)
-            progress.update(done)
+        with restore.write_behind(writer) as write:
+            for offset, data in stream.read_runs(source, manifest):
+                write(offset, data)
+                done += len(data)
+                progress.update(done)
         progress.close()
     return manifest.disk_size
 
