@@ -35,6 +35,7 @@ class File:
     cuts: list[int] = field(default_factory=list)  # the next answers end after so many bytes
     stalls_at: int | None = None  # no more after so many bytes, but the connection stays
     password: str | None = None  # `Basic ...` that must be sent
+    babble: bytes = b""  # instead of an answer, again and again; with a rate, byte by byte
 
     @property
     def tag(self) -> str | None:
@@ -105,6 +106,8 @@ class Handler(BaseHTTPRequestHandler):
         request.status, start, headers = self.decide(file)
         body = file.content[start:] if request.status != 416 else b""
         self.close_connection = True
+        while file.babble and not self.server.is_closing.wait(1 / file.rate if file.rate else 0):
+            self.wfile.write(file.babble)
         self.send_response(request.status)
         for name, value in headers.items():
             self.send_header(name, value)

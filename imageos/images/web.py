@@ -6,6 +6,7 @@ What messages show of a URL never has its password, nor its query, which may be 
 from __future__ import annotations
 
 import base64
+import io
 import re
 import ssl
 import time
@@ -14,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPResponse, HTTPSConnection, IncompleteRead
 from socket import socket
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from imageos import __version__, log
@@ -48,25 +49,64 @@ class Transient(Exception):
     """What may be better at the next attempt."""
 
 
-@dataclass
-class Answer:
-    response: HTTPResponse
-    connection: socket
-    _waited: float = 0.0  # seconds, since we last looked at how much comes
-    _received: int = 0  # bytes in them
+class Meter(io.RawIOBase):
+    """What comes from a socket; Transient if hardly anything does, or an answer does not begin.
 
-    def read(self, most: int = CHUNK) -> bytes:
-        """The next bytes of the content, empty at its end; Transient if hardly any come."""
+    The socket's own limit would start anew with every byte.
+    """
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
+        self._waited = 0.0  # seconds, since we last looked at how much comes
+        self._received = 0  # bytes in them
+        self._head: int | None = 0  # bytes of it; None after its end
+
+    def begin_content(self) -> None:
+        self._waited, self._received, self._head = 0.0, 0, None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
         if self._waited > READ_TIMEOUT:
             if self._received < LEAST:
                 raise Transient(f"only {log.size(self._received)} in {self._waited:.0f} s")
             self._waited, self._received = 0.0, 0
         start = time.monotonic()
-        with network_errors():
-            chunk = self.response.read1(most)
+        count = self._raw.readinto(buffer) or 0
         self._waited += time.monotonic() - start
-        self._received += len(chunk)
-        return chunk
+        self._received += count
+        if self._head is not None:
+            self._head += count
+            if self._head > SMALL:
+                raise Transient("headers without an end")
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class MeteredResponse(HTTPResponse):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._meter = Meter(self.fp.detach())
+        self.fp = io.BufferedReader(self._meter)
+
+    def begin(self) -> None:
+        super().begin()
+        self._meter.begin_content()
+
+
+@dataclass(frozen=True)
+class Answer:
+    response: HTTPResponse
+    connection: socket
+
+    def read(self, most: int = CHUNK) -> bytes:
+        """The next bytes of the content, empty at its end; Transient if hardly any come."""
+        with network_errors():
+            return self.response.read1(most)
 
 
 class Web:
@@ -183,6 +223,7 @@ class Web:
             if proxy:
                 target = parts._replace(netloc=_server(parts)).geturl()
                 sent.update(_authorization("Proxy-Authorization", proxy))
+        connection.response_class = MeteredResponse
         stack.callback(connection.close)
         try:
             with network_errors(f"proxy {_server(proxy)}: " if proxy else ""):

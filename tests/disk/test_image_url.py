@@ -250,6 +250,25 @@ def test_trickles(name: str, server: Server, known: Settings, monkeypatch: pytes
     assert server.count(f"/{name}") == 4
 
 
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ({"babble": b"X", "rate": 20}, "only . bytes in 0 s"),
+        ({"babble": b"HTTP/1.1 100 Continue\r\n\r\n"}, "headers without an end"),
+        ({"chunked": True, "rate": 20}, "only .. bytes in 0 s"),
+    ],
+    ids=["headers", "no answer", "chunks"],
+)
+def test_never_ends(
+    how: dict[str, object], problem: str, server: Server, known: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte is there in time, but there is always another one."""
+    monkeypatch.setattr(web, "READ_TIMEOUT", 0.2)
+    server.put("/a.tar", CONTENT, **how)
+    with pytest.raises(web.Unreachable, match=f"{server.url}/a.tar: ({problem}|timed out)"):
+        get(known)
+
+
 def test_connection_that_stays_open(server: Server, known: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """All bytes have come; that the server does not close is no fault."""
     monkeypatch.setattr(fetch, "GRACE", 0.1)
