@@ -18,9 +18,9 @@ from imageos.disks import discovery
 from imageos.disks.disk import Attached
 from imageos.disks.layout import MIB, SECTOR
 from imageos.errors import Failure
-from imageos.guests.sandbox import confined
+from imageos.guests.sandbox import confined, unpacking
 from imageos.images import dump
-from imageos.images.imagefile import COMPRESSIONS, Image, limit_memory
+from imageos.images.imagefile import COMPRESSIONS, Image
 
 BLOCK = 512
 HUGE = 1 << 50  # bytes: a size that no partition table exceeds
@@ -98,7 +98,8 @@ def unpack_dump(source: Source, member: Member, directory: str) -> None:
         [["head", "-c", str(member.size)], ["restore", "-r", "-y", "-f", "-"]],
         stdin=descriptor,
         cwd=directory,
-        prepare=limit_memory,
+        prepare=unpacking(),
+        upstream=confined(),
         # a pipe has no place: what has arrived tells
         tick=lambda: progress.update(_used(directory) - before),
         on_line=dump.watch(what),

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from imageos.errors import Failure
 from imageos.node import linux
-from imageos.node.isolation import TEMPORARY
+from imageos.node.isolation import RUNTIME, TEMPORARY
 
 KEEP = (
     linux.CAP_CHOWN,
@@ -41,7 +41,20 @@ DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "ur
 LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
 # Of the node, what a program of the node that reads a stranger's work may not write: root's name is enough for that
 KEPT = ("/boot", "/etc", "/home", "/opt", "/root", "/srv", "/usr", "/var/lib", "/var/spool")
-UNPACKING = 4 << 30  # bytes of address space that a program may take, whatever an archive claims
+MEMORY = 4 << 30  # bytes of address space that a program may take, whatever an archive claims
+# What makes the files of an archive: with any owner, mode, device number, and attribute (trusted.*, security.*)
+UNPACKING = (
+    linux.CAP_CHOWN,
+    linux.CAP_DAC_OVERRIDE,
+    linux.CAP_FOWNER,
+    linux.CAP_FSETID,
+    linux.CAP_LINUX_IMMUTABLE,
+    linux.CAP_MAC_ADMIN,
+    linux.CAP_MKNOD,
+    linux.CAP_SETFCAP,
+    linux.CAP_SYS_ADMIN,
+)
+PACKING = (linux.CAP_DAC_READ_SEARCH, linux.CAP_SYS_ADMIN)  # trusted.* is shown to nobody else
 # Of each process, in bytes; no program of a guest has reason to take more. What all of them take: cgroup.
 LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 8 << 30, resource.RLIMIT_AS: 4 << 30}
 
@@ -75,11 +88,11 @@ def entering(path: str, hostname: str, disk: GuestDisk, join: Callable[[], None]
     return enter
 
 
-def confined(*devices: str, keep: Sequence[int] = (), memory: int = UNPACKING) -> Callable[[], None]:
+def confined(*devices: str, keep: Sequence[int] = (), memory: int = MEMORY, own: str = TEMPORARY) -> Callable[[], None]:
     """What a child does before it becomes a program of the node that reads what a stranger has made.
 
     Of privileges it has the capabilities `keep`, of disks `devices`, no network, of /run (where root opens any
-    socket) our own temporary files; it cannot write the node's own files nor /proc and /sys.
+    socket) what is ours and at `own`; it cannot write the node's own files nor /proc and /sys.
     """
     found = {os.path.basename(device): os.stat(device) for device in devices}
     nodes = {name: status.st_rdev for name, status in found.items() if stat.S_ISBLK(status.st_mode)}
@@ -88,8 +101,9 @@ def confined(*devices: str, keep: Sequence[int] = (), memory: int = UNPACKING) -
     def enter() -> None:
         try:
             if os.geteuid() == 0:  # doctor may be anybody's
-                _confine(nodes)
+                _confine(nodes, own)
                 linux.limit_capabilities(keep)
+                linux.forbid_mounts()
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         except OSError as error:
             os.write(2, f"cannot give up privileges: {error}\n".encode("ascii", "backslashreplace"))
@@ -98,24 +112,35 @@ def confined(*devices: str, keep: Sequence[int] = (), memory: int = UNPACKING) -
     return enter
 
 
-def _confine(nodes: dict[str, int]) -> None:
+def unpacking() -> Callable[[], None]:
+    """The same for a program that makes the guest's files, where the guest is mounted."""
+    return confined(keep=UNPACKING, own=RUNTIME)
+
+
+def packing() -> Callable[[], None]:
+    """The same for one that reads all of the guest's files there."""
+    return confined(keep=PACKING, own=RUNTIME)
+
+
+def _confine(nodes: dict[str, int], own: str) -> None:
     linux.leave_session_keyring()
     linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC)
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
+    linux.restrict_mounts("/", linux.MS_NODEV)  # but for the /dev that we make
     root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     plain = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
     _mount_over(root, "proc", "proc", plain | linux.MS_RDONLY)
     _mount_over(root, "sys", "sysfs", plain | linux.MS_RDONLY)
     _mount_over(root, "dev", "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, "mode=0755,size=64k")
     _make_devices(root, nodes, ())
-    temporary = os.open(TEMPORARY, os.O_PATH | os.O_CLOEXEC) if os.path.isdir(TEMPORARY) else None
+    mounts = linux.copy_mounts(own) if os.path.isdir(own) else None
     _mount_over(root, "run", "tmpfs", plain, "mode=0755,size=64k")
-    if temporary is not None:
-        os.makedirs(TEMPORARY)
-        linux.mount(f"/proc/self/fd/{temporary}", TEMPORARY, None, linux.MS_BIND)
+    if mounts is not None:
+        os.makedirs(own)
+        linux.place_mounts(mounts, os.open(own, os.O_PATH | os.O_CLOEXEC))
     for place in filter(os.path.isdir, KEPT):
         linux.mount(place, place, None, linux.MS_BIND | linux.MS_REC)
-        linux.mount(None, place, None, linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY)
+        linux.restrict_mounts(place, linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV)
 
 
 @contextmanager

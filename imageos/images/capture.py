@@ -26,7 +26,7 @@ from imageos.disks.layout import MIB
 from imageos.disks.usage import Map
 from imageos.errors import Failure
 from imageos.guests import sealing, target
-from imageos.guests.sandbox import GuestDisk
+from imageos.guests.sandbox import GuestDisk, confined, packing
 from imageos.images.checksums import digests_of
 from imageos.images.imagetypes import IMAGE_TYPES
 from imageos.node import isolation, linux
@@ -205,7 +205,7 @@ def write_tarball(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]
            "--directory", isolation.TARGET, "."]  # fmt: skip
     with log.phase("packed all files"), ExitStack() as mounts:
         filesystem.mount_all(mounts, copied.found.volumes, isolation.TARGET, read_only=True)
-        yield written(stack, copied, place, suffix, [tar, compress])
+        yield written(stack, copied, place, suffix, [tar, compress], packing())
 
 
 def write_dumps(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]:
@@ -217,7 +217,7 @@ def write_dumps(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]:
             # a block that cannot be read is an error (-I 1), not a question (-q)
             dump = ["dump", "-0", "-q", "-I", "1", "-z", "-f", "-", volume.device]
             with log.phase(f"dumped {volume.mount_point}"):
-                yield written(stack, copied, place, suffix, [dump])
+                yield written(stack, copied, place, suffix, [dump], confined(volume.device))
 
 
 def write_qcow2(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]:
@@ -329,15 +329,22 @@ def drop_free(copied: Copy, found: Found) -> None:
         position = offset + length
 
 
-def written(stack: ExitStack, copied: Copy, place: Place, suffix: str, stages: Sequence[Sequence[str]]) -> New:
-    """What the last of the stages prints, in a new file."""
+def written(
+    stack: ExitStack,
+    copied: Copy,
+    place: Place,
+    suffix: str,
+    stages: Sequence[Sequence[str]],
+    prepare: Callable[[], None],
+) -> New:
+    """What the last of the stages prints, in a new file; `prepare` as in run.pipeline."""
     output = unnamed(stack, place.directory)
     digest = hashlib.sha256()
     progress = log.Progress(f"reading for {suffix.lstrip('-.')}", copied.used)
     before = disk.bytes_read(copied.attached)
     nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     stack.callback(os.close, nothing)
-    with output_of(stages, nothing) as (source, check), writing_to(place.directory):
+    with output_of(stages, nothing, prepare=prepare) as (source, check), writing_to(place.directory):
         while data := os.read(source, CHUNK):
             write_all(output, memoryview(data))
             digest.update(data)

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from imageos import log
 from imageos.disks import filesystem
 from imageos.errors import Failure
-from imageos.images.imagefile import Image, beginning, check_stages, feed, limit_memory, too_large
+from imageos.guests.sandbox import unpacking
+from imageos.images.imagefile import Image, beginning, check_stages, feed, too_large
 from imageos.run import Finished, require
 
 # What is compressed within the format (dump -z) needs no name of its own.
@@ -79,7 +80,7 @@ def boot_path(path: str) -> str:
 def _restore(image: Image, directory: str) -> None:
     # TMPDIR, where it keeps a list of all directories, is ours alone (isolation)
     restore = ["restore", "-r", "-y", "-f", "-"]
-    finished = feed(image, restore, "restoring", prepare=limit_memory, cwd=directory, on_line=watch(image.path))
+    finished = feed(image, restore, "restoring", prepare=unpacking(), cwd=directory, on_line=watch(image.path))
     judge(image, directory, finished)
     os.unlink(f"{directory}/{SYMBOL_TABLE}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import stat
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 
 from imageos import log
 from imageos.errors import Failure
-from imageos.guests.sandbox import UNPACKING, confined
+from imageos.guests.sandbox import confined
 from imageos.run import Finished, available, head, pipeline
 
 
@@ -137,8 +136,3 @@ def too_large(image: Image, what: str, total: int) -> Failure:
         f"image {image.path} does not fit: {what} of {log.size(total)} is full",
         hint="make the disk larger, or SWAP_SIZE smaller",
     )
-
-
-def limit_memory() -> None:
-    """For what unpacks, and needs root."""
-    resource.setrlimit(resource.RLIMIT_AS, (UNPACKING, UNPACKING))

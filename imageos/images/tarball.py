@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from imageos.errors import Failure
-from imageos.images.imagefile import Image, beginning, check_stages, feed, limit_memory, too_large
+from imageos.guests.sandbox import unpacking
+from imageos.images.imagefile import Image, beginning, check_stages, feed, too_large
 from imageos.run import require
 
 SUFFIXES = (".tar.gz", ".tar", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
@@ -30,7 +31,7 @@ def deploy(image: Image, directory: str) -> None:
         # 64 KiB at once instead of 10: a sixth of the time
         "--read-full-records", "--blocking-factor=128",
     ]  # fmt: skip
-    finished = feed(image, tar, "unpacking", prepare=limit_memory)
+    finished = feed(image, tar, "unpacking", prepare=unpacking())
     filesystem = os.statvfs(directory)
     if finished[-1].status and (filesystem.f_bavail == 0 or "No space left" in finished[-1].stderr):
         raise too_large(image, "the root filesystem", filesystem.f_blocks * filesystem.f_frsize)

@@ -30,7 +30,9 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 
 # openat2.h
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x02, 0x04, 0x10
 # one number on all architectures (scripts/syscall.tbl)
-SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2 = 428, 429, 437
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2, SYS_MOUNT_SETATTR = 428, 429, 437, 442
+SYS_LANDLOCK_CREATE_RULESET, SYS_LANDLOCK_ADD_RULE, SYS_LANDLOCK_RESTRICT_SELF = 444, 445, 446
+LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH, LANDLOCK_ACCESS_FS_REFER = 1, 1, 1 << 13  # landlock.h
 # keyctl is older than that; of 64-bit programs (asm/unistd.h)
 SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}
 KEYCTL_JOIN_SESSION_KEYRING = 1  # keyctl.h
@@ -38,7 +40,8 @@ KEYCTL_JOIN_SESSION_KEYRING = 1  # keyctl.h
 OPEN_ATTEMPTS = 1000
 # capability.h
 CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1, 2, 3, 4
-CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
+CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_LINUX_IMMUTABLE = 5, 6, 7, 9
+CAP_SYS_ADMIN, CAP_MKNOD, CAP_SETFCAP, CAP_MAC_ADMIN = 21, 27, 31, 33
 CAPABILITY_VERSION_3 = 0x20080522
 # fs.h, loop.h, blkpg.h
 BLKROGET, BLKPG, BLKFLSBUF, BLKGETSIZE64 = 0x125E, 0x1269, 0x1261, 0x80081272
@@ -118,6 +121,21 @@ def place_mounts(mounts: int, directory: int) -> None:
     _check(_libc.syscall(ctypes.c_long(SYS_MOVE_MOUNT), mounts, b"", directory, b"", flags), "move_mount")
 
 
+def restrict_mounts(path: str, flags: int) -> None:
+    """Have `flags` (MS_RDONLY, MS_NOSUID, MS_NODEV) for the mount at `path` and all below it.
+
+    Before Linux 5.12 for that mount alone.
+    """
+    attributes = struct.pack("=4Q", flags, 0, 0, 0)  # struct mount_attr; its numbers are those of mount.h
+    number, recursive = ctypes.c_long(SYS_MOUNT_SETATTR), ctypes.c_uint(AT_RECURSIVE)
+    try:
+        _check(_libc.syscall(number, AT_FDCWD, _bytes(path), recursive, attributes, len(attributes)), path)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        mount(None, path, None, MS_BIND | MS_REMOUNT | flags)
+
+
 def enter_mount_namespace(namespace: int) -> None:
     """Go to the mount namespace of which `namespace` is a descriptor; root and working directory become its root."""
     _check(_libc.setns(namespace, CLONE_NEWNS), "setns")
@@ -145,17 +163,40 @@ def forbid_dumps() -> None:
 
 
 def limit_capabilities(keep: Iterable[int]) -> None:
-    """Keep only the capabilities `keep`, in every set and for every program started later."""
+    """Keep only the capabilities `keep`, as far as we have them, in every set and for every program started later."""
     keep = frozenset(keep)
     for capability in range(64):
         if capability not in keep and _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
             break  # EINVAL: beyond the last one that this kernel knows
     _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    mask = sum(1 << capability for capability in keep)
-    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+    header = ctypes.create_string_buffer(struct.pack("=Ii", CAPABILITY_VERSION_3, 0))
     # effective, permitted, inheritable of the low 32, then of the high 32 capabilities
-    data = struct.pack("=6I", mask, mask, 0, 0, 0, 0)
+    data = ctypes.create_string_buffer(struct.calcsize("=6I"))
+    _check(_libc.capget(header, data), "capget")
+    _, low, _, _, high, _ = struct.unpack("=6I", data)
+    mask = sum(1 << capability for capability in keep)
+    low, high = low & mask, high & mask >> 32
+    struct.pack_into("=6I", data, 0, low, low, 0, high, high, 0)
     _check(_libc.capset(header, data), "capset")
+
+
+def forbid_mounts() -> None:
+    """Have this process and its children never mount, unmount or remount again, whatever capabilities they have.
+
+    Landlock forbids that to whom it restricts at all (Documentation/userspace-api/landlock.rst). Version 2 (Linux 5.19)
+    is the first that lets files be renamed and linked to other directories; an older kernel does nothing.
+    """
+    if _libc.syscall(ctypes.c_long(SYS_LANDLOCK_CREATE_RULESET), None, 0, LANDLOCK_CREATE_RULESET_VERSION) < 2:
+        return
+    access = struct.pack("=Q", LANDLOCK_ACCESS_FS_REFER)
+    rules = _check(_libc.syscall(ctypes.c_long(SYS_LANDLOCK_CREATE_RULESET), access, len(access), 0), "landlock")
+    root = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    rule = struct.pack("=Qi", LANDLOCK_ACCESS_FS_REFER, root)
+    add = ctypes.c_long(SYS_LANDLOCK_ADD_RULE)
+    _check(_libc.syscall(add, rules, LANDLOCK_RULE_PATH_BENEATH, rule, 0), "landlock")
+    _check(_libc.syscall(ctypes.c_long(SYS_LANDLOCK_RESTRICT_SELF), rules, 0), "landlock")
+    os.close(root)
+    os.close(rules)
 
 
 def free_loop() -> int:

@@ -1,4 +1,7 @@
-"""Programs of the node that read what a stranger has made: who takes one over has no rights of root, and no way out."""
+"""Programs of the node that read what a stranger has made: who takes one over has no way out.
+
+Nor has he rights of root, but for those that make the guest's files what they were.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import backups
 import guestdisks
 import pytest
 import trees
-from support import PATH, Node, run
+from support import PATH, Call, Node, attached, run
 
 MakeDisk = Callable[..., Path]
 CANARY = Path("/run/imageos-canary")
@@ -18,6 +22,12 @@ CANARY = Path("/run/imageos-canary")
 ATTEMPTS = {
     # none, or CAP_DAC_READ_SEARCH
     "capabilities": "! grep -Eq '^CapPrm:\\s*000000000000000[04]$' /proc/self/status",
+    # ... or what it takes to make any file (chown, dac_override, fowner, fsetid, linux_immutable, sys_admin, mknod,
+    # setfcap, mac_admin: linux/capability.h), or to read any (dac_read_search, sys_admin)
+    "other capabilities": "! grep -Eq '^CapPrm:\\s*0{6}(0{9}[04]|028820021b|0000200004)$' /proc/self/status",
+    "mounts": "mount -t tmpfs none /mnt && umount /mnt",
+    "remounts": "mount -o remount,bind,rw /etc && [ -w /etc/hosts ]",
+    "devices that it makes": "mknod $PLACE/$$ c 1 5 && : <$PLACE/$$",
     "new privileges": "! grep -q '^NoNewPrivs:\\s*1$' /proc/self/status",
     "configuration of the node": "[ -w /etc/hosts ]",
     "programs of the node": "[ -w /usr/bin/env ]",
@@ -52,7 +62,7 @@ def canary() -> Iterator[None]:
 
 @pytest.fixture
 def recorded(tmp_path: Path, canary: None) -> Callable[..., str]:
-    """A PATH in which these programs first try what they may not; what they could, by program, is in `said`."""
+    """A PATH in which these programs first try what they may not; what each could is in `said.PID`."""
     place = tmp_path / "tried"
 
     def make(*programs: str) -> str:
@@ -61,7 +71,8 @@ def recorded(tmp_path: Path, canary: None) -> Callable[..., str]:
             tries = "".join(f"({condition}) 2>/dev/null && echo '{name}'\n" for name, condition in ATTEMPTS.items())
             real = shutil.which(program, path=PATH)
             (place / program).write_text(
-                f'#!/bin/sh\n(echo "{program} $1:"; {tries}) </dev/null >>{place}/said\nexec {real} "$@"\n'
+                f"#!/bin/sh\nPLACE={place}\n"
+                f'(echo "{program} $1:"; {tries}) </dev/null >$PLACE/said.$$\nexec {real} "$@"\n'
             )
             (place / program).chmod(0o755)
         return f"{place}:{PATH}"
@@ -72,13 +83,9 @@ def recorded(tmp_path: Path, canary: None) -> Callable[..., str]:
 def could(tmp_path: Path) -> dict[str, set[str]]:
     """Program and first argument -> in what it succeeded."""
     found: dict[str, set[str]] = {}
-    current = ""
-    for line in (tmp_path / "tried/said").read_text().splitlines():
-        if line.endswith(":"):
-            current = line[:-1]
-            found.setdefault(current, set())
-        else:
-            found[current].add(line)
+    for said in (tmp_path / "tried").glob("said.*"):
+        program, *things = said.read_text().splitlines()
+        found.setdefault(program.rstrip(":"), set()).update(things)
     return found
 
 
@@ -93,7 +100,9 @@ def test_disk_image(node: Node, disk: MakeDisk, recorded: Callable[..., str], sm
     found = could(tmp_path)
     # these write what we tell them, and show that the attempts are true
     written = found.pop("sfdisk --quiet") & found.pop("sfdisk --relocate")
-    assert written >= {"capabilities", "sysctl", "sysfs", "disks of others", "sockets of the node"}
+    assert written >= {
+        "capabilities", "mounts", "devices that it makes", "sysctl", "sysfs", "disks of others", "sockets of the node"
+    }  # fmt: skip
     assert {name.split()[0] for name in found} == {"qemu-img", "sfdisk", "blkid", "e2fsck", "resize2fs"}
     assert {name: things for name, things in found.items() if things} == {}
 
@@ -117,9 +126,48 @@ def test_tarball_and_loader(
     node.image(images / "small.tar.zst", f"zst-{trees.ARCH}.tar.zst")
     node.hook("esp", ESP_HOOK)
     target = disk(400)
-    path = recorded("zstd", "mcopy")
+    path = recorded("zstd", "tar", "mcopy")
     node.create(target, PATH=path, OSP_IMAGE_NAME="zst", OSP_PARTITION_TABLE="gpt").ok()
-    assert could(tmp_path) == {"zstd -dcq": set(), "mcopy -s": set()}
+    assert could(tmp_path) == {"zstd -dcq": set(), "tar --extract": {"capabilities"}, "mcopy -s": set()}
     esp = guestdisks.place(target, 2)
     assert esp
     assert run("mtype", "-i", f"{target}@@{esp.start}", "::EFI/BOOT/BOOTX64.EFI") == "a loader"
+
+
+@pytest.mark.parametrize("command", ["create", "import"])
+def test_dump(
+    command: str, node: Node, disk: MakeDisk, recorded: Callable[..., str], small_tree: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "dumped"
+    place.mkdir()
+    whole = guestdisks.mbr(place / "disk", small_tree, tmp_path).path
+    part = guestdisks.place(whole, 1)
+    assert part
+    with attached(whole, part.start, part.size) as device:
+        run("dump", "-0", "-q", "-f", place / "root.dump", device)
+    path = recorded("restore")
+    if command == "create":
+        (place / "root.dump").rename(node.images / f"old-{trees.ARCH}-root.dump")
+        node.create(disk(), PATH=path, OSP_IMAGE_NAME="old", OSP_IMAGE_TYPE="dump").ok()
+    else:
+        run("tar", "--create", "--file", place / "stream", "--directory", place, "./root.dump")
+        backups.restore(node, place / "stream", disk(), PATH=path, INSTANCE_HV_kernel_path="/vmlinuz").ok()
+    assert could(tmp_path) == {"restore -r": {"capabilities"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("tarball", {"tar --create": {"capabilities"}, "zstd -q": {"capabilities"}}),
+        ("dump", {"dump -0": set()}),
+    ],
+    ids=["tarball", "dump"],
+)
+def test_captured(
+    kind: str, expected: dict[str, set[str]], node: Node, recorded: Callable[..., str], small_tree: Path, tmp_path: Path
+) -> None:
+    guest = guestdisks.mbr(tmp_path / "disk", small_tree, tmp_path).path
+    path = recorded("tar", "zstd", "dump")
+    command = ["ganeti-image", "-t", kind, "-i", "inst1", "--disk", str(guest), "-n", "made", "-d", str(node.images)]
+    Call(node.imageos, {"PATH": path}, node.work / "capture.log", command).result().ok()
+    assert could(tmp_path) == expected
