@@ -10,6 +10,7 @@ from imageos import ganeti, hooks, log, settings
 from imageos.disks import discovery, disk, filesystem
 from imageos.disks.discovery import Found
 from imageos.disks.disk import Attached, Device
+from imageos.errors import Failure
 from imageos.ganeti import Instance
 from imageos.guests import guest, hostname, target
 from imageos.hook import guest_disk
@@ -30,12 +31,18 @@ def main(_arguments: Sequence[str]) -> int:
         found = discovery.find_if_any(attached, "there is no guest to rename")
         if not found:
             return 0
-        rename(instance, old, known, device, attached, found)
+        failure = rename(instance, old, known, device, attached, found)
         disk.flush(device, attached.descriptor)
+    if failure:
+        raise failure
     return 0
 
 
-def rename(instance: Instance, old: str, known: Settings, device: Device, attached: Attached, found: Found) -> None:
+def rename(
+    instance: Instance, old: str, known: Settings, device: Device, attached: Attached, found: Found
+) -> Failure | None:
+    """Why a hook failed, if one did: the guest lives on, and keeps its new name."""
+    failure = None
     with ExitStack() as stack:
         filesystem.mount_all(stack, found.volumes, isolation.TARGET)
         disk_seen = guest_disk(attached.path, found.volumes)
@@ -47,6 +54,10 @@ def rename(instance: Instance, old: str, known: Settings, device: Device, attach
             changed = hostname.rename(root, old, instance.name)
         names = [name for name in hooks.find(known.customize_dir) if name in known.rename_hooks.split()]
         context = hooks.Context("rename", os.environ, known, isolation.TARGET, device, attached, found.volumes)
-        hooks.run_all(names, context, ["-r"])
+        try:
+            hooks.run_all(names, context, ["-r"])
+        except Failure as problem:
+            failure = problem
         if changed or names:
             guest.request_relabel(root)
+    return failure

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from imageos.errors import Failure
 
-GRUB_VARIABLES = ("GRUB_CMDLINE_LINUX", "GRUB_CMDLINE_LINUX_DEFAULT")
+LAST = "GRUB_CMDLINE_LINUX_DEFAULT"  # grub-mkconfig puts it behind the other
+GRUB_VARIABLES = ("GRUB_CMDLINE_LINUX", LAST)
 # Where the image's own disk was: on a disk that was made anew there is no LVM, RAID, LUKS or subvolume.
 OLD_DISK = (
     *("root=", "rootflags=", "resume=", "resume_offset="),
@@ -44,6 +45,11 @@ class Change:
         root = [f"root=UUID={self.root}"] if self.root else []
         return " ".join([*root, *self.kept(split(line)), *self.add])
 
+    def unopposed(self, words: Iterable[str]) -> list[str]:
+        """`words` without those that give another value to what is added, and come after it."""
+        added = {word.partition("=")[0] for word in self.add if "=" in word}
+        return [word for word in words if word.partition("=")[0] not in added]
+
     def is_made(self, line: str) -> bool:
         """Whether a complete command line has what is to be added; the speed of a console does not matter."""
         words = split(line)
@@ -63,8 +69,10 @@ def split(line: str) -> list[str]:
 
 def arguments(setting: str) -> list[str]:
     """The words of KERNEL_ARGS; Failure for what boot loaders would read in ways of their own."""
+    unquoted = re.sub('"[^"]*"', "", setting)
     special = [one for one in setting if one in SPECIAL]
-    special += [one for one in re.sub('"[^"]*"', "", setting) if one in SPECIAL_UNQUOTED]
+    special += [one for one in unquoted if one in SPECIAL_UNQUOTED]
+    special += re.findall(r"(?<!\S)#|[{}]", re.sub(r"\{[^\s{}]*\}", "", unquoted))  # a comment, half a block
     if special or setting.count('"') % 2:
         what = f"the character {special[0]}" if special else "a double quote that is not closed"
         raise Failure(f"KERNEL_ARGS={setting!r} has {what}, which boot loaders would not pass on")
@@ -76,12 +84,17 @@ def serial_console(speed: int) -> list[str]:
 
 
 def without(text: str, names: Sequence[str], change: Change) -> str:
-    """A shell file (/etc/default/grub) whose plain assignments to `names` have nothing that `change` adds or drops."""
+    """A shell file (/etc/default/grub) whose plain assignments to `names` have nothing that `change` adds or drops.
+
+    Nor, in LAST, anything that contradicts it.
+    """
 
     def cleaned(match: re.Match[str]) -> str:
         quote = match[2][:1] if match[2][:1] in ("'", '"') else ""
         words = split(match[2][1:-1] if quote else match[2])
         kept = change.kept(words)
+        if match[1].rstrip("+=").endswith(LAST):
+            kept = change.unopposed(kept)
         return match[0] if kept == words else f"{match[1]}{quote}{' '.join(kept)}{quote}{match[3]}"
 
     value = r"""("[^"\\`]*"|'[^'\\`]*'|[^\s"'\\`;&|<>()#]*)"""

@@ -54,7 +54,6 @@ UNPACKING = (
     linux.CAP_SETFCAP,
     linux.CAP_SYS_ADMIN,
 )
-PACKING = (linux.CAP_DAC_READ_SEARCH, linux.CAP_SYS_ADMIN)  # trusted.* is shown to nobody else
 # Of each process, in bytes; no program of a guest has reason to take more. What all of them take: cgroup.
 LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 8 << 30, resource.RLIMIT_AS: 4 << 30}
 
@@ -115,11 +114,6 @@ def confined(*devices: str, keep: Sequence[int] = (), memory: int = MEMORY, own:
 def unpacking() -> Callable[[], None]:
     """The same for a program that makes the guest's files, where the guest is mounted."""
     return confined(keep=UNPACKING, own=RUNTIME)
-
-
-def packing() -> Callable[[], None]:
-    """The same for one that reads all of the guest's files there."""
-    return confined(keep=PACKING, own=RUNTIME)
 
 
 def _confine(nodes: dict[str, int], own: str) -> None:

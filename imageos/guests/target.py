@@ -196,10 +196,16 @@ class Target:
         A directory that the guest has keeps its own, and a link to one is followed inside the guest. Everything else
         is replaced: a link itself, not what it leads to.
         """
+        made = []
         try:
             for directory, directories, files in os.walk(source, onerror=_raise):
                 for name in sorted([*directories, *files]):
-                    self._copy(f"{directory}/{name}", f"{directory[len(source) :]}/{name}")
+                    path = f"{directory[len(source) :]}/{name}"
+                    if self._copy(f"{directory}/{name}", path):
+                        made.append((path, os.lstat(f"{directory}/{name}")))
+            for path, status in made:  # only now: what is copied into a directory changes its time
+                with self.directory(path) as place:
+                    os.utime(f"{place}/.", ns=(status.st_atime_ns, status.st_mtime_ns))
         except OSError as error:
             raise Failure(f"cannot read {os.fsdecode(error.filename)}: {error.strerror}") from None
 
@@ -246,11 +252,11 @@ class Target:
 
     # --- inside ---
 
-    def _copy(self, source: str, path: str) -> None:
+    def _copy(self, source: str, path: str) -> bool:
+        """Whether a directory was made of `source`."""
         status = os.lstat(source)
         if stat.S_ISDIR(status.st_mode):
-            self._copy_directory(source, path, status)
-            return
+            return self._copy_directory(source, path, status)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
             raise Failure(f"{source} is neither a file nor a directory nor a link: it cannot be copied into the guest")
         with self._parent(path, follow=False) as (parent, name):
@@ -268,10 +274,11 @@ class Target:
             except OSError as error:
                 _remove_quietly(parent, temporary)
                 raise Failure(f"cannot copy {source} to the guest's {path}: {error.strerror}") from None
+        return False
 
-    def _copy_directory(self, source: str, path: str, status: os.stat_result) -> None:
+    def _copy_directory(self, source: str, path: str, status: os.stat_result) -> bool:
         if self.is_dir(path):
-            return
+            return False
         if self.exists(path):
             raise Failure(f"{source} is a directory, the guest's {path} is none")
         self.mkdir(path)
@@ -280,6 +287,7 @@ class Target:
                 _copy_metadata(source, status, f"{made}/.")
             except OSError as error:
                 raise Failure(f"cannot copy {source} to the guest's {path}: {error.strerror}") from None
+        return True
 
     def _remove(self, path: str) -> None:
         with self._parent(path, follow=False) as (parent, name):

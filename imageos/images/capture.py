@@ -26,7 +26,7 @@ from imageos.disks.layout import MIB
 from imageos.disks.usage import Map
 from imageos.errors import Failure
 from imageos.guests import sealing, target
-from imageos.guests.sandbox import GuestDisk, confined, packing
+from imageos.guests.sandbox import GuestDisk, confined
 from imageos.images.checksums import digests_of
 from imageos.images.imagetypes import IMAGE_TYPES
 from imageos.node import isolation, linux
@@ -205,7 +205,7 @@ def write_tarball(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]
            "--directory", isolation.TARGET, "."]  # fmt: skip
     with log.phase("packed all files"), ExitStack() as mounts:
         filesystem.mount_all(mounts, copied.found.volumes, isolation.TARGET, read_only=True)
-        yield written(stack, copied, place, suffix, [tar, compress], packing())
+        yield written(stack, copied, place, suffix, [tar, compress])
 
 
 def write_dumps(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]:
@@ -335,7 +335,7 @@ def written(
     place: Place,
     suffix: str,
     stages: Sequence[Sequence[str]],
-    prepare: Callable[[], None],
+    prepare: Callable[[], None] | None = None,
 ) -> New:
     """What the last of the stages prints, in a new file; `prepare` as in run.pipeline."""
     output = unnamed(stack, place.directory)

@@ -16,7 +16,7 @@ from imageos import log
 from imageos.disks import filesystem
 from imageos.errors import Failure
 from imageos.guests.sandbox import unpacking
-from imageos.images.imagefile import Image, beginning, check_stages, feed, too_large
+from imageos.images.imagefile import Image, beginning, check_stages, feed, is_full, too_large
 from imageos.run import Finished, require
 
 # What is compressed within the format (dump -z) needs no name of its own.
@@ -107,10 +107,9 @@ def watch(path: str) -> Callable[[str], None]:
 
 def judge(image: Image, directory: str, finished: Sequence[Finished]) -> None:
     """Fail unless restore, the last of the stages `finished`, has put everything of the image into `directory`."""
-    status = os.statvfs(directory)
     said = [line for line in finished[-1].stderr.splitlines() if line.strip() and not HARMLESS.search(line)]
-    if status.f_bavail == 0 or any("No space left" in line for line in said):
-        raise too_large(image, "the filesystem", status.f_blocks * status.f_frsize)
+    if is_full(directory) or any("No space left" in line for line in said):
+        raise too_large(image, directory)
     damage = [line for line in said if DAMAGE.search(line)]
     check_stages(image, finished)
     if damage:

@@ -131,8 +131,15 @@ def damaged(image: Image, stage: Finished) -> Failure:
     return Failure(f"image {image.path} is damaged or truncated: {failure}", details=failure.details)
 
 
-def too_large(image: Image, what: str, total: int) -> Failure:
+def is_full(directory: str) -> bool:
+    return os.statvfs(directory).f_bavail == 0
+
+
+def too_large(image: Image, directory: str) -> Failure:
+    """What to say when the filesystem mounted at `directory`, the guest's root or its /boot, is full."""
+    filesystem, is_boot = os.statvfs(directory), directory.endswith("/boot")
+    total = log.size(filesystem.f_blocks * filesystem.f_frsize)
     return Failure(
-        f"image {image.path} does not fit: {what} of {log.size(total)} is full",
-        hint="make the disk larger, or SWAP_SIZE smaller",
+        f"image {image.path} does not fit: {'/boot' if is_boot else 'the root filesystem'} of {total} is full",
+        hint="make BOOT_SIZE larger" if is_boot else "make the disk larger, or SWAP_SIZE smaller",
     )

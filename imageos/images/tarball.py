@@ -6,7 +6,7 @@ import os
 
 from imageos.errors import Failure
 from imageos.guests.sandbox import unpacking
-from imageos.images.imagefile import Image, beginning, check_stages, feed, too_large
+from imageos.images.imagefile import Image, beginning, check_stages, feed, is_full, too_large
 from imageos.run import require
 
 SUFFIXES = (".tar.gz", ".tar", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
@@ -32,9 +32,10 @@ def deploy(image: Image, directory: str) -> None:
         "--read-full-records", "--blocking-factor=128",
     ]  # fmt: skip
     finished = feed(image, tar, "unpacking", prepare=unpacking())
-    filesystem = os.statvfs(directory)
-    if finished[-1].status and (filesystem.f_bavail == 0 or "No space left" in finished[-1].stderr):
-        raise too_large(image, "the root filesystem", filesystem.f_blocks * filesystem.f_frsize)
+    if finished[-1].status:
+        full = [place for place in (directory, f"{directory}/boot") if os.path.ismount(place) and is_full(place)]
+        if full or "No space left" in finished[-1].stderr:
+            raise too_large(image, (full or [directory])[0])
     check_stages(image, finished)
 
 

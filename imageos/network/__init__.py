@@ -147,7 +147,7 @@ def _interface(
         address=str(given.address or ""),
         gateway=gateway,
         on_link=outside or (given.link and may_route),
-        dns=_dns_servers(nic, (settings.dns_servers.split() if first else []) or given.dns),
+        dns=_dns_servers(nic, given.dns if not settings.dns_servers else settings.dns_servers.split() if first else []),
         search=_domains(search) if first else (),
         address6=str(given.address6 or ""),
         gateway6=given.gateway6 if may_route6 else "",

@@ -15,6 +15,7 @@ Interfaces = Sequence[Interface]
 Files = Callable[[Target, Interfaces], Mapping[str, str]]
 
 UNITS = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
+NETWORKD = "systemd-networkd.service"
 RESOLVED = "/etc/systemd/resolved.conf.d/imageos.conf"
 UDEV = ("/lib/udev", "/usr/lib/udev")
 DHCLIENT_HOOK = "/etc/dhcp/dhclient-enter-hooks.d/imageos"
@@ -22,6 +23,11 @@ NAMES = ("/etc/udev/rules.d/70-persistent-net.rules", "/etc/udev/rules.d/70-imag
 # A guest's text: no pattern may have two ways to match the same blanks, or it takes hours
 CLOUD_INIT_OFF = r"^network:[ \t\r]*(\{\s*|\n\s+)[\"']?config[\"']?:\s*disabled"
 ETHERNET = r"^[ \t]*(auto|allow-hotplug|iface)[ \t]+e(th|n)"  # in ifupdown's files
+SOURCES = r"^[ \t]*(source(?:-directory)?[ \t]+/etc/network/interfaces\.d\b.*)$"
+ETHERNET_KEYFILE = r"^[ \t]*type[ \t]*=[ \t]*(802-3-)?ethernet"
+ETHERNET_IFCFG = r"^[ \t]*TYPE=[\"']?Ethernet"
+ETHERNET_NETWORK = r"^[ \t]*Name[ \t]*=.*\be(n|th)"
+DHCPCD = "/etc/dhcpcd.conf"
 
 
 @dataclass(frozen=True)
@@ -130,13 +136,13 @@ RECOGNISED: tuple[tuple[str, Callable[[Target], bool]], ...] = (
     ("cloud-init", rules_network),
     ("netplan", lambda target: target.which("netplan") is not None),
     ("ifcfg", is_old_red_hat),
-    ("NetworkManager", lambda target: enabled(target, "NetworkManager")),
+    ("NetworkManager", lambda target: any(enabled(target, name) for name in ("NetworkManager", "networkmanager"))),
     ("networkd", lambda target: enabled(target, "systemd-networkd")),
     ("wicked", lambda target: target.is_dir(render.IFCFG_SUSE)),
     ("netifrc", lambda target: target.exists("/etc/init.d/net.lo")),
     ("ifupdown", lambda target: target.which("ifup") is not None and target.is_dir("/etc/network")),
     # nothing is enabled, but this is part of systemd
-    ("networkd", lambda target: target.is_file("/usr/lib/systemd/system/systemd-networkd.service")),
+    ("networkd", lambda target: _networkd_unit(target) is not None),
 )
 
 
@@ -151,18 +157,28 @@ def _seed(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
 
 
 def _netplan(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
+    return render.netplan(interfaces, _renderer(target))
+
+
+def _renderer(target: Target) -> str:
+    """What the files of netplan choose."""
     renderer = ""
     for path in target.glob("/etc/netplan/*.yaml"):
         found = re.findall(r"renderer[\"']?:\s*[\"']?(networkd|NetworkManager)", target.read(path) or "")
         renderer = found[-1] if found else renderer
-    return render.netplan(interfaces, renderer)
+    return renderer
+
+
+def _networkd_unit(target: Target) -> str | None:
+    paths = (f"{units}/{NETWORKD}" for units in UNITS[1:])
+    return next((path for path in paths if target.is_file(path)), None)
 
 
 def _networkd_links(target: Target, _interfaces: Interfaces) -> Mapping[str, str]:
-    if enabled(target, "systemd-networkd"):
+    unit = _networkd_unit(target)
+    if enabled(target, "systemd-networkd") or not unit:
         return {}
-    wants = "/etc/systemd/system/multi-user.target.wants"
-    return {f"{wants}/systemd-networkd.service": "/usr/lib/systemd/system/systemd-networkd.service"}
+    return {f"{UNITS[0]}/multi-user.target.wants/{NETWORKD}": unit}
 
 
 def _netifrc_links(_target: Target, interfaces: Interfaces) -> Mapping[str, str]:
@@ -173,7 +189,9 @@ def _netifrc_links(_target: Target, interfaces: Interfaces) -> Mapping[str, str]
 
 def _ifupdown(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
     """With what its DHCP clients must leave alone: DNS servers that are given, another interface's default route."""
-    files = render.interfaces_file(interfaces, dns=_tells_dns(target))
+    sources = re.findall(SOURCES, target.read("/etc/network/interfaces") or "", re.MULTILINE)
+    there = target.is_dir("/etc/network/interfaces.d")  # else ifup of busybox refuses the whole file
+    files = render.interfaces_file(interfaces, _tells_dns(target), sources if there else ())
     keep_dns = any(render.dns(interfaces)) and not _tells_dns(target)
     no_gateway = [one.name for one in interfaces if not one.takes_gateway]
     if any(one.dhcp for one in interfaces) and (keep_dns or no_gateway):
@@ -181,6 +199,9 @@ def _ifupdown(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
             files[DHCLIENT_HOOK] = render.dhclient_hook(keep_dns, no_gateway)
         if target.which("udhcpc"):
             files["/etc/udhcpc/udhcpc.conf"] = render.udhcpc_conf(keep_dns, no_gateway)
+    if target.which("dhcpcd"):
+        dhcp = [one.name for one in interfaces if one.dhcp]
+        files[DHCPCD] = render.dhcpcd_conf(target.read(DHCPCD) or "", dhcp, keep_dns, no_gateway)
     return files
 
 
@@ -195,19 +216,30 @@ def _tells_dns(target: Target) -> bool:
     return target.exists(f"{scripts}/000resolvconf") or (target.exists(f"{scripts}/resolved") and has_resolved(target))
 
 
+# Of NetworkManager, with any name: one without an interface is for every NIC
+OTHER_PROFILES = ((f"{render.KEYFILES}/*", ETHERNET_KEYFILE), (f"{render.IFCFG}/ifcfg-*", ETHERNET_IFCFG))
+
 BACKENDS = {
     "cloud-init": Backend(_seed, mode=0o600),
-    "netplan": Backend(_netplan, contradicts=(("/etc/netplan/*", "ethernets"),), mode=0o600),
+    "netplan": Backend(
+        _netplan,
+        contradicts=(("/etc/netplan/*", "ethernets"),),
+        mode=0o600,
+        makes_resolv_conf=lambda target: _renderer(target) == "NetworkManager" or has_resolved(target),
+    ),
     "ifcfg": Backend(
         lambda _target, interfaces: render.ifcfg(interfaces),
-        contradicts=tuple((f"{render.IFCFG}/{kind}-e*", "") for kind in ("ifcfg", "route", "route6")),
+        contradicts=(
+            *((f"{render.IFCFG}/{kind}-e*", "") for kind in ("ifcfg", "route", "route6")),
+            *OTHER_PROFILES,
+        ),
         variables=lambda _interfaces: {render.IFCFG_SUSE: {"GATEWAY": "", "GATEWAYDEV": "", "NETWORKING": "yes"}},
         by_name=True,
     ),
     "NetworkManager": Backend(
         lambda _target, interfaces: render.keyfiles(interfaces),
         contradicts=(
-            (f"{render.KEYFILES}/*", "^type=(802-3-)?ethernet"),
+            *OTHER_PROFILES,
             (f"{render.IFCFG}/ifcfg-e*", ""),
             ("/etc/network/interfaces", ETHERNET),  # it would leave these alone
             ("/etc/network/interfaces.d/*", ETHERNET),
@@ -216,7 +248,8 @@ BACKENDS = {
     ),
     "networkd": Backend(
         lambda _target, interfaces: render.networkd(interfaces),
-        contradicts=(("/etc/systemd/network/00-imageos-*", ""),),  # the first that matches counts
+        # the first that matches counts
+        contradicts=(("/etc/systemd/network/00-imageos-*", ""), ("/etc/systemd/network/0*.network", ETHERNET_NETWORK)),
         links=_networkd_links,
         makes_resolv_conf=lambda target: has_resolved(target),
     ),

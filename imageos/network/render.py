@@ -19,6 +19,7 @@ Interfaces = Sequence[Interface]
 
 HEADER = "# Written by imageos when the instance was made.\n"
 DEFAULT = {4: "0.0.0.0/0", 6: "::/0"}
+DHCPCD_SECTIONS = "# imageos: what this instance needs, to the end of the file"
 KEYFILES = "/etc/NetworkManager/system-connections"
 IFCFG = "/etc/sysconfig/network-scripts"
 IFCFG_SUSE = "/etc/sysconfig/network"
@@ -124,14 +125,15 @@ def _keyfile(interface: Interface) -> str:
     return "\n".join(lines[:-1]) + "\n"
 
 
-def interfaces_file(interfaces: Interfaces, dns: bool = False) -> Files:
-    """ifupdown of Debian, ifupdown-ng and busybox of Alpine. With `dns`, resolvconf or resolved is told."""
+def interfaces_file(interfaces: Interfaces, dns: bool = False, sources: Sequence[str] = ()) -> Files:
+    """ifupdown of Debian, ifupdown-ng and busybox of Alpine. With `dns`, resolvconf or resolved is told.
+
+    `sources`: the image's own lines that take in what is added to the system later.
+    """
     stanzas = ["auto lo\niface lo inet loopback", *(_stanzas(one, dns) for one in interfaces)]
-    return {
-        "/etc/network/interfaces": HEADER
-        + "\n\n".join(stanzas)
-        + "\n\n# What is added to the system later.\nsource-directory /etc/network/interfaces.d\n"
-    }
+    if sources:
+        stanzas.append("\n".join(["# What is added to the system later.", *sources]))
+    return {"/etc/network/interfaces": HEADER + "\n\n".join(stanzas) + "\n"}
 
 
 def _stanzas(interface: Interface, dns: bool) -> str:
@@ -169,6 +171,16 @@ def dhclient_hook(keep_dns: bool, no_gateway: Sequence[str]) -> str:
     lines = ["make_resolv_conf() { :; }"] if keep_dns else []
     lines += [f'case "$interface" in {"|".join(no_gateway)}) unset new_routers ;; esac'] if no_gateway else []
     return HEADER + "\n".join(lines) + "\n"
+
+
+def dhcpcd_conf(text: str, names: Sequence[str], keep_dns: bool, no_gateway: Sequence[str]) -> str:
+    """dhcpcd.conf(5) `text`, with sections at its end for the interfaces `names`, in the place of earlier ones."""
+    sections = []
+    for name in names:
+        lines = [*(["nohook resolv.conf"] if keep_dns else []), *(["nogateway"] if name in no_gateway else [])]
+        sections += [f"interface {name}", *lines] if lines else []
+    own = text.partition(DHCPCD_SECTIONS)[0].splitlines()
+    return "".join(f"{line}\n" for line in [*own, *([DHCPCD_SECTIONS, *sections] if sections else [])])
 
 
 def udhcpc_conf(keep_dns: bool, no_gateway: Sequence[str]) -> str:

@@ -226,6 +226,18 @@ def test_disk_too_small_for_the_image(node: Node, disk: MakeDisk, small_tree: Pa
     then_good(node, target)
 
 
+def test_boot_too_small_for_the_image(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
+    """tar says no more than that it could not write all."""
+    tree = tmp_path / "large"
+    run("cp", "-a", small_tree, tree)
+    (tree / "boot/initrd.img").write_bytes(b"\1" * (30 * MIB))
+    name = f"large-{trees.ARCH}.tar.gz"
+    trees.tarball(tree, node.images / name)
+    result = disarmed(node, disk(), name, OSP_IMAGE_NAME="large", OSP_BOOT_SIZE="24")
+    assert "does not fit: /boot of" in result.last
+    assert "hint: make BOOT_SIZE larger" in result.log
+
+
 # The image
 
 

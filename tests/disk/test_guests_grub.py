@@ -121,8 +121,8 @@ BIOS = "install --target=i386-pc --boot-directory=/boot DISK"
     ("name", "home", "line"),
     [
         ("debian", "grub", f"{ADDED} "),
-        ("ubuntu", "grub", f" {ADDED} console=tty1 nomodeset"),
-        ("opensuse", "grub2", f" {ADDED} splash=silent mitigations=auto"),
+        ("ubuntu", "grub", f" {ADDED} nomodeset"),
+        ("opensuse", "grub2", f" {ADDED} splash=silent"),
         ("arch", "grub", f" {ADDED} loglevel=3"),
         ("gentoo", "grub", f" {ADDED} "),
     ],

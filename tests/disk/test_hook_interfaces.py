@@ -95,6 +95,7 @@ DISTRIBUTIONS: dict[str, dict[str, str]] = {
         "usr/sbin/netplan": X,
         f"{ENABLED}/systemd-networkd.service": UNIT,
         "etc/netplan/50-cloud-init.yaml": "network:\n  version: 2\n  ethernets:\n    ens3: {dhcp4: true}\n",
+        "etc/systemd/system/sysinit.target.wants/systemd-resolved.service": UNIT,
     },
     "ubuntu-cloud": {
         **trees.SYSTEMD, **UDEV,

@@ -137,6 +137,7 @@ def test_overlays(overlay: Path, node: Node, disk: MakeDisk, small_tree: Path, t
         assert (top / "etc/hostname").read_text() == "inst1\n"
         assert stat.S_IMODE((top / "root").stat().st_mode) == 0o700, "the guest's directory, not the overlay's"
         assert describe(top / "odd") == describe(overlay / "odd")
+        assert (top / "odd").stat().st_mtime_ns == (overlay / "odd").stat().st_mtime_ns
     node.hook("overlays-again", (SITE / "hooks/overlays").read_text())
     node.create(target).ok()
     with guest_of(target, tmp_path / "root") as top:

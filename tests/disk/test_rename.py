@@ -8,7 +8,7 @@ from pathlib import Path
 import guestdisks
 import pytest
 from guestdisks import place
-from support import Node, Result, digest, locked, mounted, recorded
+from support import Node, Result, attached, digest, locked, mounted, recorded, run
 
 OLD, NEW = "inst2.example.org", "inst1.example.org"
 PLACES = {
@@ -150,5 +150,16 @@ def test_hooks(node: Node, guest: guestdisks.Guest, tmp_path: Path) -> None:
     log = rename(node, guest.path).ok().log
     assert "zz_ddns: rename -r inst2.example.org inst1" in log and "other:" not in log
     assert "zz_ddns: rename -r" in rename(node, guest.path, OLD_INSTANCE_NAME=NEW).ok().log
-    node.hook("zz_ddns", "#!/bin/sh\nexit 7\n")
+
+
+def test_hook_that_fails(node: Node, guest: guestdisks.Guest, tmp_path: Path) -> None:
+    """The guest lives on: what was done stays done, and nothing is left for a journal to replay."""
+    write(guest, {"etc/hostname": "inst2\n"}, tmp_path)
+    node.hook("zz_ddns", "#!/bin/sh\necho done >$TARGET/etc/by-hook\nexit 7\n")
     rename(node, guest.path).failed("zz_ddns", "status 7")
+    root = place(guest.path, guest.root)
+    assert root
+    with attached(guest.path, root.start, root.size) as device:
+        assert "needs_recovery" not in run("dumpe2fs", "-h", device)
+    found = read(guest, ["etc/hostname", "etc/by-hook"], tmp_path)
+    assert found == {"etc/hostname": "inst1\n", "etc/by-hook": "done\n"}

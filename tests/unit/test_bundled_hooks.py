@@ -19,8 +19,10 @@ from support import recorded
 
 from imageos import ganeti
 from imageos.errors import Failure
+from imageos.guests import cloudinit
 from imageos.guests.target import Target
 from imageos.hook import Hook
+from imageos.network import render
 from imageos.settings import Settings
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -239,6 +241,14 @@ DDNS = {
             "etc/sysconfig/network-scripts/ifcfg-lo": "DEVICE=lo\n",
         },
     ),
+    "dhcpcd with sections": (
+        {"etc/dhcpcd.conf": "duid\ninterface eth1\nnogateway\n"},
+        {"etc/dhcpcd.conf": "duid\nhostname\ninterface eth1\nnogateway\n"},
+    ),
+    "dhcpcd of interfaces": (
+        {"etc/dhcpcd.conf": f"duid\n{render.DHCPCD_SECTIONS}\ninterface eth1\n"},
+        {"etc/dhcpcd.conf": f"duid\nhostname\n{render.DHCPCD_SECTIONS}\ninterface eth1\n"},
+    ),
     "dhcpcd": ({"etc/dhcpcd.conf": "#hostname\nduid\n"}, {"etc/dhcpcd.conf": "#hostname\nduid\nhostname\n"}),
 }
 
@@ -314,6 +324,23 @@ def test_cloud_init_user(cloud: Path, target: Target) -> None:
             }
         ],
     }
+
+
+def test_cloud_init_user_beside_root(cloud: Path, target: Target) -> None:
+    """The users of the seed, which root's password is in, replace those of the configuration."""
+    seed = f"{cloudinit.SEED}/vendor-data"
+    target.write(seed, cloudinit.vendor_data(Settings(root_password_hash="$6$a$b")), mode=0o600)
+    for _ in range(2):
+        users = configured(cloud, target, CINIT_USER="admin", CINIT_SSH_KEY=KEY)["users"]
+        root = {"name": "root", "lock_passwd": False, "hashed_passwd": "$6$a$b"}
+        assert json.loads((target.read(seed) or "").partition("\n")[2])["users"] == [*users, root]  # type: ignore
+    assert (cloud / seed[1:]).stat().st_mode & 0o777 == 0o600
+
+
+def test_cloud_init_user_with_another_seed(cloud: Path, target: Target) -> None:
+    target.write(f"{cloudinit.SEED}/vendor-data", "#cloud-config\nusers: []\n")
+    configured(cloud, target, CINIT_USER="admin")
+    assert target.read(f"{cloudinit.SEED}/vendor-data") == "#cloud-config\nusers: []\n"
 
 
 def test_cloud_init_resolv_conf(cloud: Path, target: Target) -> None:

@@ -48,13 +48,17 @@ def test_words_hold_all_but_spaces(line: str) -> None:
     assert "".join("".join(bootconfig.split(line)).split()) == "".join(line.split())
 
 
-@pytest.mark.parametrize("text", ["a='b c'", "a$b", "a;b", "`id`", "a\\b", 'a="b', "a&b", 'x="$y"'])
+@pytest.mark.parametrize(
+    "text", ["a='b c'", "a$b", "a;b", "`id`", "a\\b", 'a="b', "a&b", 'x="$y"', "a #b", "{x", "a }"]
+)
 def test_arguments_that_no_menu_passes_on(text: str) -> None:
     with pytest.raises(Failure, match="KERNEL_ARGS="):
         bootconfig.arguments(text)
 
 
-@pytest.mark.parametrize("text", ["", "a=b c", 'a="b;c" {x}', "memmap=1G!2G", "isolcpus=1-3,5", 'a="b c"'])
+@pytest.mark.parametrize(
+    "text", ["", "a=b c", 'a="b;c" {x}', "memmap=1G!2G", "isolcpus=1-3,5", 'a="b c"', "a#b", 'a="{" "#b"']
+)
 def test_arguments(text: str) -> None:
     assert " ".join(bootconfig.arguments(text)) == text
 
@@ -107,6 +111,8 @@ def test_is_made(line: str, made: bool) -> None:
         ('GRUB_CMDLINE_LINUX="x=1 quiet console=ttyS0"\n', 'GRUB_CMDLINE_LINUX="quiet"\n'),
         ("GRUB_CMDLINE_LINUX='a=\"b c\" x=1' # why\n", "GRUB_CMDLINE_LINUX='a=\"b c\"' # why\n"),
         ("export GRUB_CMDLINE_LINUX_DEFAULT=x=1", "export GRUB_CMDLINE_LINUX_DEFAULT="),
+        ('GRUB_CMDLINE_LINUX="x=2 console=tty1"\n', 'GRUB_CMDLINE_LINUX="x=2 console=tty1"\n'),  # comes before ours
+        ('GRUB_CMDLINE_LINUX_DEFAULT="x=2 y=2 console=tty1 x"\n', 'GRUB_CMDLINE_LINUX_DEFAULT="y=2"\n'),
         ('GRUB_CMDLINE_LINUX+=" x=1"', 'GRUB_CMDLINE_LINUX+=""'),
         ('GRUB_CMDLINE_LINUX="$OTHER x=1"', 'GRUB_CMDLINE_LINUX="$OTHER"'),
         ('GRUB_CMDLINE_LINUX="a\n  x=1 b"\nB=2\n', 'GRUB_CMDLINE_LINUX="a b"\nB=2\n'),

@@ -43,6 +43,9 @@ def test_settings_come_before_the_tags_of_a_network() -> None:
     first, second = network.plan(INSTANCE, settings)
     assert (first.dns, first.search) == (("192.0.2.1", "2001:db8::1"), ("example.org", "example.net"))
     assert (second.dns, second.search) == ((), ())
+    tagged = dataclasses.replace(INSTANCE.nics[0], index=1)
+    assert network.plan(dataclasses.replace(INSTANCE, nics=(INSTANCE.nics[0], tagged)), Settings())[1].dns
+    assert not network.plan(dataclasses.replace(INSTANCE, nics=(INSTANCE.nics[0], tagged)), settings)[1].dns
 
 
 def test_only_one_default_route() -> None:

@@ -164,6 +164,27 @@ STALE: dict[str, tuple[dict[str, str], dict[str, str]]] = {  # removed, kept
         },
         {"etc/NetworkManager/system-connections/vpn.nmconnection": "[connection]\ntype=vpn\n"},
     ),
+    "NetworkManager, profiles for every NIC": (
+        {
+            "etc/NetworkManager/system-connections/Wired connection 1": "[connection]\ntype = ethernet\n",
+            "etc/sysconfig/network-scripts/ifcfg-Wired_connection_1": 'NAME="Wired connection 1"\nTYPE=Ethernet\n',
+        },
+        {"etc/sysconfig/network-scripts/ifcfg-lo": "DEVICE=lo\n"},
+    ),
+    "ifcfg, profiles for every NIC": (
+        {
+            "etc/NetworkManager/system-connections/Wired connection 1.nmconnection": "[connection]\ntype=ethernet\n",
+            "etc/sysconfig/network-scripts/ifcfg-System_eth0": 'TYPE="Ethernet"\nBOOTPROTO=dhcp\n',
+        },
+        {"etc/sysconfig/network-scripts/ifcfg-lo": "DEVICE=lo\n"},
+    ),
+    "networkd, before ours": (
+        {"etc/systemd/network/00-default.network": "[Match]\nName=en* eth*\n\n[Network]\nDHCP=yes\n"},
+        {
+            "etc/systemd/network/00-br0.network": "[Match]\nName=br0\n",
+            "etc/systemd/network/00-name.link": "[Link]\nName=eth9\n",
+        },
+    ),
     "ifcfg": (
         {"etc/sysconfig/network-scripts/ifcfg-ens3": "", "etc/sysconfig/network-scripts/route-ens3": "default via x\n"},
         {"etc/sysconfig/network-scripts/ifcfg-lo": "DEVICE=lo\n", "etc/sysconfig/network-scripts/ifup-eth": "x"},
@@ -185,10 +206,15 @@ STALE: dict[str, tuple[dict[str, str], dict[str, str]]] = {  # removed, kept
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_configured(backend: str, guest: Path, target: Target) -> None:
+def test_every_backend_has_something_stale() -> None:
+    assert {name.partition(",")[0] for name in STALE} == set(BACKENDS)
+
+
+@pytest.mark.parametrize("name", STALE)
+def test_configured(name: str, guest: Path, target: Target) -> None:
     """What the image had is gone, what is not about its NICs stays, and once more changes nothing."""
-    removed, kept = STALE[backend]
+    backend = name.partition(",")[0]
+    removed, kept = STALE[name]
     make(guest, {**GUESTS[backend], **removed, **kept, "usr/lib/udev/rules.d/x": ""})
     make(guest, {"etc/udev/rules.d/70-persistent-net.rules": "of the image\n", "etc/resolv.conf": "# of the image\n"})
     make(guest, {"var/lib/cloud/seed/nocloud/meta-data": "{}"})
@@ -286,6 +312,66 @@ def test_dhcp_clients_of_ifupdown(guest: Path, target: Target) -> None:
     assert found["etc/udhcpc/udhcpc.conf"].splitlines()[1:] == ['RESOLV_CONF="no"', 'NO_GATEWAY="eth1"']
     configure(target, BACKENDS["ifupdown"], PLANS["dhcp"])
     assert "etc/dhcp/dhclient-enter-hooks.d/imageos" not in contents(guest)
+
+
+DHCPCD = "hostname\nduid\n"
+
+
+def test_dhcpcd_of_ifupdown(guest: Path, target: Target) -> None:
+    """What Debian 13 has beside ifupdown."""
+    make(guest, {**GUESTS["ifupdown"], "usr/sbin/dhcpcd": "x", "etc/dhcpcd.conf": DHCPCD})
+    for _ in range(2):
+        configure(target, BACKENDS["ifupdown"], PLANS["static-and-dhcp"])
+        text = contents(guest)["etc/dhcpcd.conf"]
+        assert text == f"{DHCPCD}{render.DHCPCD_SECTIONS}\ninterface eth1\nnohook resolv.conf\nnogateway\n"
+    configure(target, BACKENDS["ifupdown"], PLANS["dhcp"])
+    assert contents(guest)["etc/dhcpcd.conf"] == DHCPCD
+
+
+@pytest.mark.parametrize(
+    "line", ["source /etc/network/interfaces.d/*", "source-directory /etc/network/interfaces.d", ""]
+)
+def test_what_the_image_takes_in_stays(line: str, guest: Path, target: Target) -> None:
+    """As the image does: busybox refuses a directory that is not there, `source .../*` takes names with a dot, too."""
+    old = f"auto lo\n  {line}\nsource /etc/network/other\n"
+    make(guest, {**GUESTS["ifupdown"], "etc/network/interfaces": old, "etc/network/interfaces.d/br.cfg": "auto br0\n"})
+    for _ in range(2):
+        configure(target, BACKENDS["ifupdown"], PLANS["dhcp"])
+        found = [one for one in contents(guest)["etc/network/interfaces"].splitlines() if one.startswith("source")]
+        assert found == ([line] if line else [])
+    (guest / "etc/network/interfaces.d/br.cfg").unlink()
+    (guest / "etc/network/interfaces.d").rmdir()
+    configure(target, BACKENDS["ifupdown"], PLANS["dhcp"])
+    assert "source" not in contents(guest)["etc/network/interfaces"]
+
+
+@pytest.mark.parametrize("helper", ["nobody", "resolved", "NetworkManager"])
+def test_dns_of_netplan(helper: str, guest: Path, target: Target) -> None:
+    """networkd alone makes no resolv.conf."""
+    make(guest, {**GUESTS["netplan"], "etc/resolv.conf": "theirs\n"})
+    if helper == "resolved":
+        make(guest, {"etc/systemd/system/multi-user.target.wants/systemd-resolved.service": UNIT})
+    if helper == "NetworkManager":
+        make(guest, {"etc/netplan/01-all.yaml": "network:\n  renderer: NetworkManager\n"})
+    configure(target, BACKENDS["netplan"], PLANS["static-and-dhcp"])
+    text = contents(guest)["etc/resolv.conf"]
+    assert ("nameserver 192.0.2.53\n" in text) == (helper == "nobody") != (text == "theirs\n")
+
+
+@pytest.mark.parametrize(
+    ("backend", "files"),
+    [
+        ("NetworkManager", {"etc/init.d/networkmanager": "x", "etc/runlevels/default/networkmanager": "x"}),
+        ("networkd", {"lib/systemd/system/systemd-networkd.service": UNIT}),
+    ],
+    ids=["Alpine", "Debian without merged /usr"],
+)
+def test_other_places(backend: str, files: dict[str, str], guest: Path, target: Target) -> None:
+    make(guest, files)
+    assert used(target) == backend
+    configure(target, BACKENDS[backend], PLANS["dhcp"])
+    link = contents(guest).get("etc/systemd/system/multi-user.target.wants/systemd-networkd.service")
+    assert link == ("-> /lib/systemd/system/systemd-networkd.service" if backend == "networkd" else None)
 
 
 def test_cloud_init_without_our_seed(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
