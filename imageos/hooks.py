@@ -14,6 +14,7 @@ from imageos import ganeti, log
 from imageos.disks.disk import Attached, Device
 from imageos.disks.filesystem import Volume
 from imageos.errors import Failure, signal_name
+from imageos.guests import bootconfig
 from imageos.guests.sandbox import devices
 from imageos.node.isolation import other_processes
 from imageos.run import environment, pipeline
@@ -60,6 +61,8 @@ def check(known: Settings) -> None:
         log.warning(f"there is no CUSTOMIZE_DIR {known.customize_dir}: no hook runs")
     find(known.customize_dir)
     check_overlay(known)
+    if "grub" in find(known.customize_dir):
+        bootconfig.arguments(known.kernel_args)
 
 
 def check_overlay(known: Settings) -> None:

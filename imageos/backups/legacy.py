@@ -97,8 +97,7 @@ def unpack_dump(source: Source, member: Member, directory: str) -> None:
     finished = run.pipeline(
         [["head", "-c", str(member.size)], ["restore", "-r", "-y", "-f", "-"]],
         stdin=descriptor,
-        cwd=directory,
-        prepare=unpacking(),
+        prepare=unpacking(directory),
         upstream=confined(),
         # a pipe has no place: what has arrived tells
         tick=lambda: progress.update(_used(directory) - before),

@@ -56,7 +56,9 @@ class Restored(NamedTuple):
     image_type: str = "raw"  # for the hooks, as if it had been created from such an image: a boot loader is on it
 
 
-def restore_any(source: Source, device: Device, instance: Instance, known: Settings) -> Restored:
+def restore_any(
+    source: Source, device: Device, instance: Instance, known: Settings, unpacked: bool = False
+) -> Restored:
     """Restore whatever comes.
 
     Failure, before the first write if possible, if it is nothing that can be restored.
@@ -68,10 +70,12 @@ def restore_any(source: Source, device: Device, instance: Instance, known: Setti
     compression = legacy.compression(begin)
     if stream.is_ours(begin):
         return Restored(restore_stream(source, device))
+    if compression and unpacked:  # each layer takes a process, which a stream of few bytes could have hundreds of
+        raise Failure(f"the stream is compressed with {compression} twice")
     if compression:
         log.info(f"the stream is compressed with {compression}")
         with legacy.decompressed(source, compression) as inner:
-            return restore_any(inner, device, instance, known)
+            return restore_any(inner, device, instance, known, unpacked=True)
     if legacy.is_archive(begin):
         return restore_archive(source, device, instance, known)
     return Restored(restore_plain(source, device, source.end))
@@ -104,6 +108,8 @@ def restore_plain(source: Source, device: Device, finish: Callable[[], None], si
     `finish` checks the rest of the stream, before the disk becomes one that can boot.
     """
     begin = source.peek(MIB if size is None else min(MIB, size))
+    if len(begin) < MIB and not any(begin):  # what tar writes of no file at all
+        raise Failure(f"the backup stream holds nothing: it is {len(begin)} bytes of zeroes")
     table = legacy.read_table(begin)
     if table is None:
         raise Failure(

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from imageos.errors import Failure
 from imageos.node import linux
-from imageos.node.isolation import RUNTIME, TEMPORARY
+from imageos.node.isolation import TEMPORARY
 
 KEEP = (
     linux.CAP_CHOWN,
@@ -41,6 +41,7 @@ DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "ur
 LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
 # Of the node, what a program of the node that reads a stranger's work may not write: root's name is enough for that
 KEPT = ("/boot", "/etc", "/home", "/opt", "/root", "/srv", "/usr", "/var/lib", "/var/spool")
+TEMPORARY_LIMITS = "mode=0700,size=1g,nr_inodes=1k"  # restore keeps all directories of a dump there
 MEMORY = 4 << 30  # bytes of address space that a program may take, whatever an archive claims
 # What makes the files of an archive: with any owner, mode, device number, and attribute (trusted.*, security.*)
 UNPACKING = (
@@ -87,11 +88,14 @@ def entering(path: str, hostname: str, disk: GuestDisk, join: Callable[[], None]
     return enter
 
 
-def confined(*devices: str, keep: Sequence[int] = (), memory: int = MEMORY, own: str = TEMPORARY) -> Callable[[], None]:
+def confined(
+    *devices: str, keep: Sequence[int] = (), memory: int = MEMORY, into: str | None = None
+) -> Callable[[], None]:
     """What a child does before it becomes a program of the node that reads what a stranger has made.
 
     Of privileges it has the capabilities `keep`, of disks `devices`, no network, of /run (where root opens any
-    socket) what is ours and at `own`; it cannot write the node's own files nor /proc and /sys.
+    socket) our own temporary files; it cannot write the node's own files nor /proc and /sys.
+    With `into`, it works in that directory, out of which no `..` leads, and has temporary files of its own.
     """
     found = {os.path.basename(device): os.stat(device) for device in devices}
     nodes = {name: status.st_rdev for name, status in found.items() if stat.S_ISBLK(status.st_mode)}
@@ -100,7 +104,7 @@ def confined(*devices: str, keep: Sequence[int] = (), memory: int = MEMORY, own:
     def enter() -> None:
         try:
             if os.geteuid() == 0:  # doctor may be anybody's
-                _confine(nodes, own)
+                _confine(nodes, into)
                 linux.limit_capabilities(keep)
                 linux.forbid_mounts()
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -111,12 +115,15 @@ def confined(*devices: str, keep: Sequence[int] = (), memory: int = MEMORY, own:
     return enter
 
 
-def unpacking() -> Callable[[], None]:
-    """The same for a program that makes the guest's files, where the guest is mounted."""
-    return confined(keep=UNPACKING, own=RUNTIME)
+def unpacking(directory: str) -> Callable[[], None]:
+    """The same for a program that makes the guest's files in `directory`, where one of its filesystems is mounted."""
+    return confined(keep=UNPACKING, into=directory)
 
 
-def _confine(nodes: dict[str, int], own: str) -> None:
+def _confine(nodes: dict[str, int], into: str | None) -> None:
+    # What is mounted nowhere has nothing above it: restore(8) follows a `..` that a hostile dump has for a name
+    work = linux.copy_mounts(into) if into else None
+    _take_own_null()
     linux.leave_session_keyring()
     linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC)
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
@@ -127,14 +134,28 @@ def _confine(nodes: dict[str, int], own: str) -> None:
     _mount_over(root, "sys", "sysfs", plain | linux.MS_RDONLY)
     _mount_over(root, "dev", "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, "mode=0755,size=64k")
     _make_devices(root, nodes, ())
-    mounts = linux.copy_mounts(own) if os.path.isdir(own) else None
+    temporary = None if into or not os.path.isdir(TEMPORARY) else linux.copy_mounts(TEMPORARY)
     _mount_over(root, "run", "tmpfs", plain, "mode=0755,size=64k")
-    if mounts is not None:
-        os.makedirs(own)
-        linux.place_mounts(mounts, os.open(own, os.O_PATH | os.O_CLOEXEC))
+    if work is not None:
+        os.makedirs(TEMPORARY)
+        linux.mount("tmpfs", TEMPORARY, "tmpfs", plain, TEMPORARY_LIMITS)
+        os.fchdir(work)
+    if temporary is not None:
+        os.makedirs(TEMPORARY)
+        linux.place_mounts(temporary, os.open(TEMPORARY, os.O_PATH | os.O_CLOEXEC))
     for place in filter(os.path.isdir, KEPT):
         linux.mount(place, place, None, linux.MS_BIND | linux.MS_REC)
         linux.restrict_mounts(place, linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV)
+
+
+def _take_own_null() -> None:
+    """Have another /dev/null for stdin than the node's, whose mode and owner whoever has it open could change."""
+    status = os.fstat(0)
+    if stat.S_ISCHR(status.st_mode):
+        read, write = os.pipe()
+        os.close(write)
+        os.dup2(read, 0)  # at its end at once, as /dev/null is
+        os.close(read)
 
 
 @contextmanager
@@ -160,6 +181,7 @@ def devices(path: str) -> Iterator[None]:
 
 
 def _enter(path: str, hostname: str, nodes: dict[str, int], uuids: Sequence[tuple[str, str]]) -> None:
+    _take_own_null()
     os.setsid()  # no terminal of the node's
     linux.leave_session_keyring()
     with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:

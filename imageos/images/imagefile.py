@@ -16,18 +16,19 @@ from imageos.run import Finished, available, head, pipeline
 
 @dataclass(frozen=True)
 class Compression:
-    """How a compression is recognised (by its first bytes) and undone, the fastest program first."""
+    """How a compression is recognised (by one of these beginnings) and undone, the fastest program first."""
 
-    magic: bytes
+    magic: tuple[bytes, ...]
     commands: Sequence[Sequence[str]]
 
 
+SKIPPABLE = tuple(bytes([number]) + b"\x2a\x4d\x18" for number in range(0x50, 0x60))  # RFC 8878; pzstd begins so
 COMPRESSIONS = {
-    "gzip": Compression(b"\x1f\x8b", (("pigz", "-dc"), ("gzip", "-dc"))),
-    "zstd": Compression(b"\x28\xb5\x2f\xfd", (("zstd", "-dcq"),)),
-    "xz": Compression(b"\xfd7zXZ\0", (("xz", "-dcq", "-T0"),)),
-    "bzip2": Compression(b"BZh", (("lbzip2", "-dc"), ("bzip2", "-dc"))),
-    "lz4": Compression(b"\x04\x22\x4d\x18", (("lz4", "-dcq"),)),
+    "gzip": Compression((b"\x1f\x8b",), (("pigz", "-dc"), ("gzip", "-dc"))),
+    "zstd": Compression((b"\x28\xb5\x2f\xfd", *SKIPPABLE), (("zstd", "-dcq"),)),
+    "xz": Compression((b"\xfd7zXZ\0",), (("xz", "-dcq", "-T0"),)),
+    "bzip2": Compression((b"BZh",), (("lbzip2", "-dc"), ("bzip2", "-dc"))),
+    "lz4": Compression((b"\x04\x22\x4d\x18",), (("lz4", "-dcq"),)),
 }
 
 
@@ -87,19 +88,17 @@ def feed(
     what: str,
     *,
     prepare: Callable[[], None],
-    cwd: str | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> list[Finished]:
     """Run `program` with the image, uncompressed, as its stdin, and show the progress of `what` it does; judge nothing.
 
-    `prepare`, `cwd` and `on_line` as in run.pipeline.
+    `prepare` and `on_line` as in run.pipeline.
     """
     os.lseek(image.descriptor, 0, os.SEEK_SET)
     progress = log.Progress(what, image.size)
     finished = pipeline(
         [image.decompress, program] if image.compression else [program],
         stdin=image.descriptor,
-        cwd=cwd,
         prepare=prepare,
         upstream=confined(),
         # the children read through our descriptor: its offset tells how far they are

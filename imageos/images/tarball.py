@@ -26,12 +26,12 @@ def check(image: Image) -> None:
 def deploy(image: Image, directory: str) -> None:
     """Unpack a tarball with everything it holds: owners by number, modes, ACLs, attributes, sparse files."""
     tar = [
-        "tar", "--extract", "--file=-", f"--directory={directory}", "--numeric-owner", "--same-owner",
+        "tar", "--extract", "--file=-", "--numeric-owner", "--same-owner",
         "--preserve-permissions", "--acls", "--xattrs", "--xattrs-include=*", "--warning=no-timestamp",
         # 64 KiB at once instead of 10: a sixth of the time
         "--read-full-records", "--blocking-factor=128",
     ]  # fmt: skip
-    finished = feed(image, tar, "unpacking", prepare=unpacking())
+    finished = feed(image, tar, "unpacking", prepare=unpacking(directory))
     if finished[-1].status:
         full = [place for place in (directory, f"{directory}/boot") if os.path.ismount(place) and is_full(place)]
         if full or "No space left" in finished[-1].stderr:

@@ -108,5 +108,6 @@ def _supervise(child: int, mask: Iterable[int]) -> NoReturn:
 
 
 def _exit(status: int) -> NoReturn:
-    sys.stdout.flush()
+    if sys.stdout:  # None if it was closed when we were started
+        sys.stdout.flush()
     os._exit(status)

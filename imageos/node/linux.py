@@ -190,12 +190,13 @@ def forbid_mounts() -> None:
         return
     access = struct.pack("=Q", LANDLOCK_ACCESS_FS_REFER)
     rules = _check(_libc.syscall(ctypes.c_long(SYS_LANDLOCK_CREATE_RULESET), access, len(access), 0), "landlock")
-    root = os.open("/", os.O_PATH | os.O_CLOEXEC)
-    rule = struct.pack("=Qi", LANDLOCK_ACCESS_FS_REFER, root)
-    add = ctypes.c_long(SYS_LANDLOCK_ADD_RULE)
-    _check(_libc.syscall(add, rules, LANDLOCK_RULE_PATH_BENEATH, rule, 0), "landlock")
+    for place in ("/", "."):  # the working directory may be mounted nowhere
+        directory = os.open(place, os.O_PATH | os.O_CLOEXEC)
+        rule = struct.pack("=Qi", LANDLOCK_ACCESS_FS_REFER, directory)
+        add = ctypes.c_long(SYS_LANDLOCK_ADD_RULE)
+        _check(_libc.syscall(add, rules, LANDLOCK_RULE_PATH_BENEATH, rule, 0), "landlock")
+        os.close(directory)
     _check(_libc.syscall(ctypes.c_long(SYS_LANDLOCK_RESTRICT_SELF), rules, 0), "landlock")
-    os.close(root)
     os.close(rules)
 
 

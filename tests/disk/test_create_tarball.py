@@ -80,6 +80,15 @@ def test_compression_is_recognised_by_content(
         assert (guest / "usr/share/doc/copyright").read_text() == "free\n"
 
 
+def test_zstd_that_begins_with_a_skippable_frame(node: Node, disk: MakeDisk, images: Path) -> None:
+    """As pzstd writes it (RFC 8878)."""
+    frame = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"
+    path = node.images / f"tiny-{trees.ARCH}.tar.gz"
+    path.unlink()
+    path.with_suffix(".zst").write_bytes(frame + (images / "small.tar.zst").read_bytes())
+    node.create(disk()).ok()
+
+
 def test_boot_is_on_the_partition_of_its_own(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
     target = disk()
     node.create(target).ok()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
 import os
 import signal
@@ -491,6 +492,24 @@ def test_compressed_backup(
     restore(node, stream, one, index=1).ok()
     restore(node, compressed(stream, "gzip", "-1", "-c"), other, index=1).ok()
     assert same(one, other)
+
+
+def test_compressed_again_and_again(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    """A stream of few bytes could take a process for each of hundreds of layers."""
+    stream, target = tmp_path / "backup", disk(32)
+    stream.write_bytes(gzip.compress(gzip.compress(os.urandom(4096))))
+    before = digest(target)
+    restore(node, stream, target, index=1).failed("compressed with gzip twice")
+    assert digest(target) == before
+
+
+@pytest.mark.parametrize("count", [512, 1000, 10240, MIB - 1])
+def test_backup_of_nothing(count: int, node: Node, disk: MakeDisk) -> None:
+    """What tar writes of no file at all; not a disk of zeroes."""
+    target = disk(32)
+    target.write_bytes(b"a system" + bytes(32 * MIB - 8))
+    restore(node, bytes(count), target, index=1).failed("holds nothing", f"{count} bytes")
+    assert target.read_bytes()[:8] == b"a system"
 
 
 @pytest.mark.parametrize("version", ["10", "15"])

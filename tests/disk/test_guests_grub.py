@@ -13,7 +13,7 @@ import guestdisks
 import pytest
 import trees
 from backups import exported, restore
-from support import SITE, Node, Result, attached, mounted, partitions, run
+from support import SITE, Node, Result, attached, digest, mounted, partitions, run
 
 MakeDisk = Callable[..., Path]
 ARGUMENTS = 'mitigations=off dyndbg="file drivers/x.c +p" quiet'
@@ -296,7 +296,10 @@ def test_menu_without_a_system(node: Node, disk: MakeDisk, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("arguments", ["a='b c'", "$(reboot)", "a;b", 'open="quote'])
 def test_arguments_that_no_boot_loader_passes_on(arguments: str, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    create(node, disk(300), tmp_path, "arch", OSP_KERNEL_ARGS=arguments).failed("KERNEL_ARGS", "boot loaders")
+    target = disk(300)
+    before = digest(target)
+    create(node, target, tmp_path, "arch", OSP_KERNEL_ARGS=arguments).failed("KERNEL_ARGS", "boot loaders")
+    assert digest(target) == before, "written to"
 
 
 def test_hostile_loader(node: Node, disk: MakeDisk, tmp_path: Path) -> None:

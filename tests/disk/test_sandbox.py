@@ -73,6 +73,7 @@ def test_a_guest_program_sees_only_its_own(node: Node, disk: MakeDisk) -> None:
         echo dev $(busybox ls /dev)
         echo caps $(busybox grep CapBnd /proc/self/status)
         echo hostname $(busybox hostname)
+        echo stdin $(busybox readlink /proc/$$/fd/0)
         echo open $(for one in /proc/$$/fd/*; do busybox readlink $one; done)
         echo environment $(busybox env | busybox cut -d= -f1 | busybox sort)
         busybox sleep 1000 &
@@ -82,6 +83,7 @@ def test_a_guest_program_sees_only_its_own(node: Node, disk: MakeDisk) -> None:
     assert facts["pid"] == "2"  # 1 is ours
     assert facts["net"] == "lo"
     assert facts["hostname"] == "inst1"
+    assert facts["stdin"].startswith("pipe:"), "the node's /dev/null could be given another mode through it"
     assert facts["caps"].split()[-1].lstrip("0") == "fb"  # seven capabilities
     disk_nodes = [name for name in facts["dev"].split() if name.startswith("loop")]
     whole = min(disk_nodes, key=len)

@@ -193,6 +193,36 @@ def test_dump_over_links_of_another(node: Node, disk: MakeDisk, evil_dumps: Path
         assert (top / "boot/sub/evil").read_text() == "evil" and (top / "boot/grub").is_symlink()
 
 
+@pytest.mark.parametrize("command", ["create", "import"])
+def test_dump_that_climbs(command: str, node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
+    """The names in a dump have no checksum: `..` leads restore(8) to the node's files, if it is let."""
+    canary = tmp_path / "canary"
+    canary.write_text("of the node")
+    evil = tmp_path / "evil"
+    run("cp", "-a", small_tree, evil)
+    climbing = evil.joinpath(*["QQ"] * 8, *canary.parts[1:])
+    climbing.parent.mkdir(parents=True)
+    climbing.write_text("of the dump")
+    whole = guestdisks.mbr(tmp_path / "evil.disk", evil, tmp_path).path
+    part = guestdisks.place(whole, 1)
+    assert part
+    with attached(whole, part.start, part.size) as device:
+        run("dump", "-0", "-q", "-f", tmp_path / "root.dump", device)
+    data = (tmp_path / "root.dump").read_bytes()
+    assert data.count(b"QQ") >= 8
+    (tmp_path / "root.dump").write_bytes(data.replace(b"QQ", b".."))
+    target = disk()
+    if command == "create":
+        shutil.copy(tmp_path / "root.dump", node.images / f"evil-{trees.ARCH}-root.dump")
+        result = node.create(target, OSP_IMAGE_NAME="evil", OSP_IMAGE_TYPE="dump")
+    else:
+        run("tar", "--create", "--file", tmp_path / "stream", "--directory", tmp_path, "./root.dump")
+        result = backups.restore(node, tmp_path / "stream", target, INSTANCE_HV_kernel_path="/vmlinuz")
+    assert canary.read_text() == "of the node"
+    result.failed("damaged", "..")
+    assert is_disarmed(target, [])
+
+
 @pytest.mark.parametrize("order", [["boot.dump", "root.dump"], ["root.dump", "boot.dump"], ["root.dump", "root.dump"]])
 @pytest.mark.parametrize("kernel_path", [None, "/boot/vmlinuz"])
 def test_dump_of_a_backup_over_links_of_another(
