@@ -62,6 +62,12 @@ TEST_TOOLS = (
     "mypy==1.19.1",  # linters run as tests, and another version finds other faults
     "ruff==0.17.6",
 )
+# What those bring, as of one day: a new release of any of them must not break a build or a linter.
+CONSTRAINTS = (
+    *("attrs==26.1.0", "exceptiongroup==1.3.2", "execnet==2.1.2", "iniconfig==2.1.0", "librt==0.16.0"),
+    *("mypy_extensions==1.1.0", "packaging==26.3", "pathspec==1.1.1", "pluggy==1.6.0", "Pygments==2.21.0"),
+    *("sortedcontainers==2.4.0", "tomli==2.5.0", "typing_extensions==4.16.0"),
+)
 WORKERS = ("--numprocesses=2", "--dist=loadgroup")  # of a run of all tests; for one tier they would cost more
 
 
@@ -363,10 +369,12 @@ def test(arguments: list[str]) -> int:
     install_packages(TEST_NEEDS)
     python = virtual_environment(TEST_TOOLS)
     build()
+    make_directory(CACHE)
     command = [str(python), "-m", "pytest", *(arguments or WORKERS)]
     say(f"running {shlex.join(command)}")
-    # Not run(): its output is for the reader, as it comes.
-    status = subprocess.run(command, cwd=CHECKOUT).returncode
+    # Not run(): its output is for the reader, as it comes. Bytecode goes where root may leave something.
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(CACHE / "bytecode")}
+    status = subprocess.run(command, cwd=CHECKOUT, env=environment).returncode
     if status == 5:  # pytest's EXIT_NOTESTSCOLLECTED
         say("pytest found no tests")
     return status
@@ -481,13 +489,15 @@ def virtual_environment(tools: Sequence[str]) -> Path:
     with scratch_directory() as work:
         elsewhere = {"TMPDIR": str(work)}  # older ones leave a file in there
         run([sys.executable, "-m", "venv", "--clear", str(VENV)], environment=elsewhere)
-        run([*pip, *tools], environment=elsewhere)
-    stamp.write_text("\n".join(tools) + "\n")
+        constraints = work / "constraints.txt"
+        constraints.write_text("\n".join(CONSTRAINTS))
+        run([*pip, "--constraint", str(constraints), *tools], environment=elsewhere)
+    stamp.write_text("\n".join((*tools, *CONSTRAINTS)) + "\n")
     return python
 
 
 def has_tools(python: Path, stamp: Path, tools: Sequence[str]) -> bool:
-    if not stamp.exists() or not set(tools) <= set(stamp.read_text().split()):
+    if not stamp.exists() or not {*tools, *CONSTRAINTS} <= set(stamp.read_text().split()):
         return False
     # The Python that .venv was made from may be gone, or another one now.
     check = [str(python), "-Ic", "import shiv.cli"]

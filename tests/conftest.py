@@ -11,10 +11,13 @@ guest ends cannot harm the machine that it is tested on.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +31,7 @@ from support import Call, Node, Result, private_mounts, run  # noqa: E402
 TESTS = Path(__file__).resolve().parent
 CACHE = TESTS.parent / ".cache"
 BASE = Path("/var/cache")
-PREFIX = "imageos-tests."
+PREFIX = "imageos-tests-"
 ALONE = {
     "boot",  # its guests come in pairs, one for each core
     "build",  # makes the packages in dist and their caches
@@ -42,16 +45,34 @@ _libc = ctypes.CDLL(None, use_errno=True)
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     if os.geteuid() == 0 and config.option.basetemp is None:
-        for old in BASE.glob(PREFIX + "*"):  # of runs that were killed
-            if not Path("/proc", old.suffix[1:]).exists():
-                shutil.rmtree(old, ignore_errors=True)
-        config.option.basetemp = str(BASE / f"{PREFIX}{os.getpid()}")
+        base, lock = own_base()
+        config.option.basetemp = str(base)
+
+        def remove() -> None:
+            shutil.rmtree(base, ignore_errors=True)
+            os.close(lock)
+
+        config.add_cleanup(remove)
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    base = str(config.option.basetemp or "")
-    if base == str(BASE / f"{PREFIX}{os.getpid()}"):
-        shutil.rmtree(base, ignore_errors=True)
+def own_base() -> tuple[Path, int]:
+    """A new directory, and the descriptor whose lock says that it is in use, in whatever container its user is.
+
+    Takes away those of runs that were killed.
+    """
+    making = os.open(BASE, os.O_RDONLY)
+    fcntl.flock(making, fcntl.LOCK_EX)  # nobody takes away what is made and not locked yet
+    for old in BASE.glob(PREFIX + "*"):
+        unused = os.open(old, os.O_RDONLY)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(unused, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+        os.close(unused)
+    base = Path(tempfile.mkdtemp(prefix=PREFIX, dir=BASE))
+    lock = os.open(base, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.close(making)
+    return base, lock
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -6,20 +6,19 @@ The paths are learnt from a run on a good tree, so what is added to create or to
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import shutil
 import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trees
-from support import TESTS, Node, recorded, run
+from hookfiles import PYTHON_HOOKS, hook_module
+from support import Node, recorded, run
 
 from imageos import ganeti, log, settings
 from imageos.commands import create
@@ -32,7 +31,6 @@ from imageos.guests.sandbox import GuestDisk
 from imageos.hook import Hook
 from imageos.node import isolation, linux
 
-HOOKS = sorted(path.name for path in (TESTS.parent / "hooks.d").iterdir() if "python3" in path.read_text()[:30])
 TREES = {"systemd": trees.SYSTEMD, "sysvinit": trees.SYSVINIT}
 MORE = {
     "usr/bin/cloud-init": "#!/bin/sh\n",
@@ -119,9 +117,7 @@ def steps(guest: Path, known: settings.Settings, monkeypatch: pytest.MonkeyPatch
             hostnames.rename(root, "image.example.net", "new.example.org")
 
     def hook(name: str, action: str) -> Callable[[], None]:
-        loader = SourceFileLoader(f"hook_{name.replace('-', '_')}", str(TESTS.parent / "hooks.d" / name))
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-        loader.exec_module(module)
+        module = hook_module(name)
 
         def call() -> None:
             with opened() as root:
@@ -131,7 +127,7 @@ def steps(guest: Path, known: settings.Settings, monkeypatch: pytest.MonkeyPatch
         return call
 
     calls = {"create": configure, "rename": rename}
-    calls.update({name: hook(name, "create") for name in HOOKS})
+    calls.update({name: hook(name, "create") for name in PYTHON_HOOKS})
     return calls
 
 

@@ -7,14 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hookfiles import PYTHON_HOOKS
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-HOOKS = sorted(
-    f"hooks.d/{path.name}"
-    for path in (CHECKOUT / "hooks.d").iterdir()
-    if path.is_file() and "python" in path.read_text().partition("\n")[0]
-)
-PRODUCT = ["imageos", "build.py", *HOOKS]
+PRODUCT = ["imageos", "build.py", *(f"hooks.d/{name}" for name in PYTHON_HOOKS)]
 # mypy knows one module of each name: every directory with a conftest.py of its own is a run of its own
 TYPED_TESTS = ["unit", "lint"]
 

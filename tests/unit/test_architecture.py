@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
+from hookfiles import PYTHON_HOOKS
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGE = CHECKOUT / "imageos"
 
@@ -68,8 +70,6 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if path != PACKAGE / "__init__.py"
 }
-HOOKS = {path.name: path for path in sorted((CHECKOUT / "hooks.d").iterdir()) if path.is_file()}
-PYTHON_HOOKS = {name: path for name, path in HOOKS.items() if "python" in path.read_text().partition("\n")[0]}
 SOURCES = {**MODULES, **{f"hooks.d/{name}": path for name, path in PYTHON_HOOKS.items()}}
 # sys.stdlib_module_names is new in Python 3.10: this is for 3.9
 STDLIB = [

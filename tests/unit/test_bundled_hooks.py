@@ -6,13 +6,12 @@ import json
 import stat
 import time
 from collections.abc import Sequence
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import readme
+from hookfiles import hook_module
 from hypothesis import given
 from hypothesis import strategies as st
 from support import recorded
@@ -25,29 +24,10 @@ from imageos.hook import Hook
 from imageos.network import render
 from imageos.settings import Settings
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 HASH = "$6$salt$NewHash"
 KEY, OTHER = "ssh-ed25519 AAAAC3Nz me@home", "ssh-rsa AAAAB3Nz you@home"
 SHADOW = "daemon:*:19000:0:99999:7:::\nroot:*:19001:0:99999:7:::\nrooted:!:1::::::\n"
 PASSWD = "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1::/:/bin/false\n"
-
-
-def loaded(name: str) -> ModuleType:
-    """A hook of hooks.d as a module."""
-    loader = SourceFileLoader(name.replace("-", "_"), str(CHECKOUT / "hooks.d" / name))
-    spec = spec_from_loader(loader.name, loader)
-    assert spec
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_bytecode() -> None:
-    """Nothing is left in hooks.d."""
-    import sys
-
-    sys.dont_write_bytecode = True
 
 
 def hook(
@@ -86,7 +66,7 @@ def content(root: Path) -> dict[str, object]:
 
 
 def ssh(target: Target, action: str = "create", **known: str) -> None:
-    loaded("ssh").main(hook(target, Settings(**known), action))  # type: ignore[arg-type]
+    hook_module("ssh").main(hook(target, Settings(**known), action))  # type: ignore[arg-type]
 
 
 def test_ssh_keys_of_root(guest: Path, target: Target) -> None:
@@ -183,7 +163,7 @@ def test_ssh_says_no_secret(guest: Path, target: Target, capfd: pytest.CaptureFi
 
 @given(st.lists(st.sampled_from(["root", "daemon", "rooted", "", "#root"]), max_size=5), st.booleans())
 def test_ssh_changes_one_field(names: Sequence[str], newline: bool) -> None:
-    module = loaded("ssh")
+    module = hook_module("ssh")
     text = "\n".join(f"{name}:old:1:2" for name in names) + ("\n" if newline else "")
     changed = module.with_field(text, 1, "new")
     place = names.index("root") if "root" in names else None
@@ -199,18 +179,18 @@ def test_overlays(guest: Path, target: Target, tmp_path: Path) -> None:
     put(guest, {"etc/motd": "of the image\n", "etc/issue": "stays"})
     known = Settings(overlay="web", overlays_dir=str(tmp_path / "overlays"))
     for _ in range(2):
-        loaded("overlays").main(hook(target, known))
+        hook_module("overlays").main(hook(target, known))
         assert content(guest) == {"etc/motd": "of the site\n", "etc/issue": "stays", "srv/.hidden": "x"}
 
 
 def test_overlays_without_an_overlay(guest: Path, target: Target) -> None:
-    loaded("overlays").main(hook(target))
+    hook_module("overlays").main(hook(target))
     assert content(guest) == {}
 
 
 def test_overlays_that_is_missing(target: Target, tmp_path: Path) -> None:
     with pytest.raises(Failure, match=f"^cannot read {tmp_path}/web: No such file or directory$"):
-        loaded("overlays").main(hook(target, Settings(overlay="web", overlays_dir=str(tmp_path))))
+        hook_module("overlays").main(hook(target, Settings(overlay="web", overlays_dir=str(tmp_path))))
 
 
 # zz_ddns
@@ -258,32 +238,32 @@ def test_ddns(kind: str, guest: Path, target: Target, capfd: pytest.CaptureFixtu
     before, after = DDNS[kind]
     put(guest, before)
     for action in ("create", "rename", "import"):
-        loaded("zz_ddns").main(hook(target, action=action))
+        hook_module("zz_ddns").main(hook(target, action=action))
         assert content(guest) == after
     assert "warning" not in capfd.readouterr().err
 
 
 def test_ddns_with_many_lines() -> None:
     begin = time.process_time()
-    assert loaded("zz_ddns").with_line("hostname\n" * 30_000, r"hostname", "hostname") == "hostname\n"
+    assert hook_module("zz_ddns").with_line("hostname\n" * 30_000, r"hostname", "hostname") == "hostname\n"
     assert time.process_time() - begin < 3, "quadratic: much more"
 
 
 def test_ddns_of_a_client_that_needs_no_help(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
     put(guest, {"usr/sbin/NetworkManager": ""})
-    loaded("zz_ddns").main(hook(target))
+    hook_module("zz_ddns").main(hook(target))
     assert list(content(guest)) == ["usr/sbin/NetworkManager"]
     assert "warning" not in capfd.readouterr().err
 
 
 def test_ddns_without_a_client(target: Target, capfd: pytest.CaptureFixture[str]) -> None:
-    loaded("zz_ddns").main(hook(target))
+    hook_module("zz_ddns").main(hook(target))
     assert "warning: the guest has no DHCP client" in capfd.readouterr().err
 
 
 def test_ddns_without_a_network(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
     put(guest, {"etc/dhcp/dhclient.conf": DHCLIENT})
-    loaded("zz_ddns").main(hook(target, nics=False))
+    hook_module("zz_ddns").main(hook(target, nics=False))
     assert (guest / "etc/dhcp/dhclient.conf").read_text() == DHCLIENT
     assert capfd.readouterr().err == ""
 
@@ -301,7 +281,7 @@ def cloud(guest: Path) -> Path:
 
 
 def configured(cloud: Path, target: Target, known: Settings | None = None, **environ: str) -> dict[str, object]:
-    loaded("cloud-init").main(hook(target, known, environ=environ))
+    hook_module("cloud-init").main(hook(target, known, environ=environ))
     first, _, rest = (cloud / CONFIG).read_text().partition("\n")
     assert first == "#cloud-config"
     return dict(json.loads(rest))
@@ -371,13 +351,13 @@ def test_cloud_init_user_with_a_wrong_name(name: str, cloud: Path, target: Targe
 
 def test_cloud_init_is_missing(guest: Path, target: Target) -> None:
     with pytest.raises(Failure, match="^the guest has no cloud-init$") as raised:
-        loaded("cloud-init").main(hook(target))
+        hook_module("cloud-init").main(hook(target))
     assert "chmod -x /etc/ganeti/instance-image/hooks/cloud-init" in str(raised.value.hint)
 
 
 def test_nothing_configures_the_network(guest: Path, target: Target) -> None:
     with pytest.raises(Failure, match="nothing that could configure its network: cloud-init, netplan, ") as raised:
-        loaded("interfaces").main(hook(target))
+        hook_module("interfaces").main(hook(target))
     assert "chmod -x /etc/ganeti/instance-image/hooks/interfaces" in str(raised.value.hint)
 
 

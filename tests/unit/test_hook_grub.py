@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from hookfiles import hook_module
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -281,17 +279,7 @@ def test_loader_that_leads_out_of_the_guest(guest: Path, target: Target, tmp_pat
 # What the hook decides
 
 
-def load() -> ModuleType:
-    path = str(Path(__file__).resolve().parents[2] / "hooks.d/grub")
-    loader = importlib.machinery.SourceFileLoader("hook_grub", path)
-    spec = importlib.util.spec_from_loader("hook_grub", loader)
-    assert spec
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-GRUB = load()
+GRUB = hook_module("grub")
 MENU = "linux /vmlinuz root=UUID=1 ro console=ttyS0,115200\n"
 
 

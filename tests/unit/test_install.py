@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
 from pathlib import Path
 
+import build
 import pytest
+from hookfiles import HOOKS
 
 from imageos import settings
 from imageos.commands import install, uninstall
 from imageos.commands.install import Entry
 from imageos.errors import Failure
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 OS_DIR = "/usr/share/ganeti/os/image"
 SITE_DIR = "/etc/ganeti/instance-image"
 
@@ -190,13 +190,8 @@ def test_failed_write_leaves_nothing(entry: Entry, root: Path, monkeypatch: pyte
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The package as it is in the built file: with defaults and hooks in it."""
-    package = tmp_path / "package"
-    package.mkdir()
-    for name in ("defaults", "hooks.d"):
-        (package / name).symlink_to(CHECKOUT / name)
-    for module in (CHECKOUT / "imageos").iterdir():
-        if module.suffix not in ("", ".py"):
-            (package / module.name).symlink_to(module)
+    build.stage_sources(tmp_path / "stage")
+    package = tmp_path / "stage/imageos"
     program = tmp_path / "imageos"
     program.write_text("the built file")
     monkeypatch.setattr("importlib.resources.files", lambda _: package)
@@ -229,7 +224,7 @@ def test_every_hook_is_installed_without_the_execute_bit(shipped: Path, root: Pa
     for entry in everything():
         install.put(str(root), entry)
     hooks = root / SITE_DIR.lstrip("/") / "hooks"
-    assert sorted(os.listdir(hooks)) == sorted(one for one in os.listdir(CHECKOUT / "hooks.d") if one != "__pycache__")
+    assert sorted(os.listdir(hooks)) == list(HOOKS)
     for hook in hooks.iterdir():
         assert not hook.stat().st_mode & 0o111
 
@@ -303,11 +298,6 @@ def tree(root: Path) -> dict[str, object]:
 
 def newer(package: Path) -> None:
     """Make the package one with another default.conf, defaults file and hook."""
-    for name in ("defaults", "hooks.d"):
-        copy = package / f"{name}.copy"
-        shutil.copytree(CHECKOUT / name, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        (package / name).unlink()
-        copy.rename(package / name)
     for path in (package / "defaults/default.conf", package / "defaults/variants.list", package / "hooks.d/grub"):
         path.write_text(path.read_text() + "# of version 2\n")
 
@@ -495,7 +485,7 @@ def test_parameters_list() -> None:
 
 
 def test_variants_list() -> None:
-    text = (CHECKOUT / "defaults/variants.list").read_text()
+    text = (build.CHECKOUT / "defaults/variants.list").read_text()
     assert "default" in text.splitlines()
     for line in text.splitlines():
         assert not line or line.startswith("#") or re.fullmatch(r"[A-Za-z0-9_-]+", line)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import readme
+from hookfiles import HOOKS
 from readme import CHECKOUT
 
 from imageos import cli, hooks, network, settings
@@ -86,7 +87,7 @@ def test_overview() -> None:
     """The picture shows every command that does something with an instance, and every hook."""
     words = set(re.findall(r"[\w-]+", readme.block("images: tarball")))
     assert set(cli.COMMANDS) - {"verify", "install", "uninstall", "doctor"} <= words
-    assert {path.name for path in (CHECKOUT / "hooks.d").iterdir() if path.is_file()} <= words
+    assert set(HOOKS) <= words
 
 
 def test_urls(tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_commands_that_are_called_exist() -> None:
 def test_what_hooks_find() -> None:
     """Every bundled hook, everything of a Hook and its target, every function that a shell hook finds."""
     text = section("Hooks")
-    bundled = {path.name for path in (CHECKOUT / "hooks.d").iterdir() if path.is_file()}
+    bundled = set(HOOKS)
     parts = {field.name for field in dataclasses.fields(Hook)}
     methods = {name for name in vars(Target) if not name.startswith("_")} - {"directory"}
     functions = set(re.findall(r"^([a-z]\w*)\(\) \{$", (CHECKOUT / "defaults/common.sh").read_text(), re.MULTILINE))
