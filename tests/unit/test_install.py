@@ -8,10 +8,10 @@ import re
 import stat
 from pathlib import Path
 
-import build
 import pytest
 from hookfiles import HOOKS
 
+import build
 from imageos import settings
 from imageos.commands import install, uninstall
 from imageos.commands.install import Entry
