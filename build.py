@@ -267,6 +267,12 @@ DEBIAN_PACKAGES = (
     "grub-pc-bin",
     "grub2-common",
 )
+# What every node has
+MOUNTED = {
+    "/proc/self/mountinfo": "mount -t proc proc /proc",
+    "/sys/block": "mount -t sysfs sysfs /sys",
+    "/dev/loop-control": "outside, mount --rbind /dev DIRECTORY/dev; without that file: modprobe loop",
+}
 BOOT_DEADLINE = 300  # seconds; 25 to 60 under software emulation
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -339,6 +345,7 @@ def build() -> None:
 
 def demo() -> None:
     require_root("demo")
+    require_machine()
     install_packages(DEMO_NEEDS)
     build()
     with scratch_directory() as work:
@@ -351,6 +358,7 @@ def demo() -> None:
 
 def demo_debian() -> None:
     require_root("demo --debian")
+    require_machine()
     if platform.machine() != "x86_64":
         raise BuildError(f"demo --debian needs an x86_64 machine; this is {platform.machine()}")
     install_packages(DEBIAN_NEEDS)
@@ -366,6 +374,7 @@ def demo_debian() -> None:
 
 def test(arguments: list[str]) -> int:
     require_root("test")
+    require_machine()
     install_packages(TEST_NEEDS)
     python = virtual_environment(TEST_TOOLS)
     build()
@@ -382,6 +391,7 @@ def test(arguments: list[str]) -> int:
 
 def bench(names: list[str]) -> int:
     require_root("bench")
+    require_machine()
     install_packages(TEST_NEEDS)
     python = virtual_environment(TEST_TOOLS)
     build()
@@ -940,6 +950,18 @@ def make_directory(path: Path) -> None:
 def require_root(command: str) -> None:
     if os.geteuid() != 0:
         raise BuildError(f"{command} needs root", hint=f"sudo ./build.py {command}")
+
+
+def require_machine() -> None:
+    """Say what a chroot or a container lacks that every node has, before anything is installed."""
+    for path, remedy in MOUNTED.items():
+        if not Path(path).exists():
+            raise BuildError(f"there is no {path}", hint=f"in a chroot: {remedy}")
+    if not any(line.split()[4] == "/" for line in Path("/proc/self/mountinfo").read_text().splitlines()):
+        raise BuildError(
+            "the root directory is not a mount point, so whatever is mounted here would be seen outside",
+            hint="outside, make it one before chroot: mount --bind DIRECTORY DIRECTORY",
+        )
 
 
 def shown(path: Path) -> str:

@@ -10,7 +10,7 @@ from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report
 from imageos.checks.variants import Variant, listed
 from imageos.disks import filesystem
 from imageos.errors import Failure
-from imageos.node import cgroup
+from imageos.node import cgroup, isolation, mounts
 from imageos.run import pipeline
 
 NAMESPACES = ("mount", "pid", "net", "ipc", "uts")
@@ -21,12 +21,12 @@ def check_kernel(report: Report) -> None:
     if os.geteuid() != 0:
         report.say(UNKNOWN, "namespaces and loop devices were not tried", "run it as root")
         return
-    refused = unshare_error()
-    report.say(
-        ERROR if refused else OK,
-        f"namespaces cannot be made: {refused}" if refused else f"namespaces: {', '.join(NAMESPACES)}",
-        "in a container, it must be allowed to make them" if refused else "",
-    )
+    if not mounts.private_possible():
+        report.say(ERROR, isolation.NO_ROOT_MOUNT, isolation.MOUNT_ROOT)
+    elif refused := unshare_error():
+        report.say(ERROR, f"namespaces cannot be made: {refused}", "in a container, it must be allowed to make them")
+    else:
+        report.say(OK, f"namespaces: {', '.join(NAMESPACES)}")
     try:
         os.close(os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC))
         report.say(OK, "loop devices")
