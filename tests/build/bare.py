@@ -1,65 +1,79 @@
-"""A Debian 12 with python3, sudo and nothing else, kept between runs, and commands in it."""
+"""Bare machines: a Debian with python3, sudo and nothing else, kept between runs, and commands in it.
+
+No venv module, no pip, no compiler, no git, no certificates. A command in there has namespaces, a root directory and an
+environment of its own; of this machine it has the kernel, the devices and the way to the network.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from checkouts import CHECKOUT
 
-CACHED = CHECKOUT / ".cache/bare-bookworm-python3-sudo.tar.zst"
-# How this machine reaches the network, which the bare one is given too: files and variables.
-NETWORK_FILES = ("/etc/resolv.conf", "/etc/pip.conf")
-NETWORK = ("http_proxy", "https_proxy", "no_proxy", "PIP_INDEX_URL", "PIP_DEFAULT_TIMEOUT")
+PACKAGES = "python3,sudo"
+MIRROR = "http://deb.debian.org/debian"
+CLEAN = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+# How this machine reaches the network, if it says so
+NETWORK = ("http_proxy", "https_proxy", "no_proxy", "PIP_INDEX_URL")
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
-INSIDE = """\
-mount --bind "$1" "$1" # a machine's root is a mount point
-mount -t proc proc "$1/proc"
-mount -t sysfs sysfs "$1/sys"
-mount --rbind /dev "$1/dev"
-exec chroot "$@"
+INSIDE = """
+root=$1; shift
+mount --rbind "$root" "$root"
+cd "$root"
+mount -t proc proc proc
+mount --rbind /sys sys
+mount --rbind /dev dev
+mount -t tmpfs -o mode=755 tmpfs run
+pivot_root . mnt
+umount --lazy mnt
+exec "$@"
 """
 
 
-def unpack_bare(root: Path, work: Path) -> Path:
-    """That Debian in the directory `root`, with this machine's network; `work` is for making it the first time."""
-    if not CACHED.exists():
-        make_bare(work)
-    subprocess.run(["tar", "--extract", f"--file={CACHED}", "-C", root], check=True)
+def unpack_bare(root: Path, work: Path, suite: str = "bookworm", cache: Path = CHECKOUT / ".cache") -> Path:
+    """That Debian in the directory `root`; `work` is for making it the first time."""
+    packed = cache / f"bare-{suite}-{PACKAGES.replace(',', '-')}.tar.zst"
+    if not packed.exists():
+        make_bare(suite, work, packed)
+    subprocess.run(["tar", "--extract", f"--file={packed}", "-C", root], check=True)
     root.chmod(0o755)
-    for name in NETWORK_FILES:
-        if Path(name).exists():
-            shutil.copyfile(name, root / name[1:])
+    shutil.copyfile("/etc/resolv.conf", root / "etc/resolv.conf")
+    (root / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
     # Not where the package ca-certificates would replace them
     shutil.copyfile(CERTIFICATES, root / "etc/certificates.crt")
+    (root / "etc/pip.conf").write_text("[global]\ncert = /etc/certificates.crt\n")
     return root
 
 
-def make_bare(work: Path) -> None:
-    tree, unfinished = work / "tree", CACHED.with_name(f".{CACHED.name}")
-    debootstrap = ["debootstrap", "--variant=minbase", "--include=python3,sudo", "bookworm", str(tree)]
+def make_bare(suite: str, work: Path, packed: Path) -> None:
+    tree, unfinished = work / "tree", packed.with_name(f".{packed.name}")
+    debootstrap = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", suite, str(tree), MIRROR]
     namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     subprocess.run([*namespaces, *debootstrap], check=True)
-    CACHED.parent.mkdir(exist_ok=True)
-    pack = ["tar", "--create", "--zstd", f"--file={unfinished}", "-C", str(tree), "."]
-    subprocess.run(pack, check=True)
-    unfinished.replace(CACHED)
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["tar", "--create", "--zstd", f"--file={unfinished}", "-C", str(tree), "."], check=True)
+    unfinished.replace(packed)
     shutil.rmtree(tree)
 
 
+def command_inside(root: Path, *command: str, enter: str = INSIDE) -> list[str]:
+    """What runs `command` in there, and ends with whoever runs it."""
+    namespaces = ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
+    return ["setpriv", "--pdeathsig", "KILL", *namespaces, "sh", "-ec", enter, "sh", str(root), *command]
+
+
+def environment_inside() -> Mapping[str, str]:
+    return {**CLEAN, **{name: os.environ[name] for name in NETWORK if name in os.environ}}
+
+
 def inside(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "HOME": "/root",
-        "PIP_CERT": "/etc/certificates.crt",
-        **{name: os.environ[name] for name in NETWORK if name in os.environ},
-    }
-    namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
     return subprocess.run(
-        [*namespaces, "sh", "-ec", INSIDE, "sh", str(root), *command],
-        env=environment,
+        command_inside(root, *command),
+        env=environment_inside(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

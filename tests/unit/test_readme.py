@@ -80,7 +80,8 @@ def test_the_two_commands() -> None:
     demo, test = readme.block("sudo ./build.py demo").splitlines()
     assert demo.startswith("sudo ./build.py demo  ")
     assert test.startswith("sudo ./build.py test  ")
-    assert "exec sudo ./build.py test\n" in (CHECKOUT / ".ci/run").read_text()
+    for command in ("demo", "test"):
+        assert f'"./build.py", "{command}"' in (CHECKOUT / ".ci/machines.py").read_text()
 
 
 def test_overview() -> None:

@@ -1,0 +1,230 @@
+#!/usr/bin/env python3
+"""usage: machines.py [NAME...]
+
+Runs the commands of README.rst as a newcomer would, on bare machines of its own making (tests/build/bare.py): nothing
+of this machine's packages, Python or settings is seen there. Ends with a line for each. Without a NAME, on all of the
+table MACHINES.
+
+The bare systems, and the images that the tests make, stay in /var/cache/imageos-machines for the next run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(CHECKOUT / "tests/build"))
+from bare import INSIDE, command_inside, environment_inside, unpack_bare  # noqa: E402
+
+CACHE = Path("/var/cache/imageos-machines")
+# The root directory is no mount point, as administrators make a chroot by hand.
+PLAIN_CHROOT = """
+root=$1; shift
+mount -t proc proc "$root/proc"
+mount --rbind /sys "$root/sys"
+mount --rbind /dev "$root/dev"
+exec chroot "$root" "$@"
+"""
+# What of tests/disk runs every program of a node at least once, for nodes that have other versions of them.
+PROGRAMS = (
+    "tests/disk/test_create_layouts.py",
+    "tests/disk/test_images_deployed.py",
+)
+WORKERS = ("--numprocesses=2", "--dist=loadgroup")
+
+
+class Refused(Exception):
+    """A machine did not do what README promises."""
+
+
+@dataclass
+class Machine:
+    """A bare Debian of one suite, and what came of the commands that were run there."""
+
+    suite: str
+    root: Path
+    checkout: str = "/root/imageos"  # in there
+    kept: str = ""  # directory of this machine that is its .cache
+    results: list[str] = field(default_factory=list)
+
+    def clone(self) -> Path:
+        place = self.root / self.checkout.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        run("git", "clone", "--quiet", "--no-hardlinks", str(CHECKOUT), str(place))
+        return place
+
+    def run(self, *command: str, enter: str = INSIDE, user: str = "root", **environment: str) -> tuple[int, str]:
+        """The status of a command in the checkout, and what it printed, which is shown as it comes."""
+        line = f"cd {shlex.quote(self.checkout)} && {shlex.join(command)}"
+        shell = ["sh", "-c", line] if user == "root" else ["su", "--shell=/bin/sh", user, "--command", line]
+        if self.kept:
+            enter = f'mount --bind {shlex.quote(self.kept)} "$1{self.checkout}/.cache"\n{enter}'
+        print(f"--- {self.suite}: {line}", flush=True)
+        text = []
+        with subprocess.Popen(
+            command_inside(self.root, *shell, enter=enter),
+            env={**environment_inside(), **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        ) as process:
+            assert process.stdout
+            for printed in process.stdout:
+                text.append(printed)
+                print(printed, end="", flush=True)
+        return process.returncode, "".join(text)
+
+    def works(self, *command: str, user: str = "root", **environment: str) -> str:
+        began = time.monotonic()
+        status, text = self.run(*command, user=user, **environment)
+        if status != 0:
+            raise Refused(f"status {status} of {shlex.join(command)}")
+        self.results.append(f"{outcome(command, text)} in {time.monotonic() - began:.0f} s")
+        return text
+
+    def demo(self, user: str = "root", **environment: str) -> None:
+        text = self.works(*as_root(user), "./build.py", "demo", user=user, **environment)
+        if "inst1.example.org was made from busybox" not in text:
+            raise Refused("the demo shows no instance")
+
+    def test(self, *arguments: str, user: str = "root", **environment: str) -> None:
+        self.works(*as_root(user), "./build.py", "test", *arguments, user=user, **environment)
+
+    def digest(self) -> str:
+        """Of the file that was built there."""
+        return hashlib.sha256((self.root / self.checkout.lstrip("/") / "dist/imageos").read_bytes()).hexdigest()
+
+    def leaves_only_its_own(self) -> None:
+        """What the commands leave in a checkout is in the directories that .gitignore names first."""
+        place = str(self.root / self.checkout.lstrip("/"))
+        status = run("git", "-c", "safe.directory=*", "-C", place, "status", "--porcelain", "--ignored")
+        left = set(status.splitlines()) - {"!! .cache/", "!! .venv/", "!! dist/"}
+        if left:
+            raise Refused(f"left in the checkout: {', '.join(sorted(left))}")
+
+
+def as_root(user: str) -> Sequence[str]:
+    return () if user == "root" else ("sudo",)
+
+
+def outcome(command: Sequence[str], text: str) -> str:
+    """`test tests/unit: 1872 passed`: the command, and what pytest counted in it."""
+    words = [word for word in command if word not in ("sudo", "./build.py") and not word.startswith("-")]
+    name = shlex.join([*words[:2], *("..." for _ in words[2:3])]) or "build"
+    counts = re.findall(r"^=* ?(\d+ [^=\n]*?) in [\d.]+s", text, re.MULTILINE)
+    return f"{name}: {' and '.join(counts)}" if counts else name
+
+
+# --- What is done on each -------------------------------------------------------------------------
+
+
+def all_tests(machine: Machine) -> None:
+    """In root's home, which nobody else may enter; then again on the used checkout."""
+    place = machine.clone()
+    (place / ".cache").mkdir()
+    machine.kept = str(CACHE / "guests")
+    (machine.root / "root").chmod(0o700)
+    machine.demo()
+    machine.test()
+    machine.test("tests/unit")
+    machine.leaves_only_its_own()
+
+
+def with_sudo(machine: Machine) -> None:
+    """The checkout of an ordinary user, with a space in its path, below a home that nobody else may enter."""
+    machine.checkout = "/home/builder/my checkouts/imageos"
+    machine.clone()
+    enter(machine, "useradd", "builder")
+    enter(machine, "chown", "-R", "builder:", "/home/builder")
+    enter(machine, "chmod", "0700", "/home/builder")
+    (machine.root / "etc/sudoers.d/builder").write_text("builder ALL=(ALL) NOPASSWD: ALL\n")
+    status, text = machine.run("./build.py", user="builder")
+    if status != 1 or ": sudo apt-get update && sudo apt-get install --yes" not in text.splitlines()[-1]:
+        raise Refused("an ordinary user is not told what to install")
+    machine.demo(user="builder")
+    machine.works("./build.py", user="builder")
+    machine.test("tests/unit", *PROGRAMS, *WORKERS, user="builder")
+    machine.leaves_only_its_own()
+
+
+def killed_and_doubled(machine: Machine) -> None:
+    """Two runs at once, after one that was killed; Python writes no bytecode."""
+    machine.clone()
+    machine.demo(PYTHONDONTWRITEBYTECODE="1")
+    machine.test("tests/unit", *PROGRAMS, *WORKERS, PYTHONDONTWRITEBYTECODE="1")
+    killed = "timeout --signal=KILL 8 ./build.py test tests/disk/test_create_layouts.py; test $? = 137"
+    machine.works("sh", "-c", killed)
+    unit = "./build.py test tests/unit"
+    machine.works("sh", "-c", f"{unit} & {unit} && wait $!")
+    machine.leaves_only_its_own()
+
+
+def plain_chroot(machine: Machine) -> None:
+    """A chroot whose root is no mount point is told so before anything is installed; with one it works."""
+    machine.clone()
+    status, text = machine.run("./build.py", "demo", enter=PLAIN_CHROOT)
+    if status != 1 or "mount --bind DIRECTORY DIRECTORY" not in text or "apt-get" in text:
+        raise Refused("a plain chroot is not told what it lacks")
+    machine.demo()
+    machine.test("tests/unit", *PROGRAMS, *WORKERS)
+    machine.leaves_only_its_own()
+
+
+MACHINES: dict[str, Callable[[Machine], None]] = {
+    "bullseye": killed_and_doubled,
+    "trixie": with_sudo,
+    "sid": plain_chroot,
+    "bookworm": all_tests,
+}
+
+
+# --- Running them ---------------------------------------------------------------------------------
+
+
+def main(names: Sequence[str]) -> int:
+    lines = []
+    digests = set()
+    failed = 0
+    for name in names or MACHINES:
+        began = time.monotonic()
+        machine = None
+        try:
+            (CACHE / "guests").mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=CACHE) as top:
+                (Path(top) / "root").mkdir()
+                machine = Machine(name, unpack_bare(Path(top) / "root", Path(top), name, CACHE))
+                MACHINES[name](machine)
+                digests.add(machine.digest())
+            if len(digests) != 1:
+                raise Refused("built another file than the machines before")
+            ended = "ok"
+        except (Refused, subprocess.CalledProcessError) as error:
+            failed += 1
+            ended = f"FAILED: {error}"
+        results = machine.results if machine else ["cannot be made: does the mirror answer?"]
+        lines.append(f"{name}: {'; '.join([*results, ended])}, {time.monotonic() - began:.0f} s in all")
+    print("", *lines, f"machines: {len(lines) - failed} passed, {failed} failed", sep="\n", flush=True)
+    return 1 if failed else 0
+
+
+def enter(machine: Machine, *command: str) -> None:
+    run(*command_inside(machine.root, *command))
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
