@@ -29,12 +29,12 @@ def lint(tool: str, *arguments: str) -> None:
         pytest.fail(f"{tool} {' '.join(arguments)}\n{done.stdout}", pytrace=False)
 
 
-@pytest.mark.parametrize("paths", [PRODUCT, ["tests"]], ids=["product", "tests"])
+@pytest.mark.parametrize("paths", [PRODUCT, ["tests", ".ci"]], ids=["product", "tests"])
 def test_ruff_check(paths: list[str]) -> None:
     lint("ruff", "check", "--no-cache", "--quiet", *paths)
 
 
-@pytest.mark.parametrize("paths", [PRODUCT, ["tests"]], ids=["product", "tests"])
+@pytest.mark.parametrize("paths", [PRODUCT, ["tests", ".ci"]], ids=["product", "tests"])
 def test_ruff_format(paths: list[str]) -> None:
     lint("ruff", "format", "--no-cache", "--quiet", "--diff", *paths)
 
