@@ -23,7 +23,7 @@ MAKE = {
     "ext4": ["mkfs.ext4", "-q", "-F", "-U", "{uuid}", "-L", "{label}"],
     "xfs": ["mkfs.xfs", "-q", "-f", "-m", "uuid={uuid}", "-L", "{label}"],
     "btrfs": ["mkfs.btrfs", "-q", "-f", "-U", "{uuid}", "-L", "{label}"],
-    "swap": ["mkswap", "-q", "-U", "{uuid}", "-L", "{label}"],
+    "swap": ["mkswap", "-U", "{uuid}", "-L", "{label}"],
     "vfat": ["mkfs.vfat", "-i", "c0ffee15", "-n", "{label}"],
     "lvm": ["pvcreate", "-q"],
 }
