@@ -46,7 +46,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def pytest_configure(config: pytest.Config) -> None:
     if os.geteuid() == 0 and config.option.basetemp is None:
         base, lock = own_base()
-        config.option.basetemp = str(base)
+        config.option.basetemp = str(base / "pytest")  # not `base` itself: pytest makes it anew, and the lock is gone
 
         def remove() -> None:
             shutil.rmtree(base, ignore_errors=True)
