@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import MIB, Node, mounted, partitions, probe, signatures, table_of
+from support import MIB, Node, attached, mounted, partitions, probe, run, signatures, table_of
 
 MakeDisk = Callable[..., Path]
 BIOS_BOOT = "21686148-6449-6E6F-744E-656564454649"
@@ -131,16 +131,25 @@ def test_built_in_sizes(table: str, boot_size: int, node: Node, disk: MakeDisk) 
     assert (boot.size // MIB, swap.size // MIB) == (boot_size, 256)
 
 
-def test_mkfs_writes_nothing_that_old_guests_cannot_read(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    from support import attached, run
+# How a filesystem's own program shows what it has; a word that is always there; what the newest mkfs would make
+FEATURES = {
+    "ext4": (["dumpe2fs", "-h"], r"has_journal", r"metadata_csum_seed|orphan_file"),
+    "xfs": (["xfs_info"], r"\bcrc *=1", r"\b(bigtime|inobtcount|nrext64|exchange|parent|metadir|rmapbt) *=1"),
+    "btrfs": (["btrfs", "inspect-internal", "dump-super"], r"SKINNY_METADATA", r"BLOCK_GROUP_TREE"),
+}
 
-    target = disk()
-    node.create(target, OSP_FILESYSTEM="ext4").ok()
-    for part in (partitions(target)[0], partitions(target)[2]):
+
+@pytest.mark.parametrize("kind", FEATURES)
+def test_mkfs_writes_nothing_that_old_guests_cannot_read(kind: str, node: Node, disk: MakeDisk) -> None:
+    target = disk(384)
+    node.create(target, OSP_FILESYSTEM=kind).ok()
+    boot, _, root = partitions(target)
+    for part, kind_of_part in ((boot, "ext4"), (root, kind)):
+        show, always, too_new = FEATURES[kind_of_part]
         with attached(target, part.start, part.size, read_only=True) as device:
-            features = re.search(r"^Filesystem features:(.*)$", run("dumpe2fs", "-h", device), re.M)
-            assert features
-            assert not {"metadata_csum_seed", "orphan_file"} & set(features.group(1).split())
+            shown = run(*show, device)
+        assert re.search(always, shown), shown
+        assert not re.search(too_new, shown), shown
 
 
 def test_two_instances_share_no_identifier(node: Node, disk: MakeDisk) -> None:

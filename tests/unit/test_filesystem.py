@@ -127,6 +127,26 @@ def test_xfs_of_newer_tools(
     assert command == ["mkfs.xfs", "-f", "-q", "-m", XFS_METADATA, *off, "-L", "/", "/dev/loop7p3"]
 
 
+@pytest.mark.parametrize(
+    ("feature", "off"),
+    [("free-space-tree", []), ("block-group-tree", ["-O", "^block-group-tree"])],
+)
+def test_btrfs_of_newer_tools(feature: str, off: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this node's mkfs.btrfs knows and Linux 5.10 cannot write is off; an older one would refuse the name."""
+    called = []
+
+    def run(argv: list[str], on_line: Callable[[str], None] = print) -> str:
+        called.append(argv)
+        on_line(f"{feature:19} - some words (compat=6.1, safe=6.6, default=6.19)")
+        return ""
+
+    monkeypatch.setattr(filesystem, "run", run)
+    volume = Volume("root", "btrfs", "/dev/loop7p3", ROOT_UUID)
+    filesystem.make([volume])
+    program, *words = filesystem.make_command(volume)
+    assert called == [[program, "-O", "list-all"], [program, *off, *words]]
+
+
 @pytest.mark.parametrize("kind", ["ext2", "ext3", "ext4"])
 def test_ext_has_nothing_that_is_too_new(kind: str) -> None:
     command = filesystem.make_command(Volume("root", kind, "/dev/loop7p3", ROOT_UUID))
