@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import trees
+from debian import flavours
 from support import MIB, Node, run
 
 SIZE = 160  # MiB: enough for 8 of swap, 24 of /boot and the tree
@@ -33,6 +35,23 @@ def images(small_tree: Path, odd_tree: Path, tmp_path_factory: pytest.TempPathFa
             if compression != "tar":
                 trees.compress(plain, made / f"{name}.{suffix}", compression)
     return made
+
+
+@pytest.fixture(scope="session")
+def debians(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Trees of Debian with the program of that name, without kernel."""
+    top = tmp_path_factory.mktemp("debians")
+
+    def unpacked(flavour: str) -> Path:
+        tree = top / flavour
+        if not tree.is_dir():
+            tree.mkdir()
+            image = flavours("bookworm", [flavour])[flavour].tarball
+            run("tar", "-xf", image, "-C", tree, "--exclude=./boot/*", "--exclude=./usr/lib/modules/*")
+        return tree
+
+    yield unpacked
+    shutil.rmtree(top)
 
 
 @pytest.fixture

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import trees
-from debian import flavours
-from support import HANGS, SITE, TESTS, Node, mounted, partitions, run
+from support import HANGS, SITE, TESTS, Node, mounted, partitions
 
 MakeDisk = Callable[..., Path]
 GOLDEN = Path(__file__).parent / "golden"
@@ -245,10 +243,10 @@ NAMESPACE = """
 set -e
 exec 2>&1
 mount -t tmpfs tmpfs /run
-mount -t sysfs -o ro sysfs /sys
 cd "$1"
 mount -t tmpfs tmpfs run
 mount -t proc proc proc
+mount -t sysfs -o ro sysfs sys  # read-only: nobody waits for udev
 ip link add eth0 address aa:00:00:00:00:01 type veth peer name peer
 ip link set peer up
 sysctl -q net.ipv6.conf.default.accept_dad=0 net.ipv6.conf.eth0.accept_dad=0
@@ -259,13 +257,12 @@ ip -o addr show dev eth0 scope global
 ip -4 route show default; ip -6 route show default
 """
 NETWORKD = """
-mkdir -p /run/systemd/network /run/systemd/netif
-chown -R systemd-network: /run/systemd/netif
-cp FROM/*.network /run/systemd/network
-chmod a+r /run/systemd/network/*
+mkdir -p run/systemd/netif
+chroot . chown systemd-network: /run/systemd/netif
+chmod a+r FROM/*.network
 # a veth has no permanent address
-sed -i s/PermanentMACAddress/MACAddress/ /run/systemd/network/*
-/lib/systemd/systemd-networkd >/run/log 2>&1 & networkd=$!
+sed -i s/PermanentMACAddress/MACAddress/ FROM/*.network
+chroot . /lib/systemd/systemd-networkd >/run/log 2>&1 & networkd=$!
 tries=3000
 defaults() { { ip -4 route show default; ip -6 route show default; } | grep -c default; }
 until [ "$(defaults)" = "$2" ] && ! ip addr show dev eth0 | grep -q tentative; do
@@ -280,23 +277,6 @@ PROGRAMS = {
     "netplan": "chroot . /usr/libexec/netplan/generate\n" + NETWORKD.replace("FROM", "run/systemd/network"),
     "ifupdown": "mkdir -p run/network\nchroot . ifup --verbose eth0\n",
 }
-
-
-@pytest.fixture(scope="session")
-def debians(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """Trees of Debian with the program of that name, without kernel."""
-    top = tmp_path_factory.mktemp("debians")
-
-    def unpacked(flavour: str) -> Path:
-        tree = top / flavour
-        if not tree.is_dir():
-            tree.mkdir()
-            image = flavours("bookworm", [flavour])[flavour].tarball
-            run("tar", "-xf", image, "-C", tree, "--exclude=./boot/*", "--exclude=./usr/lib/modules/*")
-        return tree
-
-    yield unpacked
-    shutil.rmtree(top)
 
 
 def golden(backend: str, plan: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -233,7 +234,7 @@ def test_ddns_on_create_and_rename(node: Node, disk: MakeDisk, small_tree: Path,
         assert (top / "etc/dhcp/dhclient.conf").read_text() == 'send host-name "inst9";\n'
 
 
-# The guest's client and a DHCP server, alone in a network; both end with it
+# A DHCP server and the client of the guest, a Debian, alone in a network; both end with it
 ASK = """
 cd "$1"
 ip link set lo up
@@ -244,21 +245,22 @@ ip link set guest up
 dnsmasq --conf-file=/dev/null --no-resolv --no-hosts --user=root --interface=server --bind-interfaces \\
     --dhcp-authoritative --no-ping --dhcp-range=192.0.2.100,192.0.2.100 --domain=example.org \\
     --dhcp-leasefile="$1/leases" --pid-file="$1/dnsmasq.pid"
-cp "$(command -v dhclient)" "$1/client"  # AppArmor knows it by its path, and what files it may use
-"$1/client" -1 -cf "$1/dhclient.conf" -lf "$1/leases-of-guest" -pf "$1/dhclient.pid" -sf /bin/true guest
+chroot "$2" dhclient -1 -sf /bin/true guest
 busybox nslookup -type=a inst1.example.org 192.0.2.1
 """
 
 
-def test_ddns_gets_the_name_into_the_dns(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
+def test_ddns_gets_the_name_into_the_dns(
+    node: Node, disk: MakeDisk, small_tree: Path, debians: Callable[[str], Path], tmp_path: Path
+) -> None:
     enable("zz_ddns")
     image_with(node, small_tree, {"etc/dhcp/dhclient.conf": "request subnet-mask, routers;\n"}, tmp_path)
-    target = disk()
+    target, debian = disk(), debians("ifupdown")
     node.create(target, env="create-kvm-network").ok()
     with guest_of(target, tmp_path / "root") as top:
-        (tmp_path / "dhclient.conf").write_text((top / "etc/dhcp/dhclient.conf").read_text())
+        shutil.copy(top / "etc/dhcp/dhclient.conf", debian / "etc/dhcp")
     alone = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]
-    answer = run(*alone, "bash", "-e", "-c", ASK, "ask", tmp_path)
+    answer = run(*alone, "bash", "-e", "-c", ASK, "ask", tmp_path, debian)
     assert answer.split()[-4:] == ["Name:", "inst1.example.org", "Address:", "192.0.2.100"]
 
 
