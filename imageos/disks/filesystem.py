@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from imageos import log
+from imageos.disks import superblock
 from imageos.disks.layout import MIB, Layout
 from imageos.errors import Failure
 from imageos.node import linux, mounts
@@ -37,7 +38,8 @@ class Filesystem:
     smallest: int = 16 * MIB  # bytes of the smallest partition that it makes sense on
     root_options: str = "defaults"  # in the fstab
     check_pass: bool = True  # whether the guest's fsck looks at it at boot
-    mount_data: str = ""
+    # Options of every mount of ours, which overrule what the guest's superblock says
+    forced: str = ""
     look_data: str = ""  # to read it without replaying its journal, which would write
 
 
@@ -75,17 +77,18 @@ def _btrfs_off() -> list[str]:
     return ["-O", "^block-group-tree"] if any(line.startswith("block-group-tree ") for line in known) else []
 
 
+_ON_ERROR = "errors=remount-ro"  # errors=panic, in the superblock, would be the node's panic
 FILESYSTEMS = {
-    "ext2": Filesystem(_make_ext("ext2", _EXT2), root_options="errors=remount-ro"),
-    "ext3": Filesystem(_make_ext("ext3", _EXT3), root_options="errors=remount-ro", look_data="noload"),
-    "ext4": Filesystem(_make_ext("ext4", _EXT4), root_options="errors=remount-ro", look_data="noload"),
+    "ext2": Filesystem(_make_ext("ext2", _EXT2), root_options=_ON_ERROR, forced=_ON_ERROR),
+    "ext3": Filesystem(_make_ext("ext3", _EXT3), root_options=_ON_ERROR, forced=_ON_ERROR, look_data="noload"),
+    "ext4": Filesystem(_make_ext("ext4", _EXT4), root_options=_ON_ERROR, forced=_ON_ERROR, look_data="noload"),
     # 300 MB: mkfs.xfs refuses less since 5.19. nouuid: a clone of a guest that is mounted may be mounted too.
-    "xfs": Filesystem(
-        _make_xfs, smallest=300 * MIB, check_pass=False, mount_data="nouuid", look_data="nouuid,norecovery"
+    "xfs": Filesystem(_make_xfs, smallest=300 * MIB, check_pass=False, forced="nouuid", look_data="norecovery"),
+    # skip_balance: what the guest had begun would go on for hours
+    "btrfs": Filesystem(
+        _make_btrfs, smallest=128 * MIB, check_pass=False, forced="skip_balance", look_data="rescue=nologreplay"
     ),
-    "btrfs": Filesystem(_make_btrfs, smallest=128 * MIB, check_pass=False, look_data="rescue=nologreplay"),
 }
-BTRFS_SUPERBLOCK = 0x10000  # bytes from the beginning; the fsid is 32 bytes into it
 WRITE_BACK = ("sync",)  # the programs that `writing_back` takes
 TWIN_PATIENCE = 300.0  # seconds that another instance of the same image may take
 
@@ -154,8 +157,9 @@ def mounted(device: str, path: str, kind: str, read_only: bool = False, options:
     Mounted `read_only`, nothing is written to it, not even by a journal that wants to be replayed.
     """
     flags = linux.MS_NOSUID | linux.MS_NODEV | (linux.MS_RDONLY if read_only else 0)
-    own = FILESYSTEMS[kind].look_data if read_only else FILESYSTEMS[kind].mount_data
-    data = ",".join(filter(None, [own, options]))
+    looking = FILESYSTEMS[kind].look_data if read_only else ""
+    data = ",".join(filter(None, [options, looking, FILESYSTEMS[kind].forced]))  # the last one counts
+    _check_superblock(device, kind, writable=not read_only)
     with nullcontext() if read_only else _written(device, device, os.fsync):  # the metadata, after unmounting
         if kind == "btrfs":
             _mount_btrfs(device, path, flags, data)
@@ -293,6 +297,16 @@ def _new_uuid(kind: str) -> str:
     return re.sub(r"^(....)(....).*", r"\1-\2", unique).upper() if kind == "vfat" else unique
 
 
+def _check_superblock(device: str, kind: str, writable: bool) -> None:
+    with open(device, "rb") as file:
+        reason = superblock.objection(lambda offset, count: os.pread(file.fileno(), count, offset), kind, writable)
+    if reason:
+        raise Failure(
+            f"cannot mount {device} as {kind}: {reason}",
+            hint="correct that in the guest or the image; NOMOUNT=yes deploys a disk image without looking into it",
+        )
+
+
 def _unmount(path: str, device: str, kind: str) -> None:
     try:
         linux.umount(path)
@@ -386,7 +400,7 @@ def _mounted_by_users() -> list[str]:
 def _mounted_twin(device: str) -> str:
     """The name of another device with this btrfs's UUID that the kernel has mounted; empty if there is none."""
     with open(device, "rb") as file:
-        fsid = uuid.UUID(bytes=os.pread(file.fileno(), 16, BTRFS_SUPERBLOCK + 32))
+        fsid = uuid.UUID(bytes=superblock.btrfs_id(lambda offset, count: os.pread(file.fileno(), count, offset)))
     try:
         names = os.listdir(f"/sys/fs/btrfs/{fsid}/devices")
     except FileNotFoundError:

@@ -23,7 +23,7 @@ ORDER = [
     # what Ganeti and the site say
     *("ganeti", "shellfiles", "settings", "cluster"),
     # disks and filesystems
-    *("disks.layout", "disks.disk", "disks.filesystem"),
+    *("disks.layout", "disks.disk", "disks.superblock", "disks.filesystem"),
     # the guest's root, and what is in it
     *(
         "guests.sandbox",
