@@ -264,7 +264,7 @@ chmod a+r FROM/*.network
 sed -i s/PermanentMACAddress/MACAddress/ FROM/*.network
 chroot . /lib/systemd/systemd-networkd >/run/log 2>&1 & networkd=$!
 tries=3000
-defaults() { { ip -4 route show default; ip -6 route show default; } | grep -c default; }
+defaults() { { ip -4 route show default; ip -6 route show default; } 2>/dev/null | grep -c default; }
 until [ "$(defaults)" = "$2" ] && ! ip addr show dev eth0 | grep -q tentative; do
   sleep 0.1
   tries=$((tries - 1)); [ $tries -gt 0 ] || break
