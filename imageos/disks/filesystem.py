@@ -24,6 +24,8 @@ from imageos.run import output_of, run
 _EXT2 = "none,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
 _EXT3 = _EXT2 + ",has_journal"
 _EXT4 = _EXT3 + ",extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize"
+# mke2fs before 1.46.4 takes 128 for a small filesystem, as /boot is one, whose times end in 2038.
+_INODE_SIZE = "256"
 # What came with which xfsprogs; a profile that it ships (not used itself: that of 6.1 has a syntax error) tells
 # whether it knows the option. Off, Linux 5.10 (Debian 11) and the GRUB of that time can read the filesystem.
 _XFS_PROFILE = "/usr/share/xfsprogs/mkfs/lts_{}.conf"
@@ -50,6 +52,8 @@ def _make_ext(kind: str, features: str) -> Callable[[str, str, str], list[str]]:
         "-q",
         "-O",
         features,
+        "-I",
+        _INODE_SIZE,
         "-U",
         identity,
         "-L",

@@ -82,7 +82,7 @@ def test_programs(table: str, kind: str, expected: set[str]) -> None:
 
 
 def ext_command(kind: str, features: str, label: str = "/") -> list[str]:
-    return [f"mkfs.{kind}", "-F", "-q", "-O", features, "-U", ROOT_UUID, "-L", label, "/dev/loop7p3"]
+    return [f"mkfs.{kind}", "-F", "-q", "-O", features, "-I", "256", "-U", ROOT_UUID, "-L", label, "/dev/loop7p3"]
 
 
 @pytest.mark.parametrize(
