@@ -10,7 +10,8 @@ from imageos.errors import Failure
 from imageos.run import DEFAULT_PATH, Finished, pipeline
 
 # For each file: its path and all variables (env -0), then an empty entry. What a file itself prints goes to stderr.
-# `-n` first: a file with a syntax error must not be half executed. No function around `.`: what a file
+# `-n` first: a file with a syntax error must not be half executed; `-e`, or bash 5.1 has nothing against an array that
+# does not end. No function around `.`: what a file
 # declares would be local to it.
 _EVALUATE = r"""
 exec 3>&1 1>&2
@@ -19,7 +20,7 @@ for _imageos_word in "$@"; do
   eval "_imageos_file=$_imageos_word"
   printf '%s\0' "$_imageos_file" >&3
   [ -f "$_imageos_file" ] || exit 102
-  "$0" -n "$_imageos_file" || exit 101
+  "$0" -en "$_imageos_file" || exit 101
   . "$_imageos_file"
   /usr/bin/env -0 >&3; printf '\0' >&3
 done
