@@ -76,6 +76,8 @@ def page(commands: Iterable[Command]) -> str:
         parameter = " (also an OS parameter)" if entry["parameter"] else ""
         default = f"; default {entry['default']}" if entry["default"] else ""
         lines += item(name.upper(), f"{entry['doc']}{default}{parameter}")
+    lines += [".PP", "OS parameters that Ganeti reads itself, whatever the OS:"]
+    lines += [line for name in settings.RESERVED for line in item(name, settings.describe(name))]
     lines += [".SH FILES", *(line for path, what in FILES for line in item(path, what))]
     lines += [".SH EXIT STATUS", *item("0", "done"), *item("1", "failed; the last line says why")]
     lines += [*item("2", "wrong usage"), *item("128+N", "ended by signal N")]

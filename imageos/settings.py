@@ -124,6 +124,16 @@ def _hook_names(text: str) -> str:
     return text
 
 
+def _for_ganeti(text: str) -> str:
+    """As Ganeti judges it (CheckImageValidity in its cmdlib/common.py), and a URL has to name a file.
+
+    Ganeti keeps what it cannot fetch, and each reinstall fails from then on.
+    """
+    if not re.match(r"(https?|ftps?)://[^\s/]+/\S|/", _line(text)):
+        raise ValueError("an absolute path, or the URL of a file (http, https, ftp or ftps)")
+    return text
+
+
 def _setting(
     kind: Callable[[str], Any], default: str, doc: str, *, parameter: bool = False, secret: bool = False
 ) -> Any:
@@ -216,6 +226,19 @@ SHIPPED = {"filesystem": "ext4"}
 PARAMETERS = tuple(name for name, entry in TABLE.items() if entry["parameter"])
 
 
+def _reserved(kind: Callable[[str], Any], doc: str) -> Mapping[str, Any]:
+    return {"kind": kind, "default": "", "doc": doc, "secret": False}
+
+
+# OS parameters that Ganeti reads itself, whatever the OS: no settings. It refuses them all the same where the OS does
+# not list them, so they are in parameters.list. The first is of its master daemon, the others of its metadata daemon.
+RESERVED: dict[str, Mapping[str, Any]] = {
+    "os-image": _reserved(_for_ganeti, "path or URL of a disk image that Ganeti itself writes to the first disk"),
+    "os-install-package": _reserved(_line, "archive that Ganeti's metadata daemon serves to the instance"),
+    "os-package": _reserved(_line, "archive that Ganeti's metadata daemon serves to the instance"),
+}
+
+
 def load(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> Settings:
     """The settings that hold for the call that `environ` describes; fails with the first problem."""
     settings, problems = examine(environ, defaults_file)
@@ -256,8 +279,13 @@ def examine(
                 unknown[variable] = text
     for variable, text in given.items():
         if variable.startswith("OSP_"):
-            name = variable[len("OSP_") :].lower()
-            if name not in TABLE:
+            name = _parameter(variable)
+            if name in RESERVED:
+                try:
+                    _parse(name, text, f"as OS parameter {name}", name)
+                except Failure as problem:
+                    problems.append(problem)
+            elif name not in TABLE:
                 warn(f"unknown OS parameter {name}{_nearest(name, list(PARAMETERS))}")
             elif name not in PARAMETERS:
                 problems.append(Failure(f"{name.upper()} cannot be set by an OS parameter ({variable})"))
@@ -275,8 +303,21 @@ def accepted(name: str, text: str, where: str) -> Any:
 
 def unknown_parameters(environ: Mapping[str, str]) -> list[str]:
     """The OS parameters that are none of ours; Ganeti lets only those in parameters.list through."""
-    names = (variable[len("OSP_") :].lower() for variable in environ if variable.startswith("OSP_"))
-    return [name for name in names if name not in TABLE]
+    names = (_parameter(variable) for variable in environ if variable.startswith("OSP_"))
+    return [name for name in names if name not in TABLE and name not in RESERVED]
+
+
+def given_to_ganeti(environ: Mapping[str, str]) -> dict[str, str]:
+    """The OS parameters that Ganeti reads itself, of those that are set: name -> text, fit to be shown."""
+    given = {_parameter(variable): text for variable, text in environ.items() if variable.startswith("OSP_") and text}
+    return {name: _shown(RESERVED[name], text) for name, text in given.items() if name in RESERVED}
+
+
+def _parameter(variable: str) -> str:
+    """The OS parameter in a variable OSP_NAME: Ganeti sets OSP_OS_IMAGE for os-image (old ones kept the dash)."""
+    name = variable[len("OSP_") :].lower()
+    dashed = name.replace("_", "-")
+    return dashed if dashed in RESERVED else name
 
 
 def from_variables(environ: Mapping[str, str]) -> Settings:
@@ -310,11 +351,21 @@ def _assignment(name: str, default: str) -> str:
 
 def describe(name: str) -> str:
     """One line on a setting, as `parameters.list` and the help show it."""
-    return cast(str, TABLE[name]["doc"])
+    return cast(str, _entry(name)["doc"])
+
+
+def _entry(name: str) -> Mapping[str, Any]:
+    return RESERVED[name] if name in RESERVED else TABLE[name]
+
+
+def _shown(entry: Mapping[str, Any], text: str) -> str:
+    """A value in a message. A URL may hold a password."""
+    hidden = entry["secret"] or (entry["kind"] in (_url, _for_ganeti) and "@" in text)
+    return "(secret)" if hidden else repr(text)
 
 
 def _parse(name: str, text: str, where: str, shown: str) -> Any:
-    entry = TABLE[name]
+    entry = _entry(name)
     if text == "":
         text = entry["default"]  # as in the ancestor: empty is not set
         if text == "":
@@ -324,9 +375,7 @@ def _parse(name: str, text: str, where: str, shown: str) -> Any:
             raise ValueError("text without NUL")
         return entry["kind"](text)
     except ValueError as error:
-        # a URL may hold a password
-        seen = "(secret)" if entry["secret"] or (entry["kind"] is _url and "@" in text) else repr(text)
-        raise Failure(f"{shown}={seen} {where} is not accepted: it must be {error}") from None
+        raise Failure(f"{shown}={_shown(entry, text)} {where} is not accepted: it must be {error}") from None
 
 
 def _warn_unknown(variable: str, path: str, known: Mapping[str, str], warn: Callable[[str], None]) -> None:

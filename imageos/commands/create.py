@@ -33,8 +33,25 @@ def main(_arguments: Sequence[str]) -> int:
     if known.cdinstall:
         log.info("CDINSTALL=yes: the disks are left alone, boot the instance from an installer")
         return 0
-    create(instance, known)
+    image = settings.given_to_ganeti(os.environ).get("os-image")
+    if image:
+        leave_to_ganeti(instance, image)
+    else:
+        create(instance, known)
     return 0
+
+
+def leave_to_ganeti(instance: Instance, image: str) -> None:
+    """With os-image Ganeti writes the first disk itself; only when it reinstalls does it call create all the same.
+
+    A default for the OS it does not look at, but gives it to create: then nobody has written anything.
+    """
+    if not instance.reinstall:
+        raise Failure(
+            f"os-image={image} is set for the OS, where Ganeti does not look at it: no image was written",
+            hint="give it to instances (gnt-instance add -O os-image=...), and take it from the OS: gnt-os modify",
+        )
+    log.info(f"os-image={image}: Ganeti has written that to the first disk itself; the disks are left as it made them")
 
 
 def create(instance: Instance, known: Settings) -> None:

@@ -97,7 +97,7 @@ def entries(os_dir: str, bin_dir: str) -> Iterator[Entry]:
 
 def parameters_list() -> str:
     """The OS parameters in Ganeti's format: `name description`, no other line (ganeti-os-interface(7))."""
-    return "".join(f"{name} {settings.describe(name)}\n" for name in settings.PARAMETERS)
+    return "".join(f"{name} {settings.describe(name)}\n" for name in (*settings.PARAMETERS, *settings.RESERVED))
 
 
 def put(root: str, entry: Entry, known: Mapping[str, str] = {}) -> bool:  # noqa: B006

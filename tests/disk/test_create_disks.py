@@ -213,3 +213,13 @@ def test_cdinstall_leaves_the_disk_alone(node: Node, disk: MakeDisk) -> None:
     before = digest(target)
     node.create(target, OSP_CDINSTALL="yes", OSP_IMAGE_NAME=None).ok()
     assert digest(target) == before
+
+
+def test_what_ganeti_has_written_itself_is_left_alone(node: Node, disk: MakeDisk) -> None:
+    """It has when it reinstalls; where it creates and still calls, the parameter is one of the OS, which it ignores."""
+    target = disk()
+    before = digest(target)
+    log = node.create(target, OSP_OS_IMAGE="/srv/x.img", INSTANCE_REINSTALL=1).ok().log
+    assert "os-image='/srv/x.img': Ganeti has written that to the first disk itself" in log
+    node.create(target, OSP_OS_IMAGE="/srv/x.img").failed("os-image='/srv/x.img'", "no image was written")
+    assert digest(target) == before

@@ -36,6 +36,9 @@ PARAMETERS = [
     "ROOT_PASSWORD_HASH",
     "USER_DATA",
     "IMAGE_DEBUG",
+    "os-image",  # these are Ganeti's own
+    "os-install-package",
+    "os-package",
 ]
 
 
@@ -104,7 +107,7 @@ def test_lists_as_ganeti_wants_them(root: Path) -> None:
     os_dir = root / "usr/share/ganeti/os/image"
     assert (os_dir / "ganeti_api_version").read_text() == "20\n15\n10\n"
     lines = (os_dir / "parameters.list").read_text().splitlines()
-    assert all(re.fullmatch(r"[a-z0-9_]+ \S.*", line) for line in lines), "`name description` and nothing else"
+    assert all(re.fullmatch(r"[a-z0-9_-]+ \S.*", line) for line in lines), "`name description` and nothing else"
     assert sorted(line.split()[0] for line in lines) == sorted(name.lower() for name in PARAMETERS)
     assert "\n\n" not in (os_dir / "parameters.list").read_text()
     (os_dir / "parameters.list").read_text(encoding="ascii")
@@ -258,6 +261,12 @@ def test_verify_only_warns_of_a_server_that_is_down(node: Node) -> None:
 
 def test_verify_unknown_parameter(node: Node) -> None:
     verify(node, OSP_FILESYSTEMS="ext4").failed("unknown OS parameter filesystems")
+
+
+def test_verify_of_what_ganeti_itself_reads(node: Node) -> None:
+    """Its own checks tell of a relative path only when it is too late."""
+    assert "warning" not in verify(node, OSP_OS_IMAGE="/srv/none.img", OSP_OS_PACKAGE="x").ok().log
+    verify(node, OSP_OS_IMAGE="none.img").failed("os-image='none.img'", "an absolute path, or the URL of a file")
 
 
 def test_verify_names_all_problems(node: Node) -> None:

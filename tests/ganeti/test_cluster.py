@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from clusters import ADD, IMAGES, OS_DIR, SITE, Cluster, between
+from clusters import ADD, IMAGES, OS_DIR, SITE, Cluster, between, said
 from debian import debian
 from qemu import Console
 
@@ -101,6 +101,42 @@ def test_a_wrong_parameter_is_refused_before_anything_is_made(cluster: Cluster) 
     assert "FILESYSTEM" in log and "ext5" in log, log
     assert "SWAP" in log and "perhaps" in log, log
     assert between(log, "LIST") == ""
+
+
+def test_what_ganeti_itself_writes(cluster: Cluster, tiny: Path) -> None:
+    """Its parameter os-image: it writes the disk, when it reinstalls, too. As a default of the OS it does nothing.
+
+    OS parameters are given at each reinstall, because Ganeti forgets them with the first.
+    """
+    script = f"""
+        cp {tiny} {IMAGES}/
+        head -c 3M /dev/urandom >/srv/x.img
+        written() {{ cmp --bytes 3M /srv/x.img /srv/ganeti/file-storage/inst1.example.org/*; }}
+        {ADD} --disk 0:size=1G -o image+default -O os-image=/srv/x.img inst1.example.org
+        written; echo ADDED; ls /var/log/ganeti/os; echo ADDED
+        gnt-instance reinstall --force inst1.example.org
+        written; echo REINSTALLED; cat /var/log/ganeti/os/*; echo REINSTALLED
+        say RELATIVE gnt-instance modify --os-parameters os-image=x.img inst1.example.org
+        gnt-instance modify --os-parameters os-image=/srv/x.img inst1.example.org
+        gnt-instance modify --os-parameters os-image=default inst1.example.org
+        gnt-instance reinstall --force -O image_name=tiny,image_type=tarball inst1.example.org
+        echo OURS; cat $(ls -t /var/log/ganeti/os/* | head -1); echo OURS
+        gnt-os modify -O os-image=/srv/x.img image+default
+        say DEFAULT {ADD.replace("192.0.2.50", "192.0.2.51")} --disk 0:size=1G -o image+default \
+            -O image_name=tiny,image_type=tarball inst2.example.org
+        gnt-os modify -O os-image=default image+default
+        gnt-instance reinstall --force inst2.example.org
+        echo VERIFY; gnt-cluster verify --error-codes || true; echo VERIFY
+    """
+    log = cluster.run(script)
+    assert between(log, "ADDED") == "", log
+    assert "os-image='/srv/x.img': Ganeti has written that to the first disk itself" in between(log, "REINSTALLED")
+    status, lines = said(log, "RELATIVE")
+    assert status == 1 and "os-image='x.img'" in "\n".join(lines), log
+    assert "instance inst1.example.org is ready to boot" in between(log, "OURS")
+    status, lines = said(log, "DEFAULT")
+    assert status == 1 and "os-image='/srv/x.img' is set for the OS" in "\n".join(lines), log
+    assert "ENODEOS" not in between(log, "VERIFY"), log
 
 
 def test_the_job_shows_why_a_creation_failed(cluster: Cluster, tiny: Path) -> None:

@@ -480,8 +480,8 @@ def test_parameters_list() -> None:
     text = install.parameters_list()
     lines = text.splitlines()
     assert text.endswith("\n")
-    assert all(re.fullmatch(r"[a-z_]+ [!-~][ -~]*", line) for line in lines)
-    assert [line.split()[0] for line in lines] == list(settings.PARAMETERS)
+    assert all(re.fullmatch(r"[a-z_-]+ [!-~][ -~]*", line) for line in lines)
+    assert [line.split()[0] for line in lines] == [*settings.PARAMETERS, *settings.RESERVED]
 
 
 def test_variants_list() -> None:

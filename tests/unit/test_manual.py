@@ -51,6 +51,7 @@ def test_page_has_every_command_and_setting(capfd: pytest.CaptureFixture[str]) -
     assert described == {manual.escape(name) for name in cli.COMMANDS}
     for name in settings.TABLE:
         assert f".B {name.upper()}" in lines
+    assert {rf".B {manual.escape(name)}" for name in settings.RESERVED} <= set(lines)
     headings = [line.removeprefix(".SH ") for line in lines if line.startswith(".SH ")]
     expected = "NAME, SYNOPSIS, DESCRIPTION, COMMANDS, SETTINGS, FILES, EXIT STATUS, SEE ALSO"
     assert headings == expected.split(", ")  # man-pages(7)

@@ -125,6 +125,11 @@ def test_settings() -> None:
         assert cells == [entry["default"], "yes" if entry["parameter"] else "no", entry["doc"]]
 
 
+def test_parameters_of_ganeti() -> None:
+    shown = [(name.strip("`"), text) for name, text in rows("Settings", "OS parameter            of Ganeti")]
+    assert shown == [(name, entry["doc"]) for name, entry in settings.RESERVED.items()]
+
+
 def test_settings_that_others_read() -> None:
     """In the hook's own source, in that of cloud-init's seed, or in that of the network, which both take."""
     planning = inspect.getsource(network)

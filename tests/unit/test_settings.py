@@ -279,6 +279,35 @@ def test_what_is_the_sites_only(name: str) -> None:
     assert refused(**{name: "/etc"}) == f"{name} cannot be set by an OS parameter (OSP_{name})"
 
 
+def test_what_ganeti_reads_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    """It makes OSP_OS_IMAGE of os-image; the first that knew it kept the dash."""
+    for variable in ("OSP_OS_IMAGE", "OSP_OS-IMAGE"):
+        environment = {variable: "/srv/x.img", "OSP_OS_INSTALL_PACKAGE": "", "OSP_IMAGE_NAME": "x"}
+        assert settings.given_to_ganeti(environment) == {"os-image": "'/srv/x.img'"}
+        assert settings.unknown_parameters({**environment, "OSP_OS_PACKAGE": "x"}) == []
+        assert settings.load(environment, "/nonexistent").image_name == "x"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        *((text, True) for text in ("", "/x", "http://host/x", "https://host/?x", "ftp://host/x/y", "ftps://host/x y")),
+        *((text, False) for text in ("x", "file:///x", "http:///x", "https://host", "ftp://host/", "/x\ny", " /x")),
+    ],
+)
+def test_os_image_is_what_ganeti_takes_for_one(text: str, fits: bool) -> None:
+    problems = settings.examine({"OSP_OS_IMAGE": text}, "/nonexistent")[1]
+    beginning = f"os-image={text!r} as OS parameter os-image is not accepted: it must be "
+    assert [str(problem).startswith(beginning) for problem in problems] == ([] if fits else [True])
+
+
+def test_a_password_in_os_image_is_not_shown() -> None:
+    given = {"OSP_OS_IMAGE": f"gopher://user:{SECRET}@host/x"}
+    assert settings.given_to_ganeti(given) == {"os-image": "(secret)"}
+    assert SECRET not in str(settings.examine(given, "/nonexistent")[1])
+
+
 def test_unknown_parameter_is_warned_about(capfd: pytest.CaptureFixture[str]) -> None:
     load(image_nam="debian-12", zzz="1")
     assert capfd.readouterr().err.splitlines() == [
