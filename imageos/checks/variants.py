@@ -147,7 +147,7 @@ def report_image(report: Report, variant: Variant, image: Image) -> None:
 
 
 def check_download(report: Report, variant: Variant) -> None:
-    from imageos.images import cache, fetch, web  # bring http and TLS
+    from imageos.images import fetch, web  # bring http and TLS
 
     url = web.shown(variant.known.image_url)
     reason = imagetypes.why_unreachable(variant.known)
@@ -157,7 +157,7 @@ def check_download(report: Report, variant: Variant) -> None:
     names = imagetypes.IMAGE_TYPES[variant.known.image_type].suffixes
     stem = f"{variant.known.image_name}-{variant.known.arch}"
     urls = fetch.urls(variant.known, [stem + suffix for suffix in names])
-    if any(cache.load(f"{variant.known.cache_dir}/{fetch.cache_name(one)}") for one in urls):
+    if any(fetch.is_kept(variant.known, one) for one in urls):
         report.say(NOTE, f"variant {variant.name}: {reason}; there is a copy in {variant.known.cache_dir}")
     else:
         raise Failure(reason, hint="see whether the server runs, and whether this node reaches it")

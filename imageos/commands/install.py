@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     wanted = list(entries(options.os_dir, options.bin_dir))
     changed = 0
     for directory in DIRECTORIES:
-        os.makedirs(under(root, directory), exist_ok=True)
+        os.makedirs(under(root, directory), 0o700 if directory == settings.CACHE_DIR else 0o755, exist_ok=True)
     for entry in wanted:
         changed += put(root, entry, before.files)
     put(root, record_entry(root, options.os_dir, wanted))

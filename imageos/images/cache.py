@@ -1,18 +1,35 @@
-"""What is kept of downloads in CACHE_DIR: each file, what is known of it beside it (FILE.json), and its lock."""
+"""What is kept of downloads in CACHE_DIR: each file, what is known of it beside it (FILE.json), and its lock.
+
+All of them are root's alone: what others may have written is not there, as far as we are concerned.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from email.message import Message
+from typing import Any
 
 from imageos import log
 from imageos.images.checksums import digests_of
 from imageos.images.web import shown
+
+MOST_VERDICTS = 32  # of one copy: whoever may set OS parameters can ask for any number
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the server said to a caller who asked for a checksum, and the copy has."""
+
+    found: str  # where, for messages; or that there was none
+    checked: float  # when
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +40,11 @@ class Copy:
     etag: str
     last_modified: str
     size: int | None  # bytes of the whole
-    identity: Sequence[int] = ()  # inode, size and time of change of the file that the rest is about
+    identity: tuple[int, ...] = ()  # inode, size and time of change of the file that the rest is about
     digests: dict[str, str] = dataclasses.field(default_factory=dict)  # algorithm -> hex
-    verified_by: str = ""  # empty: nobody wanted to know
-    keyring: str = ""  # SHA-256 of the keyring that the checksum was signed with
-    checked: float = 0.0  # when the server was last asked for it
+    source: str = ""  # SHA-256 of the whole URL
+    checked: float = 0.0  # when the server last said that this is what it has
+    verdicts: Mapping[str, Verdict] = dataclasses.field(default_factory=dict)  # by the key of the policy that asked
 
     @property
     def condition(self) -> str:
@@ -41,38 +58,114 @@ class Copy:
         is_same_size = headers.get("Content-Length", str(self.size)) == str(self.size)
         return bool(self.last_modified) and self.last_modified == headers.get("Last-Modified") and is_same_size
 
+    def judged(self, key: str, verdict: Verdict) -> Copy:
+        """With what those get to know who ask as the policy `key` does."""
+        others = sorted(
+            ((other, one) for other, one in self.verdicts.items() if other != key), key=lambda one: one[1].checked
+        )
+        return dataclasses.replace(self, verdicts={**dict(others[1 - MOST_VERDICTS :]), key: verdict})
 
-def load(path: str) -> Copy | None:
-    """What is known of the file `path`; None if it is not there, or not the one that is known."""
+
+def source_of(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()
+
+
+def load(path: str, url: str) -> Copy | None:
+    """What is known of the file `path`, a copy of what is at `url`; None if it is not there, or not the one known."""
     try:
-        with open(path + ".json", encoding="utf-8") as file:
-            copy = Copy(**json.load(file))
+        with open(opened(path + ".json"), encoding="utf-8") as file:
+            copy = _parsed(json.load(file))
         found = identity(path)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    if copy.identity and list(copy.identity) != found:  # touched, or brought from another node
-        if digests_of(path, ["sha256"])["sha256"] != copy.digests.get("sha256"):
+    if not copy.source:
+        copy = dataclasses.replace(copy, source=source_of(url))  # of 1.0, which did not say for whom it was verified
+    if copy.source != source_of(url):
+        return None
+    if copy.identity and copy.identity != found:  # touched, or brought from another node
+        if digests(path, found, ["sha256"])["sha256"] != copy.digests.get("sha256"):
             return None
         copy = dataclasses.replace(copy, identity=found)
         save(path, copy)
     return copy
 
 
+def _parsed(values: dict[str, Any]) -> Copy:
+    """A record; of what is none, one of many errors."""
+    for name in ("verified_by", "keyring"):  # of 1.0
+        values.pop(name, None)
+    verdicts = {key: Verdict(**one) for key, one in values.pop("verdicts", {}).items()}
+    identity = tuple(values.pop("identity", ()))
+    copy = Copy(**values, identity=identity, verdicts=verdicts)
+    texts = [copy.url, copy.etag, copy.last_modified, copy.source, *copy.digests.values()]
+    numbers = [copy.size or 0, copy.checked, *identity]
+    for one in verdicts.values():
+        texts.append(one.found)
+        numbers.append(one.checked)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(one, (int, float)) for one in numbers):
+        raise ValueError
+    return copy
+
+
 def save(path: str, copy: Copy) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(path + ".json", flags, 0o600), "w", encoding="utf-8") as file:
+    name = path + ".json"
+    _unlink(name)  # whoever has that open must not write to the new one
+    with open(opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
         json.dump(dataclasses.asdict(copy), file, indent=1)
 
 
-def identity(path: str) -> list[int]:
-    status = os.lstat(path)
-    return [status.st_ino, status.st_size, status.st_mtime_ns]
+def opened(path: str, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a file in the cache; OSError if it is not a file of ours, or not ours alone."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    if not _is_private(os.fstat(descriptor)):
+        os.close(descriptor)
+        raise OSError(errno.EPERM, f"{os.path.basename(path)} belongs to others, or is open to them")
+    return descriptor
+
+
+def _is_private(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+
+
+def identity(path: str) -> tuple[int, ...]:
+    descriptor = opened(path)
+    try:
+        return identity_of(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def identity_of(descriptor: int) -> tuple[int, ...]:
+    status = os.fstat(descriptor)
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def reading(path: str, expected: tuple[int, ...]) -> int:
+    """A descriptor of the copy that is known as `expected`: what was verified is what is read."""
+    descriptor = opened(path)
+    if identity_of(descriptor) != expected:
+        os.close(descriptor)
+        raise OSError(errno.EPERM, f"{os.path.basename(path)} was changed by somebody else")
+    return descriptor
+
+
+def digests(path: str, expected: tuple[int, ...], algorithms: Iterable[str]) -> dict[str, str]:
+    """algorithm -> hex, of the copy that is known as `expected`."""
+    descriptor = reading(path, expected)
+    try:
+        return digests_of(f"/proc/self/fd/{descriptor}", algorithms)
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: str) -> None:
     for name in (path, path + ".json"):
-        with suppress(FileNotFoundError):
-            os.unlink(name)
+        _unlink(name)
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 @contextmanager
@@ -80,9 +173,12 @@ def locked(path: str, url: str) -> Iterator[None]:
     """Be the only one who looks at `path`."""
     name = path + ".lock"
     is_first = True
+    with suppress(FileNotFoundError):
+        if not _is_private(os.lstat(name)):
+            os.unlink(name)  # others could hold it for ever
     while True:
         with ExitStack() as stack:
-            descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            descriptor = opened(name, os.O_RDWR | os.O_CREAT)
             stack.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,7 +189,7 @@ def locked(path: str, url: str) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if _is_at(descriptor, name):
                 # Removed while it is held: whoever waits for it sees that it is not the lock any more.
-                stack.callback(os.unlink, name)
+                stack.callback(_unlink, name)
                 yield
                 return
 

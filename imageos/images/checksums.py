@@ -41,15 +41,45 @@ class Checksum:
     algorithm: str
     hex: str
     source: str  # for messages
-    keyring: str = ""  # the id of the keyring, if it was signed
 
 
-def expected(web: Web, settings: Settings, url: str) -> list[Checksum]:
-    """The checksums that the image at `url` must have. Failure if IMAGE_KEYRING is set and nothing is signed."""
-    found = [pin] if (pin := pinned(settings)) else []
-    if settings.image_verify and (settings.image_keyring or not settings.image_checksum):
-        found += _published(web, url, settings.image_keyring)
-    return found
+@dataclass(frozen=True)
+class Policy:
+    """What the settings want to know of an image before it is used."""
+
+    pin: Checksum | None = None  # that it must have, whatever the server says
+    is_published: bool = False  # whether the server must be asked for a checksum
+    keyring: str = ""  # that which must have signed it
+    keyring_id: str = ""
+
+    @property
+    def key(self) -> str:
+        """Under which the answer is kept; who asks with the same key would get the same answer."""
+        return f"beside, signed: {self.keyring_id}" if self.keyring else "beside"
+
+    def is_covered_by(self, key: str) -> bool:
+        """Whether an answer that is kept under `key` is enough: the same question, or one that asked for more."""
+        return key == self.key or (not self.keyring and key.startswith(f"{self.key}, signed: "))
+
+    def __str__(self) -> str:
+        wanted = [self.pin.source] if self.pin else []
+        if self.is_published:
+            wanted.append("a checksum beside it" + (f", signed by a key of {self.keyring}" if self.keyring else ""))
+        return " and ".join(wanted)
+
+
+def policy(settings: Settings) -> Policy:
+    if not settings.image_verify:
+        return Policy()
+    keyring = settings.image_keyring
+    is_published = bool(keyring) or not settings.image_checksum
+    return Policy(pinned(settings), is_published, keyring, keyring_id(keyring) if keyring else "")
+
+
+def expected(web: Web, wanted: Policy, url: str) -> list[Checksum]:
+    """The checksums that the image at `url` must have. Failure if they must be signed, and nothing is."""
+    found = [wanted.pin] if wanted.pin else []
+    return found + _published(web, url, wanted) if wanted.is_published else found
 
 
 def pinned(settings: Settings) -> Checksum | None:
@@ -105,7 +135,8 @@ def _entry(line: str) -> tuple[str, str, str] | None:
     return (name, algorithm, digest.lower()) if algorithm else None
 
 
-def _published(web: Web, url: str, keyring: str) -> list[Checksum]:
+def _published(web: Web, url: str, wanted: Policy) -> list[Checksum]:
+    keyring = wanted.keyring
     quoted = urlsplit(url).path.rpartition("/")[2]
     unsigned = ""
     for pattern, algorithms in FILES:
@@ -124,7 +155,7 @@ def _published(web: Web, url: str, keyring: str) -> list[Checksum]:
             if entry[0] == "sha1":
                 log.warning(f"{shown(place)} holds a SHA-1, which is weak: make a SHA256SUMS")
             source = shown(place) + (f", signed by a key of {keyring}" if keyring else "")
-            return [Checksum(*entry, source, keyring_id(keyring) if keyring else "")]
+            return [Checksum(*entry, source)]
     if keyring:
         what = f"{shown(unsigned)} is not signed" if unsigned else "no checksum beside it"
         raise Failure(

@@ -17,8 +17,21 @@ from urllib.parse import quote, unquote, urlsplit
 
 from imageos import log
 from imageos.errors import Failure
-from imageos.images.cache import Copy, identity, load, locked, remove, save, sync
-from imageos.images.checksums import Checksum, digests_of, expected, keyring_id, pinned
+from imageos.images.cache import (
+    Copy,
+    Verdict,
+    digests,
+    identity,
+    load,
+    locked,
+    opened,
+    reading,
+    remove,
+    save,
+    source_of,
+    sync,
+)
+from imageos.images.checksums import Checksum, Policy, expected, policy
 from imageos.images.web import Answer, Missing, Transient, Unreachable, Web, cleaned, shown
 from imageos.settings import Settings
 
@@ -40,16 +53,16 @@ def fetched(settings: Settings, names: Sequence[str]) -> tuple[str, int]:
     Missing if there is none. With IMAGE_CLEANUP the path is gone, and the blocks are when the descriptor is closed.
     """
     start = time.time()
-    web = Web({**os.environ, **settings.unknown})
+    web, wanted = Web({**os.environ, **settings.unknown}), policy(settings)
     problems: list[Missing | Unreachable] = []
     for url in urls(settings, names):
         path = f"{settings.cache_dir}/{cache_name(url)}"
         try:
-            os.makedirs(settings.cache_dir, exist_ok=True)
+            os.makedirs(settings.cache_dir, mode=0o700, exist_ok=True)
             with locked(path, url):
-                copy = _updated(web, settings, url, path, start)
-                _warn_unverified(copy, web, settings, url)
-                return path, _opened(path, settings)
+                copy = _updated(web, wanted, url, path, start)
+                _warn_unverified(copy, wanted, web, url)
+                return path, _opened(copy, path, settings)
         except (Missing, Unreachable) as problem:
             problems.append(problem)  # another one may be there, or in the cache
         except OSError as error:
@@ -100,52 +113,76 @@ def cache_name(url: str) -> str:
 # --- the copy in the cache --------------------------------------------------------------------------------
 
 
-def _updated(web: Web, settings: Settings, url: str, path: str, start: float) -> Copy:
-    """Make the file `path` what the URL has and the settings accept."""
-    copy = load(path)
-    if copy and _is_enough(copy, path, settings, start):
+def _updated(web: Web, wanted: Policy, url: str, path: str, start: float) -> Copy:
+    """Make the file `path` what the URL has and the policy accepts."""
+    copy = load(path, url)
+    if copy and _is_enough(copy, path, wanted, start):
         return copy
+    is_new = copy is not None and start <= copy.checked <= time.time()  # while we waited for the lock
+    is_same = False
     try:
-        headers = web.headers(url)
-        wanted = expected(web, settings, url)
-        # A checksum tells better than the server's word: mirrors have other ETags for the same file.
-        if copy and (_matches(copy, path, wanted) if wanted else copy.is_of(headers)):
-            log.info(f"image {shown(url)}: the copy in CACHE_DIR is current")
-        else:
-            copy = _downloaded(web, url, path, wanted)
+        if not is_new:
+            headers = web.headers(url)
+            is_same = copy is not None and copy.is_of(headers)
+        checksums = expected(web, wanted, url)
     except Unreachable as problem:
-        if not copy or not _is_enough(copy, path, settings, 0.0):
-            raise
+        if not copy or not _is_enough(copy, path, wanted):
+            raise _not_used(copy, wanted, problem) from None
         log.warning(f"{problem}: the copy in CACHE_DIR is used, of {time.strftime('%F', time.localtime(copy.checked))}")
         return copy
-    verified_by = ", ".join(one.source for one in wanted) or (NOT_FOUND if settings.image_verify else "")
-    keyring = next((one.keyring for one in wanted if one.keyring), "")
-    copy = dataclasses.replace(copy, verified_by=verified_by, keyring=keyring, checked=time.time())
+    # A checksum tells better than the server's word: mirrors have other ETags for the same file.
+    if copy and (_matches(copy, path, checksums) if checksums else is_new or is_same):
+        log.info(f"image {shown(url)}: the copy in CACHE_DIR is current")
+        _tell(checksums)
+    else:
+        copy, is_same = _downloaded(web, url, path, checksums), True
+    if is_same:
+        copy = dataclasses.replace(copy, checked=time.time())
+    if wanted.is_published:
+        found = ", ".join(one.source for one in checksums) or NOT_FOUND
+        copy = copy.judged(wanted.key, Verdict(found, time.time()))
     save(path, copy)
     return copy
 
 
-def _is_enough(copy: Copy, path: str, settings: Settings, since: float) -> bool:
-    """Whether the server need not be asked: the content is the one wanted, or somebody has asked `since` then."""
-    pin = pinned(settings)
-    if pin and not _matches(copy, path, [pin]):
+def _is_enough(copy: Copy, path: str, wanted: Policy, since: float | None = None) -> bool:
+    """Whether the server need not be asked: the content is pinned, or somebody has asked the same, `since` then.
+
+    What others have pinned, or were content with, is nothing to us.
+    """
+    if wanted.pin and not _matches(copy, path, [wanted.pin]):
         return False
-    if settings.image_verify and settings.image_keyring:
-        return copy.checked >= since and copy.keyring == keyring_id(settings.image_keyring)
-    is_off = not settings.image_verify or settings.image_checksum == "no"
-    return bool(pin) or (copy.checked >= since and (is_off or bool(copy.verified_by)))
+    if not wanted.is_published:
+        asked = [copy.checked]
+    else:
+        asked = [one.checked for key, one in copy.verdicts.items() if wanted.is_covered_by(key)]
+    is_pinned = bool(wanted.pin) and not wanted.is_published
+    return is_pinned or any(since is None or since <= one <= time.time() for one in asked)
+
+
+def _not_used(copy: Copy | None, wanted: Policy, problem: Unreachable) -> Unreachable:
+    if not copy:
+        return problem
+    why = f"nobody has checked the copy in CACHE_DIR against {wanted}"
+    return Unreachable(f"{problem}; {why}, so it is not used", hint=problem.hint)
 
 
 def _matches(copy: Copy, path: str, wanted: Iterable[Checksum]) -> bool:
     missing = {one.algorithm for one in wanted} - set(copy.digests)
     if missing:
-        copy.digests.update(digests_of(path, missing))
+        copy.digests.update(digests(path, copy.identity, missing))
         save(path, copy)
     return all(copy.digests[one.algorithm] == one.hex for one in wanted)
 
 
-def _warn_unverified(copy: Copy, web: Web, settings: Settings, url: str) -> None:
-    if not settings.image_verify or settings.image_checksum or copy.verified_by != NOT_FOUND:
+def _tell(wanted: Iterable[Checksum]) -> None:
+    for one in wanted:
+        log.info(f"verified: {one.algorithm} of {one.source}")
+
+
+def _warn_unverified(copy: Copy, wanted: Policy, web: Web, url: str) -> None:
+    found = [one.found for key, one in copy.verdicts.items() if wanted.is_covered_by(key)]
+    if not wanted.is_published or set(found) != {NOT_FOUND}:
         return
     if web.was_plain or url.startswith("http:"):
         log.warning(f"image {shown(url)} is not verified: no checksum beside it, and plain http")
@@ -153,11 +190,18 @@ def _warn_unverified(copy: Copy, web: Web, settings: Settings, url: str) -> None
         log.info(f"image {shown(url)}: no checksum beside it")
 
 
-def _opened(path: str, settings: Settings) -> int:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _opened(copy: Copy, path: str, settings: Settings) -> int:
+    descriptor = reading(path, copy.identity)
     if settings.image_cleanup:
         remove(path)
     return descriptor
+
+
+def is_kept(settings: Settings, url: str) -> bool:
+    """Whether the image would be there if the server did not answer."""
+    path = f"{settings.cache_dir}/{cache_name(url)}"
+    copy = load(path, url)
+    return copy is not None and _is_enough(copy, path, policy(settings))
 
 
 # --- downloading ------------------------------------------------------------------------------------------
@@ -165,36 +209,36 @@ def _opened(path: str, settings: Settings) -> int:
 
 def _downloaded(web: Web, url: str, path: str, wanted: Sequence[Checksum]) -> Copy:
     """Download the file to `path`, where it appears once it is whole and right."""
-    part, directory = path + ".part", os.path.dirname(path)
+    part = path + ".part"
     try:
         with log.phase(f"downloaded {shown(url)}"):
             copy = web.patiently(url, lambda: _receive(web, url, part), lambda: _size(part))
-        digests = digests_of(part, {"sha256", *(one.algorithm for one in wanted)})
+        copy = dataclasses.replace(copy, identity=identity(part))
+        copy.digests.update(digests(part, copy.identity, {"sha256", *(one.algorithm for one in wanted)}))
         for one in wanted:
-            found = digests[one.algorithm]
+            found = copy.digests[one.algorithm]
             if found != one.hex:
                 remove(part)
                 raise Failure(
                     f"image {shown(url)} has the wrong {one.algorithm}: "
                     f"expected {one.hex} ({one.source}), found {found}"
                 )
-            log.info(f"verified: {one.algorithm} of {one.source}")
+        _tell(wanted)
         os.rename(part, path)
         remove(part)
-        copy = dataclasses.replace(copy, identity=identity(path), digests=digests)
         save(path, copy)
-        sync(directory)
+        sync(os.path.dirname(path))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         remove(part)
-        raise _full(directory, url) from None
+        raise _full(os.path.dirname(path), url) from None
     return copy
 
 
 def _receive(web: Web, url: str, part: str) -> Copy:
     """Begin the download to `part`, or go on with it; one attempt."""
-    known = load(part)
+    known = load(part, url)
     have = _size(part) if known and known.condition else 0
     ask = {"Range": f"bytes={have}-", "If-Range": known.condition} if known and have else {}
     with web.get(url, ask) as answer:
@@ -202,7 +246,7 @@ def _receive(web: Web, url: str, part: str) -> Copy:
         if response.status == 200:
             have = 0
             etag, last_modified = response.getheader("ETag", ""), response.getheader("Last-Modified", "")
-            known = Copy(shown(url), etag, last_modified, response.length)
+            known = Copy(shown(url), etag, last_modified, response.length, source=source_of(url))
             remove(part)
             save(part, known)
         elif not (known and _is_rest(known, have, response)):
@@ -228,7 +272,7 @@ def _receive_body(answer: Answer, part: str, have: int, copy: Copy) -> int:
     """Append what comes to the `have` bytes of `part`, to the end or one byte more; their number then."""
     answer.response.length = None  # read on behind the announced end, where nothing should come
     progress = log.Progress(f"downloading {copy.url.rpartition('/')[2]}", copy.size or 0)
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    descriptor = opened(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         while copy.size is None or have <= copy.size:
             try:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from imageos.errors import Failure
 from imageos.images import cache, checksums, fetch, web
-from imageos.images.cache import Copy
+from imageos.images.cache import Copy, Verdict
 from imageos.images.checksums import checksum_in
 from imageos.settings import Settings
 
@@ -265,33 +265,76 @@ def test_condition_of_a_resume() -> None:
     assert Copy("", 'W/"1"', "", 5).condition == ""
 
 
+def write(path: Path, content: bytes) -> Path:
+    path.touch(0o600)
+    path.write_bytes(content)
+    return path
+
+
 def test_kept_beside_the_file(tmp_path: Path) -> None:
-    path = str(tmp_path / "a")
-    Path(path).write_bytes(b"content")
-    copy = Copy("http://h/a", '"1"', "Mon", 7, cache.identity(path), checksums.digests_of(path, ["sha256"]), "sums")
+    path = str(write(tmp_path / "a", b"content"))
+    digests = checksums.digests_of(path, ["sha256"])
+    copy = Copy("http://h/a?...", '"1"', "Mon", 7, cache.identity(path), digests, cache.source_of("http://h/a?b"), 1.5)
+    copy = copy.judged("beside", Verdict("SHA256SUMS", 2.5))
     cache.save(path, copy)
-    assert cache.load(path) == copy
+    assert cache.load(path, "http://h/a?b") == copy
+    assert cache.load(path, "http://h/a?c") is None
     assert os.stat(path + ".json").st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"url": 1}', '{"etag": "", "unknown": 1}'])
-def test_damaged_notes(text: str, tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"content")
-    (tmp_path / "a.json").write_text(text)
-    assert cache.load(str(tmp_path / "a")) is None
+WHOLE = {"url": "", "etag": "", "last_modified": "", "size": 7}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"url": 1},
+        {"etag": "", "unknown": 1},
+        {**WHOLE, "unknown": 1},
+        {**WHOLE, "etag": 1},
+        {**WHOLE, "size": "7"},
+        {**WHOLE, "checked": "now"},
+        {**WHOLE, "identity": 1},
+        {**WHOLE, "identity": ["1"]},
+        {**WHOLE, "digests": []},
+        {**WHOLE, "digests": {"sha256": 1}},
+        {**WHOLE, "verdicts": []},
+        {**WHOLE, "verdicts": {"beside": {}}},
+        {**WHOLE, "verdicts": {"beside": {"found": "", "checked": ""}}},
+        {**WHOLE, "verdicts": {"beside": None}},
+    ],
+)
+def test_damaged_notes(record: object, tmp_path: Path) -> None:
+    write(tmp_path / "a", b"content")
+    write(tmp_path / "a.json", json.dumps(record).encode())
+    assert cache.load(str(tmp_path / "a"), "http://h/a") is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", "[" * 100_000, "\xff"])
+def test_notes_that_are_none(text: str, tmp_path: Path) -> None:
+    write(tmp_path / "a", b"content")
+    write(tmp_path / "a.json", text.encode("latin-1"))
+    assert cache.load(str(tmp_path / "a"), "http://h/a") is None
+
+
+def test_verdicts_are_bounded() -> None:
+    """Whoever may set OS parameters can ask in any number of ways."""
+    copy = Copy("", "", "", 7)
+    for number in range(3 * cache.MOST_VERDICTS):
+        copy = copy.judged(f"key {number}", Verdict("", float(number)))
+    assert list(copy.verdicts) == [f"key {number}" for number in range(number + 1 - cache.MOST_VERDICTS, number + 1)]
 
 
 def test_touched_or_changed(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(b"content")
+    path = write(tmp_path / "a", b"content")
     digests = checksums.digests_of(str(path), ["sha256"])
     cache.save(str(path), Copy("", '"1"', "", 7, cache.identity(str(path)), digests))
     os.utime(path, (1, 1))
-    touched = cache.load(str(path))
+    touched = cache.load(str(path), "http://h/a")
     assert touched and touched.identity == cache.identity(str(path))
     assert json.loads((tmp_path / "a.json").read_text())["identity"] == list(touched.identity)
     path.write_bytes(b"CONTENT")
-    assert cache.load(str(path)) is None
+    assert cache.load(str(path), "http://h/a") is None
 
 
 def test_lock_leaves_nothing(tmp_path: Path) -> None:

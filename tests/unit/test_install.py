@@ -262,6 +262,7 @@ def test_no_path_twice(shipped: Path) -> None:
 
 def test_command(shipped: Path, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert install.main(["--root", str(root), "--os-dir", "/srv/ganeti/os/image", "--bin-dir", "/usr/sbin"]) == 0
+    assert stat.S_IMODE((root / "var/cache/ganeti-instance-image").stat().st_mode) == 0o700, "images hold secrets"
     assert "nothing had to be changed" not in capfd.readouterr().err
     assert os.readlink(root / "usr/sbin/imageos") == "/srv/ganeti/os/image/imageos"
     assert (root / "srv/ganeti/os/image/imageos").read_text() == "the built file"

@@ -1,0 +1,416 @@
+"""A copy in CACHE_DIR is for those alone whose questions it answers, whoever else has downloaded it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from http_server import Server, serving
+from support import run, wait_until
+
+from imageos.errors import Failure
+from imageos.images import fetch, web
+from imageos.settings import Settings
+
+CONTENT = bytes(range(256)) * 256
+OTHER = CONTENT[::-1]
+SHA256, SHA512 = (hashlib.new(name, CONTENT).hexdigest() for name in ("sha256", "sha512"))
+Gpg = Callable[..., bytes]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "PAUSES", (0.01, 0.01))
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as one:
+        yield one
+
+
+@pytest.fixture
+def known(server: Server, tmp_path: Path) -> Settings:
+    """One image, at /a.tar; nothing else is there."""
+    return Settings(image_url=server.put("/a.tar", CONTENT), image_type="tarball", cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def gpg(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gpg]:
+    """Sign as alice or mallory: gpg("alice", content, "--detach-sign"); gpg("alice") is her keyring."""
+    home = tmp_path_factory.mktemp("gpg")
+    home.chmod(0o700)
+    command = ["gpg", "--homedir", str(home), "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
+
+    def call(*arguments: str, input: bytes = b"") -> bytes:
+        return subprocess.run([*command, *arguments], input=input, check=True, capture_output=True).stdout
+
+    for name in ("alice", "mallory"):
+        call("--quick-gen-key", f"{name} <{name}@example.org>", "ed25519", "sign", "never")
+
+    def sign(name: str, content: bytes = b"", *how: str) -> bytes:
+        what = [*how, "--local-user", name, "--output", "-"] if how else ["--export", name]
+        return call(*what, input=content)
+
+    yield sign
+    run("gpgconf", "--homedir", home, "--kill", "all")
+
+
+@pytest.fixture
+def keyrings(gpg: Gpg, tmp_path: Path) -> dict[str, str]:
+    for name in ("alice", "mallory"):
+        (tmp_path / f"{name}.gpg").write_bytes(gpg(name))
+    return {name: str(tmp_path / f"{name}.gpg") for name in ("alice", "mallory")}
+
+
+def get(known: Settings, **others: object) -> bytes:
+    """What `fetched` gives to read."""
+    _, descriptor = fetch.fetched(replace(known, **others), ["ignored"])
+    with open(descriptor, "rb") as file:
+        return file.read()
+
+
+def outcome(known: Settings, **others: object) -> bytes | str:
+    """What is read, or why nothing is."""
+    try:
+        return get(known, **others)
+    except web.Unreachable:
+        return "unreachable"
+    except Failure:
+        return "refused"
+
+
+@contextmanager
+def gone(server: Server) -> Iterator[None]:
+    """It answers nobody."""
+    files, server.files = server.files, {}
+    for path in files:
+        server.put(path, b"", status=503)
+    yield
+    server.files = files
+
+
+def downloads(server: Server) -> int:
+    return sum(1 for one in server.requests if (one.method, one.path, one.status) == ("GET", "/a.tar", 200))
+
+
+def copy_of(known: Settings) -> Path:
+    return Path(known.cache_dir) / fetch.cache_name(known.image_url)
+
+
+# --- the table --------------------------------------------------------------------------------------------
+
+POLICIES: dict[str, dict[str, object]] = {
+    "off": {"image_verify": False},
+    "no": {"image_checksum": "no"},
+    "sha256": {"image_checksum": f"sha256:{SHA256}"},
+    "sha512": {"image_checksum": f"sha512:{SHA512}"},
+    "beside": {},
+    "alice": {"image_keyring": "alice"},
+    "alice and sha256": {"image_keyring": "alice", "image_checksum": f"sha256:{SHA256}"},
+    "mallory": {"image_keyring": "mallory"},
+}
+# With the server down: whose questions have been answered when somebody with such settings has had the image.
+# Nobody has to be asked for what is not verified, and a pin is compared on the spot.
+ANYWAY = {"off", "no", "sha256", "sha512"}
+ANSWERED = {
+    "beside": {"beside"},
+    "alice": {"beside", "alice", "alice and sha256"},  # who wanted a signature wanted more
+    "alice and sha256": {"beside", "alice", "alice and sha256"},
+    "mallory": {"beside", "mallory"},
+}
+BESIDE = ("nothing", "checksum", "signed", "signed by both", "wrong")
+
+
+def put_beside(server: Server, what: str, gpg: Gpg, content: bytes = CONTENT) -> None:
+    for path in ("/SHA256SUMS", "/SHA256SUMS.gpg"):
+        server.files.pop(path, None)
+    digest = hashlib.sha256(b"" if what == "wrong" else content).hexdigest()
+    sums = f"{digest}  a.tar\n".encode()
+    if what != "nothing":
+        server.put("/SHA256SUMS", sums)
+    if what.startswith("signed"):
+        signers = ("alice", "mallory") if "both" in what else ("alice",)
+        server.put("/SHA256SUMS.gpg", b"".join(gpg(name, sums, "--detach-sign") for name in signers))
+
+
+def policies(keyrings: dict[str, str]) -> dict[str, dict[str, object]]:
+    def completed(policy: dict[str, object]) -> dict[str, object]:
+        return {name: keyrings.get(str(value), value) for name, value in policy.items()}
+
+    return {name: completed(policy) for name, policy in POLICIES.items()}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("first", POLICIES)
+def test_every_policy_after_every_other(
+    first: str, beside: str, server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg, tmp_path: Path
+) -> None:
+    """With the server up it is as if the other had never been; with the server down what was asked for counts."""
+    put_beside(server, beside, gpg)
+    known_policies = policies(keyrings)
+    for number, (second, policy) in enumerate(known_policies.items()):
+        here = replace(known, cache_dir=str(tmp_path / f"cache{number}"))
+        alone = outcome(replace(here, cache_dir=str(tmp_path / f"alone{number}")), **policy)
+        has_copy = outcome(here, **known_policies[first]) == CONTENT
+        with gone(server):
+            found = outcome(here, **policy)
+        assert found in (CONTENT, "unreachable")
+        answered = ANYWAY | ANSWERED.get(first, set()) if has_copy else set()
+        assert (found == CONTENT) == (second in answered), f"{second} after {first}, the server is down"
+        before = downloads(server)
+        assert outcome(here, **policy) == alone, f"{second} after {first}"
+        if alone == CONTENT and has_copy:
+            assert downloads(server) == before, "what is here can be verified here"
+
+
+@pytest.mark.parametrize("first", POLICIES)
+def test_every_policy_after_the_server_has_changed(
+    first: str, server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg, tmp_path: Path
+) -> None:
+    known_policies = policies(keyrings)
+    for number, (second, policy) in enumerate(known_policies.items()):
+        server.put("/a.tar", CONTENT)
+        put_beside(server, "signed by both", gpg)
+        here = replace(known, cache_dir=str(tmp_path / f"cache{number}"))
+        assert get(here, **known_policies[first]) == CONTENT
+        server.put("/a.tar", OTHER)
+        put_beside(server, "signed by both", gpg, OTHER)
+        # who has pinned what is here has no question to the server
+        expected = CONTENT if second in ("sha256", "sha512") else "refused" if "sha256" in second else OTHER
+        assert outcome(here, **policy) == expected, f"{second} after {first}"
+
+
+@pytest.mark.parametrize("beside", ["nothing", "checksum", "wrong"])
+def test_at_the_same_time(beside: str, server: Server, known: Settings, gpg: Gpg) -> None:
+    """One downloads it unverified, others wait for that: it is downloaded once, and each looks for itself."""
+    put_beside(server, beside, gpg)
+    server.put("/a.tar", CONTENT, rate=20_000)
+    names = ["no", "beside", "sha256", "no", "beside", "sha512", "off"]
+    found: dict[int, bytes | str] = {}
+
+    def start(number: int) -> Thread:
+        thread = Thread(target=lambda: found.update({number: outcome(known, **POLICIES[names[number]])}))
+        thread.start()
+        return thread
+
+    part = Path(f"{copy_of(known)}.part")
+    threads = [start(0)]
+    wait_until(lambda: part.exists() and part.stat().st_size > 0, "the first one downloads it")
+    assert part.stat().st_mode & 0o777 == 0o600
+    threads += [start(number) for number in range(1, len(names))]
+    server.files["/a.tar"].rate = 0
+    for thread in threads:
+        thread.join()
+    wrong = beside == "wrong"
+    assert [found[number] for number in range(len(names))] == [
+        "refused" if wrong and name == "beside" else CONTENT for name in names
+    ]
+    # whom the copy does not satisfy looks whether the server has another one
+    assert downloads(server) == (3 if wrong else 1)
+    assert server.count("/SHA256SUMS") == (2 if wrong else 1), "asked once for all who ask the same"
+
+
+def test_unverified_copy_is_named(server: Server, known: Settings, capfd: pytest.CaptureFixture[str]) -> None:
+    get(known, image_checksum="no")
+    server.sums("/SHA256SUMS", "a.tar")
+    with (
+        gone(server),
+        pytest.raises(web.Unreachable, match="nobody has checked the copy in CACHE_DIR against a checksum"),
+    ):
+        get(known)
+    assert get(known) == CONTENT
+    assert f"verified: sha256 of {server.url}/SHA256SUMS" in capfd.readouterr().err
+    assert downloads(server) == 1
+    with gone(server):
+        assert get(known) == CONTENT
+
+
+def test_one_cannot_keep_a_copy_new_for_others(server: Server, known: Settings) -> None:
+    """A copy that matches a pin is not what the server has, as far as others are concerned."""
+    get(known)
+    before = fetch.load(str(copy_of(known)), known.image_url)
+    server.put("/a.tar", OTHER)
+    server.put("/SHA256SUMS", f"{SHA256}  a.tar\n".encode())
+    get(known)
+    get(known, image_checksum=f"sha512:{SHA512}")
+    after = fetch.load(str(copy_of(known)), known.image_url)
+    assert before and after and before.checked == after.checked
+    assert get(known, image_checksum="no") == OTHER
+
+
+def test_clock_that_was_wrong(server: Server, known: Settings) -> None:
+    """A copy that was made in the future is not new for ever."""
+    get(known)
+    record = Path(f"{copy_of(known)}.json")
+    notes = json.loads(record.read_text())
+    notes["checked"] = notes["verdicts"]["beside"]["checked"] = 1e11
+    record.write_text(json.dumps(notes))
+    server.put("/a.tar", OTHER)
+    assert get(known, image_checksum="no") == OTHER
+
+
+# --- records of 1.0 ---------------------------------------------------------------------------------------
+
+
+def record_of_1_0(known: Settings, server: Server, verified_by: str, keyring: str = "", suffix: str = "") -> None:
+    """A copy as imageos 1.0 has left it."""
+    path = Path(f"{copy_of(known)}{suffix}")
+    path.parent.mkdir(exist_ok=True)
+    path.touch(0o600)
+    path.write_bytes(CONTENT[:1000] if suffix else CONTENT)
+    status = path.stat()
+    record = Path(f"{path}.json")
+    record.touch(0o600)
+    record.write_text(
+        json.dumps(
+            {
+                "url": known.image_url,
+                "etag": server.files["/a.tar"].tag,
+                "last_modified": "",
+                "size": len(CONTENT),
+                "identity": [] if suffix else [status.st_ino, status.st_size, status.st_mtime_ns],
+                "digests": {} if suffix else {"sha256": SHA256},
+                "verified_by": verified_by,
+                "keyring": keyring,
+                "checked": status.st_mtime,
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize("verified_by", ["", "nothing: no checksum was found", "IMAGE_CHECKSUM", "http://h/SHA256SUMS"])
+def test_copy_of_1_0(verified_by: str, server: Server, known: Settings, keyrings: dict[str, str]) -> None:
+    """Whatever it claims: its content is known, and nothing about checksums."""
+    keyring = hashlib.sha256(Path(keyrings["alice"]).read_bytes()).hexdigest()
+    record_of_1_0(known, server, verified_by, keyring)
+    with gone(server):
+        for name, policy in policies(keyrings).items():
+            assert outcome(known, **policy) == (CONTENT if name in ANYWAY else "unreachable"), name
+    server.put("/SHA256SUMS", f"{'0' * 64}  a.tar\n".encode())
+    assert outcome(known) == "refused"
+    server.sums("/SHA256SUMS", "a.tar")
+    before = downloads(server)
+    assert get(known) == CONTENT
+    assert downloads(server) == before
+    with gone(server):
+        assert get(known) == CONTENT
+
+
+def test_unfinished_download_of_1_0(server: Server, known: Settings) -> None:
+    record_of_1_0(known, server, "", suffix=".part")
+    assert get(known) == CONTENT
+    asked = [one.headers.get("Range") for one in server.requests if (one.method, one.path) == ("GET", "/a.tar")]
+    assert asked == ["bytes=1000-"]
+
+
+# --- whose files they are ---------------------------------------------------------------------------------
+
+
+def test_modes(server: Server, known: Settings) -> None:
+    os.umask(0o022)
+    get(known)
+    directory = Path(known.cache_dir)
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("suffix", ["", ".json"])
+@pytest.mark.parametrize("how", [0o604, 0o640, 0o620, 0o602, 0o666, "owner", "link", "fifo"], ids=str)
+def test_what_others_may_have_written(
+    how: object, suffix: str, server: Server, known: Settings, tmp_path: Path
+) -> None:
+    """It is downloaded anew, into files of our own."""
+    get(known)
+    path = Path(f"{copy_of(known)}{suffix}")
+    spoil(path, how, tmp_path)
+    with gone(server):
+        assert outcome(known, image_checksum="no") == "unreachable"
+    assert get(known) == CONTENT
+    assert downloads(server) == 2
+    for one in Path(known.cache_dir).iterdir():
+        status = one.lstat()
+        assert (status.st_uid, stat.filemode(status.st_mode)) == (0, "-rw-------")
+
+
+@pytest.mark.parametrize("suffix", [".part", ".part.json"])
+@pytest.mark.parametrize("how", [0o666, "owner", "link", "fifo"], ids=str)
+def test_unfinished_download_of_others(
+    how: object, suffix: str, server: Server, known: Settings, tmp_path: Path
+) -> None:
+    """It is not gone on with."""
+    server.put("/a.tar", CONTENT, cuts=[1000, 0, 0])
+    assert outcome(known) == "unreachable"
+    path = Path(f"{copy_of(known)}{suffix}")
+    spoil(path, how, tmp_path)
+    assert get(known) == CONTENT
+    assert "Range" not in server.requests[-1].headers
+    assert all(stat.filemode(one.lstat().st_mode) == "-rw-------" for one in Path(known.cache_dir).iterdir())
+
+
+@pytest.mark.parametrize("how", [0o666, "owner", "link", "fifo"], ids=str)
+def test_lock_of_others(how: object, server: Server, known: Settings, tmp_path: Path) -> None:
+    """They could hold it for ever."""
+    Path(known.cache_dir).mkdir()
+    path = Path(f"{copy_of(known)}.lock")
+    path.touch(0o600)
+    spoil(path, how, tmp_path)
+    assert get(known) == CONTENT
+    assert not path.exists()
+
+
+def spoil(path: Path, how: object, tmp_path: Path) -> None:
+    if isinstance(how, int):
+        path.chmod(how)
+    elif how == "owner":
+        os.chown(path, 65534, 65534)
+    else:
+        moved = path.rename(tmp_path / f"moved-{path.name}")
+        if how == "link":
+            path.symlink_to(moved)
+        else:
+            os.mkfifo(path, 0o600)
+
+
+def test_exchanged_after_it_was_verified(server: Server, known: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By who may write to the directory: what was verified is what is read."""
+    server.sums("/SHA256SUMS", "a.tar")
+    get(known)
+    path = copy_of(known)
+    real = fetch._updated
+
+    def exchanged(*arguments: object) -> object:
+        copy = real(*arguments)  # type: ignore[arg-type]
+        new = path.with_name("new")
+        new.touch(0o600)
+        new.write_bytes(OTHER)
+        new.rename(path)
+        return copy
+
+    monkeypatch.setattr(fetch, "_updated", exchanged)
+    with pytest.raises(Failure, match="changed by somebody else"):
+        get(known)
+
+
+def test_names_that_collide(server: Server, known: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name holds half of a hash: who finds another URL with the same one gets that one's image, not ours."""
+    monkeypatch.setattr(fetch, "cache_name", lambda _: "same-name")
+    other = server.put("/b/a.tar", OTHER, etag=server.files["/a.tar"].tag)
+    for _ in range(2):
+        assert get(known, image_checksum="no") == CONTENT
+        assert get(known, image_url=other, image_checksum="no") == OTHER
+    with gone(server):
+        assert outcome(known, image_checksum="no") == "unreachable"
+    get(known, image_url=other, image_cleanup=True)
+    server.files["/b/a.tar"].cuts = [1000, 0, 0]
+    assert outcome(known, image_url=other) == "unreachable"
+    assert get(known) == CONTENT, "nor is its download gone on with"
