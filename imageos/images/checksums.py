@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -113,7 +114,7 @@ def digests_of(path: str, algorithms: Iterable[str]) -> dict[str, str]:
 def checksum_in(text: str, name: str, algorithms: Sequence[str], is_only: bool = False) -> tuple[str, str] | None:
     """The strongest (algorithm, hex) that a checksum file has for `name`.
 
-    `is_only`: the file is about one image; a single entry counts whatever its name, or without one.
+    `is_only`: the file is about one image, as its own name says; a single entry counts whatever it names, or nothing.
     """
     entries = [entry for line in text.splitlines() if (entry := _entry(line.strip())) and entry[1] in algorithms]
     if not (is_only and len(entries) == 1):
@@ -136,32 +137,30 @@ def _entry(line: str) -> tuple[str, str, str] | None:
 
 
 def _published(web: Web, url: str, wanted: Policy) -> list[Checksum]:
-    keyring = wanted.keyring
-    quoted = urlsplit(url).path.rpartition("/")[2]
-    unsigned = ""
+    quoted, keyring = urlsplit(url).path.rpartition("/")[2], wanted.keyring
+    name = unquote(quoted)
+    problems = []
     for pattern, algorithms in FILES:
-        place = beside(url, pattern.format(quoted))
+        place, is_only = beside(url, pattern.format(quoted)), "{}" in pattern
         content = web.small(place)
         if content is None:
             continue
-        text = content.decode("utf-8", "replace")
-        entry = checksum_in(text, unquote(quoted), algorithms, "{}" in pattern)
+        text: str | None = content.decode("utf-8", "replace")
+        entry = checksum_in(text or "", name, algorithms, is_only)
         if entry and keyring:
-            signed = _signed(web, place, content, keyring)
-            if signed is None:
-                unsigned = unsigned or place
-            entry = checksum_in(signed, unquote(quoted), algorithms, "{}" in pattern) if signed else None
+            text = _signed(web, place, content, keyring)
+            # Who has signed a checksum says what it is of in the same breath: a server could call anything as it likes.
+            entry = checksum_in(text or "", name, algorithms)
+            problems.append(f"{shown(place)} " + ("is not signed" if text is None else f"does not name {name}"))
         if entry:
             if entry[0] == "sha1":
                 log.warning(f"{shown(place)} holds a SHA-1, which is weak: make a SHA256SUMS")
-            source = shown(place) + (f", signed by a key of {keyring}" if keyring else "")
-            return [Checksum(*entry, source)]
+            return [Checksum(*entry, shown(place) + (f", signed by a key of {keyring}" if keyring else ""))]
     if keyring:
-        what = f"{shown(unsigned)} is not signed" if unsigned else "no checksum beside it"
         raise Failure(
-            f"image {shown(url)}: {what}, but IMAGE_KEYRING is set",
-            hint=f"sign it (gpg --detach-sign {urlsplit(unsigned).path.rpartition('/')[2] or 'SHA256SUMS'}), "
-            "or set IMAGE_KEYRING to nothing in the variant's file",
+            f"image {shown(url)}: {(problems or ['no checksum beside it'])[0]}, but IMAGE_KEYRING is set",
+            hint=f"put beside it what `sha256sum {shlex.quote(name)} > SHA256SUMS` and "
+            "`gpg --detach-sign SHA256SUMS` make, or set IMAGE_KEYRING to nothing in the variant's file",
         )
     return []
 

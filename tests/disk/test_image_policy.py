@@ -414,3 +414,101 @@ def test_names_that_collide(server: Server, known: Settings, monkeypatch: pytest
     server.files["/b/a.tar"].cuts = [1000, 0, 0]
     assert outcome(known, image_url=other) == "unreachable"
     assert get(known) == CONTENT, "nor is its download gone on with"
+
+
+# --- what is signed ---------------------------------------------------------------------------------------
+
+
+def put_signed(server: Server, path: str, text: str, gpg: Gpg, is_inline: bool = False) -> None:
+    if is_inline:
+        server.put(path, gpg("alice", text.encode(), "--clearsign"))
+    else:
+        server.put(path, text.encode())
+        server.put(f"{path}.gpg", gpg("alice", text.encode(), "--detach-sign"))
+
+
+NAMED = [
+    *("{}  a.tar", "{} *a.tar", "{}  ./a.tar", "{} *./a.tar", "SHA256 (a.tar) = {}", "SHA256 (./a.tar) = {}"),
+    "{}  b.tar\n{}  a.tar",
+]
+NOT_NAMED = [
+    *("{}", "{}  ", "{}  old.tar", "{} *old.tar", "SHA256 (old.tar) = {}", "SHA256 () = {}", "{}  old/a.tar"),
+    *("{}  a.tar.old", "{}  A.TAR", "{}  a.tar/", "{}  old.tar  a.tar", "SHA256 (old.tar) = {} (a.tar)"),
+    "\\{}  a.tar",
+]
+
+
+@pytest.mark.parametrize("is_inline", [False, True], ids=["detached", "inline"])
+@pytest.mark.parametrize("file", ["a.tar.sha256", "SHA256SUMS"])
+def test_signed_with_its_name(
+    file: str, is_inline: bool, server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg
+) -> None:
+    for line in NAMED:
+        put_signed(server, f"/{file}", line.replace("{}", SHA256) + "\n", gpg, is_inline)
+        assert get(known, image_keyring=keyrings["alice"], image_cleanup=True) == CONTENT, line
+
+
+@pytest.mark.parametrize("is_inline", [False, True], ids=["detached", "inline"])
+@pytest.mark.parametrize("file", ["a.tar.sha256", "a.tar.sha512", "SHA256SUMS"])
+def test_signed_without_its_name(
+    file: str, is_inline: bool, server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg
+) -> None:
+    """A mirror gives an old image the name of a new one, and that the publisher's word on the old one."""
+    for line in NOT_NAMED:
+        put_signed(server, f"/{file}", line.replace("{}", SHA256) + "\n", gpg, is_inline)
+        with pytest.raises(Failure) as raised:
+            get(known, image_keyring=keyrings["alice"])
+        assert "a.tar: " in str(raised.value) and "IMAGE_KEYRING is set" in str(raised.value), line
+        assert raised.value.hint and "sha256sum a.tar" in raised.value.hint
+        assert downloads(server) == 0, line
+    put_signed(server, "/a.tar.sha256", f"{SHA256}  old.tar\n", gpg)
+    with pytest.raises(Failure, match=f"{server.url}/a.tar.sha256 does not name a.tar"):
+        get(known, image_keyring=keyrings["alice"])
+    server.files.pop(f"/{file}", None)
+    server.put("/a.tar.sha256", f"{SHA256}  old.tar\n".encode())
+    assert get(known) == CONTENT, "without a keyring the file's name says what it is of"
+
+
+def test_signed_name_is_that_of_the_url(server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg) -> None:
+    """Not that of what it leads to."""
+    known = replace(known, image_keyring=keyrings["alice"])
+    server.put("/old/b.tar", CONTENT)
+    server.put("/a.tar", b"", status=302, location="/old/b.tar")
+    put_signed(server, "/SHA256SUMS", f"{SHA256}  b.tar\n", gpg)
+    put_signed(server, "/old/SHA256SUMS", f"{SHA256}  b.tar\n", gpg)
+    assert outcome(known) == "refused"
+    assert get(known, image_url=f"{server.url}/old/b.tar") == CONTENT
+    put_signed(server, "/SHA256SUMS", f"{SHA256}  a.tar\n", gpg)
+    assert get(known) == CONTENT
+    put_signed(server, "/SHA256SUMS", f"{SHA256}  \xe4 b.tar\n", gpg)
+    server.put("/%C3%A4%20b.tar", CONTENT)
+    assert get(known, image_url=f"{server.url}/%C3%A4%20b.tar") == CONTENT
+
+
+def test_signed_dump_of_boot(server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg) -> None:
+    """What is signed for the root is not for /boot."""
+    known = replace(known, image_type="dump", image_keyring=keyrings["alice"], image_url=server.url)
+    for name in ("x-root.dump", "x-boot.dump"):
+        server.put(f"/{name}", CONTENT)
+        put_signed(server, f"/{name}.sha256", f"{SHA256}  x-root.dump\n", gpg)
+    fetch.fetched(known, ["x-root.dump"])
+    with pytest.raises(Failure, match="x-boot.dump.sha256 does not name x-boot.dump"):
+        fetch.fetched(known, ["x-boot.dump"])
+
+
+def test_second_signed_file_names_it(server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg) -> None:
+    put_signed(server, "/a.tar.sha256", f"{SHA256}\n", gpg)
+    put_signed(server, "/a.tar.sha512", f"{SHA512}  a.tar\n", gpg)
+    assert get(known, image_keyring=keyrings["alice"]) == CONTENT
+
+
+@pytest.mark.parametrize("order", [("alice", "mallory"), ("mallory", "alice")], ids=str)
+def test_two_signed_texts(
+    order: tuple[str, str], server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg
+) -> None:
+    """A good signature is of one of them only."""
+    server.put("/a.tar", OTHER)
+    wrong = hashlib.sha256(OTHER).hexdigest()
+    texts = {"alice": f"{SHA256}  b.tar\n", "mallory": f"{wrong}  a.tar\n"}
+    server.put("/SHA256SUMS", b"\n".join(gpg(name, texts[name].encode(), "--clearsign") for name in order))
+    assert outcome(known, image_keyring=keyrings["alice"]) == "refused"
