@@ -105,9 +105,10 @@ def attached(device: Device, read_only: bool = False, direct: bool = False) -> I
 
 
 def _restore(loop: int) -> None:
-    """Undo what a program of the guest may have done to the loop device, whose node it has."""
-    with suppress(OSError):
-        linux.restore_loop(loop)
+    """Undo what a hook, or a guest's program without a filter, may have done to the loop device, whose node it has."""
+    for undo in (linux.end_trace, linux.restore_loop):
+        with suppress(OSError):
+            undo(loop)
 
 
 def use_cache(disk: Attached) -> None:

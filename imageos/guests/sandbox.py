@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from imageos.errors import Failure
-from imageos.node import linux
+from imageos.node import linux, seccomp
 from imageos.node.isolation import TEMPORARY
 
 KEEP = (
@@ -75,11 +75,13 @@ def entering(path: str, hostname: str, disk: GuestDisk, join: Callable[[], None]
     # Looked up here: the child must not depend on the state of its parent's /dev.
     nodes = {os.path.basename(node): os.stat(node).st_rdev for node in disk.nodes}
     nodes.update((name, os.makedev(*number)) for name, number in DEVICES.items())
+    calls = seccomp.guest()
 
     def enter() -> None:
         try:
             join()
             _enter(path, hostname, nodes, disk.uuids)
+            linux.load_filter(calls)  # last: nothing of the above is allowed any more
         except OSError as error:
             # subprocess would only say that something happened
             os.write(2, f"cannot enter the sandbox: {error}\n".encode("ascii", "backslashreplace"))

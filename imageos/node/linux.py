@@ -19,6 +19,10 @@ from imageos.errors import Failure
 # sched.h
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
+CLONE_NEWCGROUP, CLONE_NEWUSER = 0x02000000, 0x10000000
+NAMESPACES = (
+    CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP | CLONE_NEWUSER
+)  # a process in new ones; CLONE_NEWTIME is for unshare and clone3 alone
 # mount.h
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 4096, 16384, 1 << 18, 1 << 19
@@ -27,6 +31,7 @@ OPEN_TREE_CLONE, AT_RECURSIVE, AT_FDCWD = 1, 0x8000, -100  # fcntl.h
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
 # prctl.h
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 # openat2.h
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x02, 0x04, 0x10
 # one number on all architectures (scripts/syscall.tbl)
@@ -44,7 +49,7 @@ CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_LINUX_IMMUTABLE = 5, 6, 7, 9
 CAP_SYS_ADMIN, CAP_MKNOD, CAP_SETFCAP, CAP_MAC_ADMIN = 21, 27, 31, 33
 CAPABILITY_VERSION_3 = 0x20080522
 # fs.h, loop.h, blkpg.h
-BLKROGET, BLKPG, BLKFLSBUF, BLKGETSIZE64 = 0x125E, 0x1269, 0x1261, 0x80081272
+BLKROGET, BLKPG, BLKFLSBUF, BLKGETSIZE64, BLKTRACETEARDOWN = 0x125E, 0x1269, 0x1261, 0x80081272, 0x1276
 BLKPG_ADD_PARTITION, BLKPG_DEL_PARTITION, BLKPG_RESIZE_PARTITION = 1, 2, 3
 FS_IOC_SHUTDOWN, SHUTDOWN_NO_LOG_FLUSH = 0x8004587D, 2
 FITRIM = 0xC0185879
@@ -180,6 +185,20 @@ def limit_capabilities(keep: Iterable[int]) -> None:
     _check(_libc.capset(header, data), "capset")
 
 
+class _FilterProgram(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+
+def load_filter(program: bytes) -> None:
+    """Have this process and all that it starts ask `program` (an array of struct sock_filter) about each system call.
+
+    For good, beside those that are loaded already. An empty one is none. Needs no_new_privs or CAP_SYS_ADMIN.
+    """
+    if program:
+        argument = _FilterProgram(len(program) // 8, program)
+        _check(_libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(argument), 0, 0), "seccomp")
+
+
 def forbid_mounts() -> None:
     """Have this process and its children never mount, unmount or remount again, whatever capabilities they have.
 
@@ -223,6 +242,11 @@ def restore_loop(loop: int) -> None:
     offset, limit, flags = info[3], info[4], info[8]
     if offset or limit or not flags & LO_FLAGS_AUTOCLEAR:
         fcntl.ioctl(loop, LOOP_SET_STATUS64, _loop_info(flags | LO_FLAGS_AUTOCLEAR))
+
+
+def end_trace(device: int) -> None:
+    """Give back what a trace of a disk has (BLKTRACESETUP), which outlives who made it; EINVAL if there is none."""
+    fcntl.ioctl(device, BLKTRACETEARDOWN)
 
 
 def _loop_info(flags: int) -> bytes:

@@ -19,7 +19,8 @@ PACKAGE = CHECKOUT / "imageos"
 ORDER = [
     *("node", "guests", "disks", "images", "backups"),
     # what everything stands on
-    *("errors", "log", "outcome", "node.linux", "run", "node.mounts", "node.cgroup", "node.isolation"),
+    *("errors", "log", "outcome", "node.linux", "node.syscalls", "node.seccomp", "run"),
+    *("node.mounts", "node.cgroup", "node.isolation"),
     # what Ganeti and the site say
     *("ganeti", "shellfiles", "settings", "cluster"),
     # disks and filesystems
