@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import pkgutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -118,16 +119,37 @@ def dotted(node: ast.AST) -> str:
 
 
 @cache
+def bound(name: str) -> dict[str, str]:
+    """What each imported name of a source stands for: `path` -> os.path after `from os import path`."""
+    found: dict[str, str] = {}
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            found.update({one.asname or one.name.partition(".")[0]: one.name for one in node.names if one.asname})
+            found.update({one.name.partition(".")[0]: one.name.partition(".")[0] for one in node.names})
+        elif isinstance(node, ast.ImportFrom):
+            found.update({one.asname or one.name: f"{node.module}.{one.name}" for one in node.names})
+    return found
+
+
+def meant(name: str, node: ast.AST) -> str:
+    """As `dotted`, but the full name of what was imported, whatever it is called here."""
+    first, dot, rest = dotted(node).partition(".")
+    return bound(name).get(first, first) + dot + rest
+
+
+@cache
 def used(name: str) -> frozenset[str]:
-    """Every name and attribute in a source, as `os.fork`."""
-    return frozenset(dotted(node) for node in ast.walk(tree(name)) if isinstance(node, (ast.Attribute, ast.Name)))
+    """Every name and attribute in a source, as `os.fork`; what is imported by itself, too."""
+    nodes = [node for node in ast.walk(tree(name)) if isinstance(node, (ast.Attribute, ast.Name))]
+    return frozenset({*(meant(name, node) for node in nodes), *bound(name).values()})
 
 
-def for_each(names: Iterable[str]) -> Callable[[Callable[[str], None]], Callable[[], None]]:
+def for_each(names: Collection[str]) -> Callable[[Callable[[str], None]], Callable[[], None]]:
     """One test over all `names`: a test for each of them would cost the tier a second."""
 
     def decorate(test: Callable[[str], None]) -> Callable[[], None]:
         def over_all() -> None:
+            assert names
             for name in names:
                 try:
                     test(name)
@@ -202,36 +224,207 @@ def test_stdout_belongs_to_the_backup(name: str) -> None:
         assert not {"print", "sys.stdout"} & used(name)
 
 
-ROOTS = {"isolation.TARGET", "TARGET", "context.target"}
-JOINS = ("os.path.join", "Path", "pathlib.Path", "PurePath")
+# What is given the path of the mounted root, and what for: as it is, and nobody else. A link of the guest's could lead
+# whoever makes a path of it to the node; Target resolves the guest's paths.
+ROOT = "imageos.node.isolation.TARGET"
+GIVEN_THE_ROOT = {
+    "imageos.disks.filesystem.mount_all": "mounts the guest's filesystems there",
+    "imageos.disks.filesystem.writing_back": "has the kernel begin to write",
+    "imageos.guests.target.opened": "makes a Target of it",
+    "imageos.guests.sandbox.devices": "mounts a /dev there, while hooks run",
+    "imageos.node.linux.copy_mounts": "shows it elsewhere",
+    "imageos.run.foreground": "is where the operator's shell begins",
+    "imageos.hooks.Context": "tells hooks",
+    "os.mkdir": "makes the place",
+    "deploy": "unpacks an image there",
+    "tar": "packs all of it",
+    "find": "looks for long names",
+    "TARGET": "hooks get it as that variable",
+}
 
 
-@for_each(sorted(set(SOURCES) - {"node.isolation", "guests.sandbox", "guests.target"}))
+def is_root(name: str, node: ast.AST) -> bool:
+    """Whether it is the mounted root: the constant, the hooks' variable, or what a Context carries."""
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and node.slice.value == "TARGET":
+        return isinstance(node.ctx, ast.Load)
+    if not isinstance(node, (ast.Attribute, ast.Name)) or not isinstance(node.ctx, ast.Load):
+        return False
+    full = meant(name, node)
+    return full in (ROOT, "TARGET") or (full.endswith(".target") and full.partition(".")[0] not in ("hook", "imageos"))
+
+
+def receiver(name: str, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> str:
+    """What is given this value, and nothing else done with it: a function, a program, or a key."""
+    parent = parents[node]
+    if isinstance(parent, ast.keyword):
+        node, parent = parent, parents[parent]
+    if isinstance(parent, ast.Call) and node is not parent.func:
+        return meant(name, parent.func)
+    if isinstance(parent, ast.List) and isinstance(parent.elts[0], ast.Constant):
+        return str(parent.elts[0].value)
+    if isinstance(parent, ast.Dict) and node in parent.values:
+        key = parent.keys[parent.values.index(node)]  # type: ignore[arg-type]
+        return str(key.value) if isinstance(key, ast.Constant) else ""
+    return ""
+
+
+def receivers(name: str) -> Iterator[tuple[str, int]]:
+    """Who in a source is given the mounted root, and in which line."""
+    parents = {child: node for node in ast.walk(tree(name)) for child in ast.iter_child_nodes(node)}
+    for node in parents:
+        if is_root(name, node):
+            yield receiver(name, node, parents), getattr(node, "lineno", 0)
+
+
+@for_each(SOURCES)
 def test_no_path_is_made_below_the_mounted_root(name: str) -> None:
-    """A link of the guest's could lead it to the node: Target resolves the guest's paths."""
-    if not ROOTS & used(name):
-        return
+    assert not [f"line {line}: {who}" for who, line in receivers(name) if who not in GIVEN_THE_ROOT]
+    assert ROOT not in bound(name).values(), "say isolation.TARGET"
+
+
+def test_who_is_given_the_mounted_root_exists() -> None:
+    assert {who for name in SOURCES for who, _ in receivers(name)} == set(GIVEN_THE_ROOT)
+
+
+# Who may touch files of the node
+
+# Modules of the standard library that open no file by its name, or none that anybody chooses.
+HARMLESS = {
+    *("__future__", "argparse", "base64", "collections", "collections.abc", "concurrent.futures", "contextlib"),
+    *("ctypes", "dataclasses", "difflib", "email.message", "errno", "fcntl", "fnmatch", "functools", "hashlib"),
+    *("http.client", "ipaddress", "itertools", "json", "mmap", "re", "resource", "secrets", "select", "selectors"),
+    *("shlex", "signal", "socket", "ssl", "stat", "struct", "subprocess", "sys", "textwrap", "time", "traceback"),
+    *("types", "typing", "urllib.parse", "uuid", "zipimport"),
+}
+# Of what is harmless otherwise, and of what every source has.
+NEVER = {
+    *("sys.modules", "argparse.FileType", "eval", "exec", "compile", "globals", "__import__", "__builtins__"),
+    *("ctypes.CDLL", "ctypes.PyDLL", "ctypes.cdll", "ctypes.pythonapi", "zipimport.zipimporter"),
+}
+# What takes a path, by what it does with it.
+TOUCHES = {
+    "looks": {
+        *("os.access", "os.getxattr", "os.listdir", "os.listxattr", "os.lstat", "os.readlink", "os.scandir", "os.stat"),
+        *("os.statvfs", "os.walk", "os.path.exists", "os.path.getsize", "os.path.isdir", "os.path.isfile"),
+        *("os.path.islink", "os.path.ismount", "os.path.lexists", "os.path.realpath", "glob.glob", "shutil.which"),
+    },
+    "opens": {"open", "os.open", "imageos.node.linux.forget_btrfs"},
+    "changes": {
+        *("os.chmod", "os.chown", "os.link", "os.makedirs", "os.mkdir", "os.mknod", "os.rename", "os.rmdir"),
+        *("os.setxattr", "os.symlink", "os.unlink", "os.utime"),
+    },
+    "temporary": {
+        *("tempfile.NamedTemporaryFile", "tempfile.TemporaryDirectory", "tempfile.TemporaryFile", "tempfile.mkdtemp"),
+    },
+    "mounts": {
+        *("os.chdir", "os.fchdir", "os.chroot", "imageos.node.linux.mount", "imageos.node.linux.umount"),
+        *("imageos.node.linux.copy_mounts", "imageos.node.linux.place_mounts", "imageos.node.linux.restrict_mounts"),
+        *("imageos.node.linux.enter_mount_namespace", "imageos.node.linux.shut_down_filesystem"),
+    },
+    "resolves": {"imageos.node.linux.open_in_root"},  # inside a directory, as if that were the root
+    "loads": {"importlib.import_module", "importlib.resources"},
+}
+# What of the same modules takes none: descriptors, processes, text. Constants are in capitals.
+TAKES_NO_PATH = {
+    *("os._exit", "os.close", "os.closerange", "os.dup", "os.dup2", "os.environ", "os.fchmod", "os.fchown", "os.fork"),
+    *("os.fsdecode", "os.fsencode", "os.fstat", "os.fstatvfs", "os.fsync", "os.ftruncate", "os.get_terminal_size"),
+    *("os.geteuid", "os.getpid", "os.isatty", "os.kill", "os.lseek", "os.major", "os.makedev", "os.minor"),
+    *("os.pidfd_open", "os.pipe", "os.posix_fadvise", "os.pread", "os.preadv", "os.pwrite", "os.read", "os.readv"),
+    *("os.setsid", "os.stat_result", "os.strerror", "os.umask", "os.uname", "os.urandom", "os.wait", "os.waitpid"),
+    *("os.write", "os.writev", "os.devnull", "os.path.abspath", "os.path.basename", "os.path.commonpath"),
+    *("os.path.dirname", "os.path.join", "os.path.normpath", "os.path.samestat", "os.path.split"),
+    *("shutil.copyfileobj", "io.BufferedReader", "io.RawIOBase"),
+}
+JUDGED = ("os", "os.path", "glob", "shutil", "tempfile", "io", "importlib")
+
+# Every source that touches files of the node by their names: how, and which. All others are given what they need open,
+# or as text, and reach the guest through Target alone.
+MAY_TOUCH = {
+    "node.cgroup": ("looks opens changes", "the kernel's directories of groups"),
+    "node.isolation": ("looks changes mounts", "its own tmpfs, and what it mounts there; the processes in /proc"),
+    "node.linux": ("opens", "device nodes by which the kernel is asked"),
+    "node.mounts": ("looks opens", "/proc/self/mountinfo, and device nodes that it names"),
+    "run": ("looks temporary", "programs in PATH; what they say, in files without a name"),
+    "shellfiles": ("looks", "the shell"),
+    "settings": ("looks opens", "the site's files, that tell what went wrong in which line"),
+    "cluster": ("looks opens changes", "Ganeti's state, and our marks in /run"),
+    "disks.disk": ("looks opens mounts", "disks, loop devices, and what /sys says of them"),
+    "disks.filesystem": ("looks opens changes temporary mounts resolves", "devices; where they are mounted"),
+    "guests.sandbox": ("looks opens changes mounts resolves", "the root of a confined program, before it starts"),
+    "guests.target": ("looks opens changes resolves", "the guest's files, from a descriptor of its root"),
+    "guests.hostkeys": ("opens changes", "keys that were made in a directory of ours"),
+    "guests.esp": ("looks opens changes temporary", "a directory of ours that mcopy copies"),
+    "guests.oldboot": ("opens", "the disk: is there a loader in its first sector?"),
+    "network.files": ("looks", "the site's files of networks"),
+    "images.cache": ("looks opens changes", "the cache"),
+    "images.capture": ("looks opens changes", "the directory of images; volumes"),
+    "images.checksums": ("opens temporary", "images and keyrings; what gpgv reads"),
+    "images.dump": ("looks changes", "what restore(8) has left in the root, and whether it has restored anything"),
+    "images.fetch": ("looks changes", "the cache"),
+    "images.imagefile": ("looks opens", "images; how full the guest's filesystems are"),
+    "images.imagetypes": ("looks", "which image is there"),
+    "images.tarball": ("looks", "which of the guest's filesystems is full"),
+    "backups.legacy": ("looks temporary", "a dump, put aside until all of it is there"),
+    "hooks": ("looks opens", "the site's hooks, and processes that they leave"),
+    "commands.install": ("looks opens changes loads", "what it puts in place on the node"),
+    "commands.uninstall": ("looks changes", "what install has put in place"),
+    "commands.mount_disks": ("looks opens changes mounts", "the place in /tmp"),
+    "commands.umount_disks": ("looks opens mounts resolves", "the place in /tmp, and who is there"),
+    "checks.definition": ("looks", "what install has put in place"),
+    "checks.kernel": ("opens", "what the kernel can do"),
+    "checks.node": ("looks opens", "/sys, and how full the node's filesystems are"),
+    "checks.programs": ("looks", "programs in PATH"),
+    "checks.variants": ("looks opens", "the site's variants and hooks"),
+    "cli": ("loads", "the module of the command that is called"),
+}
+
+
+def outermost(name: str) -> Iterator[str]:
+    """Every name that a source reads, with all its attributes: `os.path.join`, not also `os.path`."""
+    inner = {id(node.value) for node in ast.walk(tree(name)) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree(name)):
-        if isinstance(node, (ast.JoinedStr, ast.BinOp)) or (isinstance(node, ast.Call) and dotted(node.func) in JOINS):
-            parts = {dotted(one) for one in ast.walk(node)}
-            assert not ROOTS & parts, f"{name}: line {node.lineno}"
+        if isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Load) and id(node) not in inner:
+            yield meant(name, node)
 
 
-@for_each(
-    [
-        *(f"hooks.d/{hook}" for hook in PYTHON_HOOKS),
-        "guests.guest",
-        "guests.hostname",
-        "guests.cloudinit",
-        "network",
-        "network.backends",
-    ]
-)
-def test_guest_is_reached_through_target_alone(name: str) -> None:
-    """What changes a guest has no other means to open a file."""
-    if name in SOURCES:
-        assert not {"os", "os.path", "pathlib", "shutil", "io", "glob", "tempfile"} & imported(name)
-        assert "open" not in used(name)
+def touches(name: str) -> set[str]:
+    """In which ways a source touches files of the node."""
+    known = used(name)
+    return {way for way, names in TOUCHES.items() if names & known}
+
+
+@for_each(SOURCES)
+def test_files_of_the_node_are_touched_by_few(name: str) -> None:
+    ways, _ = MAY_TOUCH.get(name, ("", ""))
+    assert touches(name) == set(ways.split()), "MAY_TOUCH says otherwise"
+
+
+@for_each(SOURCES)
+def test_what_touches_files_is_known(name: str) -> None:
+    """Nothing is used of which this test does not know whether it takes a path; nor by a way that hides it."""
+    external = {one for one in imported(name) if not one.startswith("imageos")}
+    assert external <= HARMLESS | set(JUDGED), "is it harmless?"
+    assert "*" not in {one.rpartition(".")[2] for one in bound(name).values()}
+    assert name == "node.linux" or not used(name) & NEVER
+    for one in outermost(name):
+        assert one not in (*JUDGED, "imageos.node.linux"), f"{one} is handed on: what becomes of it is not seen"
+    known = TAKES_NO_PATH.union(*TOUCHES.values())
+    for one in used(name):
+        module, _, last = one.rpartition(".")
+        if module in JUDGED and one not in JUDGED and last != last.upper():
+            assert one in known, f"does {one} take a path?"
+
+
+def test_lists_of_what_touches_files_are_right() -> None:
+    """Every name on them is one: a misspelt one would allow, or forbid, nothing."""
+    for name in (*HARMLESS, *JUDGED, "importlib.resources"):
+        importlib.import_module(name)
+    for names in (*TOUCHES.values(), TAKES_NO_PATH, NEVER - {"__builtins__"}):
+        for name in names:
+            module, _, last = name.rpartition(".")
+            assert hasattr(importlib.import_module(module or "builtins"), last), name
+    assert set(MAY_TOUCH) <= set(SOURCES)
+    assert {way for ways, _ in MAY_TOUCH.values() for way in ways.split()} == set(TOUCHES)
 
 
 @for_each(SOURCES)

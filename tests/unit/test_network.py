@@ -240,5 +240,5 @@ def test_seed(target: Target) -> None:
 def test_seed_is_for_root_only(target: Target) -> None:
     """user-data holds secrets."""
     cloudinit.write_seed(target, INSTANCE, Settings(), (STATIC,))
-    for path in target.glob(f"{cloudinit.SEED}/*"):
-        assert target._mode(path) == 0o100600
+    modes = {path.rpartition("/")[2]: target._mode(path) for path in target.glob(f"{cloudinit.SEED}/*")}
+    assert modes == dict.fromkeys(("meta-data", "network-config", "user-data", "vendor-data"), 0o100600)
