@@ -48,6 +48,10 @@ def assert_disarmed(target: Path) -> None:
 
 
 def then_good(node: Node, target: Path, **overrides: object) -> None:
+    """After a refusal that could leave something: a lock, a loop device that is going, a disarmed disk.
+
+    Elsewhere the digest says that the disk is as it was, and the check after each test that nothing is left.
+    """
     node.create(target, **overrides).ok()
     assert partitions(target)[-1].content["TYPE"] == "ext4"
 
@@ -97,7 +101,6 @@ def test_disk_in_use_by_a_loop_device(node: Node, disk: MakeDisk) -> None:
     target = disk()
     with attached(target) as device:
         assert device.name in refused(node, target, str(target), "in use").log
-    then_good(node, target)
 
 
 @pytest.mark.parametrize("kind", ["file", "block device"])
@@ -128,14 +131,12 @@ def test_disk_in_use_by_a_mount_through_a_loop_device(node: Node, disk: MakeDisk
     with attached(target) as device, mount_of(device, tmp_path / "mnt"):
         refused(node, target, str(target), "in use")
         refused(node, device, str(device), "in use")
-    then_good(node, target)
 
 
 def test_block_device_in_use_by_a_loop_device(node: Node, block_disk: MakeDisk) -> None:
     target = block_disk()
     with attached(target) as device:
         assert device.name in refused(node, target, str(target), "in use").log
-    then_good(node, target)
 
 
 def test_block_device_of_which_a_partition_is_mounted(
@@ -182,7 +183,6 @@ def test_disk_in_use_by_a_virtual_machine(node: Node, disk: MakeDisk) -> None:
             lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
             fcntl.fcntl(file, 37, lock)  # F_OFD_SETLK
         refused(node, target, str(target), "in use")
-    then_good(node, target)
 
 
 def test_disk_that_is_read_only(node: Node, disk: MakeDisk) -> None:
@@ -204,7 +204,6 @@ def test_disk_that_is_read_only(node: Node, disk: MakeDisk) -> None:
 def test_disk_too_small_for_the_layout(overrides: dict[str, str], names: list[str], node: Node, disk: MakeDisk) -> None:
     target = disk()
     refused(node, target, "disk", "160 MiB", "too small", *names, **overrides)
-    then_good(node, target)
 
 
 @pytest.mark.parametrize("mib", [1, 3, 20])
@@ -245,7 +244,6 @@ def test_image_missing(node: Node, disk: MakeDisk) -> None:
     target = disk()
     result = refused(node, target, str(node.images), f"nothing-{trees.ARCH}", OSP_IMAGE_NAME="nothing")
     assert "hint:" in result.log
-    then_good(node, target)
 
 
 def test_image_of_another_architecture(node: Node, disk: MakeDisk, images: Path) -> None:
@@ -294,7 +292,6 @@ def test_image_that_is_no_tarball(content: str, node: Node, disk: MakeDisk) -> N
     )
     target = disk()
     refused(node, target, name, OSP_IMAGE_NAME="odd")
-    then_good(node, target)
 
 
 @pytest.mark.parametrize("compression", [name for name in trees.SUFFIXES if name != "tar"])
@@ -317,7 +314,6 @@ def test_image_truncated(compression: str, keep: float, node: Node, disk: MakeDi
     (node.images / name).write_bytes(whole[: int(end * keep)])
     target = disk()
     disarmed(node, target, name, OSP_IMAGE_NAME="cut")
-    then_good(node, target)
 
 
 @pytest.mark.parametrize("compression", [name for name in trees.SUFFIXES if name != "tar"])
@@ -447,63 +443,23 @@ SAME = {"gzip": ["pigz"], "bzip2": ["lbzip2", "pbzip2"]}
 
 
 @pytest.mark.parametrize(
-    "tool, compression, overrides",
-    [
-        ("mkfs.xfs", "gz", {"OSP_FILESYSTEM": "xfs"}),
-        ("mkfs.btrfs", "gz", {"OSP_FILESYSTEM": "btrfs"}),
-        ("mkfs.ext4", "gz", {}),
-        ("mkswap", "gz", {}),
-        ("sfdisk", "gz", {}),
-        ("tar", "gz", {}),
-        ("mkfs.vfat", "gz", {"OSP_PARTITION_TABLE": "gpt"}),
-        ("gzip", "gz", {}),
-        ("zstd", "zst", {}),
-        ("xz", "xz", {}),
-        ("bzip2", "bz2", {}),
-        ("lz4", "lz4", {}),
-    ],
+    "tool, compression",
+    [("gzip", "gz"), ("xz", "xz"), ("bzip2", "bz2"), ("lz4", "lz4")],
 )
-def test_missing_tool(
-    tool: str,
-    compression: str,
-    overrides: dict[str, str],
-    node: Node,
-    disk: MakeDisk,
-    without: Callable[..., str],
-    images: Path,
+def test_missing_decompressor(
+    tool: str, compression: str, node: Node, disk: MakeDisk, without: Callable[..., str], images: Path
 ) -> None:
+    """The fault table has the others."""
     suffix = trees.SUFFIXES[compression]
     node.image(images / f"small.{suffix}", f"same-{trees.ARCH}.{suffix}")
-    target = disk(400)
-    result = refused(node, target, tool, PATH=without(tool, *SAME.get(tool, [])), OSP_IMAGE_NAME="same", **overrides)
+    path = without(tool, *SAME.get(tool, []))
+    result = refused(node, disk(), tool, PATH=path, OSP_IMAGE_NAME="same")
     assert "install" in result.log, "a hint which package has it"
 
 
 def test_tool_that_is_not_needed_may_be_missing(node: Node, disk: MakeDisk, without: Callable[..., str]) -> None:
     path = without("mkfs.xfs", "mkfs.btrfs", "mkfs.vfat", "zstd", "xz", "bzip2", "lz4", "qemu-img", "restore", "curl")
     node.create(disk(), PATH=path).ok()
-
-
-# "Learn which external commands a command runs, then run it once with each of them failing."
-COMMANDS = ["sfdisk", "mkfs.ext4", "mkswap", "tar", "zstd"]
-
-
-@pytest.mark.parametrize("how", ["exit 7", "kill -9 $$"])
-@pytest.mark.parametrize("tool", COMMANDS)
-def test_tool_that_fails(tool: str, how: str, node: Node, disk: MakeDisk, images: Path, tmp_path: Path) -> None:
-    node.image(images / "small.tar.zst", f"same-{trees.ARCH}.tar.zst")
-    fake = tmp_path / "fake" / tool
-    node.write(fake, f"#!/bin/sh\necho something went wrong in {tool} >&2\n{how}\n")
-    fake.chmod(0o755)
-    target = disk()
-    before = digest(target)
-    result = node.create(target, PATH=f"{fake.parent}:{PATH}", OSP_IMAGE_NAME="same").failed()
-    assert tool in result.last or f"same-{trees.ARCH}" in result.last, result.log
-    if how == "exit 7" and tool != "zstd":  # of which only the first bytes are asked for at first
-        assert f"something went wrong in {tool}" in result.log
-    if digest(target) != before:
-        assert_disarmed(target)
-    then_good(node, target, OSP_IMAGE_NAME="same")
 
 
 def test_decompressor_that_fails_at_the_end(node: Node, disk: MakeDisk, images: Path, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Signals at random moments: answered soon, nothing held by the kernel afterwards, the same call works then.
+"""Signals at random moments: answered soon, nothing held by the kernel afterwards; the same call works then.
+
+What is asked of a call that is stopped in a known phase, and of children that ignore signals, is in
+tests/disk/test_signals.py.
 
 The moments are the same in each run (a seed); IMAGEOS_KILLS=1000 makes more of them.
 """
@@ -142,6 +145,8 @@ def kill(command: str, node: Node, sources: Path, number: signal.Signals | None,
     elif digest(disk) != before and not is_whole(command, result, disk, sources):
         assert not signatures(disk), result.log
         assert number == signal.SIGKILL or is_disarmed(disk, PLACES[command]), result.log
+    if not node.work.name.endswith(("0", "5")):  # of every fifth, whether the same call works then
+        return result
     called(command, node, sources, disk, None, 0).ok()
     if not exporting:
         assert partitions(disk)[-1].content["TYPE"] == "ext4"
