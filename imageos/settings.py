@@ -53,9 +53,13 @@ def _choice(*accepted: str) -> Callable[[str], str]:
     return choose
 
 
+def _is_name(text: str) -> bool:
+    """Whether it is a file name that cannot leave its directory."""
+    return "/" not in text and not text.startswith(".") and text.isprintable()
+
+
 def _name(text: str) -> str:
-    """A file name that cannot leave its directory."""
-    if "/" in text or text.startswith(".") or not text.isprintable():
+    if not _is_name(text):
         raise ValueError("a name without / that does not begin with a dot")
     return text
 
@@ -106,16 +110,27 @@ def _addresses(text: str) -> str:
     return text
 
 
+_URL = r"https?://[^\s/]+(/\S*)?"
+
+
 def _url(text: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", text):
+    if not re.fullmatch(_URL, text):
         raise ValueError("a URL that begins with http:// or https://")
     return text
 
 
 def _checksum(text: str) -> str:
-    if not re.fullmatch(r"no|sha256:[0-9a-fA-F]{64}|sha512:[0-9a-fA-F]{128}", text):
-        raise ValueError("sha256:HEX, sha512:HEX or no")
+    is_url = re.fullmatch(_URL, text)
+    # What others mean as a digest, or as an answer, must not become the name of a file that is not there.
+    is_name = not re.fullmatch(r"(?i)[0-9a-f]{32,}|.*:.*|yes|no|none|off|true|false", text) and _is_name(text)
+    if not (text == "no" or is_pin(text) or is_url or is_name):
+        raise ValueError("sha256:HEX, sha512:HEX, no, or the checksum file: its URL, or its name beside the image")
     return text
+
+
+def is_pin(checksum: str) -> bool:
+    """Whether an IMAGE_CHECKSUM is the checksum itself."""
+    return bool(re.fullmatch(r"sha256:[0-9a-fA-F]{64}|sha512:[0-9a-fA-F]{128}", checksum))
 
 
 def _hook_names(text: str) -> str:
@@ -173,7 +188,12 @@ class Settings:
     )
     image_dir: str = _setting(_directory, CACHE_DIR, "where the images are")
     image_url: str = _setting(_url, "", "directory URL of the images, or URL of one image file", parameter=True)
-    image_checksum: str = _setting(_checksum, "", "sha256:HEX or sha512:HEX of the image, or no", parameter=True)
+    image_checksum: str = _setting(
+        _checksum,
+        "",
+        "sha256:HEX or sha512:HEX of the image; or its checksum file, a URL or a name beside it; or no",
+        parameter=True,
+    )
     image_keyring: str = _setting(_directory, "", "gpgv keyring that must have signed the checksum file")
     image_verify: bool = _setting(_yes_no, "yes", "check a downloaded image against its checksum")
     image_cleanup: bool = _setting(_yes_no, "no", "remove a downloaded image after use")

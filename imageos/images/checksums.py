@@ -10,15 +10,15 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from imageos import log
 from imageos.errors import Failure
 from imageos.guests.sandbox import confined
-from imageos.images.web import Web, beside, shown
+from imageos.images.web import Web, beside, cleaned, shown
 from imageos.node.linux import CAP_DAC_READ_SEARCH
 from imageos.run import pipeline, require
-from imageos.settings import Settings
+from imageos.settings import Settings, is_pin
 
 # Where the checksum of NAME may be, and the algorithms that are believed there. The last is of
 # ganeti-instance-image, which knew SHA-1 only.
@@ -46,17 +46,19 @@ class Checksum:
 
 @dataclass(frozen=True)
 class Policy:
-    """What the settings want to know of an image before it is used."""
+    """What the settings want to know of the image at one URL before it is used."""
 
     pin: Checksum | None = None  # that it must have, whatever the server says
-    is_published: bool = False  # whether the server must be asked for a checksum
+    is_published: bool = False  # whether a server must be asked for a checksum
+    file: str = ""  # URL of the only file that may have it; without that, one of FILES
     keyring: str = ""  # that which must have signed it
     keyring_id: str = ""
 
     @property
     def key(self) -> str:
         """Under which the answer is kept; who asks with the same key would get the same answer."""
-        return f"beside, signed: {self.keyring_id}" if self.keyring else "beside"
+        asked = f"file {hashlib.sha256(self.file.encode()).hexdigest()}" if self.file else "beside"
+        return f"{asked}, signed: {self.keyring_id}" if self.keyring else asked
 
     def is_covered_by(self, key: str) -> bool:
         """Whether an answer that is kept under `key` is enough: the same question, or one that asked for more."""
@@ -65,16 +67,21 @@ class Policy:
     def __str__(self) -> str:
         wanted = [self.pin.source] if self.pin else []
         if self.is_published:
-            wanted.append("a checksum beside it" + (f", signed by a key of {self.keyring}" if self.keyring else ""))
+            file = shown(self.file) if self.file else "a checksum beside it"
+            wanted.append(file + (f", signed by a key of {self.keyring}" if self.keyring else ""))
         return " and ".join(wanted)
 
 
-def policy(settings: Settings) -> Policy:
+def policy(settings: Settings, url: str) -> Policy:
+    """For the image at `url`."""
     if not settings.image_verify:
         return Policy()
-    keyring = settings.image_keyring
-    is_published = bool(keyring) or not settings.image_checksum
-    return Policy(pinned(settings), is_published, keyring, keyring_id(keyring) if keyring else "")
+    text, keyring = settings.image_checksum, settings.image_keyring
+    file = ""
+    if text not in ("", "no") and not is_pin(text):
+        file = cleaned(text) if "://" in text else beside(url, quote(text, safe=""))
+    is_published = bool(keyring or file or not text)
+    return Policy(pinned(settings), is_published, file, keyring, keyring_id(keyring) if keyring else "")
 
 
 def expected(web: Web, wanted: Policy, url: str) -> list[Checksum]:
@@ -85,8 +92,10 @@ def expected(web: Web, wanted: Policy, url: str) -> list[Checksum]:
 
 def pinned(settings: Settings) -> Checksum | None:
     """The checksum that is a setting."""
+    if not settings.image_verify or not is_pin(settings.image_checksum):
+        return None
     algorithm, _, digest = settings.image_checksum.partition(":")
-    return Checksum(algorithm, digest.lower(), "IMAGE_CHECKSUM") if digest and settings.image_verify else None
+    return Checksum(algorithm, digest.lower(), "IMAGE_CHECKSUM")
 
 
 def keyring_id(path: str) -> str:
@@ -140,8 +149,8 @@ def _published(web: Web, url: str, wanted: Policy) -> list[Checksum]:
     quoted, keyring = urlsplit(url).path.rpartition("/")[2], wanted.keyring
     name = unquote(quoted)
     problems = []
-    for pattern, algorithms in FILES:
-        place, is_only = beside(url, pattern.format(quoted)), "{}" in pattern
+    places = [(beside(url, pattern.format(quoted)), algorithms, "{}" in pattern) for pattern, algorithms in FILES]
+    for place, algorithms, is_only in [(wanted.file, STRONG, True)] if wanted.file else places:
         content = web.small(place)
         if content is None:
             continue
@@ -156,6 +165,9 @@ def _published(web: Web, url: str, wanted: Policy) -> list[Checksum]:
             if entry[0] == "sha1":
                 log.warning(f"{shown(place)} holds a SHA-1, which is weak: make a SHA256SUMS")
             return [Checksum(*entry, shown(place) + (f", signed by a key of {keyring}" if keyring else ""))]
+    if wanted.file:
+        problem = problems[0] if problems else f"{shown(wanted.file)} is not there, or has no checksum of {name}"
+        raise Failure(f"image {shown(url)}: {problem}", hint="see IMAGE_CHECKSUM")
     if keyring:
         raise Failure(
             f"image {shown(url)}: {(problems or ['no checksum beside it'])[0]}, but IMAGE_KEYRING is set",
@@ -170,7 +182,8 @@ def _signed(web: Web, url: str, content: bytes, keyring: str) -> str | None:
     if content.startswith(INLINE.encode()):
         return _verified(url, ["--output", "-"], [content], keyring)
     for suffix in SIGNATURES:
-        signature = web.small(url + suffix) if "?" not in url else None
+        parts = urlsplit(url)
+        signature = web.small(parts._replace(path=parts.path + suffix).geturl())
         if signature is not None:
             _verified(url, [], [signature, content], keyring)
             return content.decode("utf-8", "replace")

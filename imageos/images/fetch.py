@@ -33,7 +33,7 @@ from imageos.images.cache import (
 )
 from imageos.images.checksums import Checksum, Policy, expected, policy
 from imageos.images.web import Answer, Missing, Transient, Unreachable, Web, cleaned, shown
-from imageos.settings import Settings
+from imageos.settings import Settings, is_pin
 
 GRACE = 2.0  # seconds that a server gets to close the connection after the last byte
 
@@ -53,10 +53,10 @@ def fetched(settings: Settings, names: Sequence[str]) -> tuple[str, int]:
     Missing if there is none. With IMAGE_CLEANUP the path is gone, and the blocks are when the descriptor is closed.
     """
     start = time.time()
-    web, wanted = Web({**os.environ, **settings.unknown}), policy(settings)
+    web = Web({**os.environ, **settings.unknown})
     problems: list[Missing | Unreachable] = []
     for url in urls(settings, names):
-        path = f"{settings.cache_dir}/{cache_name(url)}"
+        path, wanted = f"{settings.cache_dir}/{cache_name(url)}", policy(settings, url)
         try:
             os.makedirs(settings.cache_dir, mode=0o700, exist_ok=True)
             with locked(path, url):
@@ -83,7 +83,7 @@ def fetched(settings: Settings, names: Sequence[str]) -> tuple[str, int]:
 def urls(settings: Settings, names: Sequence[str]) -> list[str]:
     """Where the image may be."""
     base = urlsplit(cleaned(settings.image_url))
-    if settings.image_type == "dump" and settings.image_checksum not in ("", "no"):
+    if settings.image_type == "dump" and is_pin(settings.image_checksum):
         raise Failure(
             "IMAGE_CHECKSUM is of one file, but a dump consists of two", hint="put a SHA256SUMS beside them instead"
         )
@@ -201,7 +201,7 @@ def is_kept(settings: Settings, url: str) -> bool:
     """Whether the image would be there if the server did not answer."""
     path = f"{settings.cache_dir}/{cache_name(url)}"
     copy = load(path, url)
-    return copy is not None and _is_enough(copy, path, policy(settings))
+    return copy is not None and _is_enough(copy, path, policy(settings, url))
 
 
 # --- downloading ------------------------------------------------------------------------------------------

@@ -115,8 +115,10 @@ POLICIES: dict[str, dict[str, object]] = {
     "sha256": {"image_checksum": f"sha256:{SHA256}"},
     "sha512": {"image_checksum": f"sha512:{SHA512}"},
     "beside": {},
+    "named": {"image_checksum": "SHA256SUMS"},
     "alice": {"image_keyring": "alice"},
     "alice and sha256": {"image_keyring": "alice", "image_checksum": f"sha256:{SHA256}"},
+    "alice and named": {"image_keyring": "alice", "image_checksum": "SHA256SUMS"},
     "mallory": {"image_keyring": "mallory"},
 }
 # With the server down: whose questions have been answered when somebody with such settings has had the image.
@@ -124,6 +126,8 @@ POLICIES: dict[str, dict[str, object]] = {
 ANYWAY = {"off", "no", "sha256", "sha512"}
 ANSWERED = {
     "beside": {"beside"},
+    "named": {"named"},
+    "alice and named": {"named", "alice and named"},
     "alice": {"beside", "alice", "alice and sha256"},  # who wanted a signature wanted more
     "alice and sha256": {"beside", "alice", "alice and sha256"},
     "mallory": {"beside", "mallory"},
@@ -257,6 +261,83 @@ def test_clock_that_was_wrong(server: Server, known: Settings) -> None:
     record.write_text(json.dumps(notes))
     server.put("/a.tar", OTHER)
     assert get(known, image_checksum="no") == OTHER
+
+
+# --- a checksum file of one's own -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["{hex}  {name}\n", "{hex} *{name}\n", "SHA256 ({name}) = {hex}\n", "{hex}\n"])
+def test_named_file(line: str, server: Server, known: Settings, capfd: pytest.CaptureFixture[str]) -> None:
+    """Beside the image, or elsewhere; only there."""
+    server.put("/SHA256SUMS", f"{'0' * 64}  a.tar\n".encode())
+    server.sums("/a sum?#%.txt", "a.tar", line=line)
+    server.files["/a%20sum%3F%23%25.txt"] = server.files["/a sum?#%.txt"]
+    assert get(known, image_checksum="a sum?#%.txt", image_cleanup=True) == CONTENT
+    with serving() as other:
+        url = other.put("/x/sums?token=t0ken", server.files["/a sum?#%.txt"].content)
+        url = url.replace("http://", "http://user:s3cret@")
+        assert get(known, image_checksum=url) == CONTENT
+    log = capfd.readouterr().err
+    assert f"verified: sha256 of {server.url}/a%20sum%3F%23%25.txt" in log
+    assert f"verified: sha256 of {other.url}/x/sums?..." in log
+    assert "t0ken" not in log and "s3cret" not in log
+    record = Path(f"{copy_of(known)}.json").read_text()
+    assert "t0ken" not in record and "s3cret" not in record
+    assert get(known, image_checksum=url) == CONTENT, "nobody answers there, but it has been asked"
+    with pytest.raises(web.Unreachable, match="against http://127.0.0.1:9/sums, so it is not used"):
+        get(known, image_checksum="http://127.0.0.1:9/sums")
+    assert server.count("/SHA256SUMS") == 0
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "/sums is not there"),
+        (b"", "has no checksum of a.tar"),
+        (b"<html>", "has no checksum of a.tar"),
+        (f"{SHA256}  b.tar\n{SHA256}  c.tar\n".encode(), "has no checksum of a.tar"),
+        (f"{hashlib.sha1(CONTENT).hexdigest()}  a.tar\n".encode(), "has no checksum of a.tar"),
+        (f"{'0' * 64}  a.tar\n".encode(), "wrong sha256"),
+        (f"{'0' * 64}\n".encode(), "wrong sha256"),
+    ],
+)
+def test_named_file_that_does_not_do(content: bytes | None, words: str, server: Server, known: Settings) -> None:
+    """Whatever else there is."""
+    server.sums("/SHA256SUMS", "a.tar")
+    get(known)
+    if content is not None:
+        server.put("/sums", content)
+    for checksum in ("sums", f"{server.url}/sums"):
+        with pytest.raises(Failure) as raised:
+            get(known, image_checksum=checksum)
+        assert words in str(raised.value) and f"{server.url}/sums" in str(raised.value)
+
+
+def test_named_file_is_signed_where_it_is(server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg) -> None:
+    put_signed(server, "/SHA256SUMS", f"{SHA256}  a.tar\n", gpg)
+    with serving() as other:
+        for path in ("/sums", "/sums?token=x"):
+            url = other.put(path, f"{SHA256}  a.tar\n".encode())
+            signature = path.replace("sums", "sums.gpg")
+            signed = {"image_checksum": url, "image_keyring": keyrings["alice"], "image_cleanup": True}
+            with pytest.raises(Failure, match="/sums.* is not signed"):
+                get(known, **signed)
+            for content, text in ((CONTENT, "{}  a.tar\n"), (None, "{}  b.tar\n"), (None, "{}\n")):
+                put_signed(other, path, text.format(SHA256), gpg)
+                other.files[signature] = other.files[f"{path}.gpg"]
+                assert outcome(known, **signed) == (content or "refused")
+            other.put(signature, gpg("mallory", other.files[path].content, "--detach-sign"))
+            assert outcome(known, **signed) == "refused"
+
+
+def test_named_file_of_a_dump(server: Server, known: Settings) -> None:
+    known = replace(known, image_type="dump", image_url=server.url, image_checksum="sums")
+    for name, content in (("x-root.dump", CONTENT), ("x-boot.dump", OTHER)):
+        server.put(f"/{name}", content)
+    server.sums("/sums", "x-root.dump", "x-boot.dump")
+    for name, content in (("x-root.dump", CONTENT), ("x-boot.dump", OTHER)):
+        with open(fetch.fetched(known, [name])[1], "rb") as file:
+            assert file.read() == content
 
 
 # --- records of 1.0 ---------------------------------------------------------------------------------------

@@ -158,11 +158,20 @@ def test_yes_or_no(name: str, text: str, value: bool) -> None:
         ("image_url", "http://", "a URL that begins with http:// or https://"),
         ("image_url", "https:///etc", "a URL that begins with http:// or https://"),
         ("image_url", "https://example.org/a b", "a URL that begins with http:// or https://"),
-        ("image_checksum", "md5:00", "sha256:HEX, sha512:HEX or no"),
         ("dns_servers", "192.0.2.1, 192.0.2.2", "IP addresses, separated by spaces"),
         ("dns_servers", "dns.example.org", "IP addresses, separated by spaces"),
-        ("image_checksum", "sha256:abc", "sha256:HEX, sha512:HEX or no"),
-        ("image_checksum", "sha512:" + "0" * 64, "sha256:HEX, sha512:HEX or no"),
+        *(
+            (
+                "image_checksum",
+                text,
+                "sha256:HEX, sha512:HEX, no, or the checksum file: its URL, or its name beside the image",
+            )
+            for text in (
+                *("md5:00", "sha256:abc", "sha512:" + "0" * 64, "SHA256:" + "0" * 64, "0" * 64, "A" * 128, "NO", "yes"),
+                *("../SHA256SUMS", "a/b", "/etc/SHA256SUMS", "..", ".sums", "a\nb", "a\x1bb", "ftp://example.org/sums"),
+                *("file:///etc/shadow", "http://", "https:///sums", "https://example.org/a b", "//example.org/sums"),
+            )
+        ),
     ],
 )
 def test_refused(name: str, text: str, accepted: str) -> None:
@@ -186,6 +195,9 @@ def test_refused(name: str, text: str, accepted: str) -> None:
         ("image_checksum", "no"),
         ("image_checksum", "sha256:" + "0aF" * 21 + "0"),
         ("image_checksum", "sha512:" + "0" * 128),
+        ("image_checksum", "SHA256SUMS"),
+        ("image_checksum", "debian 12.qcow2.sha256"),
+        ("image_checksum", "https://example.org:8443/debian/SHA256SUMS?x=1"),
         ("user_data", "#cloud-config\npackages: [vim]\n"),
         ("ssh_authorized_keys", "ssh-ed25519 AAAA a\nssh-ed25519 BBBB b\n"),
         ("root_password_hash", "$6$salt$hash"),
@@ -217,6 +229,11 @@ def test_password_that_is_no_hash(text: str) -> None:
     )
 
 
+def test_password_in_a_url() -> None:
+    for name in ("image_url", "image_checksum"):
+        assert f"{name.upper()}=(secret)" in refused(**{name: "ftp://user:password@example.org/a.qcow2"})
+
+
 def test_keys_are_lines_of_text() -> None:
     assert load(ssh_authorized_keys="ssh-rsa A\r\n\nssh-rsa B\n").ssh_authorized_keys == "ssh-rsa A\r\n\nssh-rsa B\n"
     for text in ("ssh-rsa A\x1b[2J", "ssh-rsa A\rB", "\x00"):
@@ -224,7 +241,7 @@ def test_keys_are_lines_of_text() -> None:
 
 
 @given(
-    st.sampled_from(["image_name", "overlay"]),
+    st.sampled_from(["image_name", "overlay", "image_checksum"]),
     st.text(alphabet=st.characters() | st.sampled_from("./\0\n"), min_size=1),
 )
 def test_accepted_names_stay_in_their_directory(name: str, text: str) -> None:
