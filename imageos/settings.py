@@ -380,7 +380,7 @@ def _entry(name: str) -> Mapping[str, Any]:
 
 def _shown(entry: Mapping[str, Any], text: str) -> str:
     """A value in a message. A URL may hold a password."""
-    hidden = entry["secret"] or (entry["kind"] in (_url, _for_ganeti) and "@" in text)
+    hidden = entry["secret"] or (entry["kind"] in (_url, _for_ganeti, _checksum) and "@" in text)
     return "(secret)" if hidden else repr(text)
 
 

@@ -36,7 +36,7 @@ def btrfs(devices: int) -> bytearray:
     return disk
 
 
-def objection(disk: bytes, kind: str, writable: bool = True) -> str:
+def objection(disk: bytes | bytearray, kind: str, writable: bool = True) -> str:
     return superblock.objection(lambda offset, count: bytes(disk[offset : offset + count]), kind, writable)
 
 
