@@ -256,7 +256,7 @@ def _master() -> str:
         raise Failure(
             "this is not a node of a Ganeti cluster: gnt-cluster getmaster names no master",
             hint="mount-disks --disk PATH, umount-disks --here and ganeti-image --disk PATH work without Ganeti",
-            details=[answer.stderr],
+            details=answer.stderr.splitlines()[-10:],
         )
     return name
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 
 PREFIX = "imageos: "
 LONGEST = 1 << 16  # characters of a line: a guest may have much to say
+CUT = " [...] "
 # Whether `debug` prints; set once by the settings. As global as stderr itself.
 _debug = False
 # Whether the terminal's line has a bar in it.
@@ -24,9 +25,8 @@ def set_debug(enabled: bool) -> None:
 
 
 def info(message: str) -> None:
-    """Print `message`, every line of it with the prefix."""
-    for line in message.splitlines() or [""]:
-        _write(f"{PREFIX}{line}\n")
+    """Print `message` as one line, whatever is in it: names of a guest's files may hold a newline."""
+    _write(f"{PREFIX}{message}")
 
 
 def warning(message: str) -> None:
@@ -36,7 +36,7 @@ def warning(message: str) -> None:
 def debug(message: str) -> None:
     if _debug:
         for line in message.splitlines():
-            _write(f"{PREFIX}debug: {line}\n")
+            _write(f"{PREFIX}debug: {line}")
 
 
 @contextmanager
@@ -139,6 +139,15 @@ def ascii_only(text: str) -> str:
     return "".join(c if " " <= c <= "~" else _escaped(c) for c in text)
 
 
+def bounded(text: str, longest: int) -> str:
+    """`text` as ASCII of at most so many characters; what is left out is in the middle: the end may be the cause."""
+    end = longest // 4
+    if len(text) > 2 * longest:  # escaping is slow
+        text = text[:longest] + text[-longest:]
+    text = ascii_only(text)
+    return text if len(text) <= longest else f"{text[: longest - end - len(CUT)]}{CUT}{text[-end:]}"
+
+
 def _escaped(character: str) -> str:
     if ord(character) < 0x80:
         return f"\\x{ord(character):02x}"
@@ -147,7 +156,7 @@ def _escaped(character: str) -> str:
 
 def size(count: int) -> str:
     """A number of bytes as people read it: `512 MiB`, `1.5 GiB`."""
-    value = float(count)
+    value = float(min(count, 1 << 80))
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
             break
@@ -157,7 +166,7 @@ def size(count: int) -> str:
 
 def _write(line: str) -> None:
     # One write per line: the lines of concurrent processes do not mix in Ganeti's log.
-    text = ascii_only(line.rstrip("\n")[:LONGEST]) + "\n"
+    text = bounded(line, LONGEST) + "\n"
     _clear()
     with suppress(OSError):  # nobody reads any more? The exit status still tells.
         os.write(2, text.encode("ascii"))

@@ -9,7 +9,7 @@ from zipimport import ZipImportError
 from imageos import log
 from imageos.errors import Failure, Interrupted, Usage, signal_name
 
-LONGEST = 2000  # characters of a line that tells why a command failed: Ganeti shows the last 4 KiB of the log
+LONGEST = 1900  # characters of a hint and of a cause: Ganeti shows the last 4 KiB of the log
 
 
 def guard(call: Callable[[], int]) -> int:
@@ -20,10 +20,10 @@ def guard(call: Callable[[], int]) -> int:
         return call()
     except Failure as failure:
         for line in failure.details:
-            log.info(line[:LONGEST])
+            _say(f"| {line}")  # a program's words, or a guest's, that nobody takes for ours
         if failure.hint:
-            log.info(f"hint: {failure.hint}"[:LONGEST])
-        log.info(str(failure)[:LONGEST])
+            _say(f"hint: {failure.hint}")
+        _say(str(failure))
         return 2 if isinstance(failure, Usage) else 1
     except Interrupted as interrupted:
         log.info(f"ended by {signal_name(interrupted.signum)}")
@@ -36,15 +36,20 @@ def guard(call: Callable[[], int]) -> int:
         if isinstance(error, PermissionError) and os.geteuid():
             log.info("hint: run it with sudo")
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        log.info(f"{where}{error.strerror or error}")
+        _say(f"{where}{error.strerror or error}")
         return 1
     except ZipImportError:  # its modules are where the other version has something else
         log.info("imageos was replaced by another version while it started: call it again")
         return 1
     except Exception as error:
-        log.info(_traceback())
-        log.info(f"internal error, please report it with the lines above: {type(error).__name__}: {error}")
+        for line in _traceback().splitlines():
+            _say(f"| {line}")
+        _say(f"internal error, please report it with the lines above: {type(error).__name__}: {error}")
         return 1
+
+
+def _say(line: str) -> None:
+    log.info(log.bounded(line, LONGEST))
 
 
 def _traceback() -> str:

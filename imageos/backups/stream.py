@@ -387,7 +387,7 @@ def _check_manifest(manifest: Manifest) -> None:
     for volume in manifest.volumes:
         numbers += [volume.number, volume.start, volume.size, manifest.disk_size - volume.start - volume.size]
     texts = [manifest.table, manifest.instance, manifest.exporter]
-    if not all(type(number) is int and number >= 0 for number in numbers) or not all(map(str.isascii, texts)):
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers) or not all(map(str.isascii, texts)):
         raise ValueError("a number or text is out of range")
 
 

@@ -12,6 +12,7 @@ import random
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -189,6 +190,15 @@ READERS: dict[str, tuple[bytes, Callable[[bytes], object]]] = {
         "user_data": b"#cloud-config\n", "arch": b"x86_64", "swap": b"yes", "no_such": b"1",
     }.items()},
 }  # fmt: skip
+
+
+def test_tar_header_of_a_directory_with_content(tmp_path: Path) -> None:
+    header = bytearray(tar_header())
+    header[156:157] = b"5"
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:512]))
+    (tmp_path / "stream").write_bytes(bytes(header) + bytes(4096))
+    with open(tmp_path / "stream", "rb") as file, pytest.raises(Failure, match="is no regular file"):
+        read_members(stream.Source(file.fileno()))
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -43,17 +43,15 @@ def test_escapes(text: str, shown: str) -> None:
     assert log.ascii_only(text) == shown
 
 
-def test_every_line_has_the_prefix(capfd: Capture) -> None:
-    log.info("one\ntwo\u2028imageos: three\r\nfour\n")
+def test_one_message_is_one_line(capfd: Capture) -> None:
+    """A newline in a guest's file name begins no line, least of all the last one."""
+    log.info("one\nimageos: two\u2028three\r\n")
     log.info("")
     log.warning("odd")
     shown = capfd.readouterr()
     assert shown.out == ""
     assert shown.err.splitlines() == [
-        "imageos: one",
-        "imageos: two",
-        "imageos: imageos: three",
-        "imageos: four",
+        "imageos: one\\x0aimageos: two\\u2028three\\x0d\\x0a",
         "imageos: ",
         "imageos: warning: odd",
     ]
@@ -198,6 +196,8 @@ def test_long_lines(capfd: Capture) -> None:
     """What a hook prints is in the log, within reason."""
     log.info("x" * 50_000)
     log.info("y" * (10 << 20))
-    first, second = capfd.readouterr().err.splitlines()
+    log.info("\x00" * 30_000 + "the cause")
+    first, second, third = capfd.readouterr().err.splitlines()
     assert first == "imageos: " + "x" * 50_000
-    assert len(second) == log.LONGEST
+    assert len(second) == len(third) == log.LONGEST
+    assert third.startswith("imageos: \\x00") and third.endswith("\\x00the cause")

@@ -58,8 +58,8 @@ def test_cause_is_all_that_is_said(error: BaseException, status: int, cause: str
 def test_details_and_hint_come_before(capfd: Capture) -> None:
     assert raising(Failure("tar failed", hint="another image", details=["$ tar", "tar: bad"])) == 1
     assert capfd.readouterr().err.splitlines() == [
-        "imageos: $ tar",
-        "imageos: tar: bad",
+        "imageos: | $ tar",
+        "imageos: | tar: bad",
         "imageos: hint: another image",
         "imageos: tar failed",
     ]
