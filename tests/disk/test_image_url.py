@@ -837,7 +837,8 @@ def trust(ca: Path) -> None:
     paths = ssl.get_default_verify_paths()
     certificate = run("openssl", "x509", "-in", ca)
     name = run("openssl", "x509", "-noout", "-hash", "-in", ca).strip()
-    for path in (os.path.realpath(paths.openssl_cafile), f"{os.path.realpath(paths.openssl_capath)}/{name}.9"):
+    # .0: OpenSSL does not look for .1 where there is none, and Debian 11's has no file, only this directory
+    for path in (os.path.realpath(paths.openssl_cafile), f"{os.path.realpath(paths.openssl_capath)}/{name}.0"):
         if path.startswith("/etc/"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "a") as file:
