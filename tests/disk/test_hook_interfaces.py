@@ -326,7 +326,9 @@ def test_the_program_does_what_was_planned(backend: str, plan: str, debians: Cal
 @pytest.mark.parametrize("plan", OUTCOME)
 def test_network_manager_reads_its_files(plan: str, debians: Callable[[str], Path]) -> None:
     """nmcli takes a keyfile and prints it as it understood it: nothing may be lost."""
-    for path, text in golden("NetworkManager", plan).items():
+    files = golden("NetworkManager", plan)
+    assert files
+    for path, text in files.items():
         argv = ["chroot", str(debians("network-manager")), "nmcli", "--offline", "connection", "modify"]
         done = subprocess.run([*argv, "connection.zone", ""], input=text, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, ""), path
