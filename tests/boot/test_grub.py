@@ -14,7 +14,7 @@ from test_boot import Guest, check, deploy, images, make_disk, node
 
 __all__ = ["images", "node"]
 GPT = {"PARTITION_TABLE": "gpt"}
-BOTH = Guest("bookworm", "ext4", 3, 4, 5, GPT)
+BOTH = Guest("bookworm", "ext3", 3, 0, 4, {"FILESYSTEM": "ext3", "SWAP": "no", **GPT})
 PAIR = (
     Guest("trixie", "xfs", 3, 0, 4, {"FILESYSTEM": "xfs", "SWAP": "no", **GPT}),
     Guest("signed", "btrfs", 3, 0, 4, {"FILESYSTEM": "btrfs", "SWAP": "no", **GPT}),  # bookworm, with shim
