@@ -122,13 +122,16 @@ def pipeline(
     tick: Callable[[], None] | None = None,
     on_exit: Callable[[], None] | None = None,
     private: bool = False,
+    keep: Sequence[int] = (),
+    on_start: Callable[[], None] | None = None,
 ) -> list[Finished]:
     """Run `stages` with each one's stdout as the next one's stdin; judge nothing.
 
     `env` replaces the environment (default: `environment()`); it, `cwd` and `prepare` are for every stage, but before
     the last one `upstream`, if given, takes the place of `prepare`.
     `tick` is called every now and then; `on_exit` when the last stage has ended, while a process that it left behind
-    may still hold its output open; the output of a `private` command stays out of the debug log.
+    may still hold its output open; the output of a `private` command stays out of the debug log. `keep`: descriptors
+    that all stages but the last inherit; `on_start` is called when all have been started.
     """
     log.debug("$ " + " | ".join(shlex.join(stage) for stage in stages))
     processes: list[subprocess.Popen[bytes]] = []
@@ -142,6 +145,7 @@ def pipeline(
                 stderr=subprocess.PIPE,
                 env=environment() if env is None else env,
                 cwd=cwd,
+                keep=() if stage is stages[-1] else keep,
                 prepare=prepare if stage is stages[-1] or upstream is None else upstream,
             )
             source = process.stdout.fileno() if process.stdout else subprocess.DEVNULL
@@ -149,6 +153,8 @@ def pipeline(
                 linux.enlarge_pipe(source, PIPE_SIZE)
         if input is not None and processes[0].stdin:
             _feed(processes[0], input)
+        if on_start:
+            on_start()
 
         def at_exit() -> None:
             _run_dry(processes)

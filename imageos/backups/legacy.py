@@ -92,17 +92,20 @@ def unpack_dump(source: Source, member: Member, directory: str) -> None:
     progress = log.Progress(f"restoring {member.name}", member.size)
     before = _used(directory)
     # TMPDIR, where restore keeps a list of all directories, is ours alone
-    finished = run.pipeline(
-        [["head", "-c", str(member.size)], ["restore", "-r", "-y", "-f", "-"]],
-        stdin=descriptor,
-        prepare=unpacking(directory),
-        upstream=confined(),
-        # a pipe has no place: what has arrived tells
-        tick=lambda: progress.update(_used(directory) - before),
-        on_line=dump.watch(what),
-    )
-    progress.close()
-    dump.judge(Image(what, descriptor, member.size, ""), directory, finished)
+    with dump.following(what) as follower:
+        finished = run.pipeline(
+            [["head", "-c", str(member.size)], follower.stage, dump.RESTORE],
+            stdin=descriptor,
+            prepare=unpacking(directory),
+            upstream=confined(),
+            # a pipe has no place: what has arrived tells
+            tick=lambda: progress.update(_used(directory) - before),
+            on_line=dump.watch(what),
+            keep=follower.keep,
+            on_start=follower.start,
+        )
+        progress.close()
+        dump.judge(Image(what, descriptor, member.size, ""), directory, finished, follower)
 
 
 def _used(directory: str) -> int:

@@ -29,6 +29,7 @@ from imageos.guests import target as targets
 from imageos.guests.target import Target
 from imageos.hook import guest_disk
 from imageos.images import diskimage, dump, qcow2
+from imageos.images.restored import SYMBOL_TABLE
 from imageos.node import isolation
 from imageos.settings import Settings
 
@@ -166,7 +167,7 @@ def restore_dumps(
 ) -> None:
     """Dumps go onto partitions as `create` makes them."""
     intended = create.plan(known, instance, device)
-    run.require("head", "restore", *filesystem.programs(intended, known.filesystem))
+    run.require("head", "tee", "restore", *filesystem.programs(intended, known.filesystem))
     with (
         disk.attached(device, direct=True) as attached,
         disk.disarmed_on_failure(device, attached),
@@ -209,7 +210,7 @@ def restore_both(source: Source, members: Iterable[Member], root: Target, separa
             elif done:
                 directory = stack.enter_context(filesystem.alone(directory))
             legacy.unpack_dump(source, member, directory)
-        root.remove(os.path.join(place, dump.SYMBOL_TABLE))
+        root.remove(os.path.join(place, SYMBOL_TABLE))
         done.append(member.name)
     if "root.dump" not in done:
         raise Failure("the archive in the stream holds no root.dump")

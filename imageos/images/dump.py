@@ -9,26 +9,31 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import signal
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 from imageos import log
 from imageos.disks import filesystem
 from imageos.errors import Failure
-from imageos.guests.sandbox import unpacking
+from imageos.guests.sandbox import confined, unpacking
+from imageos.images.dumpfile import RECORD, TAPE, Dump, Truncated, is_header
 from imageos.images.imagefile import Image, beginning, check_stages, feed, is_full, too_large
-from imageos.run import Finished, require
+from imageos.images.restored import SYMBOL_TABLE, complete
+from imageos.node import linux
+from imageos.run import PIPE_SIZE, Finished, pipeline, require
 
 # What is compressed within the format (dump -z) needs no name of its own.
 SUFFIXES = ("-root.dump", "-root.dump.gz", "-root.dump.zst", "-root.dump.xz")
-# protocols/dumprestore.h: the first record, struct s_spcl
-RECORD = 1024  # bytes
-MAGIC, MAGIC_OFFSET = 60012, 24
-LEVEL_OFFSET = 692
-CHECKSUM = 84446  # of the record's 256 integers
+RESTORE = ["restore", "-r", "-y", "-f", "-"]
+LEVEL_OFFSET = 692  # in the first record
+PACKED = 49  # since 0.4b49, dump writes in another way
 # What restore mutters although its status is 0 and files are missing or full of zeroes
 DAMAGE = re.compile(
-    r"Unknown EA index|abort\?|Incorrect block|not found on tape|End-of-input|[Rr]ead error|[Ww]rite error|"
+    r"abort\?|Incorrect block|not found on tape|End-of-input|[Rr]ead error|[Ww]rite error|"
     r"resync|[Cc]hecksum|No space left|cannot create|skipped"
 )
 # With this, and at the latest after so many lines, it has lost its way: it would look for the next file for ever.
@@ -36,16 +41,18 @@ DAMAGE = re.compile(
 LOST = re.compile(r"not at beginning of a file|unexpected inode extension|(^|[ /])\.\.(/|:|$)")
 MOST_LINES = 100_000
 HARMLESS = re.compile(r"cannot open /dev/tty|Dump tape is compressed|(lost\+found|boot): File exists")
-SYMBOL_TABLE = "restoresymtable"
 
 
 def check(image: Image) -> None:
     """Look at the first record: Failure unless it is a full dump that this node can restore."""
     require("restore", *image.decompress[:1])
     record = beginning(image, RECORD)
-    order = next((one for one in "<>" if _is_header(record, one)), None)
+    order = next((one for one in "<>" if is_header(record, one)), None)
     if order is None:
         raise Failure(f"image {image.path} is not a dump, or damaged at its beginning")
+    kind, volume = struct.unpack_from(order + "i8xi", record)
+    if (kind, volume) != (TAPE, 1):
+        raise Failure(f"image {image.path} is not the first volume of a dump")
     level = struct.unpack_from(order + "i", record, LEVEL_OFFSET)[0]
     if level:
         raise Failure(
@@ -80,10 +87,71 @@ def boot_path(path: str) -> str:
 
 def _restore(image: Image, directory: str) -> None:
     # TMPDIR, where it keeps a list of all directories, is ours alone (isolation)
-    restore = ["restore", "-r", "-y", "-f", "-"]
-    finished = feed(image, restore, "restoring", prepare=unpacking(directory), on_line=watch(image.path))
-    judge(image, directory, finished)
+    with following(image.path) as follower:
+        finished = feed(
+            image,
+            RESTORE,
+            "restoring",
+            prepare=unpacking(directory),
+            on_line=watch(image.path),
+            between=[follower.stage],
+            keep=follower.keep,
+            on_start=follower.start,
+        )
+        judge(image, directory, finished, follower)
     os.unlink(f"{directory}/{SYMBOL_TABLE}")
+
+
+class Follower:
+    """Reads along what restore reads, which `stage` passes on to both."""
+
+    def __init__(self, name: str, thread: Executor) -> None:
+        self.dump = Dump(name)
+        self._thread = thread
+        self._reader, self._writer = os.pipe()
+        linux.enlarge_pipe(self._writer, PIPE_SIZE)
+        self.keep = [self._writer]
+        self.stage = ["tee", f"/dev/fd/{self._writer}"]
+        self._done: Future[None] | None = None
+
+    def start(self) -> None:
+        """What passes everything on has been started."""
+        os.close(self._writer)
+        self._done = self._thread.submit(self._read)
+
+    def failure(self) -> Failure | None:
+        """What the dump lacks, once its end has passed; None if it is whole."""
+        assert self._done
+        try:
+            self._done.result()
+        except Failure as failure:
+            return failure
+        return None
+
+    def close(self) -> None:
+        if not self._done:
+            os.close(self._reader)
+            os.close(self._writer)
+
+    def _read(self) -> None:
+        # closed when we know enough: nobody need wait for the end of what is damaged
+        with open(self._reader, "rb", buffering=PIPE_SIZE) as file:
+            self.dump.read(file)
+
+
+@contextmanager
+def following(name: str) -> Iterator[Follower]:
+    """What reads along a dump, the image `name`; what fails meanwhile gets the cause that it knows."""
+    with ThreadPoolExecutor(1) as thread:
+        follower = Follower(name, thread)
+        try:
+            yield follower
+        except Failure as failure:
+            if follower.dump.packed and "does not fit" not in str(failure):
+                raise _too_new(name, failure) from None
+            raise
+        finally:
+            follower.close()
 
 
 def check_untouched(path: str, directory: str) -> None:
@@ -106,21 +174,42 @@ def watch(path: str) -> Callable[[str], None]:
     return listen
 
 
-def judge(image: Image, directory: str, finished: Sequence[Finished]) -> None:
+def judge(image: Image, directory: str, finished: Sequence[Finished], follower: Follower) -> None:
     """Fail unless restore, the last of the stages `finished`, has put everything of the image into `directory`."""
-    said = [line for line in finished[-1].stderr.splitlines() if line.strip() and not HARMLESS.search(line)]
-    if is_full(directory) or any("No space left" in line for line in said):
+    *upstream, tee, restore = finished
+    said = [line for line in restore.stderr.splitlines() if line.strip() and not HARMLESS.search(line)]
+    if is_full(directory) or any("No space left" in line and "EA set" not in line for line in said):
         raise too_large(image, directory)
     damage = [line for line in said if DAMAGE.search(line)]
+    failure = follower.failure()
+    # where restore ended before the dump did, it has to say why
+    if failure and not (isinstance(failure, Truncated) and tee.status == -signal.SIGPIPE):
+        check_stages(image, [*upstream, replace(tee, status=0), replace(restore, status=0)])
+        failure.details = (*failure.details, *damage[:10])
+        raise failure
     check_stages(image, finished)
     if damage:
         raise Failure(f"image {image.path} is damaged or truncated: {damage[0]}", details=damage[1:10])
+    complete(follower.dump, directory)
     for line in said[:10]:
         log.warning(f"restore: {line}")
 
 
-def _is_header(record: bytes, order: str) -> bool:
-    if len(record) < RECORD:
-        return False
-    magic: int = struct.unpack_from(order + "i", record, MAGIC_OFFSET)[0]
-    return magic == MAGIC and sum(struct.unpack(order + "256i", record)) & 0xFFFFFFFF == CHECKSUM
+def _too_new(name: str, failure: Failure) -> Failure:
+    """The failure of a dump in the way of 0.4b49, if this node's restore cannot read it."""
+    version = restore_version()
+    if version is None or version >= PACKED:
+        return failure
+    return Failure(
+        f"image {name} was made by dump 0.4b{PACKED} or newer, which restore 0.4b{version} of this node cannot read",
+        hint="use a node with restore of Debian 13, or make a tarball instead of a dump",
+        details=[str(failure), *failure.details],
+    )
+
+
+def restore_version() -> int | None:
+    """49 of restore 0.4b49; None if it cannot be told."""
+    with suppress(Failure):
+        found = re.search(r"0\.4b(\d+)", pipeline([["restore"]], timeout=10, prepare=confined())[0].stderr)
+        return int(found[1]) if found else None
+    return None

@@ -89,21 +89,26 @@ def feed(
     *,
     prepare: Callable[[], None],
     on_line: Callable[[str], None] | None = None,
+    between: Sequence[Sequence[str]] = (),
+    keep: Sequence[int] = (),
+    on_start: Callable[[], None] | None = None,
 ) -> list[Finished]:
     """Run `program` with the image, uncompressed, as its stdin, and show the progress of `what` it does; judge nothing.
 
-    `prepare` and `on_line` as in run.pipeline.
+    `between`: stages before it that pass everything on. `prepare` and the others as in run.pipeline.
     """
     os.lseek(image.descriptor, 0, os.SEEK_SET)
     progress = log.Progress(what, image.size)
     finished = pipeline(
-        [image.decompress, program] if image.compression else [program],
+        [*([image.decompress] if image.compression else []), *between, program],
         stdin=image.descriptor,
         prepare=prepare,
         upstream=confined(),
         # the children read through our descriptor: its offset tells how far they are
         tick=lambda: progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR)),
         on_line=on_line,
+        keep=keep,
+        on_start=on_start,
     )
     progress.close()
     return finished

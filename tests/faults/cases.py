@@ -170,7 +170,7 @@ CASES = {
         **{f"zstd killed at its end at call {nth}": BEGINNING for nth in (1, 2, 3)},
         "e2fsck fails at call 1": CHECKED, **AHEAD}, blind=True),
     "create qcow2": Case(create("guest", "qcow2", ".qcow2"), blind=True, only=("qemu-img",)),
-    "create dump": Case(create("guest", "dump", "-root.dump"), only=("restore",)),
+    "create dump": Case(create("guest", "dump", "-root.dump"), only=("restore", "tee")),
     "grow xfs": Case(restore("xfs"), mib=430, layout="xfs", only=("xfs_growfs",)),
     "grow btrfs": Case(restore("btrfs"), mib=300, layout="btrfs", only=("btrfs",), at_once=1),
     "export": Case(export, source="guest.raw", reads_only=True, tolerated={"sfdisk": SURVEY, "blkid": SURVEY}),
@@ -178,7 +178,7 @@ CASES = {
         "sfdisk fails at call 1": UNREADABLE, "e2fsck fails at call 1": CHECKED}),
     "import bare": Case(restore("disk.zst"), only=("cat", "zstd", "sfdisk", "blkid"), tolerated={
         **{f"sfdisk fails at call {nth}": UNREADABLE for nth in (1, 2)}}),
-    "import dumps": Case(restore("dumps.tar"), only=("head", "restore")),
+    "import dumps": Case(restore("dumps.tar"), only=("head", "restore", "tee")),
     "capture tarball": Case(capture("tarball"), source="guest.raw", reads_only=True, tolerated={
         "zstd missing at call 0": OTHERS}),
     "capture dump": Case(capture("dump"), source="old.raw", reads_only=True, only=("dump",)),

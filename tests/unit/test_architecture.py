@@ -49,6 +49,8 @@ ORDER = [
         "images.imagefile",
         "images.qcow2",
         "images.tarball",
+        "images.dumpfile",
+        "images.restored",
         "images.dump",
         "images.diskimage",
         "images.imagetypes",

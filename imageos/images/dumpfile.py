@@ -1,0 +1,462 @@
+"""The format of dump(8), read in one go: what a dump holds, and whether all of it is there.
+
+protocols/dumprestore.h: records of 1024 bytes. Headers have a checksum, and tell how many records of data follow; maps
+of all inodes come first, then directories, then everything else, each with its extended attributes behind it.
+"""
+
+from __future__ import annotations
+
+import bz2
+import io
+import stat
+import struct
+import zlib
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from imageos.errors import Failure
+
+RECORD = 1024  # bytes
+MAGIC = 60012
+CHECKSUM = 84446  # of a header's 256 integers
+TAPE, INODE, BITS, ADDR, END, CLRI = range(1, 7)  # kinds of records (TS_*)
+NEW_NAMES, COMPRESSED, ATTRIBUTES = 0x2, 0x80, 0x8000  # flags (DR_*)
+EXTENDED = 3  # what an extension of an inode may be (EXT_XATTR)
+TAPE_BLOCK = 10  # records: what is compressed together, if nothing is said
+ROOT = 2
+# struct s_spcl
+FIELDS = "4iIIiiHH4xQ24x60sI8xII8xi512s212xI4xii"
+PADDED = "120x"
+
+# Flags of an ext inode
+FIXED = 0x30  # immutable, append only: nothing can be changed
+ENCRYPTED, INLINE = 0x800, 0x10000000
+# Attributes as ext keeps them (struct ext4_xattr_entry): in the inode, and in a block of their own
+ENTRY = struct.Struct("<BBHIII")
+FIRST_ENTRY = {0xEA020001: (4, 4), 0xEA020000: (32, 0)}  # magic -> where entries begin, where offsets of values do
+PREFIXES = {1: "user.", 2: "system.posix_acl_access", 3: "system.posix_acl_default", 4: "trusted.", 6: "security."}
+SYSTEM, ENCRYPTION = 7, 9
+ACL_NAMED = (2, 8)  # the tags of an ACL's entries that name a user or group
+
+# A stranger's dump: what is kept of it has bounds. Those of restore(8) itself are no wider: see guests.sandbox.
+MOST_INODES = 10_000_000
+MOST_NAMES = 256 << 20  # bytes of all directories, and of all attributes that differ
+MOST_ATTRIBUTES = 64 << 10  # bytes that one inode may have (XATTR_MAXSIZE)
+PIECE = 1 << 20
+
+
+class Truncated(Failure):
+    """The dump ends before its end."""
+
+
+class Facts(NamedTuple):
+    """What a dump says of an inode."""
+
+    mode: int
+    links: int
+    uid: int
+    gid: int
+    size: int
+    flags: int
+
+
+class Header(NamedTuple):
+    kind: int
+    date: int
+    previous: int
+    volume: int
+    place: int  # of this record in the dump
+    inode: int
+    magic: int
+    checksum: int
+    mode: int
+    links: int
+    size: int
+    blocks: bytes  # the beginning of the content, with INLINE
+    inode_flags: int
+    uid: int
+    gid: int
+    mapped: int  # valid bytes of the map, or records of what is a map itself
+    map: bytes
+    flags: int
+    tape_block: int
+    extension: int
+
+
+class Inodes:
+    """Facts by number, in little memory: 28 bytes each."""
+
+    _packed = struct.Struct("<HHIIQI")
+
+    def __init__(self) -> None:
+        self._numbers = array("I")
+        self._facts = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def add(self, number: int, facts: Facts) -> bool:
+        """False if it does not come in order."""
+        if self._numbers and number <= self._numbers[-1]:
+            return False
+        self._numbers.append(number)
+        self._facts += self._packed.pack(*facts)
+        return True
+
+    def find(self, number: int) -> Facts | None:
+        place = bisect_left(self._numbers, number)
+        if place == len(self._numbers) or self._numbers[place] != number:
+            return None
+        return Facts(*self._packed.unpack_from(self._facts, place * self._packed.size))
+
+
+class Dump:
+    """What is in a dump. `read` it from its beginning to its end."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.packed = False  # in the way of dump 0.4b49, which an older restore cannot read
+        self.inline: dict[int, bytes] = {}  # content that the inodes themselves hold
+        self._directories, self._others = Inodes(), Inodes()
+        self._contents: dict[int, bytes] = {}  # of directories
+        self._attributes: dict[int, tuple[tuple[str, bytes], ...]] = {}
+        self._known: dict[bytes, tuple[tuple[str, bytes], ...]] = {}  # many inodes have the same attributes
+        self._kept = 0  # bytes of both
+        self._record = 0
+        self._order = "<"
+        self._new_names = True
+
+    def __len__(self) -> int:
+        return len(self._directories) + len(self._others)
+
+    def facts(self, number: int) -> Facts | None:
+        return self._directories.find(number) or self._others.find(number)
+
+    def attributes(self, number: int) -> tuple[tuple[str, bytes], ...]:
+        return self._attributes.get(number, ())
+
+    def names(self, number: int) -> Iterator[tuple[bytes, int]]:
+        """What a directory holds: names, and the numbers of their inodes."""
+        facts = self._directories.find(number)
+        content, at = self._contents.get(number, b"")[: facts.size if facts else 0], 0
+        entry = struct.Struct(self._order + ("IHBB" if self._new_names else "IHH"))
+        while at + entry.size <= len(content):
+            inode, length, *_, name_length = entry.unpack_from(content, at)
+            name = content[at + 8 : at + 8 + name_length]
+            if length < 8 + name_length or (inode and len(name) < name_length):
+                raise self._damaged(f"directory {number} makes no sense")
+            if inode and name not in (b".", b".."):
+                if not name or b"/" in name or b"\0" in name:
+                    raise self._damaged(f"directory {number} holds the name {name!r}")
+                yield name, inode
+            at += length
+
+    def read(self, file: BinaryIO) -> None:
+        """Failure unless the dump is whole: every inode of its own map, and the end."""
+        file = self._begin(file)
+        maps = bytearray()
+        before = TAPE
+        while True:
+            header = self._header(file)
+            if header.kind == END:
+                break
+            if header.kind == BITS or (header.kind == ADDR and before == BITS):
+                maps += self._take(file, header.mapped)
+                before = BITS
+            elif header.kind == CLRI or (header.kind == ADDR and before == CLRI):
+                self._skip(file, header.mapped)
+                before = CLRI
+            elif header.kind in (INODE, ADDR):
+                self._inode(file, header)
+                before = INODE
+            elif header.kind == TAPE:
+                raise self._refused("is one of several volumes of a dump")
+            else:
+                raise self._damaged(f"record {self._record - 1} is of the unknown kind {header.kind}")
+        self._check_map(maps)
+        self._known.clear()
+        while file.read(PIECE):  # whoever writes must not stumble
+            pass
+
+    def _begin(self, file: BinaryIO) -> BinaryIO:
+        """Read the first record; gives what to read the others from."""
+        header = self._header(file)
+        if header.kind != TAPE or header.volume != 1:
+            raise self._refused("is not the first volume of a dump")
+        self._new_names = bool(header.flags & NEW_NAMES)
+        if not header.flags & COMPRESSED:
+            return file
+        size = header.tape_block or TAPE_BLOCK
+        if not 0 < size <= PIECE // RECORD:
+            raise self._damaged(f"blocks of {size} KiB")
+        return io.BufferedReader(_Unpacked(self, file, size * RECORD), PIECE)
+
+    def _header(self, file: BinaryIO) -> Header:
+        record = self._take(file, 1)
+        if self._record == 1 and is_header(record, ">"):
+            self._order = ">"
+        if not is_header(record, self._order):
+            raise self._damaged(f"record {self._record - 1} is not what has to be there")
+        header = Header(*struct.unpack(self._order + FIELDS + PADDED, record))
+        if header.kind != TAPE and header.place & 0xFFFFFFFF != (self._record - 1) & 0xFFFFFFFF:
+            raise self._damaged(f"record {header.place} is at the place of record {self._record - 1}")
+        return header
+
+    def _inode(self, file: BinaryIO, header: Header) -> None:
+        records = self._data_records(header)
+        number, is_directory = header.inode, stat.S_ISDIR(header.mode)
+        if header.flags & ATTRIBUTES:
+            self._add_attributes(header, self._take(file, min(records, 2 * MOST_ATTRIBUTES // RECORD)))
+            return
+        if header.kind == INODE:
+            size = header.size
+            facts = Facts(header.mode, header.links, header.uid, header.gid, size, header.inode_flags)
+            if not (self._directories if is_directory else self._others).add(number, facts):
+                raise self._damaged(f"inode {number} is not where it has to be")
+            if len(self) > MOST_INODES:
+                raise self._refused(f"has more than {MOST_INODES} files")
+            if header.inode_flags & ENCRYPTED:
+                raise self._refused("is of an ext4 with encrypted files, whose content and names no dump holds")
+            if header.inode_flags & INLINE and stat.S_ISREG(header.mode):
+                self.inline[number] = header.blocks[:size]
+        if is_directory:
+            data = self._take(file, records)
+            self._keep(len(data))
+            self._contents[number] = self._contents.get(number, b"") + data
+        else:
+            self._skip(file, records)
+
+    def _data_records(self, header: Header) -> int:
+        """How many follow, which the header's map tells.
+
+        A byte of it is of one record: 1 for data, 0 for a hole. Since 0.4b49 it is of a run: of data with bit 0, and
+        as long as bits 1 to 6 and one more say; with bit 7, the next byte and one more are its length in units of 64.
+        """
+        if not 0 <= header.mapped <= len(header.map):
+            raise self._damaged(f"a map of {header.mapped} in record {self._record - 1}")
+        runs = header.map[: header.mapped]
+        if not runs or max(runs) <= 1:
+            return sum(runs)
+        self.packed = True
+        found, rest = 0, iter(runs)
+        for byte in rest:
+            length = 1 + (byte >> 1 & 63)
+            if byte & 128:
+                length += 64 * (1 + next(rest, 0))
+            found += length * (byte & 1)
+        return found
+
+    def _add_attributes(self, header: Header, data: bytes) -> None:
+        if header.kind != INODE or header.extension != EXTENDED:
+            raise self._damaged(f"inode {header.inode} has an extension of the unknown kind {header.extension}")
+        blob = data[: header.size]
+        if blob not in self._known:
+            self._keep(len(blob))
+            self._known[blob] = tuple(self._parsed(header.inode, blob))
+        self._attributes[header.inode] = self.attributes(header.inode) + self._known[blob]
+        if header.inode in self.inline:
+            facts = self.facts(header.inode)
+            more = b"".join(value for name, value in self._known[blob] if name == "system.data")
+            self.inline[header.inode] = (self.inline[header.inode] + more)[: facts.size if facts else 0]
+
+    def _parsed(self, inode: int, blob: bytes) -> Iterator[tuple[str, bytes]]:
+        begin, base = FIRST_ENTRY.get(int.from_bytes(blob[:4], "little"), (len(blob), 0))
+        if begin == len(blob):
+            raise self._damaged(f"the attributes of inode {inode} make no sense")
+        while blob[begin : begin + 4].strip(b"\0"):
+            if begin + ENTRY.size > len(blob):
+                raise self._damaged(f"the attributes of inode {inode} make no sense")
+            length, index, offset, elsewhere, size, _ = ENTRY.unpack_from(blob, begin)
+            name = blob[begin + ENTRY.size : begin + ENTRY.size + length]
+            value = blob[base + offset : base + offset + size]
+            if len(name) < length or b"\0" in name:
+                raise self._damaged(f"the attributes of inode {inode} make no sense")
+            if elsewhere:
+                raise self._refused("is of an ext4 with ea_inode, whose large attributes no dump holds")
+            if index == ENCRYPTION:
+                raise self._refused("is of an ext4 with encrypted files, whose content and names no dump holds")
+            if len(value) < size:
+                raise self._damaged(f"the attributes of inode {inode} make no sense")
+            if index == SYSTEM:
+                yield f"system.{name.decode('ascii', 'replace')}", value
+            elif PREFIXES.get(index, "").startswith("system."):
+                yield PREFIXES[index], self._acl(inode, value)
+            else:
+                prefix = PREFIXES.get(index, f"(kind {index}).")
+                yield prefix + name.decode("utf-8", "surrogateescape"), value
+            begin += ENTRY.size + length + 3 & ~3
+
+    def _acl(self, inode: int, value: bytes) -> bytes:
+        """An ACL as the kernel takes it (linux/posix_acl_xattr.h); ext keeps a number only where somebody is named."""
+        entries, at = [struct.pack("<I", 2)], 4
+        while at + 4 <= len(value):
+            tag, permissions = struct.unpack_from("<HH", value, at)
+            at += 4
+            name = value[at : at + 4] if tag in ACL_NAMED else b"\xff" * 4
+            at += 4 if tag in ACL_NAMED else 0
+            entries.append(struct.pack("<HH", tag, permissions) + name)
+        if value[:4] != b"\1\0\0\0" or at != len(value):
+            raise self._damaged(f"the ACL of inode {inode} makes no sense")
+        return b"".join(entries)
+
+    def _check_map(self, maps: bytearray) -> None:
+        for place, byte in enumerate(maps):
+            for bit in range(8) if byte else ():
+                number = place * 8 + bit + 1
+                if byte >> bit & 1 and not self.facts(number):
+                    raise self._damaged(f"inode {number} is missing, which its own list names")
+        if not self._directories.find(ROOT):
+            raise self._damaged("it has no root directory")
+
+    def _keep(self, size: int) -> None:
+        self._kept += size
+        if self._kept > MOST_NAMES:
+            raise self._refused(f"has more than {MOST_NAMES >> 20} MiB of names and attributes")
+
+    def _take(self, file: BinaryIO, count: int) -> bytes:
+        self._record += count
+        if not 0 <= count <= MOST_NAMES // RECORD:
+            raise self._damaged(f"{count} records are said to follow record {self._record - count - 1}")
+        data = file.read(count * RECORD)
+        if len(data) < count * RECORD:
+            raise self._cut_off()
+        return data
+
+    def _skip(self, file: BinaryIO, count: int) -> None:
+        self._record += max(0, count)
+        left = count * RECORD
+        while left > 0:
+            data = file.read(min(left, PIECE))
+            if not data:
+                raise self._cut_off()
+            left -= len(data)
+
+    def _cut_off(self) -> Failure:
+        return Truncated(f"image {self.name} is damaged or truncated: it ends before record {self._record}")
+
+    def _damaged(self, why: str) -> Failure:
+        return Failure(f"image {self.name} is damaged or truncated: {why}")
+
+    def _refused(self, why: str) -> Failure:
+        return Failure(f"image {self.name} {why}")
+
+
+class _Unpacked(io.RawIOBase):
+    """The records of a dump that is compressed within: blocks, each behind its length (struct tapebuf)."""
+
+    def __init__(self, dump: Dump, file: BinaryIO, size: int) -> None:
+        self._dump = dump
+        self._file = file
+        self._size = size
+        self._block = file.read(size - RECORD)  # the first one is plain, and its first record read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+        if not self._block:
+            self._block = self._next()
+        count = min(len(buffer), len(self._block))
+        buffer[:count] = self._block[:count]
+        self._block = self._block[count:]
+        return count
+
+    def _next(self) -> bytes:
+        word = self._file.read(4)
+        if len(word) < 4:
+            return b""
+        head = int.from_bytes(word, "little")
+        is_compressed, how, length = head & 1, head >> 1 & 7, head >> 4
+        if not 0 < length <= 2 * self._size:
+            raise self._dump._damaged(f"a block of {length} bytes")
+        data = self._file.read(length)
+        if len(data) < length:
+            return b""
+        if not is_compressed:
+            return data
+        try:
+            if how == 0:
+                return zlib.decompressobj().decompress(data, self._size)
+            if how == 1:
+                return bz2.BZ2Decompressor().decompress(data, self._size)
+            if how == 2:
+                return unpack_lzo(data, self._size)
+        except (zlib.error, OSError, ValueError, IndexError) as error:
+            raise self._dump._damaged(f"a block cannot be uncompressed: {error}") from None
+        raise self._dump._damaged(f"a block is compressed in the unknown way {how}")
+
+
+def is_header(record: bytes, order: str) -> bool:
+    if len(record) < RECORD:
+        return False
+    numbers: tuple[int, ...] = struct.unpack(order + "256i", record)
+    return numbers[6] == MAGIC and sum(numbers) & 0xFFFFFFFF == CHECKSUM
+
+
+def unpack_lzo(data: bytes, most: int) -> bytes:
+    """What LZO1X (the kernel's Documentation/staging/lzo.rst) has made `data` of; ValueError, IndexError if nothing."""
+    out = bytearray()
+    at = 0
+    state = 0  # literals that the last instruction copied; 4: more
+
+    def extended(low: int, mask: int) -> int:
+        """A length: the low bits of the instruction, or more bytes where they are zero."""
+        nonlocal at
+        if low:
+            return low
+        total = mask
+        while not data[at]:
+            total += 255
+            at += 1
+        at += 1
+        return total + data[at - 1]
+
+    def literals(count: int) -> None:
+        nonlocal at
+        if at + count > len(data):
+            raise ValueError("it is cut off")
+        out.extend(data[at : at + count])
+        at += count
+
+    if data[0] > 17:
+        at = 1
+        state = min(data[0] - 17, 4)
+        literals(data[0] - 17)
+    while True:
+        code = data[at]
+        at += 1
+        if code < 16 and state == 0:
+            literals(extended(code, 15) + 3)
+            state = 4
+            continue
+        if code < 16:
+            length, distance = (3, 2049) if state == 4 else (2, 1)
+            distance += (code >> 2) + (data[at] << 2)
+            at += 1
+            state = code & 3
+        elif code >= 64:
+            length, distance = (code >> 5) + 1, 1 + (code >> 2 & 7) + (data[at] << 3)
+            at += 1
+            state = code & 3
+        else:
+            mask = 31 if code >= 32 else 7
+            length = extended(code & mask, mask) + 2
+            low, high = data[at], data[at + 1]
+            at += 2
+            distance, state = (low | high << 8) >> 2, low & 3
+            if code >= 32:
+                distance += 1
+            else:
+                distance += (code & 8) << 11
+                if not distance:
+                    return bytes(out)
+                distance += 0x4000
+        if not 0 < distance <= len(out) or len(out) + length > most:
+            raise ValueError("it refers to what is not there")
+        copied = out[-distance:][:length]
+        while len(copied) < length:
+            copied += copied[: length - len(copied)]
+        out += copied
+        literals(state)
