@@ -233,6 +233,13 @@ class Target:
         except OSError as error:
             raise _failure("empty", directory, error) from None
 
+    def drop_preallocated(self) -> None:
+        """Give back the blocks of files that nothing was written to yet: they read as zero, and go on doing so."""
+        try:
+            _walk(linux.open_in_root(self._root, "/", DIRECTORY), _punch)
+        except OSError as error:
+            raise _failure("drop preallocated blocks of", os.fsdecode(error.filename or "files"), error) from None
+
     def touch(self, path: str) -> None:
         if not self.exists(path):
             self.write(path, "")
@@ -484,6 +491,43 @@ def _empty(name: str, *, dir_fd: int) -> None:
             os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
+
+
+def _punch(name: str, *, dir_fd: int) -> None:
+    status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    if not stat.S_ISREG(status.st_mode) or not status.st_blocks:
+        return
+    flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    reader = os.open(name, flags & ~os.O_RDWR, dir_fd=dir_fd)
+    try:
+        holes = list(_holes(reader, status.st_size))
+        if not holes:
+            return
+        writer = os.open(name, flags, dir_fd=dir_fd)  # not before: it may be immutable
+        try:
+            for start, end in holes:
+                linux.punch_hole(writer, start, end - start)
+            os.utime(writer, ns=(status.st_atime_ns, status.st_mtime_ns))
+        finally:
+            os.close(writer)
+    finally:
+        os.close(reader)
+
+
+def _holes(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """The ranges of a file without data: not stored, or not written to."""
+    place = 0
+    while place < size:
+        start = os.lseek(descriptor, place, os.SEEK_HOLE)
+        if start >= size:
+            return
+        try:
+            place = os.lseek(descriptor, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            place = (size | 0xFFFF) + 1  # no data any more; whole blocks, however large they are
+        yield start, place
 
 
 def _remove_quietly(parent: int, name: str) -> None:

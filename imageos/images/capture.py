@@ -211,6 +211,7 @@ def write_tarball(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]
 def write_dumps(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]:
     assert copied.found
     check_names(copied.found)
+    drop_preallocated(copied.found)
     for volume in sorted(copied.found.volumes, key=lambda one: one.role):
         if volume.role in ("root", "boot"):
             suffix = f"-{volume.role}.dump"
@@ -290,6 +291,14 @@ def check_names(found: Found) -> None:
             f"the guest has a name of 255 bytes ({os.path.basename(longest)[:30]}...): dump(8) cannot keep it",
             hint=OTHER_THAN_DUMP,
         )
+
+
+def drop_preallocated(found: Found) -> None:
+    """dump before 0.4b48 takes what once was in blocks that are only reserved for the content of the file."""
+    with ExitStack() as mounts:
+        filesystem.mount_all(mounts, found.volumes, isolation.TARGET)
+        with target.opened(isolation.TARGET, "", GuestDisk([], []), 0) as root:
+            root.drop_preallocated()
 
 
 def compression() -> tuple[str, Sequence[str]]:

@@ -369,6 +369,35 @@ def test_a_dump_that_would_lose_files(feature: str, node: Node, small_tree: Path
     capture(node, disk, "qemu-img").ok()
 
 
+def test_a_dump_of_reserved_blocks(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
+    """dump 0.4b47 takes for a file's content what once was in blocks that are only reserved for it."""
+    guest = disk(100)
+    with guest.open("r+b") as file:
+        file.write(b"of a deleted file" * (90 * MIB // 17))
+    run("mkfs.ext4", "-q", "-E", "nodiscard", guest)
+    with mounted(guest, tmp_path / "guest", None, "rw") as top:
+        run("cp", "-a", f"{small_tree}/.", top)
+        (top / "half").write_bytes(b"written")
+        for name in ("whole", "half"):
+            run("fallocate", "--length", "100000", top / name)
+        with (top / "sparse").open("wb") as sparse:
+            sparse.truncate(MIB)
+            sparse.seek(500_000)
+            sparse.write(b"island")
+        os.utime(top / "half", (1, 2))
+        (top / "fixed").write_text("fixed")
+        run("chattr", "+i", top / "fixed")
+        before = {path: entry for path, entry in describe(top).items() if path != b"."}
+    capture(node, guest, "dump").ok()
+    target = disk(160)
+    node.create(target, OSP_IMAGE_NAME="made", OSP_IMAGE_TYPE="dump", INSTANCE_HV_kernel_path="/vmlinuz").ok()
+    with mounted(target, tmp_path / "made", partitions(target)[-1]) as top:
+        assert (top / "whole").read_bytes() == bytes(100_000)
+        after = describe(top)
+        for name in (b"whole", b"half", b"sparse", b"fixed"):
+            assert after[name] == before[name]
+
+
 def test_a_dump_of_the_longest_name(node: Node, disks: dict[str, guestdisks.Guest]) -> None:
     """restore(8) reads the rest of the directory wrongly then."""
     capture(node, disks["ancestor"].path, "dump").failed("255", "dump(8)")
