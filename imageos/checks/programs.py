@@ -13,7 +13,7 @@ from imageos.checks.report import ERROR, NOTE, OK, Report
 from imageos.checks.variants import Variant, listed
 from imageos.disks import filesystem
 from imageos.errors import Failure
-from imageos.images import qcow2
+from imageos.images import dump, qcow2
 from imageos.run import PACKAGES, pipeline
 from imageos.settings import Settings
 
@@ -36,7 +36,10 @@ def check_programs(report: Report, variants: Iterable[Variant]) -> None:
         place = shutil.which(program, path=search_path())
         package = PACKAGES.get(program, program)
         if place and shutil.which(program, path=GANETI_PATH):
-            report.say(OK, f"{program} {version_of(place)}".strip())
+            version = version_of(place)
+            report.say(OK, f"{program} {version}".strip())
+            for what in about(program, version):
+                report.say(NOTE, f"{program} {version} {what}")
         elif program not in needed:
             missing.setdefault(package, []).append(program)
         else:
@@ -45,6 +48,21 @@ def check_programs(report: Report, variants: Iterable[Variant]) -> None:
             report.say(ERROR, f"{program} {where}{users}", f"install {package}")
     for package, programs in missing.items():
         report.say(NOTE, f"{' '.join(programs)} missing: no variant needs it", f"install {package}")
+
+
+def about(program: str, version: str) -> Iterator[str]:
+    """What is to be known of a version of dump(8)'s programs."""
+    found = dump.VERSION.match(version) if program in ("dump", "restore") else None
+    if not found:
+        return
+    number = int(found[1])
+    if program == "dump" and number >= dump.PACKED:
+        yield "makes what an older restore (before Debian 13) cannot read"
+    if program == "restore" and number < dump.PACKED:
+        yield f"cannot read what dump 0.4b{dump.PACKED} (Debian 13) makes"
+    if program == "restore":
+        lost = "capabilities of files" if number >= dump.PACKED else "attributes of directories"
+        yield f"loses {lost}: create and import set them again"
 
 
 def needed_by(variant: Variant) -> Iterator[str]:

@@ -28,6 +28,7 @@ from imageos.errors import Failure
 from imageos.guests import sealing, target
 from imageos.guests.sandbox import GuestDisk, confined
 from imageos.images.checksums import digests_of
+from imageos.images.dump import PACKED, version
 from imageos.images.imagetypes import IMAGE_TYPES
 from imageos.node import isolation, linux
 from imageos.run import available, output_of, pipeline, require, run, signals_held
@@ -212,6 +213,9 @@ def write_dumps(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]:
     assert copied.found
     check_names(copied.found)
     drop_preallocated(copied.found)
+    ours = version("dump")
+    if ours and ours >= PACKED:
+        log.info(f"dump is 0.4b{ours}: older ones (before Debian 13) cannot restore what it makes")
     for volume in sorted(copied.found.volumes, key=lambda one: one.role):
         if volume.role in ("root", "boot"):
             suffix = f"-{volume.role}.dump"

@@ -31,6 +31,7 @@ SUFFIXES = ("-root.dump", "-root.dump.gz", "-root.dump.zst", "-root.dump.xz")
 RESTORE = ["restore", "-r", "-y", "-f", "-"]
 LEVEL_OFFSET = 692  # in the first record
 PACKED = 49  # since 0.4b49, dump writes in another way
+VERSION = re.compile(r"0\.4b(\d+)")
 # What restore mutters although its status is 0 and files are missing or full of zeroes
 DAMAGE = re.compile(
     r"abort\?|Incorrect block|not found on tape|End-of-input|[Rr]ead error|[Ww]rite error|"
@@ -197,19 +198,19 @@ def judge(image: Image, directory: str, finished: Sequence[Finished], follower: 
 
 def _too_new(name: str, failure: Failure) -> Failure:
     """The failure of a dump in the way of 0.4b49, if this node's restore cannot read it."""
-    version = restore_version()
-    if version is None or version >= PACKED:
+    ours = version("restore")
+    if ours is None or ours >= PACKED:
         return failure
     return Failure(
-        f"image {name} was made by dump 0.4b{PACKED} or newer, which restore 0.4b{version} of this node cannot read",
+        f"image {name} was made by dump 0.4b{PACKED} or newer, which restore 0.4b{ours} of this node cannot read",
         hint="use a node with restore of Debian 13, or make a tarball instead of a dump",
         details=[str(failure), *failure.details],
     )
 
 
-def restore_version() -> int | None:
-    """49 of restore 0.4b49; None if it cannot be told."""
+def version(program: str) -> int | None:
+    """49 of dump or restore 0.4b49; None if it cannot be told."""
     with suppress(Failure):
-        found = re.search(r"0\.4b(\d+)", pipeline([["restore"]], timeout=10, prepare=confined())[0].stderr)
+        found = VERSION.search(pipeline([[program]], timeout=10, prepare=confined())[0].stderr)
         return int(found[1]) if found else None
     return None

@@ -11,7 +11,7 @@ import pytest
 from imageos.checks.definition import check_python
 from imageos.checks.kernel import check_kernel
 from imageos.checks.node import check_leftovers
-from imageos.checks.programs import needed_by
+from imageos.checks.programs import about, needed_by
 from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report, as_json, as_text, verdict
 from imageos.checks.variants import Variant, check_hooks
 from imageos.errors import Failure
@@ -197,3 +197,17 @@ def test_what_a_user_may_not_read_is_not_wrong(monkeypatch: pytest.MonkeyPatch) 
     assert verdict(report) == "this node can deploy its variants, as far as could be seen"
     report.failure(Failure("cannot find image /y"))
     assert report.errors == 1
+
+
+@pytest.mark.parametrize("program, version, said", [
+    ("restore", "0.4b46", ["cannot read", "attributes of directories"]),
+    ("restore", "0.4b47", ["cannot read", "attributes of directories"]),
+    ("restore", "0.4b49", ["capabilities of files"]),
+    ("dump", "0.4b47", []),
+    ("dump", "0.4b49", ["cannot read"]),
+    ("dump", "", []),
+    ("tar", "0.4b49", []),
+])  # fmt: skip
+def test_what_is_to_be_known_of_dump(program: str, version: str, said: list[str]) -> None:
+    assert [word in line for word, line in zip(said, about(program, version))] == [True] * len(said)
+    assert len(list(about(program, version))) == len(said)
