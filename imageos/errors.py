@@ -17,6 +17,10 @@ class Failure(Exception):
         self.details = tuple(details)
 
 
+class TimedOut(Failure):
+    """A program has taken longer than it may, and was ended."""
+
+
 class Usage(Failure):
     """The command line is wrong (exit status 2)."""
 

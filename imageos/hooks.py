@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from imageos import ganeti, log
 from imageos.disks.disk import Attached, Device
 from imageos.disks.filesystem import Volume
-from imageos.errors import Failure, signal_name
+from imageos.errors import Failure, TimedOut, signal_name
 from imageos.guests import bootconfig
 from imageos.guests.sandbox import devices
 from imageos.node.isolation import other_processes
@@ -86,7 +86,8 @@ def run_all(names: Sequence[str], context: Context, arguments: Sequence[str] = (
     with devices(context.target):
         for name in names:
             with log.phase(f"hook {name}"):
-                _run_one(name, [f"{context.settings.customize_dir}/{name}", *arguments], env)
+                command = [f"{context.settings.customize_dir}/{name}", *arguments]
+                _run_one(name, command, env, context.settings.hook_timeout)
 
 
 def variables(context: Context) -> dict[str, str]:
@@ -129,7 +130,7 @@ def os_directory() -> str:
     return "/"
 
 
-def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
+def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str], timeout: int) -> None:
     said = ""
     held: list[str] = []  # a hint and what follows it: if the hook fails then, they are said of its failure
 
@@ -150,15 +151,24 @@ def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
             log.info(f"{name}: {held.pop(0)}")
 
     ours = other_processes()  # what writes back meanwhile
-    # private: its output is in the log already
-    finished = pipeline(
-        [argv],
-        env=env,
-        cwd=os_directory(),
-        on_line=pass_on,
-        on_exit=lambda: end_leftovers(f"hook {name}", ours),
-        private=True,
-    )[0]
+    try:
+        # private: its output is in the log already
+        finished = pipeline(
+            [argv],
+            env=env,
+            cwd=os_directory(),
+            timeout=timeout,
+            on_line=pass_on,
+            on_exit=lambda: end_leftovers(f"hook {name}", ours),
+            private=True,
+        )[0]
+    except TimedOut:
+        release()
+        end_leftovers(f"hook {name}", ours)
+        raise Failure(
+            f"hook {name} was ended: it took longer than {timeout} s",
+            hint="HOOK_TIMEOUT in /etc/default/ganeti-instance-image says how long a hook may take",
+        ) from None
     if not finished.status:
         release()
         return

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from imageos import log
-from imageos.errors import Failure, signal_name
+from imageos.errors import Failure, TimedOut, signal_name
 from imageos.node import linux
 
 DEFAULT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -391,7 +391,7 @@ def _capture(
             if tick:
                 tick()
             if deadline is not None and time.monotonic() >= deadline:
-                raise Failure(f"{processes[0].args[0]}: not finished after {timeout:.0f} s, ended")  # type: ignore
+                raise TimedOut(f"{processes[0].args[0]}: not finished after {timeout:.0f} s, ended")  # type: ignore
             for event, _ in ready:
                 if event.data is on_exit:
                     selector.unregister(event.fileobj)

@@ -221,6 +221,7 @@ class Settings:
         _password_hash, "", "root's password as in /etc/shadow", parameter=True, secret=True
     )
     user_data: str = _setting(_text, "", "user-data for cloud-init", parameter=True, secret=True)
+    hook_timeout: int = _setting(_seconds, "3600", "seconds that one hook may take")
     guest_timeout: int = _setting(_seconds, "600", "seconds that one command of the guest may take")
     image_debug: bool = _setting(_yes_no, "no", "yes: every command and its output in the log", parameter=True)
 

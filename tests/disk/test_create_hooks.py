@@ -103,6 +103,7 @@ def test_environment(node: Node, disk: MakeDisk) -> None:
         "DNS_SERVERS": "",
         "DNS_SEARCH": "",
         "DNS_DOMAIN": "",
+        "HOOK_TIMEOUT": "3600",
         "GUEST_TIMEOUT": "600",
         "IMAGE_DEBUG": "no",
     }
@@ -227,6 +228,17 @@ def test_hook_that_leaves_a_process(daemon: str, node: Node, disk: MakeDisk) -> 
         for line in result.lines
         if line.startswith("imageos:") and "sleep" in line or "daemon" in line and re.search(r"left|end", line)
     ], f"not reported\n{result.log}"
+
+
+def test_hook_that_takes_too_long(node: Node, disk: MakeDisk) -> None:
+    """It ends, and so does what it has started, and what it said is there."""
+    node.defaults("HOOK_TIMEOUT=2\n")
+    node.hook("slow", "#!/bin/sh\necho waiting for the lights\nsleep 1000 &\nsleep 1000\n")
+    result = node.create(disk())
+    result.failed("hook slow", "longer than 2 s")
+    assert "slow: waiting for the lights" in result.log
+    assert "hint: HOOK_TIMEOUT in" in result.log
+    assert "hook slow left sleep running" in result.log
 
 
 def test_what_writes_back_meanwhile_is_no_leftover(node: Node, disk: MakeDisk, tmp_path: Path) -> None:

@@ -191,6 +191,7 @@ def test_wrong_value(setting: str, value: str, accepted: str, where: str, node: 
         "CACHE_DIR",
         "EXPORT_DIR",
         "IMAGE_KEYRING",
+        "HOOK_TIMEOUT",
         "GUEST_TIMEOUT",
         "IMPORT_HOOKS",
     ],

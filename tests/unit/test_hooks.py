@@ -232,11 +232,11 @@ def test_a_hint_is_said_once(
 
     monkeypatch.setattr(hooks, "pipeline", pipeline)
     if not status:
-        hooks._run_one("x", ["/hooks/x"], {})
+        hooks._run_one("x", ["/hooks/x"], {}, 1)
         shown = [line.replace("imageos: ", "").strip() for line in said]
     else:
         with pytest.raises(Failure) as raised:
-            hooks._run_one("x", ["/hooks/x"], {})
+            hooks._run_one("x", ["/hooks/x"], {}, 1)
         how = "failed with status 3" if status > 0 else "was killed by SIGKILL"
         assert (str(raised.value), raised.value.hint) == (f"hook x {how}{cause}", hint)
     lines = [line.replace("imageos: x: ", "").strip() for line in capfd.readouterr().err.splitlines()]

@@ -59,6 +59,7 @@ CONTRACT = [
     ("SSH_AUTHORIZED_KEYS", "", True),
     ("ROOT_PASSWORD_HASH", "", True),
     ("USER_DATA", "", True),
+    ("HOOK_TIMEOUT", "3600", False),
     ("GUEST_TIMEOUT", "600", False),
     ("IMAGE_DEBUG", "no", True),
 ]
