@@ -292,11 +292,22 @@ def test_who_is_given_the_mounted_root_exists() -> None:
 
 # Modules of the standard library that open no file by its name, or none that anybody chooses.
 HARMLESS = {
-    *("__future__", "argparse", "base64", "collections", "collections.abc", "concurrent.futures", "contextlib"),
+    *(
+        "__future__",
+        "argparse",
+        "array",
+        "base64",
+        "bisect",
+        "bz2",
+        "collections",
+        "collections.abc",
+        "concurrent.futures",
+        "contextlib",
+    ),
     *("ctypes", "dataclasses", "difflib", "email.message", "errno", "fcntl", "fnmatch", "functools", "hashlib"),
     *("http.client", "ipaddress", "itertools", "json", "mmap", "re", "resource", "secrets", "select", "selectors"),
     *("shlex", "signal", "socket", "ssl", "stat", "struct", "subprocess", "sys", "textwrap", "time", "traceback"),
-    *("types", "typing", "urllib.parse", "uuid", "zipimport"),
+    *("types", "typing", "urllib.parse", "uuid", "zipimport", "zlib"),
 }
 # Of what is harmless otherwise, and of what every source has.
 NEVER = {
@@ -361,7 +372,11 @@ MAY_TOUCH = {
     "images.cache": ("looks opens changes", "the cache"),
     "images.capture": ("looks opens changes", "the directory of images; volumes"),
     "images.checksums": ("opens temporary", "images and keyrings; what gpgv reads"),
-    "images.dump": ("looks changes", "what restore(8) has left in the root, and whether it has restored anything"),
+    "images.dump": (
+        "looks opens changes",
+        "what restore(8) has left in the root, and whether it has restored anything",
+    ),
+    "images.restored": ("looks opens changes", "names in a directory of the guest that Target has opened"),
     "images.fetch": ("looks changes", "the cache"),
     "images.imagefile": ("looks opens", "images; how full the guest's filesystems are"),
     "images.imagetypes": ("looks", "which image is there"),

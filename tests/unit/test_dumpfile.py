@@ -36,7 +36,7 @@ DUMP = dumps.make(FILES)
 
 def read(data: bytes) -> Dump:
     dump = Dump("NAME")
-    dump.read(io.BufferedReader(io.BytesIO(data)))  # type: ignore[arg-type]
+    dump.read(io.BufferedReader(io.BytesIO(data)))
     return dump
 
 

@@ -21,7 +21,7 @@ from imageos.backups import legacy, stream
 from imageos.disks import discovery, ext
 from imageos.errors import Failure
 from imageos.guests import guest, hostname
-from imageos.images import dump, qcow2
+from imageos.images import dumpfile, qcow2
 from imageos.images.diskimage import zstd_frame_size
 
 ROUNDS = int(os.environ.get("IMAGEOS_FUZZ", "150"))
@@ -182,7 +182,7 @@ READERS: dict[str, tuple[bytes, Callable[[bytes], object]]] = {
                  text(lambda content: [hostname.replace(content, pattern, "a.example.org", "b.example.org")
                                        for pattern in {**hostname.OWN, **hostname.REPEATED}.values()])),
     "ext": (ext4(), ext_ranges),
-    "dump": (bytes(1024), lambda data: dump._is_header(data, "<")),
+    "dump": (bytes(1024), lambda data: dumpfile.is_header(data[:1024], "<")),
     "zstd": (b"\x28\xb5\x2f\xfd\xe4" + bytes(13), zstd_frame_size),
     **{f"setting {name}": (name.upper().encode() + b"=" + value, setting) for name, value in {
         "image_name": b"debian-12", "overlay": b"web", "image_url": b"https://u:p@host/x?y", "swap_size": b"512",
