@@ -69,6 +69,7 @@ IOCTLS = {
 # ... and those of the node's programs, which make, check and grow filesystems
 DISK_IOCTLS = {
     "BLKSECTGET": [0x1267],
+    "BLKBSZSET": [0x40081271, 0x40041271],
     "BLKDISCARD": [0x1277],
     "BLKZEROOUT": [0x127F],
     "BLKGETZONESZ": [0x80041284],
