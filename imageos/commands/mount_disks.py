@@ -37,7 +37,7 @@ def parser() -> Parser:
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     cluster.check_name(options.instance)
-    node = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    node = linux.mount_view()
     isolation.enter()
     if options.disk:
         check_free(options.instance, options)
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str]) -> int:
         return mount_there(known, disks[0], options)
 
 
-def mount(name: str, path: str, options: argparse.Namespace, node: int) -> int:
-    """The filesystems on the disk `path`, for a shell or for the mount namespace `node`."""
+def mount(name: str, path: str, options: argparse.Namespace, node: tuple[int, int]) -> int:
+    """The filesystems on the disk `path`, for a shell or for everybody on the node."""
     place = mount_point(name)
     with ExitStack() as held:
         device = held.enter_context(disk.claimed(path, options.read_only, shared=options.read_only))
@@ -77,11 +77,11 @@ def mount(name: str, path: str, options: argparse.Namespace, node: int) -> int:
     return 0
 
 
-def publish(tree: int, node: int, place: str) -> None:
+def publish(tree: int, node: tuple[int, int], place: str) -> None:
     """Let the mounts `tree` appear at `place`, for everybody on the node."""
     isolation.ignore_signals()  # from here on it is done or fails, nothing in between
     try:
-        linux.enter_mount_namespace(node)
+        linux.enter_mount_view(node)
         if not is_our_directory(place):
             os.mkdir(place, 0o700)
         directory = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -141,9 +141,17 @@ def restrict_mounts(path: str, flags: int) -> None:
         mount(None, path, None, MS_BIND | MS_REMOUNT | flags)
 
 
-def enter_mount_namespace(namespace: int) -> None:
-    """Go to the mount namespace of which `namespace` is a descriptor; root and working directory become its root."""
+def mount_view() -> tuple[int, int]:
+    """What this process sees of mounts, for `enter_mount_view`: descriptors of its mount namespace and of its root."""
+    return os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), os.open("/", os.O_PATH | os.O_CLOEXEC)
+
+
+def enter_mount_view(view: tuple[int, int]) -> None:
+    """Go to a mount namespace and, as root and working directory, to a root in it; setns(2) alone leaves a chroot."""
+    namespace, root = view
     _check(_libc.setns(namespace, CLONE_NEWNS), "setns")
+    os.fchdir(root)
+    os.chroot(".")
 
 
 def leave_session_keyring() -> None:

@@ -61,3 +61,21 @@ def test_what_the_operator_has_mounted_below(name: str, node: Node, small_tree: 
     node.tool("umount-disks", "--here", name).ok()
     assert not place.exists()
     assert own.read_text() == "nameserver 192.0.2.1\n"
+
+
+def test_in_a_chroot(name: str, node: Node, small_tree: Path, tmp_path: Path) -> None:
+    """What is mounted appears in there, and not outside, where its name may be somebody else's."""
+    guest = guestdisks.mbr(tmp_path / "guest.raw", small_tree, tmp_path)
+    root, place = tmp_path / "root", f"/tmp/{name}_root"
+    root.mkdir()
+    steps = [
+        'mount --rbind / "$1"',
+        'chroot "$1" "$2" "$3" --disk "$4" >&2',
+        'ls "$1$5"',
+        'echo outside:; ls "$5"',
+    ]
+    tool = node.os_dir / "tools/mount-disks"
+    output = run("unshare", "--mount", "sh", "-ec", "\n".join(steps), "sh", root, tool, name, guest.path, place)
+    inside, outside = output.split("outside:\n")
+    assert "etc" in inside.split()
+    assert outside == ""

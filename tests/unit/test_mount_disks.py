@@ -60,5 +60,5 @@ def test_signal_before_anything_is_seen(held: list[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(mount_disks, "publish", publish)
     options = mount_disks.parser().parse_args(["inst1"])
     with pytest.raises(Interrupted):
-        mount_disks.mount("inst1", "/dev/disk0", options, -1)
+        mount_disks.mount("inst1", "/dev/disk0", options, (-1, -1))
     assert held == []
