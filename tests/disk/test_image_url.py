@@ -711,7 +711,9 @@ def test_links_in_the_cache(server: Server, known: Settings, tmp_path: Path) -> 
 # --- several processes ------------------------------------------------------------------------------------
 
 CLIENT = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 from imageos.images import fetch
 from imageos.settings import Settings
 known = Settings(image_url=sys.argv[1], cache_dir=sys.argv[2], image_type="tarball", image_cleanup=sys.argv[3] == "yes")
