@@ -161,6 +161,7 @@ def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str], timeout: in
             on_line=pass_on,
             on_exit=lambda: end_leftovers(f"hook {name}", ours),
             private=True,
+            outside="hook",
         )[0]
     except TimedOut:
         release()

@@ -16,13 +16,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import IO
 
 from imageos import log
 from imageos.errors import Failure, TimedOut, signal_name
-from imageos.node import linux
+from imageos.node import confinement, linux
+from imageos.node.confinement import Room
 
 DEFAULT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 # What is kept of a stream that we only want for messages; a hostile guest may print for ever.
@@ -30,6 +31,18 @@ OUTPUT_LIMIT = 1 << 20
 PIPE_SIZE = 1 << 20  # bytes between two stages: what any user may ask for (fs.pipe-max-size)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that end a command in an orderly way
 TICK = 0.5  # seconds between two calls of `tick`
+NOTHING = Room()  # but programs and libraries
+
+# What runs outside: with all rights of root, and the whole node in reach. All other programs of the node are confined.
+OUTSIDE = {
+    "gnt-cluster": "asks Ganeti's daemons, over sockets and the network",
+    "gnt-instance": "asks Ganeti's daemons, over sockets and the network",
+    "ssh": "reaches other nodes, with root's keys",
+    "unshare": "doctor learns by it whether namespaces can be made at all",
+    "hook": "a site's own program: what it is there for is known to the site alone",
+    "settings": "a site's own shell files, which may read and call whatever they need",
+    "shell": "the operator's own, in mount-disks --shell",
+}
 
 # Program -> Debian package, where the names differ from each other or the program may be missing.
 PACKAGES = {
@@ -90,18 +103,18 @@ def run(
     input: str | None = None,
     stdin: int | None = None,
     env: Mapping[str, str] | None = None,
-    cwd: str | None = None,
     timeout: float | None = None,
+    room: Room = NOTHING,
     prepare: Callable[[], None] | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> str:
     """Run one command to its end and return what it printed; raise Failure unless its status is 0.
 
-    `timeout` in seconds; `prepare` runs in the child before the program; `on_line` gets each line of
-    stdout and stderr as it comes.
+    `timeout` in seconds; `room` is what it has to itself, or `prepare` runs in the child to confine a program that is
+    not the node's; `on_line` gets each line of stdout and stderr as it comes.
     """
     finished = pipeline(
-        [argv], input=input, stdin=stdin, env=env, cwd=cwd, timeout=timeout, prepare=prepare, on_line=on_line
+        [argv], input=input, stdin=stdin, env=env, timeout=timeout, room=room, prepare=prepare, on_line=on_line
     )[0]
     if finished.status != 0:
         raise finished.failure()
@@ -116,25 +129,28 @@ def pipeline(
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
     timeout: float | None = None,
+    room: Room = NOTHING,
     prepare: Callable[[], None] | None = None,
-    upstream: Callable[[], None] | None = None,
+    outside: str = "",
+    keep: Sequence[int] = (),
     on_line: Callable[[str], None] | None = None,
     tick: Callable[[], None] | None = None,
     on_exit: Callable[[], None] | None = None,
     private: bool = False,
-    keep: Sequence[int] = (),
+    keep_upstream: Sequence[int] = (),
     on_start: Callable[[], None] | None = None,
 ) -> list[Finished]:
     """Run `stages` with each one's stdout as the next one's stdin; judge nothing.
 
-    `env` replaces the environment (default: `environment()`); it, `cwd` and `prepare` are for every stage, but before
-    the last one `upstream`, if given, takes the place of `prepare`.
+    `env` replaces the environment (default: `environment()`). `room` is what the last stage has to itself: those before
+    it have nothing. `outside`: what of OUTSIDE it is, where its name does not tell; `cwd` is for that.
+    `keep`: descriptors that the stages inherit.
     `tick` is called every now and then; `on_exit` when the last stage has ended, while a process that it left behind
-    may still hold its output open; the output of a `private` command stays out of the debug log. `keep`: descriptors
-    that all stages but the last inherit; `on_start` is called when all have been started.
+    may still hold its output open; the output of a `private` command stays out of the debug log.
+    `keep_upstream`: descriptors that all stages but the last inherit; `on_start` is called when all have been started.
     """
     log.debug("$ " + " | ".join(shlex.join(stage) for stage in stages))
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Process] = []
     try:
         source = stdin if stdin is not None else subprocess.PIPE if input is not None else subprocess.DEVNULL
         for stage in stages:
@@ -145,13 +161,15 @@ def pipeline(
                 stderr=subprocess.PIPE,
                 env=environment() if env is None else env,
                 cwd=cwd,
-                keep=() if stage is stages[-1] else keep,
-                prepare=prepare if stage is stages[-1] or upstream is None else upstream,
+                keep=keep if stage is stages[-1] else [*keep, *keep_upstream],
+                room=room if stage is stages[-1] else NOTHING,
+                prepare=prepare,
+                outside=outside,
             )
-            source = process.stdout.fileno() if process.stdout else subprocess.DEVNULL
+            source = process.popen.stdout.fileno() if process.popen.stdout else subprocess.DEVNULL
             if stage is not stages[-1]:
                 linux.enlarge_pipe(source, PIPE_SIZE)
-        if input is not None and processes[0].stdin:
+        if input is not None and processes[0].popen.stdin:
             _feed(processes[0], input)
         if on_start:
             on_start()
@@ -163,7 +181,7 @@ def pipeline(
 
         captured = _capture(processes, timeout, on_line, tick, at_exit)
         finished = [
-            Finished(stage, process.wait(), captured.get(2 * n, b""), _text(captured[2 * n + 1]))
+            Finished(stage, process.status(), captured.get(2 * n, b""), _text(captured[2 * n + 1]))
             for n, (stage, process) in enumerate(zip(stages, processes))
         ]
         for one in finished:
@@ -172,10 +190,10 @@ def pipeline(
         return finished
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            for pipe in (process.stdin, process.stdout, process.stderr):
+            if process.popen.poll() is None:
+                process.popen.kill()
+                process.popen.wait()
+            for pipe in (process.popen.stdin, process.popen.stdout, process.popen.stderr):
                 if pipe and not pipe.closed:
                     with suppress(BrokenPipeError):  # of what it was to be told when a signal came
                         pipe.close()
@@ -200,15 +218,16 @@ def output_of(
     stages: Sequence[Sequence[str]],
     stdin: int = subprocess.DEVNULL,
     keep: Sequence[int] = (),
-    prepare: Callable[[], None] | None = None,
+    room: Room = NOTHING,
 ) -> Iterator[tuple[int, Callable[[], None]]]:
-    """Run `stages` as in `pipeline`; the descriptor of the last one's stdout, and a function to call at its end.
+    """Run `stages`; the descriptor of the last one's stdout, and a function to call at its end.
 
-    That function raises Failure unless every status is 0. `keep`: descriptors that the stages inherit.
+    That function raises Failure unless every status is 0. `keep`: descriptors that the stages inherit. `room` is what
+    the first stage has to itself: those after it have nothing.
     """
     log.debug("$ " + " | ".join(shlex.join(stage) for stage in stages))
     with ExitStack() as stack:
-        processes: list[subprocess.Popen[bytes]] = []
+        processes: list[Process] = []
         errors = []
         for stage in stages:
             # a file: nobody empties a pipe while the output is read
@@ -220,34 +239,36 @@ def output_of(
                 stderr=errors[-1],
                 env=environment(),
                 keep=keep,
-                prepare=prepare,
+                room=room if stage is stages[0] else NOTHING,
             )
-            if processes and processes[-1].stdout:
-                processes[-1].stdout.close()
+            if processes and processes[-1].popen.stdout:
+                processes[-1].popen.stdout.close()
             processes.append(process)
-            assert process.stdout
-            stdin = process.stdout.fileno()
+            assert process.popen.stdout
+            stdin = process.popen.stdout.fileno()
             linux.enlarge_pipe(stdin, PIPE_SIZE)
 
         def check() -> None:
-            failed = [n for n, process in enumerate(processes) if process.wait()]
+            ended = [
+                Finished(stage, process.status(), b"", _said(error))
+                for stage, process, error in zip(stages, processes, errors)
+            ]
+            failed = [one for one in ended if one.status]
             # what stops because nobody reads any more is not at fault: who should have read is
-            failed = [n for n in failed if processes[n].returncode != -signal.SIGPIPE] or failed
-            for n in failed[:1]:
-                errors[n].seek(0)
-                raise Finished(stages[n], processes[n].returncode, b"", _text(errors[n].read(OUTPUT_LIMIT))).failure()
+            for one in ([one for one in failed if one.status != -signal.SIGPIPE] or failed)[:1]:
+                raise one.failure()
 
         yield stdin, check
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-    if process.stdout:
-        process.stdout.close()
+def _end(process: Process) -> None:
+    process.popen.kill()
+    process.popen.wait()
+    if process.popen.stdout:
+        process.popen.stdout.close()
 
 
-def head(argv: Sequence[str], stdin: int, count: int, prepare: Callable[[], None] | None = None) -> bytes:
+def head(argv: Sequence[str], stdin: int, count: int) -> bytes:
     """The first `count` bytes that `argv` writes, or fewer if it ends before; Failure if it fails before.
 
     It is killed when it has written them.
@@ -260,17 +281,29 @@ def head(argv: Sequence[str], stdin: int, count: int, prepare: Callable[[], None
             stdin=stdin,
             stderr=errors,
             env=environment(),
-            prepare=prepare,
         )
-        data = process.stdout.read(count) if process.stdout else b""
-        if len(data) < count and process.wait():
-            errors.seek(0)
-            raise Finished(argv, process.returncode, b"", _text(errors.read(OUTPUT_LIMIT))).failure()
+        data = process.popen.stdout.read(count) if process.popen.stdout else b""
+        status = process.status() if len(data) < count else 0
+        said = _said(errors)
+        if status:
+            raise Finished(argv, status, b"", said).failure()
     return data
 
 
+@dataclass(frozen=True)
+class Process:
+    popen: subprocess.Popen[bytes]
+    confined: bool
+
+    def status(self) -> int:
+        """How it has ended, once it has: negative for a signal."""
+        status = self.popen.wait()
+        # process 1 of its namespace has ended with it, and as a shell would (confinement.exit_as)
+        return 128 - status if self.confined and 128 < status <= 128 + signal.NSIG else status
+
+
 def _start(
-    register: Callable[[subprocess.Popen[bytes]], object],
+    register: Callable[[Process], object],
     argv: Sequence[str],
     *,
     stdin: int,
@@ -278,11 +311,19 @@ def _start(
     env: Mapping[str, str],
     cwd: str | None = None,
     keep: Sequence[int] = (),
+    room: Room = NOTHING,
     prepare: Callable[[], None] | None = None,
-) -> subprocess.Popen[bytes]:
+    outside: str = "",
+) -> Process:
     """Start a process and hand it to `register`, which is to end it. A signal waits until that is done: one that came
     in between would leave a process that goes on writing to the disk.
     """
+    assert not outside or outside in OUTSIDE
+    confined = not (prepare or outside or argv[0] in OUTSIDE)
+    env = dict(env)
+    if confined:
+        prepare = confinement.entering(room, env["PATH"], keep)
+        env["TMPDIR"] = confinement.TEMPORARY
     with signals_held() as before:
 
         def enter() -> None:
@@ -293,18 +334,20 @@ def _start(
                 prepare()
 
         try:
-            process = subprocess.Popen(
-                list(argv),
-                stdin=stdin,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=dict(env),
-                cwd=cwd,
-                pass_fds=keep,
-                preexec_fn=enter,
-            )
+            with linux.children_apart() if confined and os.geteuid() == 0 else nullcontext():
+                popen = subprocess.Popen(
+                    list(argv),
+                    stdin=stdin,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    env=env,
+                    cwd=cwd,
+                    pass_fds=keep,
+                    preexec_fn=enter,
+                )
         except OSError as error:
             raise _missing(argv[0], error) from None
+        process = Process(popen, confined)
         register(process)
         return process
 
@@ -352,18 +395,18 @@ def _missing(program: str, error: OSError) -> Failure:
     return Failure(f"{program}: {error.strerror or error}")
 
 
-def _feed(process: subprocess.Popen[bytes], text: str) -> None:
+def _feed(process: Process, text: str) -> None:
     # Only for short scripts: less than a pipe holds (64 KiB), so that this cannot block.
-    assert process.stdin and len(text) < 60000
+    assert process.popen.stdin and len(text) < 60000
     try:
-        process.stdin.write(text.encode())
-        process.stdin.close()
+        process.popen.stdin.write(text.encode())
+        process.popen.stdin.close()
     except BrokenPipeError:
         pass  # its status says why it did not read
 
 
 def _capture(
-    processes: list[subprocess.Popen[bytes]],
+    processes: list[Process],
     timeout: float | None,
     on_line: Callable[[str], None] | None,
     tick: Callable[[], None] | None,
@@ -375,12 +418,12 @@ def _capture(
     lines: dict[int, bytearray] = {}
     with ExitStack() as stack:
         selector = stack.enter_context(selectors.DefaultSelector())
-        exited = os.pidfd_open(processes[-1].pid)  # readable once it has ended
+        exited = os.pidfd_open(processes[-1].popen.pid)  # readable once it has ended
         stack.callback(os.close, exited)
         selector.register(exited, selectors.EVENT_READ, on_exit)
         for n, process in enumerate(processes):
-            for key, pipe in ((2 * n, process.stdout), (2 * n + 1, process.stderr)):
-                if pipe and (process is processes[-1] or pipe is process.stderr):
+            for key, pipe in ((2 * n, process.popen.stdout), (2 * n + 1, process.popen.stderr)):
+                if pipe and (process is processes[-1] or pipe is process.popen.stderr):
                     selector.register(pipe, selectors.EVENT_READ, key)
                     buffers[key], lines[key] = bytearray(), bytearray()
         while selector.get_map():
@@ -391,11 +434,11 @@ def _capture(
             if tick:
                 tick()
             if deadline is not None and time.monotonic() >= deadline:
-                raise TimedOut(f"{processes[0].args[0]}: not finished after {timeout:.0f} s, ended")  # type: ignore
+                raise TimedOut(f"{processes[0].popen.args[0]}: not finished after {timeout:.0f} s, ended")  # type: ignore
             for event, _ in ready:
                 if event.data is on_exit:
                     selector.unregister(event.fileobj)
-                    processes[-1].wait()  # before `on_exit` can meet it as a zombie
+                    processes[-1].popen.wait()  # before `on_exit` can meet it as a zombie
                     event.data()
                     continue
                 data = os.read(event.fd, 1 << 16)
@@ -411,16 +454,16 @@ def _capture(
     return {key: bytes(buffer) for key, buffer in buffers.items()}
 
 
-def _run_dry(processes: list[subprocess.Popen[bytes]]) -> None:
+def _run_dry(processes: list[Process]) -> None:
     """The last stage has ended: if it wants no more of good input, let those before it come to their own end.
 
     tar stops at the end of its archive; only the decompressor's end tells whether what it gave was right.
     """
     for process in processes[:-1]:
-        if process.stdout:
-            while processes[-1].returncode == 0 and os.read(process.stdout.fileno(), 1 << 16):
+        if process.popen.stdout:
+            while processes[-1].status() == 0 and os.read(process.popen.stdout.fileno(), 1 << 16):
                 pass
-            process.stdout.close()  # if more comes: SIGPIPE
+            process.popen.stdout.close()  # if more comes: SIGPIPE
 
 
 def _emit_lines(pending: bytearray, data: bytes, on_line: Callable[[str], None]) -> None:
@@ -430,6 +473,13 @@ def _emit_lines(pending: bytearray, data: bytes, on_line: Callable[[str], None])
     pending[:] = rest[-OUTPUT_LIMIT:]
     for line in complete:
         on_line(line.decode("utf-8", "backslashreplace"))
+
+
+def _said(file: IO[bytes]) -> str:
+    """What a program has written to a file so far, whose position is the program's own."""
+    said = _text(os.pread(file.fileno(), OUTPUT_LIMIT, 0))
+    log.debug(said)
+    return said
 
 
 def _text(data: bytes) -> str:

@@ -52,7 +52,7 @@ def evaluate(
         return []
     shell = shutil.which("bash", path=DEFAULT_PATH) or "/bin/sh"
     start = {"PATH": os.environ.get("PATH", DEFAULT_PATH), **given}
-    done = pipeline([[shell, "-c", _EVALUATE, shell, *words]], env=start, cwd="/", private=True)[0]
+    done = pipeline([[shell, "-c", _EVALUATE, shell, *words]], env=start, cwd="/", private=True, outside="settings")[0]
     entries = [block.split("\0") for block in done.stdout.decode("utf-8", "surrogateescape").split("\0\0")]
     evaluated, last = entries[:-1], entries[-1][0]
     if done.status != 0 or len(evaluated) < len(words):

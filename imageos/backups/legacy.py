@@ -18,9 +18,9 @@ from imageos.disks import discovery
 from imageos.disks.disk import Attached
 from imageos.disks.layout import MIB, SECTOR
 from imageos.errors import Failure
-from imageos.guests.sandbox import confined, unpacking
 from imageos.images import dump
 from imageos.images.imagefile import COMPRESSIONS, Image
+from imageos.node.confinement import Room, unpacking
 
 BLOCK = 512
 HUGE = 1 << 50  # bytes: a size that no partition table exceeds
@@ -49,7 +49,7 @@ def decompressed(source: Source, name: str) -> Iterator[Source]:
     run.require(command[0])
     with source.replayed() as (ahead, descriptor):
         stages = [["cat", f"/dev/fd/{ahead}", "-"], command]
-        with run.output_of(stages, descriptor, keep=[ahead], prepare=confined()) as (output, check_stages):
+        with run.output_of(stages, descriptor, keep=[ahead]) as (output, check_stages):
 
             def check() -> None:
                 try:
@@ -91,17 +91,16 @@ def unpack_dump(source: Source, member: Member, directory: str) -> None:
     descriptor = source.handed_over(member.size)
     progress = log.Progress(f"restoring {member.name}", member.size)
     before = _used(directory)
-    # TMPDIR, where restore keeps a list of all directories, is ours alone
+    # TMPDIR, where restore keeps a list of all directories, is its alone
     with dump.following(what) as follower:
         finished = run.pipeline(
             [["head", "-c", str(member.size)], follower.stage, dump.RESTORE],
             stdin=descriptor,
-            prepare=unpacking(directory),
-            upstream=confined(),
+            room=unpacking(directory),
             # a pipe has no place: what has arrived tells
             tick=lambda: progress.update(_used(directory) - before),
             on_line=dump.watch(what),
-            keep=follower.keep,
+            keep_upstream=follower.keep,
             on_start=follower.start,
         )
         progress.close()
@@ -155,7 +154,8 @@ def read_table(begin: bytes, size: int = HUGE) -> discovery.Table | None:
         file.write(begin)
         file.truncate(size)
         file.flush()
-        done = run.pipeline([["blkid", "--probe", file.name]], timeout=discovery.PROBE_TIMEOUT, prepare=confined())[0]
+        probe = ["blkid", "--probe", file.name]
+        done = run.pipeline([probe], timeout=discovery.PROBE_TIMEOUT, room=Room([file.name]))[0]
         if done.status not in (0, 2, 8):
             raise done.failure()
         if done.status == 2 and begin.strip(b"\0"):  # nothing found; 8: several things at once

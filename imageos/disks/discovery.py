@@ -22,8 +22,9 @@ from imageos.disks.filesystem import FILESYSTEMS, Volume
 from imageos.disks.layout import GPT_TYPES, ROOT_TYPES, SECTOR
 from imageos.errors import Failure
 from imageos.guests import target
-from imageos.guests.sandbox import GuestDisk, confined
+from imageos.guests.sandbox import GuestDisk
 from imageos.guests.target import Target
+from imageos.node.confinement import Room
 from imageos.node.mounts import unescape
 from imageos.run import pipeline
 
@@ -139,7 +140,7 @@ def read(disk: Attached) -> Table:
 
 def read_table(disk: Attached) -> Table:
     """The partition table of the disk, checked; without one, a single part that is the whole disk."""
-    done = pipeline([["sfdisk", "--json", disk.path]], timeout=PROBE_TIMEOUT, prepare=confined(disk.path))[0]
+    done = pipeline([["sfdisk", "--json", disk.path]], timeout=PROBE_TIMEOUT, room=Room([disk.path]))[0]
     if done.status == 0:
         return parse_table(done.stdout.decode("utf-8", "replace"), disk.path, disk.size)
     if "does not contain a recognized partition table" in done.stderr:
@@ -156,7 +157,7 @@ def _whole(disk: Attached) -> Table:
 def probe(part: Part) -> Part:
     """`part` with what blkid(8) finds on its device."""
     command = ["blkid", "--probe", "--output", "export", part.device]
-    done = pipeline([command], timeout=PROBE_TIMEOUT, prepare=confined(part.device))[0]
+    done = pipeline([command], timeout=PROBE_TIMEOUT, room=Room([part.device]))[0]
     if done.status not in (0, 2, 8):  # 2: nothing found, 8: several things, so nobody can tell
         raise done.failure()
     seen = parse_probe(done.stdout.decode("utf-8", "replace"))

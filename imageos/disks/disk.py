@@ -19,6 +19,7 @@ from imageos import log
 from imageos.disks.layout import MIB, SECTOR, Layout, sfdisk_script
 from imageos.errors import Failure
 from imageos.node import linux, mounts
+from imageos.node.confinement import Room
 from imageos.node.mounts import Mount
 from imageos.run import run
 
@@ -253,6 +254,7 @@ def write_table(disk: Attached, layout: Layout) -> None:
     run(
         ["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", "--wipe", "never", disk.path],
         input=sfdisk_script(layout),
+        room=Room([disk.path]),
     )
     set_partitions(disk, [(part.number, part.start, part.size) for part in layout.partitions])
 

@@ -11,12 +11,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from resource import RLIM_INFINITY
 
 from imageos import log
 from imageos.disks import superblock
 from imageos.disks.layout import MIB, Layout
 from imageos.errors import Failure
 from imageos.node import linux, mounts
+from imageos.node.confinement import Room
 from imageos.run import output_of, run
 
 # Spelt out from `none`, so that the guest gets the same on every node, and nothing that an older kernel,
@@ -138,7 +140,11 @@ def make(volumes: Iterable[Volume]) -> None:
     """Put a fresh filesystem (or swap) on every volume."""
     for volume in volumes:
         program, *words = make_command(volume)
-        run([program, *(_btrfs_off() if volume.kind == "btrfs" else []), *words])
+        options = _btrfs_off() if volume.kind == "btrfs" else []
+        # mkfs.xfs sets the device's block size, which takes that; there is nothing of a stranger's for it to read
+        capabilities = [linux.CAP_SYS_ADMIN] if volume.kind == "xfs" else []
+        room = Room([volume.device], capabilities=capabilities, memory=RLIM_INFINITY)
+        run([program, *options, *words], room=room)
 
 
 def make_command(volume: Volume) -> list[str]:
@@ -253,7 +259,7 @@ def writing_back(path: str) -> Iterator[None]:
 
     Programs of the guest keep a processor busy (ssh-keygen, update-grub) while the disk would have nothing to do.
     """
-    with output_of([["sync", "--file-system", path]]) as (_, finish):
+    with output_of([["sync", "--file-system", "."]], room=Room(work=path)) as (_, finish):
         try:
             yield
             finish()  # it may have been told of an error of which nobody else will be

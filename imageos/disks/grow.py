@@ -12,8 +12,8 @@ from imageos.disks.discovery import Found, Part, Table
 from imageos.disks.disk import Attached
 from imageos.disks.layout import MIB, SECTOR
 from imageos.errors import Failure
-from imageos.guests.sandbox import confined
 from imageos.node import linux
+from imageos.node.confinement import Room
 from imageos.run import available, pipeline, run
 
 E2FSCK_CORRECTED = 1  # status: errors, all of them corrected
@@ -53,11 +53,12 @@ def new_size(table: Table, root: Part) -> int:
 
 def _move_backup_header(disk: Attached) -> None:
     linux.flush_buffers(disk.descriptor)
-    moved = pipeline([["sfdisk", "--relocate", "gpt-bak-std", "--no-reread", "--no-tell-kernel", disk.path]])[0]
+    move = ["sfdisk", "--relocate", "gpt-bak-std", "--no-reread", "--no-tell-kernel", disk.path]
+    moved = pipeline([move], room=Room([disk.path]))[0]
     if moved.status and not available("sgdisk"):
         raise moved.failure()
     if moved.status:  # before util-linux 2.36
-        run(["sgdisk", "--move-second-header", disk.path])
+        run(["sgdisk", "--move-second-header", disk.path], room=Room([disk.path]))
 
 
 def _grow_partition(disk: Attached, table: Table, root: Part, size: int) -> None:
@@ -77,29 +78,29 @@ def _resize(disk: Attached, part: Part, size: int) -> None:
         ["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", "--wipe", "never", "--wipe-partitions", "never",
          "--partno", str(part.number), disk.path],
         input=f", {size // SECTOR}\n",
+        room=Room([disk.path]),
     )  # fmt: skip
 
 
 def _grow_filesystem(root: Part, size: int) -> None:
     if root.kind.startswith("ext"):
         _check_ext(root.device)
-        run(["resize2fs", root.device], prepare=confined(root.device, memory=resource.RLIM_INFINITY))
+        run(["resize2fs", root.device], room=Room([root.device], memory=resource.RLIM_INFINITY))
         return
     if root.kind == "btrfs" and size < BTRFS_SMALLEST:
         log.info(f"the btrfs on {root} is not grown: Linux refuses to below {log.size(BTRFS_SMALLEST)}")
         return
     with filesystem.mounted_somewhere(root.device, root.kind) as directory:
-        if root.kind == "xfs":
-            run(["xfs_growfs", "-d", directory])
-        else:
-            run(["btrfs", "filesystem", "resize", "max", directory])
+        command = ["xfs_growfs", "-d"] if root.kind == "xfs" else ["btrfs", "filesystem", "resize", "max"]
+        # the kernel asks for it, since other filesystems are mounted from other places
+        run([*command, directory], room=Room([root.device, directory], capabilities=[linux.CAP_SYS_ADMIN]))
 
 
 def _check_ext(device: str) -> None:
     """What resize2fs insists on."""
     # what they take grows with the disk
-    enter = confined(device, memory=resource.RLIM_INFINITY)
-    checked = pipeline([["e2fsck", "-f", "-p", device]], prepare=enter)[0]
+    room = Room([device], memory=resource.RLIM_INFINITY)
+    checked = pipeline([["e2fsck", "-f", "-p", device]], room=room)[0]
     if checked.status not in (0, E2FSCK_CORRECTED):
         said = [
             line for line in (checked.stdout.decode("utf-8", "backslashreplace") + checked.stderr).splitlines() if line

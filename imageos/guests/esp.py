@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from imageos.errors import Failure
-from imageos.guests.sandbox import confined
 from imageos.guests.target import Target
+from imageos.node.confinement import Room
 from imageos.run import environment, require, run
 
 LARGEST = 16 << 20  # bytes of a loader; the largest ones have 5 MB
@@ -154,7 +154,7 @@ def write(device: str, files: Mapping[str, bytes]) -> None:
                 ["mcopy", "-s", "-o", "-i", device, *tops, "::"],
                 env=env,
                 timeout=TIMEOUT,
-                prepare=confined(device),
+                room=Room([device, scratch]),
             )
         except Failure as failure:
             raise Failure(f"cannot write to the EFI system partition: {failure}", details=failure.details) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, Optional
@@ -10,6 +11,7 @@ from typing import NamedTuple, Optional
 from imageos import log
 from imageos.errors import Failure
 from imageos.guests.target import Target
+from imageos.node.confinement import Room
 from imageos.node.isolation import TEMPORARY
 from imageos.run import available, output_of
 
@@ -42,10 +44,11 @@ def rsa_made_meanwhile(hostname: str) -> Iterator[GetKey]:
     if not available(NEW_RSA[0]):
         yield no_key
         return
-    place = os.path.join(TEMPORARY, "rsa")
+    work = tempfile.mkdtemp(dir=TEMPORARY)
     with ExitStack() as stack:
         try:
-            _, finish = stack.enter_context(output_of([[*NEW_RSA, "-C", f"root@{hostname}", "-f", place]]))
+            make = [*NEW_RSA, "-C", f"root@{hostname}", "-f", "rsa"]
+            _, finish = stack.enter_context(output_of([make], room=Room(work=work)))
         except Failure as failure:
             log.debug(str(failure))
             finish = None
@@ -54,7 +57,7 @@ def rsa_made_meanwhile(hostname: str) -> Iterator[GetKey]:
             try:
                 if finish:
                     finish()
-                    return Key(_take(place), _take(f"{place}.pub"))
+                    return Key(_take(f"{work}/rsa"), _take(f"{work}/rsa.pub"))
             except (Failure, OSError, ValueError) as failure:
                 log.debug(str(failure))
             return None

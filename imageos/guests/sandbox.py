@@ -14,11 +14,10 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
 
 from imageos.errors import Failure
 from imageos.node import linux, seccomp
-from imageos.node.isolation import TEMPORARY
+from imageos.node.confinement import DEVICES, LINKS, exit_as, take_own_null
 
 KEEP = (
     linux.CAP_CHOWN,
@@ -36,25 +35,7 @@ ENVIRONMENT = {
     "TERM": "dumb",
     "DEBIAN_FRONTEND": "noninteractive",
 }
-# Name -> major, minor (Documentation/admin-guide/devices.txt)
-DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
-LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
-# Of the node, what a program of the node that reads a stranger's work may not write: root's name is enough for that
-KEPT = ("/boot", "/etc", "/home", "/opt", "/root", "/srv", "/usr", "/var/lib", "/var/spool")
-TEMPORARY_LIMITS = "mode=0700,size=1g,nr_inodes=1k"  # restore keeps all directories of a dump there
-MEMORY = 4 << 30  # bytes of address space that a program may take, whatever an archive claims
-# What makes the files of an archive: with any owner, mode, device number, and attribute (trusted.*, security.*)
-UNPACKING = (
-    linux.CAP_CHOWN,
-    linux.CAP_DAC_OVERRIDE,
-    linux.CAP_FOWNER,
-    linux.CAP_FSETID,
-    linux.CAP_LINUX_IMMUTABLE,
-    linux.CAP_MAC_ADMIN,
-    linux.CAP_MKNOD,
-    linux.CAP_SETFCAP,
-    linux.CAP_SYS_ADMIN,
-)
+GUEST_DEVICES = {**DEVICES, "tty": (5, 0)}
 # Of each process, in bytes; no program of a guest has reason to take more. What all of them take: cgroup.
 LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 8 << 30, resource.RLIMIT_AS: 4 << 30}
 
@@ -74,7 +55,7 @@ def entering(path: str, hostname: str, disk: GuestDisk, join: Callable[[], None]
     """
     # Looked up here: the child must not depend on the state of its parent's /dev.
     nodes = {os.path.basename(node): os.stat(node).st_rdev for node in disk.nodes}
-    nodes.update((name, os.makedev(*number)) for name, number in DEVICES.items())
+    nodes.update((name, os.makedev(*number)) for name, number in GUEST_DEVICES.items())
     calls = seccomp.guest()
 
     def enter() -> None:
@@ -88,76 +69,6 @@ def entering(path: str, hostname: str, disk: GuestDisk, join: Callable[[], None]
             os._exit(126)
 
     return enter
-
-
-def confined(
-    *devices: str, keep: Sequence[int] = (), memory: int = MEMORY, into: str | None = None
-) -> Callable[[], None]:
-    """What a child does before it becomes a program of the node that reads what a stranger has made.
-
-    Of privileges it has the capabilities `keep`, of disks `devices`, no network, of /run (where root opens any
-    socket) our own temporary files; it cannot write the node's own files nor /proc and /sys.
-    With `into`, it works in that directory, out of which no `..` leads, and has temporary files of its own.
-    """
-    found = {os.path.basename(device): os.stat(device) for device in devices}
-    nodes = {name: status.st_rdev for name, status in found.items() if stat.S_ISBLK(status.st_mode)}
-    nodes.update((name, os.makedev(*number)) for name, number in DEVICES.items())
-
-    def enter() -> None:
-        try:
-            if os.geteuid() == 0:  # doctor may be anybody's
-                _confine(nodes, into)
-                linux.limit_capabilities(keep)
-                linux.forbid_mounts()
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        except OSError as error:
-            os.write(2, f"cannot give up privileges: {error}\n".encode("ascii", "backslashreplace"))
-            os._exit(126)
-
-    return enter
-
-
-def unpacking(directory: str) -> Callable[[], None]:
-    """The same for a program that makes the guest's files in `directory`, where one of its filesystems is mounted."""
-    return confined(keep=UNPACKING, into=directory)
-
-
-def _confine(nodes: dict[str, int], into: str | None) -> None:
-    # What is mounted nowhere has nothing above it: restore(8) follows a `..` that a hostile dump has for a name
-    work = linux.copy_mounts(into) if into else None
-    _take_own_null()
-    linux.leave_session_keyring()
-    linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC)
-    linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
-    linux.restrict_mounts("/", linux.MS_NODEV)  # but for the /dev that we make
-    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    plain = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
-    _mount_over(root, "proc", "proc", plain | linux.MS_RDONLY)
-    _mount_over(root, "sys", "sysfs", plain | linux.MS_RDONLY)
-    _mount_over(root, "dev", "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, "mode=0755,size=64k")
-    _make_devices(root, nodes, ())
-    temporary = None if into or not os.path.isdir(TEMPORARY) else linux.copy_mounts(TEMPORARY)
-    _mount_over(root, "run", "tmpfs", plain, "mode=0755,size=64k")
-    if work is not None:
-        os.makedirs(TEMPORARY)
-        linux.mount("tmpfs", TEMPORARY, "tmpfs", plain, TEMPORARY_LIMITS)
-        os.fchdir(work)
-    if temporary is not None:
-        os.makedirs(TEMPORARY)
-        linux.place_mounts(temporary, os.open(TEMPORARY, os.O_PATH | os.O_CLOEXEC))
-    for place in filter(os.path.isdir, KEPT):
-        linux.mount(place, place, None, linux.MS_BIND | linux.MS_REC)
-        linux.restrict_mounts(place, linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV)
-
-
-def _take_own_null() -> None:
-    """Have another /dev/null for stdin than the node's, whose mode and owner whoever has it open could change."""
-    status = os.fstat(0)
-    if stat.S_ISCHR(status.st_mode):
-        read, write = os.pipe()
-        os.close(write)
-        os.dup2(read, 0)  # at its end at once, as /dev/null is
-        os.close(read)
 
 
 @contextmanager
@@ -174,7 +85,7 @@ def devices(path: str) -> Iterator[None]:
         raise Failure(f"cannot mount devices at the guest's /dev: {error.strerror}") from None
     try:
         try:
-            _make_devices(root, {name: os.makedev(*number) for name, number in DEVICES.items()}, ())
+            _make_devices(root, {name: os.makedev(*number) for name, number in GUEST_DEVICES.items()}, ())
         finally:
             os.close(root)
         yield
@@ -183,7 +94,7 @@ def devices(path: str) -> Iterator[None]:
 
 
 def _enter(path: str, hostname: str, nodes: dict[str, int], uuids: Sequence[tuple[str, str]]) -> None:
-    _take_own_null()
+    take_own_null()
     os.setsid()  # no terminal of the node's
     linux.leave_session_keyring()
     with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
@@ -215,7 +126,7 @@ def _become_first_process() -> None:
     if child:
         linux.die_with_parent()
         os.closerange(3, 1 << 16)  # among them the pipe by which subprocess awaits the exec
-        _exit_as(child)
+        exit_as(child)
     linux.die_with_parent()
 
 
@@ -227,21 +138,13 @@ def _leave_first_process_behind() -> None:
     child = os.fork()
     if child:
         os.closerange(3, 1 << 16)
-        _exit_as(child)
-
-
-def _exit_as(child: int) -> NoReturn:
-    """Exit like `child` when it ends; bury the orphans until then."""
-    while True:
-        pid, status = os.wait()
-        if pid == child:
-            os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+        exit_as(child)
 
 
 def _make_devices(root: int, nodes: dict[str, int], uuids: Sequence[tuple[str, str]]) -> None:
     directory = _directory(root, "dev")
     for name, number in nodes.items():
-        kind, mode = (stat.S_IFCHR, 0o666) if name in DEVICES else (stat.S_IFBLK, 0o660)
+        kind, mode = (stat.S_IFCHR, 0o666) if name in GUEST_DEVICES else (stat.S_IFBLK, 0o660)
         os.mknod(name, kind | mode, number, dir_fd=directory)
         os.chmod(name, mode, dir_fd=directory)  # whatever the umask
     for name, target in LINKS.items():

@@ -26,16 +26,19 @@ from imageos.disks.layout import MIB
 from imageos.disks.usage import Map
 from imageos.errors import Failure
 from imageos.guests import sealing, target
-from imageos.guests.sandbox import GuestDisk, confined
+from imageos.guests.sandbox import GuestDisk
 from imageos.images.checksums import digests_of
 from imageos.images.dump import PACKED, version
 from imageos.images.imagetypes import IMAGE_TYPES
-from imageos.node import isolation, linux
+from imageos.node import confinement, isolation, linux
+from imageos.node.confinement import Room
 from imageos.run import available, output_of, pipeline, require, run, signals_held
 
 SPARE = 16 * MIB  # that sealing and replayed journals may add to the copy
 CHUNK = MIB
 OTHER_THAN_DUMP = "make a tarball (ganeti-image -t tarball) or a disk image (make-qemu-img) of it"
+READING = Room(work=isolation.TARGET, capabilities=[linux.CAP_DAC_OVERRIDE])  # whose mounts are read-only
+TRIAL = f"{confinement.TEMPORARY}/trial.qcow2"
 EVERYWHERE = ("/",)  # all that the guest mounts is part of the image
 # Features (offset in the superblock, bit) whose files dump(8) loses or fills with zeroes without a word
 NOT_DUMPED = {
@@ -203,10 +206,10 @@ def write_tarball(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]
     suffix, compress = compression()
     tar = ["tar", "--create", "--file=-", "--format=posix", "--numeric-owner", "--acls", "--xattrs",
            "--xattrs-include=*", "--sparse", "--warning=no-file-ignored",
-           "--directory", isolation.TARGET, "."]  # fmt: skip
+           "."]  # fmt: skip
     with log.phase("packed all files"), ExitStack() as mounts:
         filesystem.mount_all(mounts, copied.found.volumes, isolation.TARGET, read_only=True)
-        yield written(stack, copied, place, suffix, [tar, compress])
+        yield written(stack, copied, place, suffix, [tar, compress], READING)
 
 
 def write_dumps(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]:
@@ -222,7 +225,7 @@ def write_dumps(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]:
             # a block that cannot be read is an error (-I 1), not a question (-q)
             dump = ["dump", "-0", "-q", "-I", "1", "-z", "-f", "-", volume.device]
             with log.phase(f"dumped {volume.mount_point}"):
-                yield written(stack, copied, place, suffix, [dump], confined(volume.device))
+                yield written(stack, copied, place, suffix, [dump], Room([volume.device]))
 
 
 def write_qcow2(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]:
@@ -237,9 +240,9 @@ def write_qcow2(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]:
             progress.update(int(copied.used * float(percentage[1]) / 100))
 
     convert = ["qemu-img", "convert", "-p", "-c", "-f", "raw", "-O", "qcow2", *qcow2_options(),
-               "/proc/self/fd/0", f"/proc/{os.getpid()}/fd/{output}"]  # fmt: skip
+               "/proc/self/fd/0", f"/proc/self/fd/{output}"]  # fmt: skip
     with log.phase("compressed the copy"):
-        done = pipeline([convert], stdin=copied.device.descriptor, on_line=report)[0]
+        done = pipeline([convert], stdin=copied.device.descriptor, keep=[output], on_line=report)[0]
         progress.close()
         if done.status:
             if "No space left" in done.stderr:
@@ -288,8 +291,8 @@ def check_names(found: Found) -> None:
     """Fail if there is a name that is as long as names can be: restore(8) stumbles over it, and loses others."""
     with ExitStack() as mounts:
         filesystem.mount_all(mounts, found.volumes, isolation.TARGET, read_only=True)
-        find = ["find", isolation.TARGET, "-regextype", "posix-extended", "-regex", ".*/[^/]{255}", "-print", "-quit"]
-        longest = run(find).strip()
+        find = ["find", ".", "-regextype", "posix-extended", "-regex", ".*/[^/]{255}", "-print", "-quit"]
+        longest = run(find, room=READING).strip()
     if longest:
         raise Failure(
             f"the guest has a name of 255 bytes ({os.path.basename(longest)[:30]}...): dump(8) cannot keep it",
@@ -314,8 +317,7 @@ def compression() -> tuple[str, Sequence[str]]:
 
 def qcow2_options() -> Sequence[str]:
     """zstd where this qemu-img was built with it: better and quicker than zlib."""
-    trial = f"{isolation.TEMPORARY}/trial.qcow2"
-    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compression_type=zstd", trial, "1M"]
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compression_type=zstd", TRIAL, "1M"]
     return () if pipeline([create])[0].status else ("-o", "compression_type=zstd")
 
 
@@ -348,16 +350,16 @@ def written(
     place: Place,
     suffix: str,
     stages: Sequence[Sequence[str]],
-    prepare: Callable[[], None] | None = None,
+    room: Room,
 ) -> New:
-    """What the last of the stages prints, in a new file; `prepare` as in run.pipeline."""
+    """What the last of the stages prints, in a new file; `room` as in run.output_of."""
     output = unnamed(stack, place.directory)
     digest = hashlib.sha256()
     progress = log.Progress(f"reading for {suffix.lstrip('-.')}", copied.used)
     before = disk.bytes_read(copied.attached)
     nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     stack.callback(os.close, nothing)
-    with output_of(stages, nothing, prepare=prepare) as (source, check), writing_to(place.directory):
+    with output_of(stages, nothing, room=room) as (source, check), writing_to(place.directory):
         while data := os.read(source, CHUNK):
             write_all(output, memoryview(data))
             digest.update(data)

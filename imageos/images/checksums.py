@@ -14,9 +14,9 @@ from urllib.parse import quote, unquote, urlsplit
 
 from imageos import log
 from imageos.errors import Failure
-from imageos.guests.sandbox import confined
 from imageos.images.web import Web, beside, cleaned, shown
-from imageos.node.linux import CAP_DAC_READ_SEARCH
+from imageos.node.confinement import Room
+from imageos.node.linux import CAP_DAC_OVERRIDE
 from imageos.run import pipeline, require
 from imageos.settings import Settings, is_pin
 
@@ -197,7 +197,7 @@ def _verified(url: str, options: Sequence[str], contents: Sequence[bytes], keyri
     with ExitStack() as stack:
         files = [stack.enter_context(_stored(content)) for content in contents]
         check = ["gpgv", "--status-fd", "2", "--keyring", keyring, *options, *files]
-        done = pipeline([check], prepare=confined(keep=[CAP_DAC_READ_SEARCH]))[0]
+        done = pipeline([check], room=Room([keyring, *files], capabilities=[CAP_DAC_OVERRIDE]))[0]
     lines = done.stderr.splitlines()
     verdicts = {line.split()[1] for line in lines if line.startswith("[GNUPG:] ") and len(line.split()) > 1}
     if "GOODSIG" not in verdicts or "BADSIG" in verdicts:  # not its status: keys that we do not have are no fault

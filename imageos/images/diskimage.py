@@ -13,10 +13,10 @@ from imageos.disks import disk as disks
 from imageos.disks.disk import Attached, Device
 from imageos.disks.layout import MIB
 from imageos.errors import Failure
-from imageos.guests.sandbox import confined
 from imageos.images import qcow2
 from imageos.images.imagefile import Image, beginning, check_stages, feed
 from imageos.node import linux
+from imageos.node.confinement import Room
 from imageos.run import Finished, pipeline, require
 
 QCOW2_SUFFIXES = (".qcow2", ".img")
@@ -114,8 +114,8 @@ def _convert(image: Image, content: Content, disk: Attached) -> None:
     convert = ["qemu-img", "convert", "-n", "-p", "--target-is-zero", "-W", "-m", "16", "-t", "none",
                "-f", "qcow2", "-O", "raw", "/proc/self/fd/0", disk.path]  # fmt: skip
     # all it needs is to read the image file, whoever owns it
-    enter = confined(disk.path, keep=[linux.CAP_DAC_READ_SEARCH])
-    finished = pipeline([convert], stdin=image.descriptor, prepare=enter, on_line=report)
+    room = Room([disk.path], capabilities=[linux.CAP_DAC_OVERRIDE])
+    finished = pipeline([convert], stdin=image.descriptor, room=room, on_line=report)
     progress.close()
     check_stages(image, finished)
 
@@ -123,7 +123,7 @@ def _convert(image: Image, content: Content, disk: Attached) -> None:
 def _copy(image: Image, disk: Attached) -> None:
     dd = ["dd", f"of={disk.path}", f"bs={COPY_BLOCK}", "iflag=fullblock", "oflag=direct",
           "conv=sparse,notrunc,nocreat", "status=none"]  # fmt: skip
-    finished = feed(image, dd, "writing", prepare=confined(disk.path))
+    finished = feed(image, dd, "writing", room=Room([disk.path]))
     _check_overflow(image, disk, finished)
     check_stages(image, finished)
 
@@ -141,8 +141,7 @@ def _unpacked_size(image: Image) -> tuple[int, bool]:
     """The size of a compressed image as far as it can be known, and whether that is all of it."""
     if image.compression == "xz":
         command = ["xz", "--robot", "--list", "--force", "/proc/self/fd/0"]
-        enter = confined(keep=[linux.CAP_DAC_READ_SEARCH])
-        listed = pipeline([command], stdin=image.descriptor, prepare=enter)
+        listed = pipeline([command], stdin=image.descriptor, room=Room(capabilities=[linux.CAP_DAC_OVERRIDE]))
         check_stages(image, listed)
         totals = re.search(rb"^totals\t\d+\t\d+\t\d+\t(\d+)", listed[0].stdout, re.MULTILINE)
         return (int(totals[1]), True) if totals else (0, False)

@@ -19,11 +19,11 @@ from dataclasses import replace
 from imageos import log
 from imageos.disks import filesystem
 from imageos.errors import Failure
-from imageos.guests.sandbox import confined, unpacking
 from imageos.images.dumpfile import RECORD, TAPE, Dump, Truncated, is_header
 from imageos.images.imagefile import Image, beginning, check_stages, feed, is_full, too_large
 from imageos.images.restored import SYMBOL_TABLE, complete
 from imageos.node import linux
+from imageos.node.confinement import unpacking
 from imageos.run import PIPE_SIZE, Finished, pipeline, require
 
 # What is compressed within the format (dump -z) needs no name of its own.
@@ -87,16 +87,16 @@ def boot_path(path: str) -> str:
 
 
 def _restore(image: Image, directory: str) -> None:
-    # TMPDIR, where it keeps a list of all directories, is ours alone (isolation)
+    # TMPDIR, where it keeps a list of all directories, is its alone
     with following(image.path) as follower:
         finished = feed(
             image,
             RESTORE,
             "restoring",
-            prepare=unpacking(directory),
+            room=unpacking(directory),
             on_line=watch(image.path),
             between=[follower.stage],
-            keep=follower.keep,
+            keep_upstream=follower.keep,
             on_start=follower.start,
         )
         judge(image, directory, finished, follower)
@@ -211,6 +211,6 @@ def _too_new(name: str, failure: Failure) -> Failure:
 def version(program: str) -> int | None:
     """49 of dump or restore 0.4b49; None if it cannot be told."""
     with suppress(Failure):
-        found = VERSION.search(pipeline([[program]], timeout=10, prepare=confined())[0].stderr)
+        found = VERSION.search(pipeline([[program]], timeout=10)[0].stderr)
         return int(found[1]) if found else None
     return None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from imageos import log
 from imageos.errors import Failure
-from imageos.guests.sandbox import confined
+from imageos.node.confinement import Room
 from imageos.run import Finished, available, head, pipeline
 
 
@@ -75,7 +75,7 @@ def beginning(image: Image, count: int) -> bytes:
         if not image.compression:
             return os.pread(image.descriptor, count, 0)
         os.lseek(image.descriptor, 0, os.SEEK_SET)
-        return head(image.decompress, image.descriptor, count, confined())
+        return head(image.decompress, image.descriptor, count)
     except Failure as failure:
         raise Failure(f"image {image.path} cannot be unpacked: {failure}", failure.hint, failure.details) from None
     except OSError as error:
@@ -87,27 +87,26 @@ def feed(
     program: Sequence[str],
     what: str,
     *,
-    prepare: Callable[[], None],
+    room: Room,
     on_line: Callable[[str], None] | None = None,
     between: Sequence[Sequence[str]] = (),
-    keep: Sequence[int] = (),
+    keep_upstream: Sequence[int] = (),
     on_start: Callable[[], None] | None = None,
 ) -> list[Finished]:
     """Run `program` with the image, uncompressed, as its stdin, and show the progress of `what` it does; judge nothing.
 
-    `between`: stages before it that pass everything on. `prepare` and the others as in run.pipeline.
+    `between`: stages before it that pass everything on. `room` and the others as in run.pipeline.
     """
     os.lseek(image.descriptor, 0, os.SEEK_SET)
     progress = log.Progress(what, image.size)
     finished = pipeline(
         [*([image.decompress] if image.compression else []), *between, program],
         stdin=image.descriptor,
-        prepare=prepare,
-        upstream=confined(),
+        room=room,
         # the children read through our descriptor: its offset tells how far they are
         tick=lambda: progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR)),
         on_line=on_line,
-        keep=keep,
+        keep_upstream=keep_upstream,
         on_start=on_start,
     )
     progress.close()

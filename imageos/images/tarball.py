@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from imageos.errors import Failure
-from imageos.guests.sandbox import unpacking
 from imageos.images.imagefile import Image, beginning, check_stages, feed, is_full, too_large
+from imageos.node.confinement import unpacking
 from imageos.run import require
 
 SUFFIXES = (".tar.gz", ".tar", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
@@ -31,7 +31,7 @@ def deploy(image: Image, directory: str) -> None:
         # 64 KiB at once instead of 10: a sixth of the time
         "--read-full-records", "--blocking-factor=128",
     ]  # fmt: skip
-    finished = feed(image, tar, "unpacking", prepare=unpacking(directory))
+    finished = feed(image, tar, "unpacking", room=unpacking(directory))
     if finished[-1].status:
         full = [place for place in (directory, f"{directory}/boot") if os.path.ismount(place) and is_full(place)]
         if full or "No space left" in finished[-1].stderr:

@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from imageos.errors import Failure
 
@@ -28,6 +28,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 4096, 16384, 1 << 18, 1 << 19
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 OPEN_TREE_CLONE, AT_RECURSIVE, AT_FDCWD = 1, 0x8000, -100  # fcntl.h
+FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 1, 1, 6
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
 # prctl.h
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
@@ -35,9 +36,15 @@ PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 # openat2.h
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x02, 0x04, 0x10
 # one number on all architectures (scripts/syscall.tbl)
-SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2, SYS_MOUNT_SETATTR = 428, 429, 437, 442
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 428, 429, 430, 431, 432
+SYS_CLOSE_RANGE, SYS_OPENAT2, SYS_MOUNT_SETATTR = 436, 437, 442
 SYS_LANDLOCK_CREATE_RULESET, SYS_LANDLOCK_ADD_RULE, SYS_LANDLOCK_RESTRICT_SELF = 444, 445, 446
-LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH, LANDLOCK_ACCESS_FS_REFER = 1, 1, 1 << 13  # landlock.h
+# landlock.h
+LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
+LANDLOCK_WRITE_FILE, LANDLOCK_REFER, LANDLOCK_TRUNCATE = 1 << 1, 1 << 13, 1 << 14
+LANDLOCK_REMOVE_AND_MAKE = 0x1FF0  # remove_dir to make_sym
+LANDLOCK_ALL_WRITING = LANDLOCK_WRITE_FILE | LANDLOCK_REMOVE_AND_MAKE | LANDLOCK_REFER | LANDLOCK_TRUNCATE
+LANDLOCK_SINCE = {LANDLOCK_REFER: 2, LANDLOCK_TRUNCATE: 3}  # version that knows it (Linux 5.19, 6.2)
 # keyctl is older than that; of 64-bit programs (asm/unistd.h)
 SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}
 KEYCTL_JOIN_SESSION_KEYRING = 1  # keyctl.h
@@ -114,9 +121,9 @@ def open_in_root(root: int, path: str, flags: int, mode: int = 0, resolve: int =
     raise AssertionError("not reached")
 
 
-def copy_mounts(path: str) -> int:
+def copy_mounts(path: str, with_below: bool = True) -> int:
     """A descriptor of a copy of the mount at `path` and all below it, which nobody sees yet (Linux 5.2)."""
-    flags = OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC
+    flags = OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if with_below else 0)
     return _check(_libc.syscall(ctypes.c_long(SYS_OPEN_TREE), AT_FDCWD, _bytes(path), ctypes.c_uint(flags)), path)
 
 
@@ -139,6 +146,52 @@ def restrict_mounts(path: str, flags: int) -> None:
         if error.errno != errno.ENOSYS:
             raise
         mount(None, path, None, MS_BIND | MS_REMOUNT | flags)
+
+
+def can_restrict_all() -> bool:
+    """Whether `restrict_mounts` reaches what is mounted below, too (Linux 5.12)."""
+    result = _libc.syscall(ctypes.c_long(SYS_MOUNT_SETATTR), -1, b"", ctypes.c_uint(0), None, ctypes.c_size_t(0))
+    return result == 0 or ctypes.get_errno() != errno.ENOSYS
+
+
+def new_tmpfs(flags: int, **options: str) -> int:
+    """A descriptor of an empty tmpfs that is mounted nowhere yet (Linux 5.2)."""
+    context = _check(_libc.syscall(ctypes.c_long(SYS_FSOPEN), b"tmpfs", ctypes.c_uint(FSOPEN_CLOEXEC)), "fsopen")
+    try:
+        number = ctypes.c_long(SYS_FSCONFIG)
+        for key, value in options.items():
+            _check(_libc.syscall(number, context, FSCONFIG_SET_STRING, _bytes(key), _bytes(value), 0), key)
+        _check(_libc.syscall(number, context, FSCONFIG_CMD_CREATE, None, None, 0), "fsconfig")
+        return _check(
+            _libc.syscall(ctypes.c_long(SYS_FSMOUNT), context, ctypes.c_uint(FSMOUNT_CLOEXEC), ctypes.c_uint(flags))
+        )
+    finally:
+        os.close(context)
+
+
+def pivot_root(new: str, old: str) -> None:
+    _check(_libc.pivot_root(_bytes(new), _bytes(old)), "pivot_root")
+
+
+@contextlib.contextmanager
+def children_apart() -> Iterator[None]:
+    """Meanwhile, the one child of this thread is process 1 of its own PID namespace: what it starts ends with it."""
+    ours = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        unshare(CLONE_NEWPID)
+        try:
+            yield
+        finally:
+            _check(_libc.setns(ours, CLONE_NEWPID), "setns")
+    finally:
+        os.close(ours)
+
+
+def close_all(first: int = 0) -> None:
+    """Close every descriptor from `first` on."""
+    number, first_, last = ctypes.c_long(SYS_CLOSE_RANGE), ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF)
+    if _libc.syscall(number, first_, last, ctypes.c_uint(0)) < 0:  # before Linux 5.9
+        os.closerange(first, 1 << 16)
 
 
 def mount_view() -> tuple[int, int]:
@@ -207,22 +260,27 @@ def load_filter(program: bytes) -> None:
         _check(_libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(argument), 0, 0), "seccomp")
 
 
-def forbid_mounts() -> None:
-    """Have this process and its children never mount, unmount or remount again, whatever capabilities they have.
+def forbid_writing(but: Iterable[tuple[int, bool]]) -> None:
+    """Have this process and its children write, make, rename and remove nothing any more but in the open directories
+    and files `but` (of which True goes with those where all of that is allowed, False with writing only), and never
+    mount or unmount again, whatever capabilities they have.
 
-    Landlock forbids that to whom it restricts at all (Documentation/userspace-api/landlock.rst). Version 2 (Linux 5.19)
-    is the first that lets files be renamed and linked to other directories; an older kernel does nothing.
+    It is Landlock that forbids (Documentation/userspace-api/landlock.rst). Version 2 (Linux 5.19) is the first that
+    lets files be renamed and linked to other directories; an older kernel does nothing.
     """
-    if _libc.syscall(ctypes.c_long(SYS_LANDLOCK_CREATE_RULESET), None, 0, LANDLOCK_CREATE_RULESET_VERSION) < 2:
+    create = ctypes.c_long(SYS_LANDLOCK_CREATE_RULESET)
+    version = _libc.syscall(create, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    if version < 2:
         return
-    access = struct.pack("=Q", LANDLOCK_ACCESS_FS_REFER)
-    rules = _check(_libc.syscall(ctypes.c_long(SYS_LANDLOCK_CREATE_RULESET), access, len(access), 0), "landlock")
-    for place in ("/", "."):  # the working directory may be mounted nowhere
-        directory = os.open(place, os.O_PATH | os.O_CLOEXEC)
-        rule = struct.pack("=Qi", LANDLOCK_ACCESS_FS_REFER, directory)
+    unknown = sum(right for right, since in LANDLOCK_SINCE.items() if since > version)
+    handled = LANDLOCK_ALL_WRITING & ~unknown
+    access = struct.pack("=Q", handled)
+    rules = _check(_libc.syscall(create, access, len(access), 0), "landlock")
+    for descriptor, everything in but:
+        allowed = handled if everything else handled & (LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE)
+        rule = struct.pack("=Qi", allowed, descriptor)
         add = ctypes.c_long(SYS_LANDLOCK_ADD_RULE)
         _check(_libc.syscall(add, rules, LANDLOCK_RULE_PATH_BENEATH, rule, 0), "landlock")
-        os.close(directory)
     _check(_libc.syscall(ctypes.c_long(SYS_LANDLOCK_RESTRICT_SELF), rules, 0), "landlock")
     os.close(rules)
 

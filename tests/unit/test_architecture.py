@@ -20,7 +20,7 @@ PACKAGE = CHECKOUT / "imageos"
 ORDER = [
     *("node", "guests", "disks", "images", "backups"),
     # what everything stands on
-    *("errors", "log", "outcome", "node.linux", "node.syscalls", "node.seccomp", "run"),
+    *("errors", "log", "outcome", "node.linux", "node.syscalls", "node.seccomp", "node.confinement", "run"),
     *("node.mounts", "node.cgroup", "node.isolation"),
     # what Ganeti and the site say
     *("ganeti", "shellfiles", "settings", "cluster"),
@@ -205,7 +205,7 @@ def test_processes_are_started_in_one_place(name: str) -> None:
         assert not {"subprocess", "multiprocessing", "pty"} & imported(name)
         assert not {one for one in used(name) | imported(name) if one.endswith("ProcessPoolExecutor")}
     starts = {one for one in used(name) if one.startswith(tuple(f"os.{starter}" for starter in STARTERS))}
-    assert starts <= ({"os.fork"} if name in ("node.isolation", "guests.sandbox") else set())
+    assert starts <= ({"os.fork"} if name in ("node.isolation", "node.confinement", "guests.sandbox") else set())
 
 
 @for_each(SOURCES)
@@ -239,8 +239,7 @@ GIVEN_THE_ROOT = {
     "imageos.hooks.Context": "tells hooks",
     "os.mkdir": "makes the place",
     "deploy": "unpacks an image there",
-    "tar": "packs all of it",
-    "find": "looks for long names",
+    "imageos.node.confinement.Room": "shows it to tar and find, and nothing else",
     "TARGET": "hooks get it as that variable",
 }
 
@@ -332,7 +331,7 @@ TOUCHES = {
     "mounts": {
         *("os.chdir", "os.fchdir", "os.chroot", "imageos.node.linux.mount", "imageos.node.linux.umount"),
         *("imageos.node.linux.copy_mounts", "imageos.node.linux.place_mounts", "imageos.node.linux.restrict_mounts"),
-        *("imageos.node.linux.enter_mount_namespace", "imageos.node.linux.shut_down_filesystem"),
+        *("imageos.node.linux.enter_mount_view", "imageos.node.linux.shut_down_filesystem"),
     },
     "resolves": {"imageos.node.linux.open_in_root"},  # inside a directory, as if that were the root
     "loads": {"importlib.import_module", "importlib.resources"},
@@ -355,8 +354,9 @@ JUDGED = ("os", "os.path", "glob", "shutil", "tempfile", "io", "importlib")
 MAY_TOUCH = {
     "node.cgroup": ("looks opens changes", "the kernel's directories of groups"),
     "node.isolation": ("looks changes mounts", "its own tmpfs, and what it mounts there; the processes in /proc"),
-    "node.linux": ("opens", "device nodes by which the kernel is asked"),
+    "node.linux": ("opens mounts", "another view of mounts; device nodes by which the kernel is asked"),
     "node.mounts": ("looks opens", "/proc/self/mountinfo, and device nodes that it names"),
+    "node.confinement": ("looks opens changes mounts", "the root of a confined program, before it starts"),
     "run": ("looks temporary", "programs in PATH; what they say, in files without a name"),
     "shellfiles": ("looks", "the shell"),
     "settings": ("looks opens", "the site's files, that tell what went wrong in which line"),
@@ -365,7 +365,7 @@ MAY_TOUCH = {
     "disks.filesystem": ("looks opens changes temporary mounts resolves", "devices; where they are mounted"),
     "guests.sandbox": ("looks opens changes mounts resolves", "the root of a confined program, before it starts"),
     "guests.target": ("looks opens changes resolves", "the guest's files, from a descriptor of its root"),
-    "guests.hostkeys": ("opens changes", "keys that were made in a directory of ours"),
+    "guests.hostkeys": ("opens changes temporary", "keys that were made in a directory of ours"),
     "guests.esp": ("looks opens changes temporary", "a directory of ours that mcopy copies"),
     "guests.oldboot": ("opens", "the disk: is there a loader in its first sector?"),
     "network.files": ("looks", "the site's files of networks"),

@@ -135,7 +135,7 @@ def test_btrfs_of_newer_tools(feature: str, off: list[str], monkeypatch: pytest.
     """What this node's mkfs.btrfs knows and Linux 5.10 cannot write is off; an older one would refuse the name."""
     called = []
 
-    def run(argv: list[str], on_line: Callable[[str], None] = print) -> str:
+    def run(argv: list[str], on_line: Callable[[str], None] = print, **_: object) -> str:
         called.append(argv)
         on_line(f"{feature:19} - some words (compat=6.1, safe=6.6, default=6.19)")
         return ""
