@@ -15,7 +15,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, ClassVar, Union
@@ -160,6 +160,28 @@ class Call:
         ours = "imageos/site-packages" in log or not interrupted
         assert "Traceback (most recent call last)" not in log or not ours, log
         return Result(status if status >= 0 else 128 - status, log, time.monotonic() - self.started)
+
+
+class Gate:
+    """Where a program waits, by `shell`: a FIFO beside it, which it can open even where it can write nothing."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        os.mkfifo(path)
+        self.path, self.shell, self._writer = path, f"read _ 2>/dev/null <{path} || :", -1
+
+    def reached(self) -> bool:
+        """Whether it waits."""
+        if self._writer < 0:
+            with suppress(OSError):  # ENXIO: nobody reads
+                self._writer = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return self._writer >= 0
+
+    def open(self) -> None:
+        """Let it go on; nobody waits here any more."""
+        self.path.unlink()
+        if self._writer >= 0:
+            os.close(self._writer)
 
 
 def session(leader: int) -> list[str]:

@@ -92,8 +92,9 @@ def _grow_filesystem(root: Part, size: int) -> None:
         return
     with filesystem.mounted_somewhere(root.device, root.kind) as directory:
         command = ["xfs_growfs", "-d"] if root.kind == "xfs" else ["btrfs", "filesystem", "resize", "max"]
-        # the kernel asks for it, since other filesystems are mounted from other places
-        run([*command, directory], room=Room([root.device, directory], capabilities=[linux.CAP_SYS_ADMIN]))
+        # they but hand on the kernel's answers and our wish, for which the kernel wants that
+        room = Room([root.device], mount=directory, capabilities=[linux.CAP_SYS_ADMIN])
+        run([*command, directory], room=room)
 
 
 def _check_ext(device: str) -> None:

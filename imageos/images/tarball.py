@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 
+from imageos import log
 from imageos.errors import Failure
 from imageos.images.imagefile import Image, beginning, check_stages, feed, is_full, too_large
 from imageos.node.confinement import unpacking
@@ -11,6 +13,9 @@ from imageos.run import require
 
 SUFFIXES = (".tar.gz", ".tar", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
 BLOCK = 512  # bytes of a tar header
+LEFT_OUT = re.compile(
+    r"^tar: setxattrat: Cannot set '((?:trusted|security)\.[^']{1,60})' extended attribute", re.MULTILINE
+)
 
 
 def check(image: Image) -> None:
@@ -37,6 +42,12 @@ def deploy(image: Image, directory: str) -> None:
         if full or "No space left" in finished[-1].stderr:
             raise too_large(image, (full or [directory])[0])
     check_stages(image, finished)
+    left_out = sorted(set(LEFT_OUT.findall(finished[-1].stderr)))
+    if left_out:
+        names = ", ".join(left_out[:10]) + (" ..." if left_out[10:] else "")
+        log.warning(
+            f"image {image.path}: attributes that the node's kernel gives to nobody but root are left out: {names}"
+        )
 
 
 def _is_header(block: bytes) -> bool:

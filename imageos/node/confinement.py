@@ -37,7 +37,9 @@ LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/sel
 PLAIN = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
 
 
-# What makes the files of an archive: with any owner, mode, device number, and attribute (trusted.*, security.*)
+# What makes the files of an archive: with any owner, mode, flag, device number (of nodes that cannot be opened: all
+# that it can write to is mounted nodev), ACL, and the attributes user.*, security.capability and, where the kernel runs
+# SELinux, security.selinux. The other security.* and trusted.* take CAP_SYS_ADMIN, which mounts: they are left out.
 UNPACKING = (
     linux.CAP_CHOWN,
     linux.CAP_DAC_OVERRIDE,
@@ -47,7 +49,6 @@ UNPACKING = (
     linux.CAP_MAC_ADMIN,
     linux.CAP_MKNOD,
     linux.CAP_SETFCAP,
-    linux.CAP_SYS_ADMIN,
 )
 
 
@@ -56,6 +57,7 @@ class Room:
     """What a program has besides programs and libraries."""
 
     sees: Sequence[str] = ()  # block devices, to read and to write; files and directories, to read
+    mount: str = ""  # of its filesystem, which it is to grow: to be found in /proc, and writable
     work: str = ""  # the directory that it works in, which has no `..`, and where it may write
     capabilities: Sequence[int] = ()
     memory: int = MEMORY
@@ -83,11 +85,13 @@ def entering(room: Room, path: str, kept: Iterable[int] = ()) -> Callable[[], No
         else:
             # what is a link within what is shown leads on
             shown += [one for one in (seen, os.path.realpath(seen)) if not _is_beneath(one, shown)]
+    if room.mount:
+        shown.append(room.mount)
     files = [one for one in kept if stat.S_ISREG(os.fstat(one).st_mode)]
 
     def enter() -> None:
         try:
-            work = _enter(room.work, shown, nodes)
+            work = _enter(room, shown, nodes)
             _leave_first_process_behind()
             _limit_memory(room.memory)
             linux.limit_capabilities(room.capabilities)
@@ -115,10 +119,10 @@ def _is_beneath(path: str, places: Iterable[str]) -> bool:
     return f"{os.path.normpath(path)}/".startswith(tuple(f"{os.path.normpath(place)}/" for place in places))
 
 
-def _enter(work: str, shown: Iterable[str], nodes: dict[str, tuple[int, int]]) -> int | None:
+def _enter(room: Room, shown: Iterable[str], nodes: dict[str, tuple[int, int]]) -> int | None:
     """Make the room and go there; a descriptor of the directory to work in."""
     # What is mounted nowhere has nothing above it: restore(8) follows a `..` that a hostile dump has for a name
-    working = linux.copy_mounts(work) if work else None
+    working = linux.copy_mounts(room.work) if room.work else None
     with_below = linux.can_restrict_all()
     copies = [(place, linux.copy_mounts(place, with_below)) for place in shown]
     take_own_null()
@@ -141,7 +145,8 @@ def _enter(work: str, shown: Iterable[str], nodes: dict[str, tuple[int, int]]) -
     # Not the top of the namespace: to a process in a chroot the kernel refuses user namespaces, and with them mounts
     os.chroot(".")
     for place, _ in copies:
-        linux.restrict_mounts(place, linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV)
+        read_only = 0 if place == room.mount else linux.MS_RDONLY
+        linux.restrict_mounts(place, read_only | linux.MS_NOSUID | linux.MS_NODEV)
     os.umask(umask)
     if working is None:
         os.chdir("/")

@@ -17,6 +17,7 @@ from support import (
     MIB,
     PATH,
     Call,
+    Gate,
     Name,
     Node,
     Result,
@@ -465,17 +466,17 @@ def test_the_disk_is_in_use(node: Node, disks: dict[str, guestdisks.Guest]) -> N
 def test_the_instance_is_started_meanwhile(node: Node, small_tree: Path, tmp_path: Path) -> None:
     """What was read before and after a write does not belong together."""
     disk = guestdisks.mbr(tmp_path / "guest", small_tree, tmp_path).path
-    fake, here = tmp_path / "fake/blkid", tmp_path / "waiting"
+    fake, gate = tmp_path / "fake/blkid", Gate(tmp_path / "fake/gate")
     real = run("sh", "-c", f"PATH={PATH} command -v blkid").strip()
-    node.write(fake, f'#!/bin/sh\n: >{here}\nwhile [ -e {here} ]; do sleep 0.05; done\nexec {real} "$@"\n')
+    node.write(fake, f'#!/bin/sh\n{gate.shell}\nexec {real} "$@"\n')
     fake.chmod(0o755)
     call = start(node, disk, "tarball", path=f"{fake.parent}:{PATH}")
-    call.wait_for(here.exists, "in blkid")
+    call.wait_for(gate.reached, "in blkid")
     with disk.open("r+b") as file:
         file.seek(90 * MIB)
         file.write(b"a log entry")
     fake.unlink()
-    here.unlink()
+    gate.open()
     call.result().failed(str(disk), "was written to")
     assert os.listdir(node.images) == []
 
@@ -518,16 +519,16 @@ def test_killed(
     kind: str, tool: str, number: signal.Signals, node: Node, disks: dict[str, guestdisks.Guest], tmp_path: Path
 ) -> None:
     """While it reads the disk, and while it writes the image: nothing is left, and it works the next time."""
-    here = tmp_path / "waiting"
+    gate = Gate(tmp_path / "fake/gate")
     fake = tmp_path / "fake" / tool
     real = run("sh", "-c", f"PATH={PATH} command -v {tool}").strip()
     work = '[ "$1" = create ]' if tool == "qemu-img" else "false"  # a trial
-    node.write(fake, f'#!/bin/sh\nif ! {work}; then : >{here}; while :; do sleep 0.05; done; fi\nexec {real} "$@"\n')
+    node.write(fake, f'#!/bin/sh\nif ! {work}; then {gate.shell}; fi\nexec {real} "$@"\n')
     fake.chmod(0o755)
     disk = disks["mbr"].path
     with unchanged(disk):
         call = start(node, disk, kind, path=f"{fake.parent}:{PATH}")
-        call.wait_for(here.exists, f"in {tool}")
+        call.wait_for(gate.reached, f"in {tool}")
         call.kill(number)
         assert call.result().status == 128 + number
         assert os.listdir(node.images) == []

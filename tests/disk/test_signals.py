@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import trees
-from support import PATH, Call, Node, attached, digest, partitions, run, session, wait_until
+from support import PATH, Call, Gate, Node, attached, digest, partitions, run, session, wait_until
 
 MakeDisk = Callable[..., Path]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL]
@@ -27,12 +27,18 @@ PHASES = ["settings", *TOOLS, "hook"]
 
 
 @pytest.fixture
-def stopped_in(node: Node, disk: MakeDisk, images: Path, tmp_path: Path) -> Callable[..., tuple[Call, Path, dict]]:
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "fake/gate")
+
+
+@pytest.fixture
+def stopped_in(
+    node: Node, disk: MakeDisk, images: Path, tmp_path: Path, gate: Gate
+) -> Callable[..., tuple[Call, Path, dict]]:
     """Start a create that waits in a phase; gives the call, its disk and its environment."""
 
     def start(phase: str, before_waiting: str = "") -> tuple[Call, Path, dict[str, str]]:
-        here = tmp_path / "waiting"
-        wait = f"{before_waiting}\n: > {here}\nwhile [ -e {here} ]; do sleep 0.05; done\n"
+        wait = f"{before_waiting}\n{gate.shell}\n"
         node.image(images / "small.tar.zst", f"same-{trees.ARCH}.tar.zst")
         target = disk()
         environment = node.environment(target, OSP_IMAGE_NAME="same", PATH=f"{tmp_path}/fake:{PATH}")
@@ -47,7 +53,7 @@ def stopped_in(node: Node, disk: MakeDisk, images: Path, tmp_path: Path) -> Call
             node.write(fake, f'#!/bin/sh\n{wait}exec {real} "$@"\n')
             fake.chmod(0o755)
         call = node.start("create", environment)
-        call.wait_for(here.exists, f"in {phase}")
+        call.wait_for(gate.reached, f"in {phase}")
         return call, target, environment
 
     yield start
@@ -75,6 +81,7 @@ def test_signal(
     group: bool,
     node: Node,
     tmp_path: Path,
+    gate: Gate,
     stopped_in: Callable[..., tuple[Call, Path, dict[str, str]]],
 ) -> None:
     call, target, environment = stopped_in(phase)
@@ -88,7 +95,7 @@ def test_signal(
     if number != signal.SIGKILL or group:
         return
     # a new run finds nothing in its way
-    (tmp_path / "waiting").unlink()
+    gate.open()
     run("rm", "-rf", tmp_path / "fake")
     node.variant("default")
     Path("/etc/ganeti/instance-image/hooks/waits").unlink(missing_ok=True)
@@ -126,13 +133,11 @@ def test_terminated_twice(stopped_in: Callable[..., tuple[Call, Path, dict[str, 
     assert_ended(call, signal.SIGTERM)
 
 
-def test_signal_after_the_last_write(
-    tmp_path: Path, stopped_in: Callable[..., tuple[Call, Path, dict[str, str]]]
-) -> None:
+def test_signal_after_the_last_write(gate: Gate, stopped_in: Callable[..., tuple[Call, Path, dict[str, str]]]) -> None:
     """Who is told that a create has failed must not find a disk that boots: such a signal comes too late."""
     call, target, _ = stopped_in("hook")
     with Path(loops_over(target)[0]).open("rb") as loop:  # while it has a user, the create waits for its end
-        (tmp_path / "waiting").unlink()
+        gate.open()
         fcntl.flock(loop, fcntl.LOCK_SH)  # had when the create has let go of it
         call.kill(signal.SIGTERM)
         wait_until(lambda: not pending(call, signal.SIGTERM), "the supervisor has passed it on")
@@ -155,13 +160,12 @@ def pending(call: Call, number: signal.Signals) -> bool:
     return any(int(mask, 16) & 1 << number - 1 for mask in masks)
 
 
-def test_block_device_is_free_after_kill(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+def test_block_device_is_free_after_kill(node: Node, disk: MakeDisk, gate: Gate) -> None:
     """What Ganeti does next with the volume of a killed create must not find it busy."""
-    here = tmp_path / "waiting"
-    node.hook("waits", f"#!/bin/sh\n: > {here}\nwhile [ -e {here} ]; do sleep 0.05; done\n")
+    node.hook("waits", f"#!/bin/sh\n{gate.shell}\n")
     with attached(disk()) as device:
         call = node.start("create", node.environment(device))
-        call.wait_for(here.exists, "the hook runs")
+        call.wait_for(gate.reached, "the hook runs")
         call.kill(signal.SIGKILL)
         assert_ended(call, signal.SIGKILL)
         wait_until(lambda: exclusively(device), "the volume is free")

@@ -147,7 +147,6 @@ def odd(top: Path) -> Path:
         sparse.write(b"an island")
     os.setxattr(file(b"user attribute"), "user.comment", b"\0binary\xff")
     os.setxattr(home, "user.of-a-directory", b"value")
-    os.setxattr(file(b"trusted attribute"), "trusted.note", b"for root")
     run("setcap", "cap_net_raw+ep", os.fsdecode(file(b"capable", mode=0o755)))
     run("setfacl", "-m", "u:4321:rw,g:1234:r", os.fsdecode(file(b"acl")))
     os.mkdir(os.path.join(home, b"default acl"))

@@ -55,9 +55,10 @@ def learn(case: Case, node: Node, sources: Path, work: Path) -> tuple[dict[str, 
     """Which programs a good run calls, and where the partitions (start, size) are then."""
     here = apart(node, work)
     disk = case.disk(work / "disk", sources)
-    path, record = wrappers.recording(work)
-    case.call(here, disk, path).ok()
-    return wrappers.calls(record), [(part.start, part.size) for part in partitions(disk)]
+    node.defaults("IMAGE_DEBUG=yes")
+    log = case.call(here, disk, wrappers.PATH).ok().log
+    node.defaults()
+    return wrappers.calls(log), [(part.start, part.size) for part in partitions(disk)]
 
 
 def problems(
@@ -68,8 +69,11 @@ def problems(
     disk = case.disk(work / "disk", sources)
     before = digest(disk)
     missing = fault.mode == "missing"
-    path = wrappers.without(work, fault.program) if missing else wrappers.failing(work, fault)
-    result = case.call(here, disk, path)
+    if missing:
+        result = case.call(here, disk, wrappers.without(work, fault.program))
+    else:
+        with wrappers.failing(work, fault) as path:
+            result = case.call(here, disk, path)
     if case.tolerated.keys() & {str(fault), fault.program} and result.status == 0:
         disk.unlink()
         return
@@ -115,7 +119,8 @@ def test_programs_that_hang(node: Node, sources: Path, tmp_path: Path) -> None:
         name, fault = hangs[number]
         case, work = CASES[name], tmp_path / str(number)
         here = apart(node, work)
-        return case.call(here, case.disk(work / "disk", sources), wrappers.failing(work, fault))
+        with wrappers.failing(work, fault) as path:
+            return case.call(here, case.disk(work / "disk", sources), path)
 
     with ThreadPoolExecutor(len(hangs)) as pool:
         for (name, fault), result in zip(hangs, pool.map(attempt, range(len(hangs)))):

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
+import re
+import select
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +19,12 @@ from support import PATH, wait_until
 # What the wrappers and imageos itself are run by
 INTERPRETERS = ("env", "sh", "dash", "bash", "python3", "busybox")
 
-# Counts the calls of all processes: a file is created by one of them only.
+# A program that is confined can write nowhere: the number of its call is read out of a FIFO beside it, one at a time
 COUNT = """#!/bin/sh
-set -C
-n=1
-until true 2>/dev/null >"{record}/${{0##*/}} $n"; do n=$((n + 1)); done
+exec 9<"$0"
+flock 9
+read -r n <"$0.calls"
+exec 9<&-
 """
 MODES = {
     "fails": 'echo "{name}: broken on purpose" >&2; exit 1',
@@ -48,38 +55,56 @@ def programs() -> Iterator[Path]:
                 yield Path(directory, name)
 
 
-def recording(work: Path) -> tuple[str, Path]:
-    """A PATH whose programs are recorded, and the directory of the records."""
-    record, path = work / "record", work / "path"
-    record.mkdir()
-    path.mkdir()
-    wrapper = work / "wrapper"
-    write(wrapper, COUNT.format(record=record) + f'PATH={PATH} exec "${{0##*/}}" "$@"\n')
-    for program in programs():
-        if program.name not in INTERPRETERS and not program.name.startswith("python"):
-            (path / program.name).symlink_to(wrapper)
-    return f"{path}:{PATH}", record
+def calls(log: str) -> dict[str, int]:
+    """Program of the node -> how often it was called, by the log of a call with IMAGE_DEBUG."""
+    known = {program.name for program in programs()}
+    stages = [
+        stage for line in re.findall(r"^imageos: debug: \$ (.*)$", log, re.MULTILINE) for stage in line.split(" | ")
+    ]
+    return dict(Counter(name for name in (stage.split(" ")[0] for stage in stages) if name in known))
 
 
-def calls(record: Path) -> dict[str, int]:
-    """Program -> how often it was called."""
-    found: dict[str, int] = {}
-    for entry in record.iterdir():
-        name, _, nth = entry.name.rpartition(" ")
-        found[name] = max(found.get(name, 0), int(nth))
-    return found
-
-
-def failing(work: Path, fault: Fault) -> str:
+@contextmanager
+def failing(work: Path, fault: Fault) -> Iterator[str]:
     """A PATH in which `fault` happens."""
-    record, path = work / "record", work / "path"
-    record.mkdir()
+    path = work / "path"
     path.mkdir()
     real = next(program for program in programs() if program.name == fault.program)
     action = MODES[fault.mode].format(name=fault.program, real=real)
     wrapper = path / fault.program
-    write(wrapper, COUNT.format(record=record) + f'if [ $n = {fault.nth} ]; then {action}; fi\nexec {real} "$@"\n')
-    return f"{path}:{PATH}"
+    write(wrapper, COUNT + f'if [ "$n" = {fault.nth} ]; then {action}; fi\nexec {real} "$@"\n')
+    with counting(path / f"{fault.program}.calls"):
+        yield f"{path}:{PATH}"
+
+
+@contextmanager
+def counting(fifo: Path) -> Iterator[None]:
+    """Who reads `fifo` gets 1, the next one 2, and so on."""
+    os.mkfifo(fifo)
+    ended = threading.Event()
+
+    def count() -> None:
+        for number in itertools.count(1):
+            writer = os.open(fifo, os.O_WRONLY)  # waits for a reader
+            try:
+                if ended.is_set():
+                    return
+                os.write(writer, f"{number}\n".encode())
+                gone = select.poll()
+                gone.register(writer, 0)  # an error: the reader has closed it
+                gone.poll()
+            finally:
+                os.close(writer)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        thread.join()
+        os.close(reader)
 
 
 def write(program: Path, text: str) -> None:
