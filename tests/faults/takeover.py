@@ -1,4 +1,4 @@
-"""What a program that reads a stranger's work may try once it is taken over; a line on stderr for what succeeds.
+"""What a program that reads a stranger's work may try once it is taken over; what succeeds is told to a socket here.
 
 Called as `takeover.py PROGRAM CANARY`, before the real program starts. Nothing of it does harm where it succeeds.
 """
@@ -159,11 +159,12 @@ ATTEMPTS = {
     **{f"wrote to {p}": lambda p=p: write_to(p) for p in WRITTEN_TO},
     **{f"read {p}": lambda p=p: read(p) for p in READ},
 }
-said = [f"takeover: {program}: tried"]
+said = [program]
 for what, attempt in ATTEMPTS.items():
     try:
         attempt()
     except (OSError, ValueError):
         continue
-    said.append(f"takeover: {program}: {what}")
-os.write(2, "".join(f"{line}\n" for line in said).encode())
+    said.append(what)
+os.chdir(os.path.dirname(__file__))
+socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto("\n".join(said).encode(), "socket")

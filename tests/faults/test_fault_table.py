@@ -7,6 +7,7 @@ test), and, once for each program, the same command right after it succeeds. Wha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,10 +56,9 @@ def learn(case: Case, node: Node, sources: Path, work: Path) -> tuple[dict[str, 
     """Which programs a good run calls, and where the partitions (start, size) are then."""
     here = apart(node, work)
     disk = case.disk(work / "disk", sources)
-    node.defaults("IMAGE_DEBUG=yes")
-    log = case.call(here, disk, wrappers.PATH).ok().log
-    node.defaults()
-    return wrappers.calls(log), [(part.start, part.size) for part in partitions(disk)]
+    with wrappers.recording(work / "path") as (path, called):
+        case.call(here, disk, path).ok()
+    return Counter(called), [(part.start, part.size) for part in partitions(disk)]
 
 
 def problems(

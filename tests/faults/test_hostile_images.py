@@ -12,7 +12,7 @@ import struct
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -221,6 +221,54 @@ def test_dump_that_climbs(command: str, node: Node, disk: MakeDisk, small_tree: 
     assert canary.read_text() == "of the node"
     result.failed("damaged", "..")
     assert is_disarmed(target, [])
+
+
+def misled(place: Path, target: str, names: Sequence[str], tree: Path) -> Path:
+    """A dump in which one path has two names: restore moves a directory away, and follows its own link to `target`,
+    to write there to the files `names`."""
+    disk, top = place / "evil.disk", place / "evil"
+    with disk.open("wb") as file:
+        file.truncate(64 * MIB)
+    run("mkfs.ext2", "-q", "-b", "4096", "-O", "^dir_index", disk)
+    with attached(disk) as device:
+        top.mkdir()
+        run("mount", device, top)
+        try:
+            for directory in ("a/lnk", "a/Q/Q", "a/Q/lnk"):  # their numbers are in this order
+                (top / directory).mkdir(parents=True)
+            (top / "a/Q/Q/lnk").symlink_to(target)
+            for name in names:
+                (top / "a/Q/lnk" / name).write_text("of the dump")
+            (top / "a/t").write_text("t")
+            os.link(top / "a/t", top / "a/lnR")
+            run("cp", "-a", f"{tree}/.", top)
+        finally:
+            run("umount", top)
+        run("dump", "-0", "-q", "-f", place / "root.dump", device)
+    data = (place / "root.dump").read_bytes()
+    # names have no checksum; before each stand what it is of and its length
+    assert data.count(b"\x04\x01Q\0") and data.count(b"\x08\x03lnR")
+    data = data.replace(b"\x04\x01Q\0", b"\x04\x01.\0").replace(b"\x08\x03lnR", b"\x08\x03lnk")
+    (place / "root.dump").write_bytes(data)
+    return place / "root.dump"
+
+
+@pytest.mark.parametrize("command", ["create", "import"])
+def test_dump_that_follows_its_own_link(
+    command: str, node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path
+) -> None:
+    canary = tmp_path / "canary"
+    canary.mkdir()
+    (canary / "victim").write_text("of the node")
+    dump = misled(tmp_path, str(canary), ["victim", "evil"], small_tree)
+    if command == "create":
+        shutil.copy(dump, node.images / f"evil-{trees.ARCH}-root.dump")
+        result = node.create(disk(), OSP_IMAGE_NAME="evil", OSP_IMAGE_TYPE="dump")
+    else:
+        run("tar", "--create", "--file", tmp_path / "stream", "--directory", tmp_path, "./root.dump")
+        result = backups.restore(node, tmp_path / "stream", disk(), INSTANCE_HV_kernel_path="/vmlinuz")
+    assert {path.name: path.read_text() for path in canary.iterdir()} == {"victim": "of the node"}
+    assert result.status in (0, 1) and "internal error" not in result.log, result.log
 
 
 @pytest.mark.parametrize("order", [["boot.dump", "root.dump"], ["root.dump", "boot.dump"], ["root.dump", "root.dump"]])

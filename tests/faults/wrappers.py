@@ -5,10 +5,9 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
-import re
 import select
+import socket
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,13 +54,49 @@ def programs() -> Iterator[Path]:
                 yield Path(directory, name)
 
 
-def calls(log: str) -> dict[str, int]:
-    """Program of the node -> how often it was called, by the log of a call with IMAGE_DEBUG."""
-    known = {program.name for program in programs()}
-    stages = [
-        stage for line in re.findall(r"^imageos: debug: \$ (.*)$", log, re.MULTILINE) for stage in line.split(" | ")
-    ]
-    return dict(Counter(name for name in (stage.split(" ")[0] for stage in stages) if name in known))
+# ... and that it is called is told to a socket there
+TELL = """#!/bin/sh
+/usr/bin/python3 -ISc '
+import os, socket
+os.chdir("{path}")
+socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"'"${{0##*/}}"'", "socket")'
+PATH={PATH} exec "${{0##*/}}" "$@"
+"""
+
+
+@contextmanager
+def recording(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """A PATH whose programs are recorded, and the name of each that was called."""
+    path.mkdir()
+    for program in programs():
+        if program.name not in INTERPRETERS and not program.name.startswith("python"):
+            (path / program.name).write_text(TELL.format(path=path, PATH=PATH))
+            (path / program.name).chmod(0o755)
+    with listening(path) as told:
+        yield f"{path}:{PATH}", told
+
+
+@contextmanager
+def listening(directory: Path) -> Iterator[list[str]]:
+    """What is sent to a socket in `directory` meanwhile."""
+    told: list[str] = []
+    descriptor = os.open(directory, os.O_PATH)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ours:
+        ours.bind(f"/proc/self/fd/{descriptor}/socket")  # a short name
+
+        def listen() -> None:
+            while said := ours.recv(1 << 16):
+                told.append(said.decode())
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        try:
+            yield told
+        finally:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+                other.sendto(b"", f"/proc/self/fd/{descriptor}/socket")
+            thread.join()
+            os.close(descriptor)
 
 
 @contextmanager
