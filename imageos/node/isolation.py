@@ -7,6 +7,7 @@ was started, drops the mounts, and with them the loop devices (autoclear). Not e
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -88,14 +89,32 @@ def other_processes() -> list[int]:
 
 def _private_mounts() -> None:
     linux.unshare(linux.CLONE_NEWNS)
-    # slave, not private: what the node unmounts, we let go too
-    linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)
+    try:
+        # slave, not private: what the node unmounts, we let go too
+        linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        _make_root_a_mount()
+        linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)
     linux.mount("proc", "/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
     os.makedirs(RUNTIME, mode=0o700, exist_ok=True)
     linux.mount("imageos", RUNTIME, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=0700")
     os.mkdir(TARGET)
     os.mkdir(TEMPORARY, 0o700)
     os.environ["TMPDIR"] = TEMPORARY
+
+
+def _make_root_a_mount() -> None:
+    """In a chroot whose root is a directory like any other: go to a mount of it, which nobody else sees."""
+    root = linux.copy_mounts("/")
+    linux.mount(None, "/proc", None, linux.MS_PRIVATE)
+    place = os.open("/proc", os.O_PATH | os.O_CLOEXEC)
+    linux.place_mounts(root, place)
+    os.fchdir(root)
+    os.chroot(".")
+    os.close(place)
+    os.close(root)
 
 
 def _supervise(child: int, mask: Iterable[int]) -> NoReturn:
