@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from imageos import log
 from imageos.errors import Failure, Interrupted, signal_name
-from imageos.node import linux, mounts
+from imageos.node import linux
 from imageos.run import SIGNALS, signals_held
 
 # The runtime directory: on the node it is empty; in the namespace a tmpfs of ours hides it, so that
@@ -27,10 +27,6 @@ from imageos.run import SIGNALS, signals_held
 RUNTIME = "/run/imageos"
 TARGET = RUNTIME + "/root"
 TEMPORARY = RUNTIME + "/tmp"
-
-# What is mounted in a plain chroot is seen outside.
-NO_ROOT_MOUNT = "the root directory is not a mount point, as in a plain chroot"
-MOUNT_ROOT = "outside, make it one before chroot: mount --bind DIRECTORY DIRECTORY"
 
 
 def enter() -> None:
@@ -40,8 +36,6 @@ def enter() -> None:
     """
     if os.geteuid() != 0:
         raise Failure("this needs root", hint="run it with sudo")
-    if not mounts.private_possible():
-        raise Failure(NO_ROOT_MOUNT, hint=MOUNT_ROOT)
     alive, ours = os.pipe()
     with signals_held() as before:  # until both have their handlers: what one raises while Python forks is lost
         try:

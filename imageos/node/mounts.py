@@ -33,11 +33,6 @@ def current(mountinfo: str = "/proc/self/mountinfo") -> list[Mount]:
         return parse(file.read())
 
 
-def private_possible() -> bool:
-    """Whether a mount namespace can keep its mounts from the node: not in a chroot whose root is no mount point."""
-    return any(mount.place == "/" for mount in current())
-
-
 def block_device(mount: Mount) -> int:
     """The number of the block device that a mounted filesystem is on; 0 if it is on none."""
     if mount.kind == "btrfs":  # whose files have a number of their own; users cannot mount it
