@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Protocol
 
 from imageos.errors import Failure
@@ -233,13 +233,6 @@ class Target:
         except OSError as error:
             raise _failure("empty", directory, error) from None
 
-    def drop_preallocated(self) -> None:
-        """Give back the blocks of files that nothing was written to yet: they read as zero, and go on doing so."""
-        try:
-            _walk(linux.open_in_root(self._root, "/", DIRECTORY), _punch)
-        except OSError as error:
-            raise _failure("drop preallocated blocks of", os.fsdecode(error.filename or "files"), error) from None
-
     def touch(self, path: str) -> None:
         if not self.exists(path):
             self.write(path, "")
@@ -375,6 +368,56 @@ def opened(path: str, hostname: str, disk: GuestDisk, timeout: float) -> Iterato
         os.close(root)
 
 
+class Directory:
+    """The names in an open directory of the guest; what they lead to is not followed."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._place = f"/proc/self/fd/{descriptor}"
+
+    def status(self, name: str) -> os.stat_result:
+        return os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+
+    def attribute(self, name: str, key: str) -> bytes | None:
+        try:
+            return os.getxattr(f"{self._place}/{name}", key, follow_symlinks=False)
+        except OSError:
+            return None
+
+    def set_attribute(self, name: str, key: str, value: bytes) -> None:
+        os.setxattr(f"{self._place}/{name}", key, value, follow_symlinks=False)
+
+    @contextmanager
+    def changeable(self, name: str) -> Iterator[None]:
+        """A file or directory that is immutable or append-only is neither for a moment."""
+        descriptor = os.open(name, DIRECTORY & ~os.O_DIRECTORY | os.O_NONBLOCK, dir_fd=self._descriptor)
+        try:
+            with linux.changeable(descriptor):
+                yield
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def directory_of(root: Target, path: str) -> Iterator[Directory]:
+    try:
+        descriptor = linux.open_in_root(root._root, path, DIRECTORY)
+    except OSError as error:
+        raise _failure("open", path, error) from None
+    try:
+        yield Directory(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def drop_preallocated(root: Target) -> None:
+    """Give back the blocks of files that nothing was written to yet: they read as zero, and go on doing so."""
+    try:
+        _walk(linux.open_in_root(root._root, "/", DIRECTORY), _punch)
+    except OSError as error:
+        raise _failure("drop reserved blocks of", "files", error) from None
+
+
 def _failure(verb: str, path: str, error: OSError) -> Failure:
     return Failure(f"cannot {verb} the guest's {path}: {error.strerror}")
 
@@ -498,20 +541,18 @@ def _punch(name: str, *, dir_fd: int) -> None:
     if not stat.S_ISREG(status.st_mode) or not status.st_blocks:
         return
     flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-    reader = os.open(name, flags & ~os.O_RDWR, dir_fd=dir_fd)
-    try:
+    with ExitStack() as stack:
+        reader = os.open(name, flags & ~os.O_RDWR, dir_fd=dir_fd)
+        stack.callback(os.close, reader)
         holes = list(_holes(reader, status.st_size))
         if not holes:
             return
-        writer = os.open(name, flags, dir_fd=dir_fd)  # not before: it may be immutable
-        try:
-            for start, end in holes:
-                linux.punch_hole(writer, start, end - start)
-            os.utime(writer, ns=(status.st_atime_ns, status.st_mtime_ns))
-        finally:
-            os.close(writer)
-    finally:
-        os.close(reader)
+        stack.enter_context(linux.changeable(reader))
+        writer = os.open(name, flags, dir_fd=dir_fd)
+        stack.callback(os.close, writer)
+        for start, end in holes:
+            linux.punch_hole(writer, start, end - start)
+        os.utime(writer, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _holes(descriptor: int, size: int) -> Iterator[tuple[int, int]]:

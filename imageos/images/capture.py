@@ -305,7 +305,7 @@ def drop_preallocated(found: Found) -> None:
     with ExitStack() as mounts:
         filesystem.mount_all(mounts, found.volumes, isolation.TARGET)
         with target.opened(isolation.TARGET, "", GuestDisk([], []), 0) as root:
-            root.drop_preallocated()
+            target.drop_preallocated(root)
 
 
 def compression() -> tuple[str, Sequence[str]]:

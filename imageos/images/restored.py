@@ -7,21 +7,19 @@ dump is looked at, and the attributes that are missing are set again.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 from imageos import log
 from imageos.errors import Failure
 from imageos.guests import target
 from imageos.guests.sandbox import GuestDisk
-from imageos.guests.target import Target
+from imageos.guests.target import Directory, Target
 from imageos.images.dumpfile import ACL_NAMED, FIXED, ROOT, Dump, Facts
 
-GETFLAGS, SETFLAGS = 0x80086601, 0x40086602  # FS_IOC_*, linux/fs.h
 SYMBOL_TABLE = "restoresymtable"  # restore's own, in the place of what may be called so
 SHOWN = 5  # of what there may be thousands of
 
@@ -49,12 +47,13 @@ class _Check:
         left, directories, found = [("", ROOT)], {ROOT}, 0
         while left:
             path, directory = left.pop()
-            with self._root.directory(path or "/") as place:
+            with target.directory_of(self._root, path or "/") as place:
                 if directory == ROOT:
-                    found += self._visit("/", f"{place}/.", ROOT, self._dump.facts(ROOT))
-                for name, number in self._dump.names(directory):
-                    below, facts = f"{path}/{os.fsdecode(name)}", self._dump.facts(number)
-                    found += self._visit(below, f"{place}/{os.fsdecode(name)}", number, facts)
+                    found += self._visit(place, ".", "/", ROOT, self._dump.facts(ROOT))
+                for one, number in self._dump.names(directory):
+                    name, facts = os.fsdecode(one), self._dump.facts(number)
+                    below = f"{path}/{name}"
+                    found += self._visit(place, name, below, number, facts)
                     if facts and stat.S_ISDIR(facts.mode):
                         if number in directories:
                             raise self._failure(below, "is a directory that has another name")
@@ -65,14 +64,14 @@ class _Check:
                 f"image {self._dump.name} is damaged or truncated: no directory names {len(self._dump) - found} files"
             )
 
-    def _visit(self, path: str, place: str, number: int, facts: Facts | None) -> bool:
-        """Look at what has a name; whether it is the first name of an inode."""
+    def _visit(self, place: Directory, name: str, path: str, number: int, facts: Facts | None) -> bool:
+        """Look at what has a name in a directory; whether it is the first name of an inode."""
         if not facts:  # it was left out on purpose (chattr +d, dump -e)
             return False
         if path == f"/{SYMBOL_TABLE}":
             return facts.links == 1
         try:
-            status = os.lstat(place)
+            status = place.status(name)
         except OSError as error:
             raise self._failure(path, f"is missing ({error.strerror})") from None
         if facts.links > 1 and not stat.S_ISDIR(facts.mode):
@@ -83,9 +82,10 @@ class _Check:
             if first != -1:
                 return False
         self._compare(path, number, facts, status)
-        missing = [(name, value) for name, value in self._dump.attributes(number) if not _has(place, name, value)]
+        known = self._dump.attributes(number)
+        missing = [(key, value) for key, value in known if not _same(key, place.attribute(name, key), value)]
         if missing:
-            self._mend(path, place, facts, missing)
+            self._mend(place, name, path, facts, missing)
         return True
 
     def _compare(self, path: str, number: int, facts: Facts, status: os.stat_result) -> None:
@@ -104,51 +104,31 @@ class _Check:
             failure.hint = "use restore of Debian 13, or make a tarball instead of a dump"
             raise failure
 
-    def _mend(self, path: str, place: str, facts: Facts, missing: Sequence[tuple[str, bytes]]) -> None:
-        with _changeable(place, facts):
-            for name, value in missing:
+    def _mend(self, place: Directory, name: str, path: str, facts: Facts, missing: Sequence[tuple[str, bytes]]) -> None:
+        with ExitStack() as stack:
+            if facts.flags & FIXED and (stat.S_ISREG(facts.mode) or stat.S_ISDIR(facts.mode)):
+                stack.enter_context(place.changeable(name))
+            for key, value in missing:
                 try:
-                    os.setxattr(place, name, value, follow_symlinks=False)
-                    self.mended.append(f"{name} of {_shown(path)}")
+                    place.set_attribute(name, key, value)
+                    self.mended.append(f"{_shown(key)} of {_shown(path)}")
                 except OSError as error:
-                    self.lost.append(f"{_shown(name)} of {_shown(path)} ({error.strerror})")
+                    self.lost.append(f"{_shown(key)} of {_shown(path)} ({error.strerror})")
 
     def _failure(self, path: str, what: str) -> Failure:
         return Failure(f"image {self._dump.name} is damaged, or restore failed: {_shown(path)} {what}")
 
 
-def _has(place: str, name: str, value: bytes) -> bool:
-    if name.startswith("system.") and not name.startswith("system.posix_acl_"):
-        return True  # inline_data, which is content
-    try:
-        found = os.getxattr(place, name, follow_symlinks=False)
-    except OSError:
-        return False
-    return found == value or (name.startswith("system.posix_acl_") and _acl(found) == _acl(value))
+def _same(key: str, found: bytes | None, value: bytes) -> bool:
+    if key.startswith("system.posix_acl_"):
+        return found is not None and _acl(found) == _acl(value)
+    return found == value or key.startswith("system.")  # inline_data, which is content
 
 
 def _acl(value: bytes) -> list[tuple[int, ...]]:
     """The entries of an ACL, without the numbers that mean nothing: xfs has others there than ext."""
     whole = value[4 : len(value) - (len(value) - 4) % 8]
     return [(tag, mode, number if tag in ACL_NAMED else 0) for tag, mode, number in struct.iter_unpack("<HHI", whole)]
-
-
-@contextmanager
-def _changeable(place: str, facts: Facts) -> Iterator[None]:
-    """A file that is immutable or append-only is neither for a moment."""
-    if not facts.flags & FIXED or not (stat.S_ISREG(facts.mode) or stat.S_ISDIR(facts.mode)):
-        yield
-        return
-    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        flags = struct.unpack("l", fcntl.ioctl(descriptor, GETFLAGS, bytes(struct.calcsize("l"))))[0]
-        fcntl.ioctl(descriptor, SETFLAGS, struct.pack("l", flags & ~FIXED))
-        try:
-            yield
-        finally:
-            fcntl.ioctl(descriptor, SETFLAGS, struct.pack("l", flags))
-    finally:
-        os.close(descriptor)
 
 
 def _shown(name: str) -> str:

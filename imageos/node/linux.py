@@ -60,6 +60,7 @@ BLKROGET, BLKPG, BLKFLSBUF, BLKGETSIZE64, BLKTRACETEARDOWN = 0x125E, 0x1269, 0x1
 BLKPG_ADD_PARTITION, BLKPG_DEL_PARTITION, BLKPG_RESIZE_PARTITION = 1, 2, 3
 FS_IOC_SHUTDOWN, SHUTDOWN_NO_LOG_FLUSH = 0x8004587D, 2
 FITRIM = 0xC0185879
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_FIXED_FL = 0x80086601, 0x40086602, 0x30  # immutable, append-only
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10  # falloc.h
 F_SETPIPE_SZ = 1031  # fcntl.h; in Python's fcntl since 3.10
 LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LOOP_GET_STATUS64, LOOP_SET_STATUS64 = 0x4C82, 0x4C0A, 0x4C05, 0x4C04
@@ -383,6 +384,17 @@ def sync_filesystem(directory: int) -> None:
 def trim(directory: int) -> None:
     """Tell the device below a mounted filesystem which blocks are free; EOPNOTSUPP if one of them cannot."""
     fcntl.ioctl(directory, FITRIM, bytearray(struct.pack("=3Q", 0, (1 << 64) - 1, 0)))
+
+
+@contextlib.contextmanager
+def changeable(descriptor: int) -> Iterator[None]:
+    """A file that is immutable or append-only is neither for a moment."""
+    flags = struct.unpack("l", fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytes(struct.calcsize("l"))))[0]
+    fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, struct.pack("l", flags & ~FS_FIXED_FL))
+    try:
+        yield
+    finally:
+        fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, struct.pack("l", flags))
 
 
 def punch_hole(descriptor: int, start: int, length: int) -> None:

@@ -396,6 +396,7 @@ def test_a_dump_of_reserved_blocks(node: Node, disk: MakeDisk, small_tree: Path,
             sparse.write(b"island")
         os.utime(top / "half", (1, 2))
         (top / "fixed").write_text("fixed")
+        run("fallocate", "--length", "50000", top / "fixed")
         run("chattr", "+i", top / "fixed")
         before = {path: entry for path, entry in describe(top).items() if path != b"."}
     capture(node, guest, "dump").ok()

@@ -5,6 +5,7 @@ Whatever comes, it is a value or a Failure, soon and in little memory.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import dumps
 import pytest
 
 from imageos import settings
@@ -156,6 +158,19 @@ def qcow2_image() -> bytes:
         qcow2.FEATURES.pack(0, 0, 0, 4, 104) + bytes(100)  # fmt: skip
 
 
+DUMPED = [
+    dumps.File(2, 0o40755),
+    dumps.File(12, 0o40755, b"", [(2, b"etc")], attributes=[dumps.attributes((6, b"capability", bytes(20)))]),
+]
+
+
+def read_dump(data: bytes) -> None:
+    dump = dumpfile.Dump("a.dump")
+    dump.read(io.BytesIO(data))
+    for number in (2, 12):
+        list(dump.names(number))
+
+
 def setting(data: bytes) -> None:
     name, _, value = data.decode("utf-8", "surrogateescape").partition("=")
     known, problems = settings.examine({"OSP_" + name: value}, "/nonexistent")
@@ -182,7 +197,7 @@ READERS: dict[str, tuple[bytes, Callable[[bytes], object]]] = {
                  text(lambda content: [hostname.replace(content, pattern, "a.example.org", "b.example.org")
                                        for pattern in {**hostname.OWN, **hostname.REPEATED}.values()])),
     "ext": (ext4(), ext_ranges),
-    "dump": (bytes(1024), lambda data: dumpfile.is_header(data[:1024], "<")),
+    "dump": (dumps.make([*DUMPED, dumps.File(13, 0o100644, b"content", [(12, b"file")])]), read_dump),
     "zstd": (b"\x28\xb5\x2f\xfd\xe4" + bytes(13), zstd_frame_size),
     **{f"setting {name}": (name.upper().encode() + b"=" + value, setting) for name, value in {
         "image_name": b"debian-12", "overlay": b"web", "image_url": b"https://u:p@host/x?y", "swap_size": b"512",
