@@ -127,6 +127,11 @@ def packed(dump: bytes, how: str) -> bytes:
     """A dump made with flags=0x83, its blocks compressed within, but for the first one."""
     is_compressed, number, pack = PACKERS[how]
     size = 10 * RECORD
-    blocks = [pack(dump[at : at + size]) for at in range(size, len(dump), size)]
-    heads = [(len(block) << 4 | number << 1 | is_compressed).to_bytes(4, "little") for block in blocks]
-    return dump[:size] + b"".join(head + block for head, block in zip(heads, blocks))
+    made = dump[:size]
+    for at in range(size, len(dump), size):
+        plain = dump[at : at + size]
+        block, flag = pack(plain), is_compressed
+        if how != "lzo" and len(block) >= len(plain):  # as dump does it
+            block, flag = plain, 0
+        made += (len(block) << 4 | number << 1 | flag).to_bytes(4, "little") + block
+    return made

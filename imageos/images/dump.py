@@ -20,7 +20,7 @@ from imageos import log
 from imageos.disks import filesystem
 from imageos.errors import Failure
 from imageos.images.dumpfile import RECORD, TAPE, Dump, Truncated, is_header
-from imageos.images.imagefile import Image, beginning, check_stages, feed, is_full, too_large
+from imageos.images.imagefile import Image, beginning, check_stages, damaged, feed, is_full, too_large
 from imageos.images.restored import SYMBOL_TABLE, complete
 from imageos.node import linux
 from imageos.node.confinement import unpacking
@@ -41,12 +41,15 @@ DAMAGE = re.compile(
 # So with names that no filesystem has: restore would climb out of where it is (and would, but for the sandbox).
 LOST = re.compile(r"not at beginning of a file|unexpected inode extension|(^|[ /])\.\.(/|:|$)")
 MOST_LINES = 100_000
-HARMLESS = re.compile(r"cannot open /dev/tty|Dump tape is compressed|(lost\+found|boot): File exists")
+HARMLESS = re.compile(
+    r"cannot open /dev/tty|Dump tape is compressed|(lost\+found|boot): File exists|"
+    r"expected next file \d+, got \d+"  # it has no name, as files of ext4 itself have none
+)
 
 
 def check(image: Image) -> None:
     """Look at the first record: Failure unless it is a full dump that this node can restore."""
-    require("restore", *image.decompress[:1])
+    require("restore", "tee", *image.decompress[:1])
     record = beginning(image, RECORD)
     order = next((one for one in "<>" if is_header(record, one)), None)
     if order is None:
@@ -182,6 +185,8 @@ def judge(image: Image, directory: str, finished: Sequence[Finished], follower: 
     if is_full(directory) or any("No space left" in line and "EA set" not in line for line in said):
         raise too_large(image, directory)
     damage = [line for line in said if DAMAGE.search(line)]
+    if tee.status not in (0, -signal.SIGPIPE):
+        raise damaged(image, tee)
     failure = follower.failure()
     # where restore ended before the dump did, it has to say why
     if failure and not (isinstance(failure, Truncated) and tee.status == -signal.SIGPIPE):

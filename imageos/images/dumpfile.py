@@ -33,6 +33,10 @@ PADDED = "120x"
 # Flags of an ext inode
 FIXED = 0x30  # immutable, append only: nothing can be changed
 ENCRYPTED, INLINE = 0x800, 0x10000000
+# Files of ext4 itself have no names: reserved ones, quotas (a mark at the beginning), orphan_file (one in each block)
+RESERVED, INTERNAL_MODE = 11, 0o100600
+QUOTA_MAGICS = tuple(magic.to_bytes(4, "little") for magic in (0xD9C01F11, 0xD9C01927, 0xD9C03F14))
+ORPHANS_MAGIC, ORPHANS_TAIL = (0x0B10CA04).to_bytes(4, "little"), 8
 # Attributes as ext keeps them (struct ext4_xattr_entry): in the inode, and in a block of their own
 ENTRY = struct.Struct("<BBHIII")
 FIRST_ENTRY = {0xEA020001: (4, 4), 0xEA020000: (32, 0)}  # magic -> where entries begin, where offsets of values do
@@ -119,6 +123,7 @@ class Dump:
         self.name = name
         self.packed = False  # in the way of dump 0.4b49, which an older restore cannot read
         self.inline: dict[int, bytes] = {}  # content that the inodes themselves hold
+        self.nameless = 0  # inodes that need no name: of the filesystem itself, or removed while they were open
         self._directories, self._others = Inodes(), Inodes()
         self._contents: dict[int, bytes] = {}  # of directories
         self._attributes: dict[int, tuple[tuple[str, bytes], ...]] = {}
@@ -215,6 +220,7 @@ class Dump:
             facts = Facts(header.mode, header.links, header.uid, header.gid, size, header.inode_flags)
             if not (self._directories if is_directory else self._others).add(number, facts):
                 raise self._damaged(f"inode {number} is not where it has to be")
+            self.nameless += not facts.links
             if len(self) > MOST_INODES:
                 raise self._refused(f"has more than {MOST_INODES} files")
             if header.inode_flags & ENCRYPTED:
@@ -225,6 +231,10 @@ class Dump:
             data = self._take(file, records)
             self._keep(len(data))
             self._contents[number] = self._contents.get(number, b"") + data
+        elif header.kind == INODE and (header.mode, header.uid, header.gid) == (INTERNAL_MODE, 0, 0):
+            begin = self._take(file, min(records, 64))
+            self.nameless += number < RESERVED or _is_internal(begin)
+            self._skip(file, records - min(records, 64))
         else:
             self._skip(file, records)
 
@@ -393,6 +403,12 @@ def is_header(record: bytes, order: str) -> bool:
         return False
     numbers: tuple[int, ...] = struct.unpack(order + "256i", record)
     return numbers[6] == MAGIC and sum(numbers) & 0xFFFFFFFF == CHECKSUM
+
+
+def _is_internal(begin: bytes) -> bool:
+    """Whether a file that begins so is one that ext4 keeps for itself."""
+    ends = range(RECORD, len(begin) + 1, RECORD)  # of blocks, however large they are
+    return begin.startswith(QUOTA_MAGICS) or any(begin[end - ORPHANS_TAIL :].startswith(ORPHANS_MAGIC) for end in ends)
 
 
 def unpack_lzo(data: bytes, most: int) -> bytes:

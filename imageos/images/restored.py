@@ -59,10 +59,9 @@ class _Check:
                             raise self._failure(below, "is a directory that has another name")
                         directories.add(number)
                         left.append((below, number))
-        if found < len(self._dump):
-            raise Failure(
-                f"image {self._dump.name} is damaged or truncated: no directory names {len(self._dump) - found} files"
-            )
+        lost = len(self._dump) - found - self._dump.nameless
+        if lost > 0:
+            raise Failure(f"image {self._dump.name} is damaged or truncated: no directory names {lost} of its files")
 
     def _visit(self, place: Directory, name: str, path: str, number: int, facts: Facts | None) -> bool:
         """Look at what has a name in a directory; whether it is the first name of an inode."""

@@ -38,6 +38,7 @@ GUEST = [
     File(22, REGULAR | 0o4755, os.urandom(70_000), [(13, b"su")], (1, 2)),
     File(23, LINK | 0o777, b"ping", [(13, b"sh")], (5, 6), [attributes((6, b"selinux", LABEL))]),
     File(24, REGULAR | 0o644, b"of an earlier restore", [(2, b"restoresymtable")]),
+    File(15, REGULAR | 0o600, bytes(1016) + b"\x04\xca\x10\x0b" + bytes(4)),  # ext4's orphan_file
     File(25, REGULAR | 0o644, b"", [(12, b"new\nline\xff")], (3, 0), [attributes((6, b"capability", CAPABILITY))]),
 ]  # fmt: skip
 STAND_IN = """\

@@ -147,6 +147,16 @@ def test_content_in_the_inode() -> None:
     assert ("user.x", b"y") in dump.attributes(20)
 
 
+@pytest.mark.parametrize("block", [1024, 4096, 65536])
+def test_files_that_have_no_names(block: int) -> None:
+    tail = (0x0B10CA04).to_bytes(4, "little") + b"\1\2\3\4"
+    orphans = File(20, REGULAR | 0o600, (bytes(block - 8) + tail) * 2)
+    dump = read(dumps.make([*FILES, orphans, File(21, REGULAR | 0o600, b"of root"), File(22, REGULAR | 0o600)]))
+    assert dump.nameless == 1 and len(dump) == len(FILES) + 3
+    quota = File(20, REGULAR | 0o600, (0xD9C03F14).to_bytes(4, "little") + bytes(block))
+    assert read(dumps.make([*FILES, quota])).nameless == 1
+
+
 def test_lzo() -> None:
     """As liblzo2 has compressed it, each kind of instruction at least once."""
     text = b"the quick brown fox " * 3 + bytes(300) + b"the quick brown dog jumps" + bytes(range(60)) + b"abcab" * 100
