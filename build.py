@@ -140,6 +140,7 @@ TEST_NEEDS = (
     Need("setcap", "libcap2-bin", "libcap", "images with capabilities"),
     Need("dnsmasq", "dnsmasq-base", "dnsmasq", "DHCP that puts names into the DNS"),
     Need("gnt-cluster", "ganeti", "", "a real cluster"),
+    Need("/usr/share/ganeti/testsuite/qa", "ganeti-testsuite", "", "Ganeti's own tests of a cluster"),
     Need("ssh-keygen", "openssh-client", "openssh-clients", "ssh host keys"),
     Need("sshd", "openssh-server", "openssh-server", "a real cluster"),
     Need("socat", "socat", "socat", "serial consoles of a real cluster"),
