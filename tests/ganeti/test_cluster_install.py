@@ -64,10 +64,10 @@ def test_copied_and_installed_by_gnt_cluster(imageos: Path, tmp_path: Path) -> N
     """On every node of the cluster at once; twice is as once."""
     script = f"""
         {SSHD}
-        cp {imageos} /root/imageos
-        gnt-cluster copyfile /root/imageos
-        {readme.block("gnt-cluster command /root/imageos install")}
-        gnt-cluster command /root/imageos install
+        cp {imageos} /root/imageos.pyz
+        gnt-cluster copyfile /root/imageos.pyz
+        {readme.block("gnt-cluster command /root/imageos.pyz install")}
+        gnt-cluster command /root/imageos.pyz install
         export PATH=$PATH:/usr/local/sbin
         {LOOK}
         gnt-instance add -t diskless --no-install --no-start --no-name-check --no-ip-check -B memory=256 \
