@@ -102,7 +102,7 @@ def test_export_is_killed(signal: str, cluster: Cluster, prepared: str) -> None:
 
 def test_rename(cluster: Cluster, prepared: str) -> None:
     script = f"""{prepared}
-        gnt-instance rename --force --no-name-check --no-ip-check inst1.example.org inst3.example.org
+        gnt-instance rename inst1.example.org inst3.example.org
         echo LOG; cat /var/log/ganeti/os/rename*; echo LOG
         gnt-instance startup inst3.example.org
     """

@@ -48,7 +48,7 @@ def followed(imageos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
         umount-disks web1
         echo TOOLS; {readme.block("mount-disks web1")} echo TOOLS
         umount-disks web1
-        gnt-instance rename --no-ip-check web1 template1.example.org
+        gnt-instance rename web1 template1.example.org
         gnt-instance start template1
         {readme.block("gnt-instance stop template1")}
         echo CAPTURED; ls /var/cache/ganeti-instance-image; echo CAPTURED
