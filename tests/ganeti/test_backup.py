@@ -80,24 +80,27 @@ def test_damaged_backup(cluster: Cluster, prepared: str) -> None:
     assert between(log, "LIST").split() == ["running"]
 
 
-@pytest.mark.parametrize("signal", ["TERM", "KILL"])
-def test_export_is_killed(signal: str, cluster: Cluster, prepared: str) -> None:
+def test_export_is_killed(cluster: Cluster, prepared: str) -> None:
     """Ganeti does not hang, nothing is left on the node, and the next export works."""
     script = f"""{prepared}
         head -c 900M /dev/urandom | dd of="$(disk inst1.example.org 1)" bs=1M conv=notrunc iflag=fullblock status=none
-        gnt-backup export -n node1.example.org inst1.example.org >/srv/export.log 2>&1 &
-        kill_sending() {{ find {EXPORTS} -size +10M | grep . && pkill -{signal} -f '^python3.*image/export$'; }}
-        wait_for kill_sending
-        echo WAIT; timeout 600 tail --pid=$! -f /dev/null && echo ENDED; echo WAIT
-        cat /srv/export.log
-        wait_for detached
-        echo LEFT; leftovers; echo LEFT
+        kill_sending() {{ find {EXPORTS} -size +10M | grep . && pkill -$signal -f '^python3.*image/export$'; }}
+        for signal in TERM KILL; do
+          gnt-backup export -n node1.example.org inst1.example.org >/srv/export.log 2>&1 &
+          wait_for kill_sending
+          echo WAIT$signal; timeout 600 tail --pid=$! -f /dev/null && echo ENDED; echo WAIT$signal
+          cat /srv/export.log
+          wait_for detached
+          echo LEFT$signal; leftovers; echo LEFT$signal
+          rm -rf {EXPORTS}/*
+        done
         gnt-backup export -n node1.example.org inst1.example.org
         for file in {EXPORTS}/inst1.example.org/*-*-*; do tar -tf $file >/dev/null; done
     """
     log = cluster.run(script)
-    assert "ENDED" in between(log, "WAIT"), log
-    assert between(log, "LEFT") == "", log
+    for signal in ("TERM", "KILL"):
+        assert "ENDED" in between(log, f"WAIT{signal}"), log
+        assert between(log, f"LEFT{signal}") == "", log
 
 
 def test_rename(cluster: Cluster, prepared: str) -> None:

@@ -182,21 +182,20 @@ def test_instance_that_is_not_stopped(cluster: Cluster, prepared: str) -> None:
 PHASES = {"activation": "gnt-instance", "discovery": "blkid"}
 
 
-@pytest.mark.parametrize(
-    ("signal", "phase", "shell"),
-    [
-        ("TERM", "activation", ""),
-        ("KILL", "activation", ""),
-        ("TERM", "discovery", ""),
-        ("KILL", "discovery", ""),
-        ("KILL", "discovery", "--shell"),
-    ],
-)
-def test_killed(signal: str, phase: str, shell: str, cluster: Cluster, prepared: str) -> None:
-    """SIGTERM leaves nothing at all, SIGKILL active disks at most; umount-disks cures that, and the next one works."""
+KILLED = [
+    ("TERM", "activation", ""),
+    ("KILL", "activation", ""),
+    ("TERM", "discovery", ""),
+    ("KILL", "discovery", ""),
+    ("KILL", "discovery", "--shell"),
+]
+
+
+def killed(n: int, signal: str, phase: str, shell: str) -> str:
+    """A script: one call that is killed, what is left then, and that the next one works."""
     program = PHASES[phase]
     wait = '[ "$1" = list ] || ' if program == "gnt-instance" else ""
-    script = f"""{prepared}
+    return f"""
         mkdir /srv/fake
         touch /srv/waiting  # by the test: blkid may write nowhere
         real=$(type -P {program})
@@ -211,27 +210,35 @@ def test_killed(signal: str, phase: str, shell: str, cluster: Cluster, prepared:
           wait_for pgrep --full '^/bin/sh /srv/fake/gnt-instance deactivate-disks'
           rm /srv/waiting
         fi
-        wait $! || echo "ended with $?"
+        echo ENDED{n}; wait $! || echo $?; echo ENDED{n}
         rm -f /srv/waiting
-        echo LOG; cat /srv/log; echo LOG
+        rm -r /srv/fake
+        hash -r
+        echo LOG{n}; cat /srv/log; echo LOG{n}
         wait_for detached
-        say LEFT left
-        say UMOUNT umount-disks inst1
-        say LEFT2 left
-        say AGAIN mount-disks inst1
+        say LEFT{n} left
+        say UMOUNT{n} umount-disks inst1
+        say CURED{n} left
+        say AGAIN{n} mount-disks inst1
         umount-disks inst1
     """
-    log = cluster.run(script)
-    status, left = said(log, "LEFT")
-    assert f"ended with {143 if signal == 'TERM' else 137}" in log, log
-    if signal == "TERM":
-        assert between(log, "LOG").splitlines()[-1] == "imageos: ended by SIGTERM"
-        assert left == []
-    else:
-        assert set(left) <= {"/run/imageos-disks-inst1.example.org", "inst1.example.org Y"}
-    assert said(log, "UMOUNT")[0] == 0
-    assert said(log, "LEFT2") == (0, [])
-    assert said(log, "AGAIN")[0] == 0, log
+
+
+def test_killed(cluster: Cluster, prepared: str) -> None:
+    """SIGTERM leaves nothing at all, SIGKILL active disks at most; umount-disks cures that, and the next one works."""
+    log = cluster.run(prepared + "".join(killed(n, *case) for n, case in enumerate(KILLED)))
+    for n, (signal, *_) in enumerate(KILLED):
+        # before its status, bash may say that it was killed
+        assert between(log, f"ENDED{n}").splitlines()[-1] == ("143" if signal == "TERM" else "137"), log
+        left = said(log, f"LEFT{n}")[1]
+        if signal == "TERM":
+            assert between(log, f"LOG{n}").splitlines()[-1] == "imageos: ended by SIGTERM", log
+            assert left == [], log
+        else:
+            assert set(left) <= {"/run/imageos-disks-inst1.example.org", "inst1.example.org Y"}, log
+        assert said(log, f"UMOUNT{n}")[0] == 0, log
+        assert said(log, f"CURED{n}") == (0, []), log
+        assert said(log, f"AGAIN{n}")[0] == 0, log
 
 
 def test_shell(cluster: Cluster, prepared: str) -> None:
