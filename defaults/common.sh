@@ -49,62 +49,24 @@ cleanup() {
 trap cleanup EXIT
 
 # get_os_type ROOT: sets OS_TYPE to redhat, debian, gentoo or suse
-get_os_type() {
-  _wants_root get_os_type "$@"
-  OS_TYPE=
-  if [[ -e $1/etc/redhat-release ]]; then
-    OS_TYPE=redhat
-  elif [[ -e $1/etc/debian_version ]]; then
-    OS_TYPE=debian
-  elif [[ -e $1/etc/gentoo-release ]]; then
-    OS_TYPE=gentoo
-  elif [[ -e $1/etc/SuSE-release ]] || [[ $(_os_release "$1" ID_LIKE) == *suse* ]]; then
-    OS_TYPE=suse
-  fi
-}
+get_os_type() { _ask_guest get_os_type "$@"; }
 
 # get_os ROOT: sets OPERATING_SYSTEM to the distribution's name in lower case: debian, ubuntu, centos, fedora, ...
-get_os() {
-  _wants_root get_os "$@"
-  OPERATING_SYSTEM=$(_os_release "$1" ID)
-  [[ $OPERATING_SYSTEM != rhel ]] || OPERATING_SYSTEM=redhat
-  if [[ -n $OPERATING_SYSTEM ]]; then
-    return
-  fi
-  get_os_type "$1"
-  OPERATING_SYSTEM=$OS_TYPE
-  if [[ -e $1/etc/fedora-release ]]; then
-    OPERATING_SYSTEM=fedora
-  elif [[ $OS_TYPE == redhat ]] && grep -qi centos "$1/etc/redhat-release"; then
-    OPERATING_SYSTEM=centos
-  fi
-}
+get_os() { _ask_guest get_os "$@"; }
 
 # get_os_release ROOT: sets OS_RELEASE to the distribution's version
-get_os_release() {
-  _wants_root get_os_release "$@"
-  OS_RELEASE=$(_os_release "$1" VERSION_ID)
-  if [[ -z $OS_RELEASE && -f $1/etc/debian_version && ! -L $1/etc/debian_version ]]; then
-    OS_RELEASE=$(<"$1/etc/debian_version")
-  elif [[ -z $OS_RELEASE && -f $1/etc/redhat-release && ! -L $1/etc/redhat-release ]]; then
-    OS_RELEASE=$(sed -n 's/^[^0-9]*\([0-9.]*\).*/\1/p' "$1/etc/redhat-release")
-  fi
-}
+get_os_release() { _ask_guest get_os_release "$@"; }
 
-_wants_root() {
+# _ask_guest CALLER ROOT: sets all three. imageos reads the guest's files: paths below ROOT may be links that lead to
+# the node, or files that never end.
+_ask_guest() {
+  local facts name value
   if [[ -z ${2-} ]]; then
     log_error "target is not set in $1"
     exit 1
   fi
-}
-
-# _os_release ROOT NAME: a value from the guest's os-release, read as text: a guest's file is never sourced
-_os_release() {
-  local file
-  for file in "$1/etc/os-release" "$1/usr/lib/os-release"; do
-    if [[ -f $file && ! -L $file ]]; then
-      sed -n "s/^$2=[\"']\{0,1\}\([^\"']*\).*/\1/p" "$file" | head -n 1
-      return
-    fi
-  done
+  facts=$("${IMAGEOS:-/usr/share/ganeti/os/image/imageos}" --os-release "$2") || exit 1
+  while IFS== read -r name value; do
+    printf -v "$name" %s "$value"
+  done <<<"$facts"
 }

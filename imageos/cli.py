@@ -56,6 +56,11 @@ def dispatch(argv: list[str]) -> int:
     if name in ("--help", "-h", "help"):
         print(overview(), end="")
         return 0
+    if name == "--os-release" and len(arguments) == 1:  # for common.sh
+        from imageos.guests import distribution
+
+        print(distribution.shell_variables(arguments[0]), end="")
+        return 0
     if name in MANUALS:
         return print_manual(name, arguments)
     if name not in COMMANDS:

@@ -33,6 +33,7 @@ ORDER = [
         "guests.guest",
         "guests.hostkeys",
         "guests.hostname",
+        "guests.distribution",
         "disks.discovery",
         "disks.grow",
     ),
