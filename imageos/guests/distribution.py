@@ -18,7 +18,7 @@ FAMILIES = {
 
 
 def shell_variables(directory: str) -> str:
-    """OS_TYPE, OPERATING_SYSTEM and OS_RELEASE of the guest in `directory`, a line each; empty where it says nothing."""
+    """OS_TYPE, OPERATING_SYSTEM and OS_RELEASE of the guest in `directory`, a line each; empty if not known."""
     with opened(directory, "", GuestDisk([], []), 0) as target:
         family = _family(target)
         found = {"OS_TYPE": family, "OPERATING_SYSTEM": _name(target, family), "OS_RELEASE": _release(target)}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import TESTS, Node
+from support import TESTS
 
 ASK = """. "$1"
 get_os_type "$2"; get_os "$2"; get_os_release "$2"
