@@ -170,7 +170,7 @@ def pipeline(
             if stage is not stages[-1]:
                 linux.enlarge_pipe(source, PIPE_SIZE)
         if input is not None and processes[0].popen.stdin:
-            _feed(processes[0], input)
+            _feed(processes[0].popen, input)
         if on_start:
             on_start()
 
@@ -395,12 +395,12 @@ def _missing(program: str, error: OSError) -> Failure:
     return Failure(f"{program}: {error.strerror or error}")
 
 
-def _feed(process: Process, text: str) -> None:
+def _feed(process: subprocess.Popen[bytes], text: str) -> None:
     # Only for short scripts: less than a pipe holds (64 KiB), so that this cannot block.
-    assert process.popen.stdin and len(text) < 60000
+    assert process.stdin and len(text) < 60000
     try:
-        process.popen.stdin.write(text.encode())
-        process.popen.stdin.close()
+        process.stdin.write(text.encode())
+        process.stdin.close()
     except BrokenPipeError:
         pass  # its status says why it did not read
 

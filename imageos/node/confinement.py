@@ -7,7 +7,7 @@ capabilities, no way to gain more, and writes only where Landlock lets it. Who t
 bubblewrap does most of this, but not all, and what it leaves open is open to root. It shows the node's own /dev/null,
 whose mode root may change without any capability; it moves the root (pivot_root) where a chroot has the kernel refuse
 user namespaces; it cannot work in a root that is no mount point, nor enter a directory that is mounted nowhere, nor
-bound a tmpfs before 0.8; Landlock, once set, forbids it to mount, and nothing comes between it and the program; and
+bound a tmpfs on Debian 11; Landlock, once set, forbids it to mount, and nothing comes between it and the program; and
 it tells a signal that has ended the program as a status. With own code for all that, nothing is left for it to do.
 """
 
@@ -97,7 +97,7 @@ def entering(room: Room, path: str, kept: Iterable[int] = ()) -> Callable[[], No
             _limit_memory(room.memory)
             linux.limit_capabilities(room.capabilities)
             linux.forbid_writing(_writable(work, files))
-            linux.load_filter(calls)
+            linux.load_filter(calls)  # last: nothing of the above is allowed any more
         except OSError as error:
             # subprocess would only say that something happened
             os.write(2, f"cannot give up privileges: {error}\n".encode("ascii", "backslashreplace"))
