@@ -35,18 +35,33 @@ class Content:
 
 
 def check(image: Image) -> None:
-    """Fail unless it is an image that may be deployed."""
-    inspect(image)
+    """Fail unless it is an image that may be deployed, and this node's qemu-img can read it."""
+    if inspect(image).format == "qcow2" and qcow2.is_for_some(
+        lambda start, size: os.pread(image.descriptor, size, start)
+    ):
+        _check_qemu_img(image)
 
 
 def check_qcow2(image: Image) -> None:
     if inspect(image).format != "qcow2":
         raise Failure(f"image {image.path} is not a qcow2 image", hint="set IMAGE_TYPE=raw, or qemu for either")
+    check(image)
 
 
 def check_raw(image: Image) -> None:
     if inspect(image).format != "raw":
         raise Failure(f"image {image.path} is a qcow2 image, not raw", hint="set IMAGE_TYPE=qcow2, or qemu for either")
+
+
+def _check_qemu_img(image: Image) -> None:
+    look = ["qemu-img", "info", "-f", "qcow2", "/proc/self/fd/0"]
+    looked = pipeline([look], stdin=image.descriptor, prepare=confined(keep=[linux.CAP_DAC_READ_SEARCH]))[0]
+    if looked.status:
+        said = looked.stderr.strip().rpartition("/proc/self/fd/0': ")[2]
+        raise Failure(
+            f"image {image.path} cannot be read by this node's qemu-img: {said}",
+            hint="on a node whose qemu-img can: qemu-img convert -c -O qcow2 -o compression_type=zlib OLD NEW",
+        )
 
 
 def check_size(image: Image, disk_size: int) -> None:

@@ -20,6 +20,7 @@ LARGEST_L1 = 32 << 20  # bytes, as in QEMU
 # Incompatible features
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2 = 1, 2, 4, 8, 16
 HARMLESS = DIRTY | COMPRESSION | EXTENDED_L2
+NOT_IN_ALL = COMPRESSION | EXTENDED_L2  # new in QEMU 5.1 (zstd, with which Debian 11's is not built) and 5.2
 
 Read = Callable[[int, int], bytes]  # offset, length -> bytes, fewer at the end of the file
 
@@ -81,6 +82,12 @@ def virtual_size(read: Read) -> int:
     if snapshots and not any(read(l1_offset, l1_entries * 8)):
         raise Failure("it holds snapshots only, and no disk", hint="qemu-img convert -l SNAPSHOT -O qcow2 OLD NEW")
     return int(size)
+
+
+def is_for_some(read: Read) -> bool:
+    """Whether a qcow2 has what not every qemu-img can read."""
+    header = read(0, HEADER.size + FEATURES.size)
+    return header[4:8] == b"\0\0\0\3" and bool(FEATURES.unpack_from(header, HEADER.size)[0] & NOT_IN_ALL)
 
 
 _FLATTEN = "qemu-img convert -O qcow2 OLD NEW makes an image that stands on its own"

@@ -41,7 +41,11 @@ FORMS: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "qcow2 -c": ("qcow2", lambda source, path: guestdisks.qcow2(source, path.with_suffix(".qcow2"), "-c")),
     "qcow2 zstd": (
         "qcow2",
-        lambda source, path: guestdisks.qcow2(source, path.with_suffix(".qcow2"), "-c", "-o", "compression_type=zstd"),
+        lambda source, path: guestdisks.qcow2(
+            source,
+            path.with_suffix(".qcow2"),
+            *("-c", "-o", f"compression_type={guestdisks.best_compression(path.parent)}"),
+        ),
     ),
     "qcow2 v2": (
         "qcow2",

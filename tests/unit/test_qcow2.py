@@ -36,6 +36,14 @@ def test_harmless_features(bit: int) -> None:
     assert size_of(image(bit)) == GIB
 
 
+@pytest.mark.parametrize(
+    "data, some",
+    [(image(), False), (image(1), False), (image(8), True), (image(16), True), (image(8, version=2), False)],
+)
+def test_what_not_every_qemu_img_can_read(data: bytes, some: bool) -> None:
+    assert qcow2.is_for_some(lambda offset, length: data[offset : offset + length]) == some
+
+
 def test_snapshots_beside_a_disk() -> None:
     assert size_of(image(snapshots=2, snapshots_offset=0x40000)) == GIB
 
