@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,8 +15,9 @@ BIOS = "21686148-6449-6E6F-744E-656564454649"
 ESP = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 ROOT = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"
 DATA = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
-# Of the filesystem on a partition, by its number; another process has others: the kernel knows btrfs by it alone
-UUID = f"6d0cbbd9-9e1b-4c5c-{os.getpid() & 0xFFFF:04x}-{{:012}}"
+# Of the filesystem on a partition, by its number; another run has others: the kernel knows btrfs by it alone,
+# and in two containers processes have the same numbers
+UUID = f"{secrets.token_hex(4)}-9e1b-4c5c-{secrets.token_hex(2)}-{{:012}}"
 MAKE = {
     "ext2": ["mkfs.ext2", "-q", "-F", "-U", "{uuid}", "-L", "{label}"],
     "ext3": ["mkfs.ext3", "-q", "-F", "-U", "{uuid}", "-L", "{label}"],
