@@ -108,6 +108,7 @@ REFUSED = {
     "not the first volume": dumps.header(dumps.TAPE, 500, volume=2) + DUMP[RECORD:],
     "several volumes": DUMP[: 3 * RECORD] + dumps.header(dumps.TAPE, 3) + DUMP[4 * RECORD :],
     "unknown kind 9": DUMP[:RECORD] + dumps.header(9, 1) + DUMP[2 * RECORD :],
+    "record 9 is at the place of record 1": DUMP[:RECORD] + dumps.header(dumps.CLRI, 9, mapped=1) + DUMP[2 * RECORD :],
     "map of 513": DUMP[: 5 * RECORD] + dumps.header(dumps.INODE, 5, inode=2, mode=DIRECTORY, mapped=513),
     "map of -1": DUMP[: 5 * RECORD] + dumps.header(dumps.INODE, 5, inode=2, mode=DIRECTORY, mapped=-1),
     "2147483647 records": DUMP[: 3 * RECORD] + dumps.header(dumps.BITS, 3, mapped=0x7FFFFFFF),
