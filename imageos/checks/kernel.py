@@ -10,10 +10,11 @@ from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report
 from imageos.checks.variants import Variant, listed
 from imageos.disks import filesystem
 from imageos.errors import Failure
-from imageos.node import cgroup
+from imageos.node import cgroup, seccomp
 from imageos.run import pipeline
 
 NAMESPACES = ("mount", "pid", "net", "ipc", "uts")
+ACTIONS = "/proc/sys/kernel/seccomp/actions_avail"  # there since Linux 4.14, with CONFIG_SECCOMP_FILTER
 
 
 def check_kernel(report: Report) -> None:
@@ -30,6 +31,13 @@ def check_kernel(report: Report) -> None:
         report.say(OK, "loop devices")
     except OSError as error:
         report.say(ERROR, f"/dev/loop-control: {error.strerror}", "modprobe loop")
+    if not seccomp.guest():
+        machine = os.uname().machine
+        report.say(NOTE, f"the system calls of a guest's programs are not filtered: no table of them for {machine}")
+    elif os.path.exists(ACTIONS):
+        report.say(OK, "filters of system calls")
+    else:
+        report.say(ERROR, "this kernel has no filters of system calls", "a kernel with CONFIG_SECCOMP_FILTER")
     complaints = cgroup.unbounded()
     for complaint in complaints:
         report.say(NOTE, complaint, "in a container, /sys/fs/cgroup must be writable")

@@ -88,6 +88,7 @@ def test_healthy_node(doctor: Doctor, image: Path) -> None:
     assert f"variant mine: {image}, " in text, text
     assert "variant default has no image of its own" in text
     assert "namespaces: mount, pid, net, ipc, uts" in text
+    assert "filters of system calls" in text
 
 
 def test_settings_that_are_no_shell(doctor: Doctor, node: Node) -> None:
