@@ -375,7 +375,7 @@ MAY_TOUCH = {
     "commands.mount_disks": ("looks opens changes mounts", "the place in /tmp"),
     "commands.umount_disks": ("looks opens mounts resolves", "the place in /tmp, and who is there"),
     "checks.definition": ("looks", "what install has put in place"),
-    "checks.kernel": ("opens", "what the kernel can do"),
+    "checks.kernel": ("looks opens", "what the kernel can do"),
     "checks.node": ("looks opens", "/sys, and how full the node's filesystems are"),
     "checks.programs": ("looks", "programs in PATH"),
     "checks.variants": ("looks opens", "the site's variants and hooks"),

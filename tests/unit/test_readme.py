@@ -248,7 +248,7 @@ def test_what_hooks_find() -> None:
     bundled = set(HOOKS)
     parts = {field.name for field in dataclasses.fields(Hook)}
     methods = {name for name in vars(Target) if not name.startswith("_")} - {"directory", "drop_preallocated"}
-    functions = set(re.findall(r"^([a-z]\w*)\(\) \{$", (CHECKOUT / "defaults/common.sh").read_text(), re.MULTILINE))
+    functions = set(re.findall(r"^([a-z]\w*)\(\) \{", (CHECKOUT / "defaults/common.sh").read_text(), re.MULTILINE))
     assert len(functions) == 6
     words = set(re.findall(r"[\w-]+", " ".join(re.findall(r"``([^`]+)``", text))))
     assert bundled | parts | methods | functions <= words
