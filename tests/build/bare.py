@@ -46,6 +46,8 @@ def unpack_bare(root: Path, work: Path, suite: str = "bookworm", cache: Path = C
     # Not where the package ca-certificates would replace them
     shutil.copyfile(CERTIFICATES, root / "etc/certificates.crt")
     (root / "etc/pip.conf").write_text("[global]\ncert = /etc/certificates.crt\n")
+    # A mirror of sid may be a few weeks old
+    (root / "etc/apt/apt.conf.d/mirror").write_text('Acquire::Check-Valid-Until "false";\n')
     return root
 
 
