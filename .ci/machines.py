@@ -11,6 +11,7 @@ The bare systems, and the images that the tests make, stay in /var/cache/imageos
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 import subprocess
@@ -94,21 +95,20 @@ class Machine:
         if self.kept:
             enter = f'mount --bind {shlex.quote(self.kept)} "$1{self.checkout}/.cache"\n{enter}'
         print(f"--- {self.suite}: {line}", flush=True)
-        text = []
+        printed = b""
         with subprocess.Popen(
             command_inside(self.root, *shell, enter=enter),
             env={**environment_inside(), **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
         ) as process:
             assert process.stdout
-            for printed in process.stdout:
-                text.append(printed)
-                print(printed, end="", flush=True)
-        return process.returncode, "".join(text)
+            while data := os.read(process.stdout.fileno(), 1 << 16):
+                printed += data
+                sys.stdout.buffer.write(data)
+                sys.stdout.buffer.flush()
+        return process.returncode, printed.decode(errors="replace")
 
     def works(self, *command: str, user: str = "root", **environment: str) -> str:
         began = time.monotonic()

@@ -246,7 +246,8 @@ def test_what_writes_back_meanwhile_is_no_leftover(node: Node, disk: MakeDisk, t
 
     It waits without a child, which would be a leftover if it is older than the hook.
     """
-    fake, seen, gate = tmp_path / "bin/sync", tmp_path / "seen", tmp_path / "gate"
+    # beside it: a confined program sees nothing else
+    fake, seen, gate = tmp_path / "bin/sync", tmp_path / "seen", tmp_path / "bin/gate"
     fake.parent.mkdir()
     os.mkfifo(gate)
     fake.write_text(f'#!/bin/sh\nread -r _ <{gate}\nexec /bin/sync "$@"\n')
