@@ -5,6 +5,7 @@ They carry no checksums: what can be checked is that they are complete.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tempfile
@@ -18,8 +19,9 @@ from imageos.disks import discovery
 from imageos.disks.disk import Attached
 from imageos.disks.layout import MIB, SECTOR
 from imageos.errors import Failure
-from imageos.images import dump
+from imageos.images import dump, qcow2
 from imageos.images.imagefile import COMPRESSIONS, Image
+from imageos.node import space
 from imageos.node.confinement import Room, unpacking
 
 BLOCK = 512
@@ -113,15 +115,43 @@ def _used(directory: str) -> int:
     return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
+def disk_size(source: Source, member: Member, device_size: int) -> int | None:
+    """Bytes of the disk that a member, which comes next, is a qcow2 of; None if it is none.
+
+    Failure if it is none for a disk of `device_size`, as far as its beginning tells. Nothing of it has been stored yet.
+    """
+    begin = source.peek(min(qcow2.LONGEST_HEADER, member.size))
+    if not begin.startswith(qcow2.MAGIC):
+        return None
+    try:
+        size = qcow2.read_header(lambda offset, length: begin[offset : offset + length]).size
+    except Failure as failure:
+        raise Failure(f"{member.name} of the backup cannot be restored: {failure}", hint=failure.hint) from None
+    if size <= device_size and member.size > qcow2.largest_file(device_size):
+        raise Failure(
+            f"{member.name} of the backup has {log.size(member.size)} ({member.size} bytes): it cannot be "
+            f"the image of a disk of {log.size(size)} alone"
+        )
+    return size
+
+
 @contextmanager
 def staged(source: Source, member: Member, directory: str) -> Iterator[Image]:
-    """A member as a file in `directory`, without a name: it is gone with us, however we end."""
+    """A member as a file in EXPORT_DIR, without a name: it is gone with us, however we end."""
+
+    def check_room(need: int) -> None:
+        why = space.lacking(directory, need)
+        if why:
+            raise OSError(errno.ENOSPC, why)
+
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
             progress = log.Progress(f"receiving {member.name}", member.size)
             left = member.size
+            check_room(left)
             while left:
                 data = source.exactly(min(left, MIB))
+                check_room(len(data))  # others write there, too
                 file.write(data)
                 left -= len(data)
                 progress.update(member.size - left)
@@ -130,7 +160,7 @@ def staged(source: Source, member: Member, directory: str) -> Iterator[Image]:
             yield Image(f"{member.name} of the backup", file.fileno(), member.size, "")
     except OSError as error:
         raise Failure(
-            f"cannot keep {log.size(member.size)} of {member.name} in {directory}: {error.strerror}",
+            f"cannot keep {log.size(member.size)} of {member.name} in EXPORT_DIR {directory}: {error.strerror}",
             hint="set EXPORT_DIR to a directory with enough room",
         ) from None
 

@@ -12,7 +12,7 @@ from imageos.checks.report import ERROR, NOTE, OK, Report
 from imageos.checks.variants import Variant
 from imageos.disks.layout import MIB
 from imageos.errors import Failure
-from imageos.node import mounts
+from imageos.node import mounts, space
 from imageos.node.mounts import Mount
 
 LITTLE = 64 * MIB  # bytes: with less, whatever is written there will fail soon
@@ -31,7 +31,8 @@ def check_space(report: Report, variants: Sequence[Variant]) -> None:
                 report.failure(Failure(f"CACHE_DIR {path}: {error.strerror}"))
             continue
         free = status.f_bavail * status.f_frsize
-        has_room = free >= LITTLE and (status.f_favail > 0 or not status.f_files)
+        kept = space.reserve(status) if use == "images" else 0
+        has_room = free - kept >= LITTLE and (status.f_favail > 0 or not status.f_files)
         is_needed = use != "images" or path in downloads
         level = OK if has_room else ERROR if is_needed else NOTE
         report.say(level, f"{path} ({use}): {log.size(free)} free", "" if has_room else f"make room in {path}")

@@ -28,7 +28,7 @@ from imageos.guests import guest
 from imageos.guests import target as targets
 from imageos.guests.target import Target
 from imageos.hook import guest_disk
-from imageos.images import diskimage, dump, qcow2
+from imageos.images import diskimage, dump
 from imageos.images.restored import SYMBOL_TABLE
 from imageos.node import isolation
 from imageos.settings import Settings
@@ -150,8 +150,11 @@ def restore_image(
         if next(others, None):
             raise Failure(f"the archive in the stream holds more than {legacy.IMAGE}")
 
-    if source.peek(len(qcow2.MAGIC)) != qcow2.MAGIC:
+    size = legacy.disk_size(source, image_member, device.size)
+    if size is None:
         return restore_plain(source, device, finish, image_member.size)
+    if size > device.size:
+        raise too_small(device, size)
     # qcow2 cannot be read from its first byte to its last
     with legacy.staged(source, image_member, known.export_dir) as image:
         finish()

@@ -30,7 +30,7 @@ from imageos.guests.sandbox import GuestDisk
 from imageos.images.checksums import digests_of
 from imageos.images.dump import PACKED, version
 from imageos.images.imagetypes import IMAGE_TYPES
-from imageos.node import confinement, isolation, linux
+from imageos.node import confinement, isolation, linux, space
 from imageos.node.confinement import Room
 from imageos.run import available, output_of, pipeline, require, run, signals_held
 
@@ -141,11 +141,10 @@ def check_place(place: Place, kind: Kind) -> None:
 
 
 def check_space(directory: str, needed: int) -> None:
-    status = os.statvfs(directory)
-    free = status.f_bavail * status.f_frsize
-    if free < needed + SPARE:
+    why = space.lacking(directory, needed + SPARE)
+    if why:
         raise Failure(
-            f"{directory} has {log.size(free)} free, the copy of the disk alone takes {log.size(needed + SPARE)}",
+            f"the copy of the disk alone takes more room than {directory} has: {why}",
             hint="make room there, or name another directory",
         )
 
@@ -182,6 +181,7 @@ def copy(device: Device, used: Map, total: int, descriptor: int, directory: str)
         for offset, length in used.runs():
             view = memoryview(buffer)[:length]
             usage.read_into(device, offset, view)
+            check_room(directory, length)
             write_all(descriptor, view, offset)
             done += length
             progress.update(done)
@@ -242,7 +242,13 @@ def write_qcow2(stack: ExitStack, copied: Copy, place: Place) -> Iterator[New]:
     convert = ["qemu-img", "convert", "-p", "-c", "-f", "raw", "-O", "qcow2", *qcow2_options(),
                "/proc/self/fd/0", f"/proc/self/fd/{output}"]  # fmt: skip
     with log.phase("compressed the copy"):
-        done = pipeline([convert], stdin=copied.device.descriptor, keep=[output], on_line=report)[0]
+        done = pipeline(
+            [convert],
+            stdin=copied.device.descriptor,
+            keep=[output],
+            on_line=report,
+            tick=lambda: check_room(place.directory, 0),  # it writes by itself
+        )[0]
         progress.close()
         if done.status:
             if "No space left" in done.stderr:
@@ -361,6 +367,7 @@ def written(
     stack.callback(os.close, nothing)
     with output_of(stages, nothing, room=room) as (source, check), writing_to(place.directory):
         while data := os.read(source, CHUNK):
+            check_room(place.directory, len(data))
             write_all(output, memoryview(data))
             digest.update(data)
             progress.update(disk.bytes_read(copied.attached) - before)
@@ -401,8 +408,15 @@ def writing_to(directory: str) -> Iterator[None]:
         raise Failure(f"cannot write to {directory}: {error.strerror}") from None
 
 
-def no_space(directory: str) -> Failure:
-    return Failure(f"{directory} is full: no image was made", hint="make room there, or name another directory")
+def check_room(directory: str, need: int) -> None:
+    """Others write there, too, while the image is made."""
+    why = space.lacking(directory, need)
+    if why:
+        raise no_space(directory, f": {why}")
+
+
+def no_space(directory: str, why: str = "") -> Failure:
+    return Failure(f"{directory} is full: no image was made{why}", hint="make room there, or name another directory")
 
 
 def publish(place: Place, kind: Kind, news: Sequence[New]) -> None:

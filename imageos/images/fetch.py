@@ -33,6 +33,7 @@ from imageos.images.cache import (
 )
 from imageos.images.checksums import Checksum, Policy, expected, policy
 from imageos.images.web import Answer, Missing, Transient, Unreachable, Web, cleaned, shown
+from imageos.node import space
 from imageos.settings import Settings, is_pin
 
 GRACE = 2.0  # seconds that a server gets to close the connection after the last byte
@@ -258,8 +259,8 @@ def _receive(web: Web, url: str, part: str) -> Copy:
             log.info(f"going on with a download of {log.size(have)}")
             if known.size is None and response.length is not None:
                 known = dataclasses.replace(known, size=have + response.length)
-        _check_space(part, (known.size or have) - have, url)
-        have = _receive_body(answer, part, have, known)
+        _check_room(part, max(0, (known.size or have) - have), url)
+        have = _receive_body(answer, url, part, have, known)
     if known.size is not None and have < known.size:
         raise Transient(f"cut off after {have} of {known.size} bytes")
     if known.size is not None and have > known.size:
@@ -268,7 +269,7 @@ def _receive(web: Web, url: str, part: str) -> Copy:
     return known
 
 
-def _receive_body(answer: Answer, part: str, have: int, copy: Copy) -> int:
+def _receive_body(answer: Answer, url: str, part: str, have: int, copy: Copy) -> int:
     """Append what comes to the `have` bytes of `part`, to the end or one byte more; their number then."""
     answer.response.length = None  # read on behind the announced end, where nothing should come
     progress = log.Progress(f"downloading {copy.url.rpartition('/')[2]}", copy.size or 0)
@@ -286,6 +287,9 @@ def _receive_body(answer: Answer, part: str, have: int, copy: Copy) -> int:
             if not chunk:
                 break
             have += len(chunk)
+            _check_room(
+                part, len(chunk), url
+            )  # the server may not have said how much it sends; others write there, too
             while chunk:
                 chunk = chunk[os.write(descriptor, chunk) :]
             progress.update(have)
@@ -317,12 +321,11 @@ def _is_rest(known: Copy, have: int, response: HTTPResponse) -> bool:
     return begins.startswith(f"bytes {have}-") and is_same_size and is_same
 
 
-def _check_space(part: str, need: int, url: str) -> None:
-    directory = os.path.dirname(part)
-    free = os.statvfs(directory)
-    if need > free.f_bavail * free.f_frsize:
+def _check_room(part: str, need: int, url: str) -> None:
+    why = space.lacking(os.path.dirname(part), need)
+    if why:
         remove(part)
-        raise _full(directory, url, f": {log.size(need)} are needed, {log.size(free.f_bavail * free.f_frsize)} free")
+        raise _full(os.path.dirname(part), url, f": {why}")
 
 
 def _full(directory: str, url: str, how: str = "") -> Failure:

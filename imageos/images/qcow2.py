@@ -15,7 +15,9 @@ from imageos.errors import Failure
 MAGIC = b"QFI\xfb"
 HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # 72 bytes: all of version 2
 FEATURES = struct.Struct(">QQQII")  # 32 bytes more in version 3
+LONGEST_HEADER = HEADER.size + FEATURES.size
 LARGEST_SIZE = 1 << 60  # bytes; nobody has such a disk, and sums with it stay harmless
+MARGIN = 16 << 20  # bytes
 LARGEST_L1 = 32 << 20  # bytes, as in QEMU
 # Incompatible features
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2 = 1, 2, 4, 8, 16
@@ -62,6 +64,24 @@ def foreign(read: Read, size: int) -> Foreign | None:
 
 def virtual_size(read: Read) -> int:
     """Bytes of the disk that a qcow2 is an image of; Failure if it is not one that stands on its own."""
+    header = read_header(read)
+    if header.has_snapshots and not any(read(header.l1_offset, header.l1_size)):
+        raise Failure("it holds snapshots only, and no disk", hint="qemu-img convert -l SNAPSHOT -O qcow2 OLD NEW")
+    return header.size
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first bytes say, all in bytes."""
+
+    size: int  # of the disk
+    l1_offset: int
+    l1_size: int
+    has_snapshots: bool
+
+
+def read_header(read: Read) -> Header:
+    """What can be known of a qcow2 by its first LONGEST_HEADER bytes; Failure as in `virtual_size`."""
     header = read(0, HEADER.size)
     if len(header) < HEADER.size or header[:4] != MAGIC:
         raise Failure("it is not a qcow2 image")
@@ -79,9 +99,15 @@ def virtual_size(read: Read) -> int:
         _check_features(read(HEADER.size, FEATURES.size))
     if not 9 <= cluster_bits <= 21 or size > LARGEST_SIZE or l1_entries * 8 > LARGEST_L1:
         raise Failure("its header is damaged")
-    if snapshots and not any(read(l1_offset, l1_entries * 8)):
-        raise Failure("it holds snapshots only, and no disk", hint="qemu-img convert -l SNAPSHOT -O qcow2 OLD NEW")
-    return int(size)
+    return Header(size, l1_offset, l1_entries * 8, bool(snapshots))
+
+
+def largest_file(size: int) -> int:
+    """Bytes of the largest qcow2 that holds one disk of `size`, without snapshots of it.
+
+    Its tables take up to 24 bytes for each cluster, which has 512 or more.
+    """
+    return size + size // 8 + MARGIN
 
 
 def is_for_some(read: Read) -> bool:

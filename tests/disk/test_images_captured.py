@@ -503,7 +503,11 @@ def full_disk(small_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("mib, words", [(32, ["free", "takes"]), (80, ["is full"])], ids=["copy", "image"])
+@pytest.mark.parametrize(
+    "mib, words",
+    [(32, ["free", "takes"]), (80, ["is full", "free"]), (86, ["is full", "4.3 MiB have to stay free"])],
+    ids=["copy", "image", "reserve"],
+)
 def test_no_room(mib: int, words: list[str], kind: str, node: Node, full_disk: Path, tmp_path: Path) -> None:
     """Known beforehand for the copy, met on the way for the image; nothing is left of either."""
     with small(tmp_path / "small", mib) as directory, unchanged(full_disk):
