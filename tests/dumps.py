@@ -67,8 +67,8 @@ def directory(self: int, parent: int, entries: Sequence[tuple[int, bytes]]) -> b
     return data[:place] + struct.pack("<H", last + rest) + data[place + 2 :] + bytes(rest)
 
 
-def make(files: Sequence[File], *, missing: Sequence[int] = (), flags: int = 3) -> bytes:
-    """A dump of level 0; its own list names the `missing` inodes, too."""
+def make(files: Sequence[File], *, missing: Sequence[int] = (), flags: int = 3, uncounted: int = 0) -> bytes:
+    """A dump of level 0; its own list names the `missing` inodes, too. 0.4b56 leaves the first record uncounted."""
     parents = {number: parent for file in files for parent, _ in file.names for number in [file.number]}
     numbers = [file.number for file in files] + list(missing)
     bits = bytearray(RECORD)
@@ -77,7 +77,8 @@ def make(files: Sequence[File], *, missing: Sequence[int] = (), flags: int = 3) 
     records: list[bytes] = []
 
     def add(kind: int, data: bytes = b"", **more: object) -> None:
-        records.append(header(kind, len(records), **more))  # type: ignore[arg-type]
+        place = max(0, len(records) - uncounted)
+        records.append(header(kind, place, **more))  # type: ignore[arg-type]
         records.extend(data[at : at + RECORD].ljust(RECORD, b"\0") for at in range(0, len(data), RECORD))
 
     add(TAPE, flags=flags)

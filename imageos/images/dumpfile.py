@@ -132,6 +132,7 @@ class Dump:
         self._record = 0
         self._order = "<"
         self._new_names = True
+        self._uncounted = 0  # records at the beginning: dump 0.4b56 does not count the first
 
     def __len__(self) -> int:
         return len(self._directories) + len(self._others)
@@ -205,8 +206,11 @@ class Dump:
         if not is_header(record, self._order):
             raise self._damaged(f"record {self._record - 1} is not what has to be there")
         header = Header(*struct.unpack(self._order + FIELDS + PADDED, record))
-        if header.kind != TAPE and header.place & 0xFFFFFFFF != (self._record - 1) & 0xFFFFFFFF:
-            raise self._damaged(f"record {header.place} is at the place of record {self._record - 1}")
+        if self._record == 2:
+            self._uncounted = int(header.place == 0)
+        place = self._record - 1 - self._uncounted
+        if header.kind != TAPE and header.place & 0xFFFFFFFF != place & 0xFFFFFFFF:
+            raise self._damaged(f"record {header.place} is at the place of record {place}")
         return header
 
     def _inode(self, file: BinaryIO, header: Header) -> None:

@@ -64,6 +64,7 @@ def test_whole() -> None:
     dump = read(DUMP)
     check(dump)
     assert not dump.packed and not dump.inline
+    check(read(dumps.make(FILES, uncounted=1)))
 
 
 @pytest.mark.parametrize("how", dumps.PACKERS)
