@@ -194,6 +194,8 @@ takes the place of ganeti-instance-image 0.7 and keeps its configuration.
 LINTIAN_OVERRIDES = f"""\
 # optional hooks are off until the site makes them executable
 {PACKAGE}: script-not-executable [etc/ganeti/instance-image/hooks/*]
+# what is downloaded for one tenant is not for the node's users to read
+{PACKAGE}: non-standard-dir-perm 0700 != 0755 [{IMAGE_DIR[1:]}/]
 # env -S python3 -IS: deaf to PYTHON* variables and to the node's own modules
 {PACKAGE}: unusual-interpreter -S [usr/share/ganeti/os/image/imageos]
 """
