@@ -79,7 +79,6 @@ class Machine:
     suite: str
     root: Path
     checkout: str = "/root/imageos"  # in there
-    kept: str = ""  # directory of this machine that is its .cache
     results: list[str] = field(default_factory=list)
 
     def clone(self) -> Path:
@@ -92,8 +91,6 @@ class Machine:
         """The status of a command in the checkout, and what it printed, which is shown as it comes."""
         line = f"cd {shlex.quote(self.checkout)} && {shlex.join(command)}"
         shell = ["sh", "-c", line] if user == "root" else ["su", "--shell=/bin/sh", user, "--command", line]
-        if self.kept:
-            enter = f'mount --bind {shlex.quote(self.kept)} "$1{self.checkout}/.cache"\n{enter}'
         print(f"--- {self.suite}: {line}", flush=True)
         printed = b""
         with subprocess.Popen(
@@ -157,13 +154,18 @@ def outcome(command: Sequence[str], text: str) -> str:
 def all_tests(machine: Machine) -> None:
     """In root's home, which nobody else may enter; then again on the used checkout."""
     place = machine.clone()
-    (place / ".cache").mkdir()
-    machine.kept = str(CACHE / "guests")
     (machine.root / "root").chmod(0o700)
-    machine.demo()
-    machine.test()
-    machine.test("tests/unit")
-    machine.leaves_only_its_own()
+    kept = CACHE / "guests"
+    if kept.exists():
+        kept.rename(place / ".cache")
+    try:
+        machine.demo()
+        machine.test()
+        machine.test("tests/unit")
+        machine.leaves_only_its_own()
+    finally:
+        if (place / ".cache").exists():
+            (place / ".cache").rename(kept)
 
 
 def with_sudo(machine: Machine) -> None:
@@ -226,7 +228,7 @@ def main(names: Sequence[str]) -> int:
         began = time.monotonic()
         machine = None
         try:
-            (CACHE / "guests").mkdir(parents=True, exist_ok=True)
+            CACHE.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=CACHE) as top:
                 (Path(top) / "root").mkdir()
                 machine = Machine(name, unpack_bare(Path(top) / "root", Path(top), name, CACHE))

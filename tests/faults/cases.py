@@ -38,6 +38,11 @@ class Case:
     # a program, or one fault -> why the command goes on
     tolerated: dict[str, str] = field(default_factory=dict)
 
+    def make_layout(self, sources: Path, tree: Path, work: Path) -> None:
+        """Once: the sources are the same for all tests."""
+        if self.layout and not (sources / self.layout).exists():
+            guestdisks.LAYOUTS[self.layout](sources / self.layout, tree, work)
+
     def disk(self, path: Path, sources: Path) -> Path:
         if self.source:
             run("cp", "--sparse=always", sources / self.source, path)

@@ -83,8 +83,7 @@ def test_every_program_is_taken_over(
     name: str, node: Node, sources: Path, small_tree: Path, ganeti: None, tmp_path: Path, taken_over: TakenOver
 ) -> None:
     case = CASES[name]
-    if case.layout:
-        guestdisks.LAYOUTS[case.layout](sources / case.layout, small_tree, tmp_path)
+    case.make_layout(sources, small_tree, tmp_path)
     called, places = learn(case, node, sources, tmp_path / "learn")
     disk = case.disk(tmp_path / "disk", sources)
     case.call(node, disk, taken_over.path).ok()

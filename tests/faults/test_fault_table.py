@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import guestdisks
 import pytest
 import wrappers
 from backups import is_disarmed
@@ -30,8 +29,7 @@ def test_every_program_fails_at_every_call(
     name: str, node: Node, sources: Path, small_tree: Path, ganeti: None, tmp_path: Path
 ) -> None:
     case = CASES[name]
-    if case.layout:
-        guestdisks.LAYOUTS[case.layout](sources / case.layout, small_tree, tmp_path)
+    case.make_layout(sources, small_tree, tmp_path)
     calls, places = learn(case, node, sources, tmp_path / "learn")
     calls = {program: count for program, count in calls.items() if program in case.only or not case.only}
     assert calls, "it runs no program: it does not belong into this table"

@@ -144,14 +144,13 @@ def test_killed(cluster: Cluster, prepared: str) -> None:
     """While it writes the image. After SIGKILL the disks may stay active, which harms nothing: the instance starts."""
     script = f"""{prepared}
         mkdir /srv/fake
-        printf '#!/bin/sh\\ntouch /srv/waiting\\nsleep 1000\\n' >/srv/fake/tar
+        printf '#!/bin/sh\\nsleep 1000.5\\n' >/srv/fake/tar
         chmod +x /srv/fake/tar
         for signal in TERM KILL; do
           PATH=/srv/fake:$PATH ganeti-image -t tarball -i inst1 -n made >/srv/log 2>&1 &
-          wait_for test -e /srv/waiting
+          wait_for pgrep --full --exact "sleep 1000.5"
           kill -$signal $!
           echo ENDED$signal; wait $! || echo $?; tail -1 /srv/log; echo ENDED$signal
-          rm /srv/waiting
           wait_for detached
           say LEFT$signal left
         done

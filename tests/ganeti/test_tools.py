@@ -197,10 +197,10 @@ def killed(n: int, signal: str, phase: str, shell: str) -> str:
     wait = '[ "$1" = list ] || ' if program == "gnt-instance" else ""
     return f"""
         mkdir /srv/fake
-        touch /srv/waiting  # by the test: blkid may write nowhere
+        touch /srv/fake/waiting  # by the test, beside it: blkid may write nowhere, and sees nothing else
         real=$(type -P {program})
         echo '#!/bin/sh
-        {wait}while [ -e /srv/waiting ]; do sleep 0.101; done
+        {wait}while [ -e /srv/fake/waiting ]; do sleep 0.101; done
         exec '$real' "$@"' >/srv/fake/{program}
         chmod +x /srv/fake/{program}
         PATH=/srv/fake:$PATH mount-disks {shell} inst1 </dev/null >/srv/log 2>&1 &
@@ -208,10 +208,9 @@ def killed(n: int, signal: str, phase: str, shell: str) -> str:
         kill -{signal} $!
         if [ {phase}{signal} = activationTERM ]; then
           wait_for pgrep --full '^/bin/sh /srv/fake/gnt-instance deactivate-disks'
-          rm /srv/waiting
+          rm /srv/fake/waiting
         fi
         echo ENDED{n}; wait $! || echo $?; echo ENDED{n}
-        rm -f /srv/waiting
         rm -r /srv/fake
         hash -r
         echo LOG{n}; cat /srv/log; echo LOG{n}
