@@ -205,6 +205,11 @@ CASES = {
 def make_sources(top: Path, small: Path, tree: Path) -> Path:
     """What the cases are about, in one directory: it is the node's IMAGE_DIR."""
     guest = guestdisks.mbr(top / "guest.raw", tree, top).path
+    part = guestdisks.place(guest, 1)
+    assert part
+    with attached(guest, part.start, part.size) as device:
+        # or else resize2fs goes on without a check only if it was mounted in the second in which it was made
+        run("e2fsck", "-f", "-p", device)
     run("cp", small, top / "small.tar.gz")
     run("cp", small, top / f"small-{trees.ARCH}.tar.gz")
     trees.tarball(tree, top / f"plain-{trees.ARCH}.tar", "tar")
