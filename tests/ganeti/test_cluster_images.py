@@ -97,7 +97,7 @@ BAD = {
     "make-qemu-img inst2": "instance inst2.example.org is running",
     "ganeti-image -t tarball -i inst3": "no root filesystem found on the disk, which has no partition table: nothing",
     "make-dump inst1 /nowhere": "IMAGE_DIR /nowhere: No such file or directory",
-    "make-dump inst1 /srv/small": "/srv/small has 1 MiB free, the copy of the disk alone takes ",
+    "make-dump inst1 /srv/small": "the copy of the disk alone takes more room than /srv/small has: ",
     "make-dump inst1 -n ../x": "IMAGE_NAME='../x' with -n is not accepted: it must be a name without / that does not "
     "begin with a dot",
     "make-dump inst1 -n there": "there is an image /var/cache/ganeti-instance-image/there-x86_64-root.dump already",
