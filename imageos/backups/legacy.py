@@ -95,12 +95,17 @@ def unpack_dump(source: Source, member: Member, directory: str) -> None:
     before = _used(directory)
     # TMPDIR, where restore keeps a list of all directories, is its alone
     with dump.following(what) as follower:
+
+        def tick() -> None:
+            follower.give_up()
+            progress.update(_used(directory) - before)
+
         finished = run.pipeline(
             [["head", "-c", str(member.size)], follower.stage, dump.RESTORE],
             stdin=descriptor,
             room=unpacking(directory),
             # a pipe has no place: what has arrived tells
-            tick=lambda: progress.update(_used(directory) - before),
+            tick=tick,
             on_line=dump.watch(what),
             keep_upstream=follower.keep,
             on_start=follower.start,

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -101,9 +102,13 @@ def _restore(image: Image, directory: str) -> None:
             between=[follower.stage],
             keep_upstream=follower.keep,
             on_start=follower.start,
+            on_tick=follower.give_up,
         )
         judge(image, directory, finished, follower)
     os.unlink(f"{directory}/{SYMBOL_TABLE}")
+
+
+PATIENCE = 10.0  # seconds that restore gets to say by itself what is wrong
 
 
 class Follower:
@@ -117,11 +122,19 @@ class Follower:
         self.keep = [self._writer]
         self.stage = ["tee", f"/dev/fd/{self._writer}"]
         self._done: Future[None] | None = None
+        self._found = 0.0  # when a failure was seen first
 
     def start(self) -> None:
         """What passes everything on has been started."""
         os.close(self._writer)
         self._done = self._thread.submit(self._read)
+
+    def give_up(self) -> None:
+        """End restore, which may never end by itself, some time after the dump was found not to be whole."""
+        failure = self.failure() if self._done and self._done.done() else None
+        self._found = self._found or (time.monotonic() if failure else 0.0)
+        if failure and time.monotonic() - self._found > PATIENCE:
+            raise failure
 
     def failure(self) -> Failure | None:
         """What the dump lacks, once its end has passed; None if it is whole."""

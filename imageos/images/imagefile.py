@@ -92,6 +92,7 @@ def feed(
     between: Sequence[Sequence[str]] = (),
     keep_upstream: Sequence[int] = (),
     on_start: Callable[[], None] | None = None,
+    on_tick: Callable[[], None] = lambda: None,
 ) -> list[Finished]:
     """Run `program` with the image, uncompressed, as its stdin, and show the progress of `what` it does; judge nothing.
 
@@ -99,12 +100,17 @@ def feed(
     """
     os.lseek(image.descriptor, 0, os.SEEK_SET)
     progress = log.Progress(what, image.size)
+
+    def tick() -> None:
+        on_tick()
+        progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR))
+
     finished = pipeline(
         [*([image.decompress] if image.compression else []), *between, program],
         stdin=image.descriptor,
         room=room,
         # the children read through our descriptor: its offset tells how far they are
-        tick=lambda: progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR)),
+        tick=tick,
         on_line=on_line,
         keep_upstream=keep_upstream,
         on_start=on_start,
