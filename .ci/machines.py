@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
 """usage: machines.py [NAME...]
 
-Runs the commands of README.rst as a newcomer would, on bare machines of its own making (tests/build/bare.py): nothing
-of this machine's packages, Python or settings is seen there. Ends with a line for each. Without a NAME, on all of the
-table MACHINES.
+Run the commands of README.rst as a newcomer does, on new bare machines (tests/build/bare.py), which see none of this
+machine's packages, Python or settings. Print a line for each at the end. Without a NAME, use all in the table MACHINES.
 
-The bare systems, and the images that the tests make, stay in /var/cache/imageos-machines for the next run.
+The bare systems and the images of the tests stay in /var/cache/imageos-machines for the next run.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ sys.path.insert(0, str(CHECKOUT / "tests/build"))
 from bare import INSIDE, command_inside, environment_inside, unpack_bare  # noqa: E402
 
 CACHE = Path("/var/cache/imageos-machines")
-# The root directory is no mount point, as administrators make a chroot by hand.
+# A chroot as administrators make it by hand: the root directory is not a mount point.
 PLAIN_CHROOT = """
 root=$1; shift
 mount -t proc proc "$root/proc"
@@ -35,7 +34,7 @@ mount --rbind /sys "$root/sys"
 mount --rbind /dev "$root/dev"
 exec chroot "$root" "$@"
 """
-# What of tests/disk runs every program of a node at least once, for nodes that have other versions of them.
+# These run every program of a node at least once, for nodes with other versions of the programs.
 PROGRAMS = (
     "tests/disk/test_chroot.py",
     "tests/disk/test_create_layouts.py::test_layout",
@@ -60,7 +59,7 @@ PROGRAMS = (
     "tests/disk/test_export_import.py::test_disk_img",
     "tests/disk/test_rename.py::test_every_place",
 )
-# What a cluster of Ganeti 3.1 is asked; all of tests/ganeti is for the 3.0 of Debian 12.
+# Tests for a cluster of Ganeti 3.1; all of tests/ganeti run with the 3.0 of Debian 12.
 GANETI = (
     *("tests/ganeti/test_environments.py", "tests/ganeti/test_cluster.py", "tests/ganeti/test_backup.py"),
     *("-k", "not kvm and not killed"),
@@ -69,26 +68,26 @@ WORKERS = ("--numprocesses=2", "--dist=loadgroup")
 
 
 class Refused(Exception):
-    """A machine did not do what README promises."""
+    """A machine did not behave as README says."""
 
 
 @dataclass
 class Machine:
-    """A bare Debian of one suite, and what came of the commands that were run there."""
+    """A bare Debian of one suite, and the results of the commands that ran there."""
 
     suite: str
     root: Path
-    checkout: str = "/root/imageos"  # in there
+    checkout: str = "/root/imageos"  # path inside
     results: list[str] = field(default_factory=list)
 
     def clone(self) -> Path:
-        place = self.root / self.checkout.lstrip("/")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        run("git", "clone", "--quiet", "--no-hardlinks", str(CHECKOUT), str(place))
-        return place
+        path = self.root / self.checkout.lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run("git", "clone", "--quiet", "--no-hardlinks", str(CHECKOUT), str(path))
+        return path
 
     def run(self, *command: str, enter: str = INSIDE, user: str = "root", **environment: str) -> tuple[int, str]:
-        """The status of a command in the checkout, and what it printed, which is shown as it comes."""
+        """Run a command in the checkout and show its output as it comes; return its status and output."""
         line = f"cd {shlex.quote(self.checkout)} && {shlex.join(command)}"
         shell = ["sh", "-c", line] if user == "root" else ["su", "--shell=/bin/sh", user, "--command", line]
         print(f"--- {self.suite}: {line}", flush=True)
@@ -124,15 +123,15 @@ class Machine:
         self.works(*as_root(user), "./build.py", "test", *arguments, user=user, **environment)
 
     def digest(self) -> str:
-        """Of the file that was built there."""
+        """Return the sha256 of the file that was built there."""
         return hashlib.sha256((self.root / self.checkout.lstrip("/") / "dist/imageos").read_bytes()).hexdigest()
 
     def leaves_only_its_own(self) -> None:
-        """What the commands leave in a checkout is in the directories that .gitignore names first."""
-        place = str(self.root / self.checkout.lstrip("/"))
-        status = run("git", "-c", "safe.directory=*", "-C", place, "status", "--porcelain", "--ignored")
+        """Fail if the commands left files in the checkout outside .cache, .venv and dist, or in /var/cache."""
+        path = str(self.root / self.checkout.lstrip("/"))
+        status = run("git", "-c", "safe.directory=*", "-C", path, "status", "--porcelain", "--ignored")
         left = set(status.splitlines()) - {"!! .cache/", "!! .venv/", "!! dist/"}
-        left |= {str(path) for path in (self.root / "var/cache").glob("imageos*")}  # also of a run that was killed
+        left |= {str(path) for path in (self.root / "var/cache").glob("imageos*")}  # even after a killed run
         if left:
             raise Refused(f"left in the checkout: {', '.join(sorted(left))}")
 
@@ -142,35 +141,35 @@ def as_root(user: str) -> Sequence[str]:
 
 
 def outcome(command: Sequence[str], text: str) -> str:
-    """`test tests/unit: 1872 passed`: the command, and what pytest counted in it."""
+    """Return the command and pytest's counts, such as `test tests/unit: 1872 passed`."""
     words = [word for word in command if word not in ("sudo", "./build.py") and not word.startswith("-")]
     name = shlex.join([*words[:2], *("..." for _ in words[2:3])]) or "build"
     counts = re.findall(r"^=* ?(\d+ [^=\n]*?) in [\d.]+s", text, re.MULTILINE)
     return f"{name}: {' and '.join(counts)}" if counts else name
 
 
-# --- What is done on each -------------------------------------------------------------------------
+# --- The steps on each machine --------------------------------------------------------------------
 
 
 def all_tests(machine: Machine) -> None:
-    """In root's home, which nobody else may enter; then again on the used checkout."""
-    place = machine.clone()
+    """Run all in root's home, which no other user may enter; then test again in the used checkout."""
+    checkout = machine.clone()
     (machine.root / "root").chmod(0o700)
     kept = CACHE / "guests"
     if kept.exists():
-        kept.rename(place / ".cache")
+        kept.rename(checkout / ".cache")
     try:
         machine.demo()
         machine.test()
         machine.test("tests/unit")
         machine.leaves_only_its_own()
     finally:
-        if (place / ".cache").exists():
-            (place / ".cache").rename(kept)
+        if (checkout / ".cache").exists():
+            (checkout / ".cache").rename(kept)
 
 
 def with_sudo(machine: Machine) -> None:
-    """The checkout of an ordinary user, with a space in its path, below a home that nobody else may enter."""
+    """Use an ordinary user's checkout, with a space in its path, in a home that no other user may enter."""
     machine.checkout = "/home/builder/my checkouts/imageos"
     machine.clone()
     enter(machine, "useradd", "builder")
@@ -187,7 +186,7 @@ def with_sudo(machine: Machine) -> None:
 
 
 def killed_and_doubled(machine: Machine) -> None:
-    """Two runs at once, after one that was killed; Python writes no bytecode."""
+    """Run two at once, after a killed run; Python writes no bytecode."""
     machine.clone()
     machine.demo(PYTHONDONTWRITEBYTECODE="1")
     machine.test("tests/unit", *PROGRAMS, *WORKERS, PYTHONDONTWRITEBYTECODE="1")
@@ -199,7 +198,7 @@ def killed_and_doubled(machine: Machine) -> None:
 
 
 def plain_chroot(machine: Machine) -> None:
-    """A chroot whose root is no mount point is told so before anything is installed; with one it works. Ganeti 3.1."""
+    """In a chroot whose root is no mount point, expect a refusal before any installation. Also test Ganeti 3.1."""
     machine.clone()
     status, text = machine.run("./build.py", "demo", enter=PLAIN_CHROOT)
     if status != 1 or "mount --bind DIRECTORY DIRECTORY" not in text or "apt-get" in text:

@@ -1,6 +1,6 @@
-"""The command line: finds out which command is meant, and calls it.
+"""The command line: find the command that is meant, and call it.
 
-Imports little: `--version` and `--help` must be quick, and a command loads only what it needs.
+Import little at the top: `--version` and `--help` must be quick, and a command loads only what it needs.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import sys
 from types import ModuleType
 
 from imageos import __version__
-from imageos.errors import Usage
+from imageos.errors import Failure, Usage
 from imageos.outcome import guard
 
-# name -> what it is for. The module is imageos.commands.NAME, of `import` import_.
+# Name -> purpose. The module is imageos.commands.NAME; that of `import` is import_.
 COMMANDS = {
     "create": "deploy an image on an instance's first disk (called by Ganeti)",
     "import": "restore one disk of an instance from a backup on stdin (called by Ganeti)",
@@ -21,25 +21,28 @@ COMMANDS = {
     "rename": "give the guest the instance's new name (called by Ganeti)",
     "verify": "check settings, variant and OS parameters (called by Ganeti)",
     "mount-disks": "mount an instance's filesystems at /tmp/INSTANCE_root",
-    "umount-disks": "take away what mount-disks has mounted",
+    "umount-disks": "unmount what mount-disks has mounted",
     "make-dump": "make a dump image of a stopped instance",
     "make-qemu-img": "make a disk image of a stopped instance",
     "ganeti-image": "make an image of a stopped instance: tarball, dump or disk image",
+    "grow": "grow a stopped instance's filesystems to its disks",
     "install": "put the OS definition, defaults and hooks in place on this node",
-    "uninstall": "take away what install has put in place and the site has not changed",
+    "uninstall": "remove what install has put in place and the site has not changed",
     "doctor": "say whether this node can deploy its variants",
 }
 
-# Those that Ganeti calls: without arguments, but for `verify parameters`.
-SCRIPTS = ("create", "import", "export", "rename", "verify")
-
-MANUALS = ("--man", "--completion")
+# Options that print a file made by build.py. The packages install these files.
+MANUALS: dict[tuple[str, ...], str] = {
+    ("--man",): "imageos.8",
+    ("--completion", "bash"): "imageos.bash",
+    ("--completion", "zsh"): "imageos.zsh",
+}
 
 USAGE = "usage: imageos COMMAND [ARGUMENT...] | imageos --help | imageos --version"
 
 
 def main() -> None:
-    """Run the command that argv[0] names, or else the first argument, and exit."""
+    """Run the command that argv[0] or else the first argument names, and exit."""
     sys.exit(guard(lambda: dispatch(sys.argv)))
 
 
@@ -61,10 +64,12 @@ def dispatch(argv: list[str]) -> int:
 
         print(distribution.shell_variables(arguments[0]), end="")
         return 0
-    if name in MANUALS:
-        return print_manual(name, arguments)
+    if name in ("--man", "--completion"):
+        return print_manual(name, *arguments)
     if name not in COMMANDS:
         raise Usage(f"unknown command {name}{_nearest(name)}", hint=USAGE)
+    from imageos.ganeti import SCRIPTS
+
     module = _load(name)
     if name in SCRIPTS:
         if arguments[:1] in (["--help"], ["-h"]):
@@ -72,6 +77,10 @@ def dispatch(argv: list[str]) -> int:
             return 0
         if arguments and [name, *arguments] != ["verify", "parameters"]:
             raise Usage(f"{name} takes no argument {arguments[-1]!r}", hint=f"imageos {name} --help")
+    else:
+        from imageos.node.programs import complete_path
+
+        complete_path()
     return _run(module, arguments)
 
 
@@ -82,53 +91,40 @@ def script_help(name: str, module: ModuleType) -> str:
     return f"usage: imageos {name}{argument}\n\n{about}\n\n{elsewhere}\n"
 
 
-def print_manual(name: str, arguments: list[str]) -> int:
-    """What the packages install: the manual page, or the completion of a shell."""
-    from imageos import manual
+def print_manual(*arguments: str) -> int:
+    from importlib import resources
 
-    modules = {one: _load(one) for one in COMMANDS}
-    commands = [
-        manual.Command(one, what, modules[one].__doc__ or "", getattr(modules[one], "parser", lambda: None)())
-        for one, what in COMMANDS.items()
-    ]
-    if [name, *arguments] == ["--man"]:
-        print(manual.page(commands), end="")
-    elif name == "--completion" and arguments in (["bash"], ["zsh"]):
-        print(manual.completion(arguments[0], commands), end="")
-    else:
-        raise Usage(f"{name}: wrong arguments", hint="imageos --man | imageos --completion bash|zsh")
+    if arguments not in MANUALS:
+        raise Usage(f"{arguments[0]}: wrong arguments", hint="imageos --man | imageos --completion bash|zsh")
+    file = resources.files("imageos") / "manual" / MANUALS[arguments]
+    if not file.is_file():
+        raise Failure(f"{arguments[0]} works from the built file only", hint="./build.py, then dist/imageos")
+    print(file.read_text(), end="")
     return 0
 
 
 def overview() -> str:
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{what}" for name, what in COMMANDS.items()]
-    return (
-        "\n".join(
-            [
-                USAGE,
-                "",
-                "Turns an image into a running Ganeti instance.",
-                "",
-                *lines,
-                "",
-                "The file does the command that it is called as: create is usually a link to imageos.",
-                "imageos COMMAND --help says more of one, imageos --man | man -l - everything.",
-                "imageos --completion bash (or zsh) prints the shell's completion.",
-            ]
-        )
-        + "\n"
-    )
+    commands = "".join(f"  {name:<{width}}{purpose}\n" for name, purpose in COMMANDS.items())
+    return f"""{USAGE}
+
+Turns an image into a running Ganeti instance.
+
+{commands}
+The name of the file selects the command: create is usually a link to imageos.
+imageos COMMAND --help describes a command, imageos --man | man -l - everything.
+imageos --completion bash (or zsh) prints the shell's completion.
+"""
 
 
 def _load(name: str) -> ModuleType:
     from importlib import import_module
 
+    from imageos.node.children import signals_held
     from imageos.node.isolation import handle_signals
-    from imageos.run import signals_held
 
     handle_signals()
-    with signals_held():  # what is raised where Python imports may be lost
+    with signals_held():  # Python may lose an exception that a handler raises during an import
         return import_module("imageos.commands." + ("import_" if name == "import" else name.replace("-", "_")))
 
 
@@ -139,7 +135,7 @@ def _run(module: ModuleType, arguments: list[str]) -> int:
         status: int = module.main(arguments)
         return status
     finally:
-        ignore_signals()  # it has ended, in one way or the other: only words are left
+        ignore_signals()  # the command has ended: only messages are left to print
 
 
 def _nearest(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What the tools ask Ganeti about an instance, and how they reach the node that has its disks.
+"""Ask Ganeti about an instance, and have it activate the disks.
 
 Ganeti is asked through gnt-cluster and gnt-instance alone, on the master; another node asks there over ssh.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shlex
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,19 +15,23 @@ from dataclasses import dataclass
 from functools import cache
 
 from imageos import log
-from imageos.errors import Failure, Interrupted, signal_name
-from imageos.run import Finished, pipeline
+from imageos.errors import Failure, Interrupted
+from imageos.node import linux
+from imageos.remote import HOST, over_ssh
+from imageos.run import OUTPUT_LIMIT, Command, Finished, Outside, pipeline
 
 FIELDS = (
     *("name", "os", "pnode", "disk_template", "disk.count"),
     *("status", "admin_state", "oper_state", "disks_active"),
 )
-STATE = "/var/lib/ganeti"  # Debian's place of what Ganeti tells every node
 # A mark of each instance whose disks a tool uses: locked while it runs, kept for what mount-disks leaves mounted
 MARK = "/run/imageos-disks-{}"
 SILENT = "the master daemon does not answer"
-ACTIVATED = b"activated\n"  # in a mark: the disks were not active before
-PATIENCE = 10.0  # seconds; what Ganeti has been asked for by then, it still does
+ACTIVATED = b"activated\n"  # in a mark; an empty one says that the disks were active before
+DEACTIVATE_TIMEOUT = 10.0  # seconds; what Ganeti has been asked for by then, it still does
+ANSWER = 300.0  # seconds that Ganeti may take to answer
+JOB = 3600.0  # ... to do something: other jobs of the cluster may come first
+MOST_NAMES = 10000  # that are compared with one that is wrong
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,17 @@ class ClusterInstance:
 
     @property
     def is_here(self) -> bool:
-        """Whether this node is the one that has the disks."""
+        """True if this node is the one that has the disks."""
         return _is_this_node(self.node)
 
     @property
     def is_lost(self) -> bool:
-        """Whether Ganeti does not reach that node."""
+        """True if Ganeti does not reach that node."""
         return self.status.startswith("ERROR_node")
 
 
-def instance(name: str) -> ClusterInstance:
-    """The instance that Ganeti knows by `name`, which may be short; Failure if there is none, or no Ganeti."""
+def find_instance(name: str) -> ClusterInstance:
+    """Return the instance that Ganeti knows by `name`, which may be short; fail if there is none, or no Ganeti."""
     check_name(name)
     command = ["gnt-instance", "list", "--no-headers", "--separator=|", "--output", ",".join(FIELDS), name]
     answer = ask(command)
@@ -67,46 +70,43 @@ def instance(name: str) -> ClusterInstance:
     raise Failure(f"there is no instance {name}", hint=_near(name))
 
 
-def check_stopped(known: ClusterInstance, otherwise: str = "") -> None:
-    """Failure unless the instance is down and Ganeti means it to be; `otherwise` is what its hint says besides."""
-    if not known.stopped:
-        what = "is running" if known.status == "running" else f"is not stopped: its status is {known.status}"
-        hint = _without_node(known) if known.is_lost else f"gnt-instance stop {known.name}{otherwise}"
-        raise Failure(f"instance {known.name} {what}", hint=hint)
+def check_stopped(instance: ClusterInstance, otherwise: str = "") -> None:
+    """Fail unless the instance is down and Ganeti means it to be; add `otherwise` to the hint."""
+    _check_node(instance)
+    if not instance.stopped:
+        what = "is running" if instance.status == "running" else f"is not stopped: its status is {instance.status}"
+        raise Failure(f"instance {instance.name} {what}", hint=f"gnt-instance stop {instance.name}{otherwise}")
 
 
 @contextmanager
-def activated(known: ClusterInstance, keep: bool = False) -> Iterator[tuple[str, ...]]:
-    """The paths of the instance's disks on its primary node, in order, while no other tool uses them.
+def activated(instance: ClusterInstance, keep: bool = False) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of the instance's disks on its primary node, in order, while no other tool uses them.
 
     Disks that were not active are deactivated in the end. With `keep` that is left, on success, to `deactivate`.
     """
-    if not known.disk_count:
-        raise Failure(f"instance {known.name} has no disks (disk template {known.disk_template})")
-    if known.is_lost:
-        raise Failure(
-            f"instance {known.name} is on node {known.node}, which is {known.status[len('ERROR_node') :]}",
-            hint=_without_node(known),
-        )
-    with _mark(known.name) as mark:
+    _check_node(instance)
+    if not instance.disk_count:
+        raise Failure(f"instance {instance.name} has no disks (disk template {instance.disk_template})")
+    with _mark(instance.name) as mark:
         if os.fstat(mark).st_size:
             raise Failure(
-                f"the disks of instance {known.name} are mounted, or were left active by a tool that was killed",
-                hint=f"umount-disks {known.name} takes that away",
+                f"the disks of instance {instance.name} are mounted, or were left active by a tool that was killed",
+                hint=f"umount-disks {instance.name} takes that away",
             )
         try:
             # a tool that has ended since Ganeti was asked may have deactivated them
-            was_active = known.disks_active and instance(known.name).disks_active
-            os.write(mark, b"was active\n" if was_active else ACTIVATED)
-            yield _activate(known)
+            was_active = instance.disks_active and find_instance(instance.name).disks_active
+            if not was_active:
+                os.write(mark, ACTIVATED)
+            yield _activate(instance)
         except BaseException as cause:
-            _give_up(known.name, mark, cause)
+            _give_up(instance.name, mark, cause)
             raise
         if not keep:
             try:
-                _deactivate(known.name, mark)
+                _deactivate(instance.name, mark)
             except Interrupted as cause:
-                _give_up(known.name, mark, cause)
+                _give_up(instance.name, mark, cause)
                 raise
 
 
@@ -117,54 +117,19 @@ def deactivate(name: str) -> None:
             _deactivate(name, mark)
 
 
-def run_on(node: str, command: Sequence[str], if_lost: str | None = None) -> None:
-    """Run `command` on another node, as root; what it says is said here. Failure has its last line.
+def ask(command: Sequence[str], seconds: float = ANSWER, if_lost: str | None = None) -> Finished:
+    """Run a gnt- command where it works: on the master. Fail if its output is not whole.
 
-    `if_lost`: the hint when the connection has ended before the command, of which nothing is known then.
+    `if_lost`: the hint when the master cannot be reached.
     """
-    said: list[str] = []
 
-    def relay(line: str) -> None:
-        # one line late: the last one may be the cause
-        if said:
-            log.info(said.pop())
-        said.append(line[len("imageos: ") :] if line.startswith("imageos: ") else line)
+    def run(command: Command) -> Finished:
+        return pipeline(command, timeout=seconds, longest=OUTPUT_LIMIT)[0]
 
-    try:
-        ended = pipeline([ssh(node, command)], on_line=relay)[0]
-    except Interrupted:
-        if if_lost:
-            log.info(f"hint: {if_lost}")
-        raise
-    last = said[0] if said else f"exit status {ended.status}"
-    if ended.status == 255:
-        raise Failure(f"cannot reach node {node} over ssh: {last}", hint=if_lost)
-    if ended.status < 0:
-        for line in said:
-            log.info(line)
-        raise Failure(f"lost node {node}: ssh was killed by {signal_name(-ended.status)}", hint=if_lost)
-    if ended.status == 127:
-        raise Failure(f"node {node} has no {command[0]}", hint=f"gnt-cluster copyfile -n {node} {command[0]}")
-    if ended.status:
-        raise Failure(f"on node {node}: {last}")
-    if said:
-        log.info(last)
-
-
-def ssh(node: str, command: Sequence[str], terminal: bool = False) -> list[str]:
-    """The command line that runs `command` on `node`, as Ganeti itself reaches its nodes."""
-    return ssh_command(node, command, _told("ssconf_cluster_name"), _told("ssconf_ssh_ports"), terminal)
-
-
-def ask(command: Sequence[str], seconds: float | None = None) -> Finished:
-    """Run a gnt- command where it works: on the master."""
     master = _master()
     if _is_this_node(master):
-        return pipeline([command], timeout=seconds)[0]
-    answer = pipeline([ssh(master, command)], timeout=seconds)[0]
-    if answer.status == 255:
-        raise Failure(f"cannot reach the master {master} over ssh: {complaint(answer)}", hint=f"run this on {master}")
-    return answer
+        return run(Command(command, Outside.GANETI))
+    return over_ssh(master, command, run, if_lost or f"run this on {master}, the master")
 
 
 # --- pure ------------------------------------------------------------------------------------------------
@@ -172,15 +137,21 @@ def ask(command: Sequence[str], seconds: float | None = None) -> Finished:
 
 def check_name(name: str) -> None:
     """Fail unless `name` may be an instance's: Ganeti takes other text for a pattern or a filter."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not re.fullmatch(HOST, name):
         raise Failure(f"{name!r} cannot be the name of an instance")
 
 
 def parse_instance(text: str) -> ClusterInstance:
-    """The one line that `gnt-instance list` printed."""
-    values = dict(zip(FIELDS, text.rstrip("\n").split("|")))
-    if len(values) != len(FIELDS) or not values["disk.count"].isdigit():
-        raise Failure(f"cannot understand what gnt-instance list printed: {text!r}")
+    """Parse the one line that `gnt-instance list` printed."""
+    words = text.rstrip("\n").split("|")
+    values = dict(zip(FIELDS, words))
+    if (
+        len(words) != len(FIELDS)
+        or not all(word.isprintable() for word in words)
+        or not all(re.fullmatch(HOST, values[name]) for name in ("name", "pnode"))
+        or not re.fullmatch("[0-9]{1,4}", values["disk.count"])
+    ):
+        raise Failure(f"cannot understand what gnt-instance list printed: {shown(text)}")
     return ClusterInstance(
         name=values["name"],
         os=values["os"],
@@ -193,26 +164,38 @@ def parse_instance(text: str) -> ClusterInstance:
     )
 
 
+def parse_names(text: str) -> list[str]:
+    """Return the names of instances that `gnt-instance list` printed, as many as can be compared in a moment."""
+    return [word for word in text.split() if re.fullmatch(HOST, word)][:MOST_NAMES]
+
+
 def parse_disks(text: str, count: int) -> tuple[str, ...]:
-    """The device paths, in order, that `gnt-instance activate-disks` printed (node:disk/N:path)."""
+    """Return the device paths, in order, that `gnt-instance activate-disks` printed (node:disk/N:path)."""
     paths: dict[int, str] = {}
     for line in text.splitlines():
-        match = re.fullmatch(r"[^:]*:disk/(\d+):(.*)", line)
+        match = re.fullmatch(r"[^:]*:disk/([0-9]{1,4}):(.*)", line)
         if match:
             paths[int(match[1])] = match[2]
     for index in range(count):
         if index not in paths:
-            raise Failure(f"gnt-instance activate-disks did not name disk {index}: {text.strip()!r}")
+            raise Failure(f"gnt-instance activate-disks did not name disk {index}: {shown(text.strip())}")
         if not paths[index].startswith("/"):
             raise Failure(
-                f"disk {index} has no device on the node ({paths[index] or 'nothing'})",
+                f"disk {index} has no device on the node ({shown(paths[index]) if paths[index] else 'nothing'})",
                 hint="set the instance's disk access to kernelspace: gnt-cluster modify --disk-parameters ...",
             )
+        if not paths[index].isprintable() or ".." in paths[index].split("/"):
+            raise Failure(f"{shown(paths[index])} cannot be the path of disk {index}")
     return tuple(paths[index] for index in range(count))
 
 
+def shown(text: str) -> str:
+    """Shorten the unexpected output of a program for a message."""
+    return log.shorten(text, 200)
+
+
 def complaint(answer: Finished) -> str:
-    """The line of Ganeti's that says what is wrong."""
+    """Return the line of Ganeti's that says what is wrong."""
     stderr = answer.stderr
     if "Timeout while talking to the master daemon" in stderr or "Cannot communicate with the master" in stderr:
         return SILENT
@@ -220,24 +203,13 @@ def complaint(answer: Finished) -> str:
     return lines[-1] if lines and answer.status > 0 else str(answer.failure())
 
 
-def ssh_command(node: str, command: Sequence[str], cluster: str, ports: str, terminal: bool) -> list[str]:
-    """As Ganeti's ssh.py builds it: the nodes share a host key, known under the cluster's name."""
-    port = next((value for name, _, value in (line.partition("=") for line in ports.split()) if name == node), "")
-    return [
-        "ssh",
-        "-oLogLevel=ERROR",  # no banner, but why it failed
-        *("-oBatchMode=yes", "-oEscapeChar=none", "-oConnectTimeout=10", "-oStrictHostKeyChecking=yes"),
-        *(f"-oGlobalKnownHostsFile={STATE}/known_hosts", "-oUserKnownHostsFile=/dev/null", "-oCheckHostIp=no"),
-        *([f"-oHostKeyAlias={cluster}"] if cluster else []),
-        *([f"-oPort={port}"] if port else []),
-        *(["-t"] if terminal else []),
-        f"root@{node}",
-        shlex.join(command),
-    ]
-
-
-def _without_node(known: ClusterInstance) -> str:
-    return f"repair node {known.node}, or, if another one has the disks too, gnt-instance failover {known.name}"
+def _check_node(instance: ClusterInstance) -> None:
+    if instance.is_lost:
+        node, state = instance.node, instance.status[len("ERROR_node") :]
+        raise Failure(
+            f"node {node}, which has the disks of instance {instance.name}, is {state}",
+            hint=f"repair node {node}, or, if another one has the disks too, gnt-instance failover {instance.name}",
+        )
 
 
 def _hint(answer: Finished) -> str | None:
@@ -250,11 +222,13 @@ def _hint(answer: Finished) -> str | None:
 
 @cache
 def _master() -> str:
-    answer = pipeline([["gnt-cluster", "getmaster"]])[0]
+    command = Command(["gnt-cluster", "getmaster"], Outside.GANETI)
+    answer = pipeline(command, timeout=ANSWER, longest=OUTPUT_LIMIT)[0]
     name = answer.stdout.decode("utf-8", "replace").strip()
-    if answer.status or not name:
+    if answer.status or not re.fullmatch(HOST, name):
+        said = f" ({shown(name)})" if name else ""
         raise Failure(
-            "this is not a node of a Ganeti cluster: gnt-cluster getmaster names no master",
+            f"this is not a node of a Ganeti cluster: gnt-cluster getmaster names no master{said}",
             hint="mount-disks --disk PATH, umount-disks --here and ganeti-image --disk PATH work without Ganeti",
             details=answer.stderr.splitlines()[-10:],
         )
@@ -264,53 +238,53 @@ def _master() -> str:
 def _near(name: str) -> str:
     import difflib
 
-    answer = ask(["gnt-instance", "list", "--no-headers", "--output", "name"])
-    names = answer.stdout.decode("utf-8", "replace").split()
-    short = {one.split(".")[0]: one for one in names}
+    try:
+        answer = ask(["gnt-instance", "list", "--no-headers", "--output", "name"])
+    except Failure:
+        return "gnt-instance list shows all of them"
+    names = parse_names(answer.stdout.decode("utf-8", "replace"))
+    short = {name.split(".")[0]: name for name in names}
     near = difflib.get_close_matches(name, [*names, *short], 3, 0.7)
-    found = sorted({short.get(one, one) for one in near})
+    found = sorted({short.get(match, match) for match in near})
     return f"did you mean {' or '.join(found)}?" if found else "gnt-instance list shows all of them"
 
 
-def _activate(known: ClusterInstance) -> tuple[str, ...]:
-    answer = ask(["gnt-instance", "activate-disks", known.name])
+def _activate(instance: ClusterInstance) -> tuple[str, ...]:
+    answer = ask(["gnt-instance", "activate-disks", instance.name], JOB)
     if answer.status:
         raise Failure(
-            f"cannot activate the disks of instance {known.name}: {complaint(answer)}",
-            hint=_hint(answer) or f"gnt-instance info {known.name} shows them, gnt-cluster verify-disks checks all",
+            f"cannot activate the disks of instance {instance.name}: {complaint(answer)}",
+            hint=_hint(answer) or f"gnt-instance info {instance.name} shows them, gnt-cluster verify-disks checks all",
         )
-    return parse_disks(answer.stdout.decode("utf-8", "replace"), known.disk_count)
+    return parse_disks(answer.stdout.decode("utf-8", "replace"), instance.disk_count)
 
 
 def _give_up(name: str, mark: int, cause: BaseException) -> None:
     """Deactivate because of `cause`, to which the last line belongs; after a signal without much patience."""
     try:
-        _deactivate(name, mark, PATIENCE if isinstance(cause, Interrupted) else None)
+        _deactivate(name, mark, DEACTIVATE_TIMEOUT if isinstance(cause, Interrupted) else JOB)
     except Failure as failure:
         log.warning(f"{failure}; umount-disks {name} does it later")
 
 
-def _deactivate(name: str, mark: int, seconds: float | None = None) -> None:
+def _deactivate(name: str, mark: int, seconds: float = JOB) -> None:
     """Undo what `mark` says, and take it away."""
-    if os.pread(mark, 100, 0) == ACTIVATED:
-        answer = ask(["gnt-instance", "deactivate-disks", name], seconds)
+    if os.fstat(mark).st_size:
+        hint = f"umount-disks {name}, when nothing uses them any more"
+        answer = ask(["gnt-instance", "deactivate-disks", name], seconds, hint)
         # started meanwhile, or removed: then the disks are Ganeti's business
         if answer.status and "is marked to be up" not in answer.stderr and "unknown_entity" not in answer.stderr:
-            raise Failure(
-                f"cannot deactivate the disks of instance {name}: {complaint(answer)}",
-                hint=f"umount-disks {name}, when nothing uses them any more",
-            )
+            raise Failure(f"cannot deactivate the disks of instance {name}: {complaint(answer)}", hint=hint)
     with suppress(FileNotFoundError):  # a signal has come just after this, the first time
         os.unlink(MARK.format(name))
 
 
 @contextmanager
 def _mark(name: str) -> Iterator[int]:
-    """The mark of the instance, locked; Failure if another tool has it. An empty one does not stay."""
+    """Yield the mark of the instance, locked; fail if another tool has it."""
     path = MARK.format(name)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
+        with linux.closing(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as descriptor:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -322,18 +296,7 @@ def _mark(name: str) -> Iterator[int]:
                 continue  # the other one has just taken it away
             yield descriptor
             return
-        finally:
-            os.close(descriptor)
 
 
 def _is_this_node(name: str) -> bool:
     return name in (os.uname().nodename, socket.getfqdn())
-
-
-def _told(name: str) -> str:
-    """A file by which Ganeti tells every node about the cluster."""
-    try:
-        with open(f"{STATE}/{name}", encoding="utf-8") as file:
-            return file.read().strip()
-    except OSError:
-        return ""

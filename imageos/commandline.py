@@ -1,4 +1,4 @@
-"""The options and arguments of a command; what is wrong with them is a message as all others are."""
+"""The options and arguments of a command. An error in them is reported as all others are."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 from typing import NoReturn
 
 from imageos.errors import Usage
-from imageos.hooks import OS_DIR
+from imageos.installation import OS_DIR
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of the command that is typed as `prog`; `about` is the docstring of its module."""
+    """A parser for the command `prog`; `about` is the docstring of its module."""
 
     def __init__(self, prog: str, about: str, epilog: str | None = None) -> None:
         super().__init__(
@@ -30,6 +30,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--os-dir", default=OS_DIR, metavar="DIR", help="directory of the OS definition (default: %(default)s)"
         )
+
+    def add_site_files(self) -> None:
+        """For the scripts of packages."""
+        self.add_argument("--site-files", action="store_true", help=argparse.SUPPRESS)
 
     def add_disk(self) -> None:
         what = "this is the disk, on this node: Ganeti is not asked, INSTANCE is only a name"

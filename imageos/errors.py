@@ -1,14 +1,18 @@
-"""What every module raises when it cannot go on."""
+"""The exceptions that modules raise when they cannot go on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+DAMAGED = (errno.EUCLEAN, errno.EBADMSG, errno.EIO)  # the kernel's answers where a filesystem makes no sense
 
 
 class Failure(Exception):
-    """The command cannot succeed: the message is the last line that the user sees.
+    """The command cannot succeed. The message is the last line that the user sees.
 
-    `hint` says what to do about it, `details` are lines (a tool's last words) printed before both.
+    `hint` says what to do about it. `details` are lines (the last output of a tool) printed before both.
     """
 
     def __init__(self, message: str, hint: str | None = None, details: Sequence[str] = ()) -> None:
@@ -17,8 +21,17 @@ class Failure(Exception):
         self.details = tuple(details)
 
 
+@contextmanager
+def explained(what: str, hint: str | None = None) -> Iterator[None]:
+    """Turn an OSError into a Failure that says what could not be done, and the kernel's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"{what}: {error.strerror}", hint) from None
+
+
 class TimedOut(Failure):
-    """A program has taken longer than it may, and was ended."""
+    """A program took longer than allowed and was killed."""
 
 
 class Usage(Failure):
@@ -26,15 +39,22 @@ class Usage(Failure):
 
 
 class Interrupted(BaseException):
-    """A signal asked us to stop: no `except Exception` may swallow it."""
+    """A signal asked us to stop. A BaseException, so that no `except Exception` catches it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
 
 
+def repair_hint(error: OSError) -> str | None:
+    """Return what to do about an error in a file, if it is the fault of its filesystem."""
+    if error.errno not in DAMAGED:
+        return None
+    return "a filesystem is damaged, or its disk fails: dmesg says which; repair the guest's in the guest or the image"
+
+
 def signal_name(number: int) -> str:
-    import signal  # only on the way out
+    import signal  # late: only a failure needs it
 
     try:
         return signal.Signals(number).name

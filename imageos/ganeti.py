@@ -1,18 +1,22 @@
-"""What Ganeti tells a script: its environment as values.
+"""Parse the environment that Ganeti gives a script into values.
 
 Format: ganeti-os-interface(7). Booleans and None come as Python text, sizes in MiB.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from imageos.errors import Failure
 
+# Ganeti calls these, without arguments except `verify parameters`.
+SCRIPTS = ("create", "import", "export", "rename", "verify")
 API_VERSIONS = (20, 15, 10)  # as in the file ganeti_api_version
-# What a settings file may compute with, where no instance is named: in verify, and when a node is looked at.
+# Variables that a settings file may compute with, for verify and doctor, which have no instance.
 EXAMPLE = {"INSTANCE_NAME": "example.example.org", "INSTANCE_BE_maxmem": "1024", "DISK_COUNT": "1", "NIC_COUNT": "0"}
+MOST_NICS = 256  # Ganeti's own limit is 8
 NOT_GANETI = "Ganeti calls this script; see gnt-instance(8), or imageos --help for the other commands"
 
 
@@ -20,7 +24,7 @@ NOT_GANETI = "Ganeti calls this script; see gnt-instance(8), or imageos --help f
 class Disk:
     index: int
     path: str
-    size: int | None  # bytes, as Ganeti says; the device may be larger
+    size: int | None  # bytes, from Ganeti; the device may be larger
 
 
 @dataclass(frozen=True)
@@ -52,49 +56,38 @@ class Instance:
 
 @dataclass(frozen=True)
 class Backup:
-    """The disk that one call of export or import is about."""
+    """The disk of one call of export or import."""
 
     instance: str
     index: int
     device: str
-    size_descriptor: int | None  # where export says how many bytes will come
+    size_descriptor: int | None  # export writes the number of bytes in its stream there
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Those of the environment that Ganeti set: what settings files and hooks may see."""
-    prefixes = (
-        "INSTANCE_",
-        "DISK_",
-        "NIC_",
-        "OSP_",
-        "OS_",
-        "EXPORT_",
-        "IMPORT_",
-        "HYPERVISOR",
-        "DEBUG_LEVEL",
-        "OLD_INSTANCE_NAME",
-        "EXP_SIZE_FD",
-    )
-    return {name: value for name, value in environ.items() if name.startswith(prefixes)}
+    """Return the variables that Ganeti set; settings files and hooks may see these."""
+    prefixes = ("INSTANCE_", "DISK_", "NIC_", "OSP_", "OS_", "EXPORT_", "IMPORT_")
+    names = ("HYPERVISOR", "DEBUG_LEVEL", "OLD_INSTANCE_NAME", "EXP_SIZE_FD")
+    return {name: value for name, value in environ.items() if name.startswith((*prefixes, *names))}
 
 
 def check_api(environ: Mapping[str, str]) -> None:
-    """Fail unless Ganeti speaks an API version that we know."""
+    """Fail unless Ganeti uses an API version that we know."""
     version = environ.get("OS_API_VERSION", "")
     if not version:
         raise Failure("OS_API_VERSION is not set", hint=NOT_GANETI)
     if version not in map(str, API_VERSIONS):
-        known = ", ".join(map(str, sorted(API_VERSIONS)))
-        raise Failure(f"OS_API_VERSION is {version}, imageos knows {known}")
+        versions = ", ".join(map(str, sorted(API_VERSIONS)))
+        raise Failure(f"OS_API_VERSION is {version}, imageos knows {versions}")
 
 
 def variant(environ: Mapping[str, str]) -> str:
-    """The OS variant, or an empty string (API 10 has none)."""
+    """Return the OS variant; empty if there is none (API 10)."""
     return environ.get("OS_VARIANT", "")
 
 
 def instance(environ: Mapping[str, str]) -> Instance:
-    """The instance that `environ` describes; Failure names a variable that is missing or wrong."""
+    """Return the instance that `environ` describes; Failure names a variable that is missing or wrong."""
     check_api(environ)
     kernel_path = environ.get("INSTANCE_HV_kernel_path", "")
     return Instance(
@@ -112,19 +105,20 @@ def instance(environ: Mapping[str, str]) -> Instance:
 
 
 def backup(environ: Mapping[str, str], action: str) -> Backup:
-    """What `environ` says of an `action` EXPORT or IMPORT; Failure names a variable that is missing or wrong."""
+    """Return the backup of `action` EXPORT or IMPORT; Failure names a variable that is missing or wrong."""
     check_api(environ)
     device = environ.get(f"{action}_DEVICE", "")
     if not device:
         if environ.get(f"{action}_DISK_URI"):
             raise _userspace_only(f"{action}_DISK_URI", "the disk")
         raise Failure(f"{action}_DEVICE is not set", hint=NOT_GANETI)
+    _check_path(f"{action}_DEVICE", device)
     descriptor = _number(environ, "EXP_SIZE_FD")
     return Backup(_instance_name(environ), _number(environ, f"{action}_INDEX"), device, descriptor or None)
 
 
 def old_name(environ: Mapping[str, str]) -> str:
-    """The instance's name before a rename (or in a backup, of the instance that was exported)."""
+    """Return the instance's name before a rename, or that of the exported instance in a backup."""
     return _instance_name(environ, "OLD_INSTANCE_NAME")
 
 
@@ -133,6 +127,11 @@ def _userspace_only(variable: str, what: str) -> Failure:
         f"{what} has no device on the node, only {variable}",
         hint="set the instance's disk access to kernelspace: gnt-cluster modify --disk-parameters ...",
     )
+
+
+def _check_path(variable: str, path: str) -> None:
+    if not path.startswith("/") or ".." in path.split("/"):
+        raise Failure(f"{variable}={path!r} is not the path of a disk")
 
 
 def _instance_name(environ: Mapping[str, str], variable: str = "INSTANCE_NAME") -> str:
@@ -152,14 +151,18 @@ def _disks(environ: Mapping[str, str]) -> list[Disk]:
             if environ.get(f"DISK_{index}_URI"):
                 raise _userspace_only(f"DISK_{index}_URI", f"disk {index}")
             raise Failure(f"DISK_{index}_PATH is not set, though DISK_COUNT is {environ['DISK_COUNT']}")
+        _check_path(f"DISK_{index}_PATH", path)
         size = _number(environ, f"DISK_{index}_SIZE")
-        disks.append(Disk(index, path, size << 20 or None))  # it comes in MiB
+        disks.append(Disk(index, path, size << 20 or None))  # Ganeti gives MiB
     return disks
 
 
 def _nics(environ: Mapping[str, str]) -> list[Nic]:
     nics = []
-    for index in range(_number(environ, "NIC_COUNT")):
+    count = _number(environ, "NIC_COUNT")
+    if count > MOST_NICS:
+        raise Failure(f"NIC_COUNT={count}: no instance has more than {MOST_NICS}")
+    for index in range(count):
         prefix = f"NIC_{index}_"
         nics.append(
             Nic(
@@ -184,11 +187,11 @@ def _text(environ: Mapping[str, str], name: str) -> str:
 
 
 def _number(environ: Mapping[str, str], *names: str) -> int:
-    """The first of the variables `names` that is set, as a whole number; 0 if none is."""
+    """Return the first of the variables `names` that is set as a whole number; 0 if none is."""
     for name in names:
         value = _text(environ, name)
         if value:
-            if not (value.isascii() and value.isdigit()):
+            if not re.fullmatch("[0-9]{1,18}", value):
                 raise Failure(f"{name}={value!r} is not a number")
             return int(value)
     return 0

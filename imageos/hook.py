@@ -1,4 +1,4 @@
-"""What a hook written in Python imports.
+"""For hooks written in Python.
 
     from imageos.hook import Failure, Hook
 
@@ -22,16 +22,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from imageos import ganeti, log, settings
+from imageos import ganeti, log
 from imageos.disks.filesystem import Volume
 from imageos.errors import Failure
 from imageos.ganeti import Instance
-from imageos.guests.sandbox import GuestDisk
-from imageos.guests.target import Target, opened
+from imageos.guests.target import Target, opened_system
 from imageos.outcome import guard
-from imageos.settings import Settings
+from imageos.settings import Settings, settings_from_variables
 
-__all__ = ["Failure", "Hook"]  # what a hook imports from here
+__all__ = ["Failure", "Hook"]  # for hooks to import
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Hook:
     environ: Mapping[str, str]
 
     def log(self, message: str) -> None:
-        """A line in the log of the command; the name of the hook is put before it."""
+        """Add a line to the log of the command, after the name of the hook."""
         log.info(message)
 
     def warning(self, message: str) -> None:
@@ -56,38 +55,20 @@ class Hook:
 
     @staticmethod
     def run(main: Callable[[Hook], None]) -> NoReturn:
-        """Call `main` with what the environment says, and exit: 0, or 1 with the cause on the last line."""
+        """Call `main` for the call in the environment, and exit: 0, or 1 with the cause on the last line."""
 
         def call() -> int:
-            known = settings.from_variables(os.environ)
-            log.set_debug(known.image_debug)
+            settings = settings_from_variables(os.environ)
+            log.set_debug(settings.image_debug)
             instance = ganeti.instance(os.environ)
             volumes = tuple(_volumes(os.environ.get("IMAGEOS_VOLUMES", "")))
             disk = os.environ.get("DISK_DEV", "")
-            with opened(
-                os.environ["TARGET"], instance.short_name, guest_disk(disk, volumes), known.guest_timeout
-            ) as target:
-                main(
-                    Hook(
-                        os.environ["IMAGEOS_ACTION"],
-                        target,
-                        known,
-                        instance,
-                        disk,
-                        volumes,
-                        tuple(sys.argv[1:]),
-                        dict(os.environ),
-                    )
-                )
+            with opened_system(os.environ["TARGET"], instance, settings, disk, volumes) as target:
+                arguments, environ = tuple(sys.argv[1:]), dict(os.environ)
+                main(Hook(environ["IMAGEOS_ACTION"], target, settings, instance, disk, volumes, arguments, environ))
             return 0
 
         sys.exit(guard(call))
-
-
-def guest_disk(disk: str, volumes: tuple[Volume, ...]) -> GuestDisk:
-    """The guest's disk as its sandbox shows it."""
-    by_uuid = {volume.uuid: volume.device for volume in volumes if volume.uuid}  # subvolumes share both
-    return GuestDisk(nodes=[disk, *by_uuid.values()], uuids=tuple(by_uuid.items()))
 
 
 def _volumes(text: str) -> list[Volume]:

@@ -1,4 +1,4 @@
-"""The site's hooks: found, and run one after the other with what they may rely on."""
+"""Find the site's hooks, and run them one after the other in the environment that README.rst promises."""
 
 from __future__ import annotations
 
@@ -6,38 +6,37 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from imageos import ganeti, log
-from imageos.disks.disk import Attached, Device
+from imageos import ganeti, log, logins
+from imageos.disks.blockdev import LoopDevice
 from imageos.disks.filesystem import Volume
 from imageos.errors import Failure, TimedOut, signal_name
 from imageos.guests import bootconfig
 from imageos.guests.sandbox import devices
+from imageos.installation import OS_DIR, program_file
 from imageos.node.isolation import other_processes
-from imageos.run import environment, pipeline
+from imageos.node.programs import environment, script_fault
+from imageos.run import Command, Outside, pipeline
 from imageos.settings import Settings
-
-OS_DIR = "/usr/share/ganeti/os/image"
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the hooks of one command are told."""
+    """A command that runs hooks, and its guest."""
 
     action: str  # create, import or rename
     environ: Mapping[str, str]  # of the command
     settings: Settings
     target: str  # where the root is mounted
-    device: Device
-    disk: Attached
+    loop: LoopDevice
     volumes: Sequence[Volume]
 
 
 def find(directory: str) -> list[str]:
-    """The names of the hooks in `directory`, in the order in which they run."""
+    """Return the names of the hooks in `directory`, in the order in which they run."""
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
@@ -53,26 +52,47 @@ def find(directory: str) -> list[str]:
     )
 
 
-def check(known: Settings) -> None:
-    """Fail, or warn, before anything is written, if hooks cannot run as the settings want."""
-    if known.nomount:
-        return
-    if known.customize_dir != Settings.customize_dir and not os.path.lexists(known.customize_dir):
-        log.warning(f"there is no CUSTOMIZE_DIR {known.customize_dir}: no hook runs")
-    find(known.customize_dir)
-    check_overlay(known)
-    if "grub" in find(known.customize_dir):
-        bootconfig.arguments(known.kernel_args)
+def check(settings: Settings) -> list[str]:
+    """Return the names of the hooks; fail, or warn, before the first write, if they cannot run as the settings want."""
+    if settings.nomount:
+        return []
+    if settings.customize_dir != Settings.customize_dir and not os.path.lexists(settings.customize_dir):
+        log.warning(f"there is no CUSTOMIZE_DIR {settings.customize_dir}: no hook runs")
+    names = find(settings.customize_dir)
+    check_scripts(settings.customize_dir, names)
+    check_overlay(settings, names)
+    if "grub" in names:
+        bootconfig.arguments(settings.kernel_args)
+    if "cloud-init" in names:
+        check_user_keys(settings.unknown.get("CINIT_SSH_KEY", ""))
+    return names
 
 
-def check_overlay(known: Settings) -> None:
-    """Fail if the overlay that the hook `overlays` will copy is missing; warn if there is one, but not the hook."""
-    if not known.overlay or known.nomount:
+def check_scripts(directory: str, names: Iterable[str]) -> None:
+    """Fail if the kernel will not run one of these hooks."""
+    for name in names:
+        what, hint = script_fault(f"{directory}/{name}")
+        if what:
+            raise Failure(f"hook {directory}/{name} cannot be run: {what}", hint)
+
+
+def check_user_keys(keys: str) -> None:
+    """Fail if what the hook `cloud-init` will give its user are no keys."""
+    try:
+        logins.authorized_keys(keys)
+    except ValueError as error:
+        raise Failure(f"CINIT_SSH_KEY is not accepted: it must be {error}") from None
+
+
+def check_overlay(settings: Settings, names: Collection[str]) -> None:
+    """Fail if the overlay that the hook `overlays` will copy is missing; warn if it is set, but not among `names`."""
+    if not settings.overlay or settings.nomount:
         return
-    overlay = f"{known.overlays_dir}/{known.overlay}"
-    if "overlays" not in find(known.customize_dir):
+    overlay = f"{settings.overlays_dir}/{settings.overlay}"
+    if "overlays" not in names:
         log.warning(
-            f"OVERLAY={known.overlay} is for the hook overlays, which is off: chmod +x {known.customize_dir}/overlays"
+            f"OVERLAY={settings.overlay} is for the hook overlays, which is off: "
+            f"chmod +x {settings.customize_dir}/overlays"
         )
     elif not os.path.isdir(overlay):
         raise Failure(f"cannot find overlay {overlay}", hint="make that directory on every node, or correct OVERLAY")
@@ -91,7 +111,7 @@ def run_all(names: Sequence[str], context: Context, arguments: Sequence[str] = (
 
 
 def variables(context: Context) -> dict[str, str]:
-    """The environment of a hook: Ganeti's variables, the settings, and what the command knows."""
+    """Return the environment of a hook: Ganeti's variables, the settings, and what the command knows."""
     device_of = {volume.role: volume.device for volume in context.volumes}
     python = program_file()
     known = {
@@ -99,15 +119,17 @@ def variables(context: Context) -> dict[str, str]:
         **ganeti.variables(context.environ),
         **context.settings.variables(),
         "TARGET": context.target,
-        "BLOCKDEV": context.device.path,
-        "DISK_DEV": context.disk.path,
+        "BLOCKDEV": context.loop.disk.path,
+        "DISK_DEV": context.loop.path,
         "ROOT_DEV": device_of.get("root", ""),
         "BOOT_DEV": device_of.get("boot", ""),
         "SWAP_DEV": device_of.get("swap", ""),
         "IMAGEOS": python,
         "IMAGEOS_ACTION": context.action,
         # for imageos.hook: role, type, UUID and device of each volume
-        "IMAGEOS_VOLUMES": "\n".join(f"{one.role} {one.kind} {one.uuid} {one.device}" for one in context.volumes),
+        "IMAGEOS_VOLUMES": "\n".join(
+            f"{volume.role} {volume.kind} {volume.uuid} {volume.device}" for volume in context.volumes
+        ),
         "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
     }
     if context.action == "import":
@@ -115,79 +137,69 @@ def variables(context: Context) -> dict[str, str]:
     return known
 
 
-def program_file() -> str:
-    """The file that we run from: the zipapp, or in a source tree the package's directory."""
-    package = os.path.dirname(os.path.abspath(__file__))
-    archive = os.path.dirname(os.path.dirname(package))
-    return archive if os.path.isfile(archive) else package
-
-
 def os_directory() -> str:
-    """Where Ganeti called us; a command typed by hand finds the installed OS definition."""
+    """Return the directory where Ganeti called us; for a command typed by hand, the installed OS definition."""
     for directory in (os.path.dirname(os.path.abspath(sys.argv[0])), OS_DIR):
         if os.path.exists(f"{directory}/ganeti_api_version"):
             return directory
     return "/"
 
 
-def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str], timeout: int) -> None:
-    said = ""
-    held: list[str] = []  # a hint and what follows it: if the hook fails then, they are said of its failure
+class _Relay:
+    """Pass lines of a hook to the log, but hold back a hint and the line after it: the failure may repeat them."""
 
-    def pass_on(line: str) -> None:
-        nonlocal said
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.cause = ""  # the last line that is no hint
+        self.held: list[str] = []
+
+    def add(self, line: str) -> None:
         line = line.removeprefix(log.PREFIX)  # of a hook that uses ours
         is_hint = line.startswith("hint: ")
-        said = line if line.strip() and not is_hint else said
-        if is_hint or len(held) == 2:
-            release()
-        if is_hint or held:
-            held.append(line)
+        if line.strip() and not is_hint:
+            self.cause = line
+        if is_hint or len(self.held) == 2:
+            self.release()
+        if is_hint or self.held:
+            self.held.append(line)
         else:
-            log.info(f"{name}: {line}")
+            log.info(f"{self._name}: {line}")
 
-    def release() -> None:
-        while held:
-            log.info(f"{name}: {held.pop(0)}")
+    def release(self) -> None:
+        while self.held:
+            log.info(f"{self._name}: {self.held.pop(0)}")
 
-    ours = other_processes()  # what writes back meanwhile
+
+def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str], timeout: int) -> None:
+    def end_others() -> None:
+        end_leftovers(f"hook {name}", ours)
+
+    relay = _Relay(name)
+    ours = other_processes()  # they write back meanwhile
     try:
         # private: its output is in the log already
-        finished = pipeline(
-            [argv],
-            env=env,
-            cwd=os_directory(),
-            timeout=timeout,
-            on_line=pass_on,
-            on_exit=lambda: end_leftovers(f"hook {name}", ours),
-            private=True,
-            outside="hook",
-        )[0]
+        command = Command(argv, Outside.HOOK, env=env, cwd=os_directory(), private=True)
+        finished = pipeline(command, timeout=timeout, on_line=relay.add, on_exit=end_others)[0]
     except TimedOut:
-        release()
-        end_leftovers(f"hook {name}", ours)
+        relay.release()
+        end_others()
         raise Failure(
             f"hook {name} was ended: it took longer than {timeout} s",
             hint="HOOK_TIMEOUT in /etc/default/ganeti-instance-image says how long a hook may take",
         ) from None
-    if not finished.status:
-        release()
+    status = finished.status
+    if not status:
+        relay.release()
         return
-    hint = f"see {argv[0]} and its messages above"
-    if held:
-        hint = held[0].removeprefix("hint: ")
-    how = (
-        f"was killed by {signal_name(-finished.status)}"
-        if finished.status < 0
-        else f"failed with status {finished.status}"
-    )
-    raise Failure(f"hook {name} {how}{': ' if said else ''}{said}", hint=hint)
+    hint = relay.held[0].removeprefix("hint: ") if relay.held else f"see {argv[0]} and its messages above"
+    how = f"was killed by {signal_name(-status)}" if status < 0 else f"failed with status {status}"
+    raise Failure(f"hook {name} {how}{': ' if relay.cause else ''}{relay.cause}", hint=hint)
 
 
 def end_leftovers(who: str, ours: Collection[int] = ()) -> None:
-    """End what a hook (or shell) left running: it would keep the guest's filesystems busy, and gnt-backup waiting.
+    """End processes that a hook (or shell) left: they would keep the guest's filesystems busy, and gnt-backup waiting.
 
-    `ours`: processes that were there before it.
+    `ours` were there before it.
     """
     reported: set[int] = set()
     while running := {pid: command for pid in other_processes() if pid not in ours and (command := _command(pid))}:
@@ -203,7 +215,7 @@ def end_leftovers(who: str, ours: Collection[int] = ()) -> None:
 
 
 def _command(pid: int) -> str:
-    """The name of a process; empty if it has ended."""
+    """Return the name of a process; empty if it has ended."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="backslashreplace") as file:
             before, _, after = file.read().rpartition(")")

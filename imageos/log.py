@@ -1,21 +1,23 @@
-"""Messages to the operator: stderr, ASCII (Ganeti cannot show anything else), one prefix.
+"""Messages to the operator: on stderr, in ASCII (Ganeti cannot show anything else), with one prefix.
 
-stdout is never written: on export it is the backup.
+Never write to stdout: during export it carries the backup.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 PREFIX = "imageos: "
-LONGEST = 1 << 16  # characters of a line: a guest may have much to say
+LONGEST = 1 << 16  # characters of a line; a guest may print more
 CUT = " [...] "
-# Whether `debug` prints; set once by the settings. As global as stderr itself.
+# `debug` prints if True; set once from the settings. Global, as stderr is.
 _debug = False
-# Whether the terminal's line has a bar in it.
+# `info` prints nothing if True.
+_muted = False
+# True while the terminal's line shows a progress bar.
 _drawn = False
 
 
@@ -25,8 +27,20 @@ def set_debug(enabled: bool) -> None:
 
 
 def info(message: str) -> None:
-    """Print `message` as one line, whatever is in it: names of a guest's files may hold a newline."""
-    _write(f"{PREFIX}{message}")
+    """Print `message` as one line, even if it contains a newline, as names of a guest's files may."""
+    if not _muted:
+        _write(f"{PREFIX}{message}")
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Meanwhile, print nothing but what is for debugging."""
+    global _muted
+    before, _muted = _muted, True
+    try:
+        yield
+    finally:
+        _muted = before
 
 
 def warning(message: str) -> None:
@@ -41,7 +55,7 @@ def debug(message: str) -> None:
 
 @contextmanager
 def phase(what: str) -> Iterator[None]:
-    """Say what was done and how long it took, once it is done."""
+    """On success, log `what` was done and how long it took."""
     start = time.monotonic()
     debug(f"begin: {what}")
     yield
@@ -49,14 +63,14 @@ def phase(what: str) -> Iterator[None]:
 
 
 class Progress:
-    """How far a long step is: a bar on a terminal, else a line every 10 seconds."""
+    """Progress of a long step: a bar on a terminal, otherwise a line every 10 seconds."""
 
     INTERVAL = 10.0  # seconds between lines in a log
     WIDTH = 20  # characters of the bar
     WORDS = len("100% of 1023 MiB, 1023 MiB/s, 99 min left")
 
     def __init__(self, what: str, total: int) -> None:
-        """`total` in bytes, 0 if it is not known."""
+        """`total` is in bytes; 0 if unknown."""
         self._what = what
         self._total = total
         self._terminal = os.isatty(2)
@@ -65,7 +79,7 @@ class Progress:
         self._next = self._start + (0.0 if self._terminal else self.INTERVAL)
 
     def update(self, done: int) -> None:
-        """`done` of the total in bytes; may be called often."""
+        """Show that `done` bytes of the total are done. Calling this often is cheap."""
         if self._first is None:
             self._first = done
         now = time.monotonic()
@@ -84,7 +98,7 @@ class Progress:
 
 
 def progress_words(done: int, total: int, moved: int, seconds: float) -> list[str]:
-    """How far a step is that has `moved` so many bytes in so many seconds."""
+    """Return the progress as words; `done`, `total` and `moved` (in these `seconds`) are in bytes."""
     rate = moved / seconds if seconds >= 1 else 0.0
     words = [f"{min(done / total, 1.0):.0%} of {size(total)}" if total else size(done)]
     if rate:
@@ -95,7 +109,7 @@ def progress_words(done: int, total: int, moved: int, seconds: float) -> list[st
 
 
 def bar(what: str, words: str, share: float | None, columns: int) -> str:
-    """One line that fits into a terminal: what it is gives way first, then the bar. It does not move about."""
+    """Return one line that fits into the terminal: shorten the name first, then drop the bar. Fixed layout."""
     drawn = f"[{'#' * round(share * Progress.WIDTH):<{Progress.WIDTH}}] " if share is not None else ""
     if columns < len(f"imageos: {drawn}") + Progress.WORDS:
         drawn = ""
@@ -105,7 +119,7 @@ def bar(what: str, words: str, share: float | None, columns: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`40 s`, `5 min`, `2.5 h`."""
+    """Return `seconds` as people read them: `40 s`, `5 min`, `2.5 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -126,7 +140,7 @@ def _draw(line: str) -> None:
 
 
 def _clear() -> None:
-    """Take the bar away, so that a line can be written in its place."""
+    """Erase the bar, so that a line can take its place."""
     global _drawn
     if _drawn:
         _drawn = False
@@ -135,12 +149,17 @@ def _clear() -> None:
 
 
 def ascii_only(text: str) -> str:
-    """`text` with everything but printable ASCII escaped, so that no guest can forge a line."""
-    return "".join(c if " " <= c <= "~" else _escaped(c) for c in text)
+    """Escape everything but printable ASCII, so that no guest can forge a line of the log."""
+    return "".join(c if " " <= c <= "~" else _escape(c) for c in text)
 
 
-def bounded(text: str, longest: int) -> str:
-    """`text` as ASCII of at most so many characters; what is left out is in the middle: the end may be the cause."""
+def few(names: Sequence[str], most: int = 8) -> str:
+    """Return `names` for a message: the first of them, and how many more there are."""
+    return ", ".join([*names[:most], *([f"and {len(names) - most} more"] if len(names) > most else [])])
+
+
+def shorten(text: str, longest: int) -> str:
+    """Return `text` in ASCII with at most `longest` characters. Cut in the middle, as the end may name the cause."""
     end = longest // 4
     if len(text) > 2 * longest:  # escaping is slow
         text = text[:longest] + text[-longest:]
@@ -148,14 +167,14 @@ def bounded(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[: longest - end - len(CUT)]}{CUT}{text[-end:]}"
 
 
-def _escaped(character: str) -> str:
+def _escape(character: str) -> str:
     if ord(character) < 0x80:
         return f"\\x{ord(character):02x}"
     return character.encode("ascii", "backslashreplace").decode()
 
 
 def size(count: int) -> str:
-    """A number of bytes as people read it: `512 MiB`, `1.5 GiB`."""
+    """Return a number of bytes as people read it: `512 MiB`, `1.5 GiB`."""
     value = float(min(count, 1 << 80))
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -165,8 +184,8 @@ def size(count: int) -> str:
 
 
 def _write(line: str) -> None:
-    # One write per line: the lines of concurrent processes do not mix in Ganeti's log.
-    text = bounded(line, LONGEST) + "\n"
+    # One write per line, so that lines of concurrent processes do not mix in Ganeti's log.
+    text = shorten(line, LONGEST) + "\n"
     _clear()
-    with suppress(OSError):  # nobody reads any more? The exit status still tells.
+    with suppress(OSError):  # if nobody reads stderr, the exit status still reports the failure
         os.write(2, text.encode("ascii"))

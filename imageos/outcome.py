@@ -1,29 +1,31 @@
-"""How a command or hook ends: what it raises becomes messages, the cause last, and an exit status."""
+"""Turn the exception that ends a command or hook into messages, the cause last, and an exit status."""
 
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from zipimport import ZipImportError
 
 from imageos import log
-from imageos.errors import Failure, Interrupted, Usage, signal_name
+from imageos.errors import Failure, Interrupted, Usage, repair_hint, signal_name
+from imageos.node import limits
 
-LONGEST = 1900  # characters of a hint and of a cause: Ganeti shows the last 4 KiB of the log
+LONGEST = 1900  # characters of a hint or cause; Ganeti shows the last 4 KiB of the log
 
 
 def guard(call: Callable[[], int]) -> int:
-    """The exit status of `call`; for what it raises, messages with the cause on the last line."""
-    # Ganeti's umask is 077: what is made for a guest must be readable to its users.
+    """Return the exit status of `call`. Log what it raises, with the cause on the last line."""
+    # Ganeti's umask is 077, but a guest's users must be able to read its files.
     os.umask(0o022)
     try:
         return call()
     except Failure as failure:
         for line in failure.details:
-            _say(f"| {line}")  # a program's words, or a guest's, that nobody takes for ours
+            _say(f"| {line}")  # `|` marks the output of programs, also the guest's, as not ours
         if failure.hint:
             _say(f"hint: {failure.hint}")
-        _say(str(failure))
+        _say_cause(str(failure))
         return 2 if isinstance(failure, Usage) else 1
     except Interrupted as interrupted:
         log.info(f"ended by {signal_name(interrupted.signum)}")
@@ -33,23 +35,48 @@ def guard(call: Callable[[], int]) -> int:
         return 130
     except OSError as error:
         log.debug(_traceback())
-        if isinstance(error, PermissionError) and os.geteuid():
-            log.info("hint: run it with sudo")
-        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        _say(f"{where}{error.strerror or error}")
+        hint = "run it with sudo" if isinstance(error, PermissionError) and os.geteuid() else repair_hint(error)
+        if hint:
+            log.info(f"hint: {hint}")
+        is_path = error.filename and not isinstance(error.filename, int)  # it may be a descriptor
+        where = f"{os.fsdecode(error.filename)}: " if is_path else ""
+        _say_cause(f"{where}{error.strerror or error}")
         return 1
-    except ZipImportError:  # its modules are where the other version has something else
+    except ZipImportError:  # the new file has other data at the offsets of our modules
         log.info("imageos was replaced by another version while it started: call it again")
         return 1
-    except Exception as error:
-        for line in _traceback().splitlines():
-            _say(f"| {line}")
-        _say(f"internal error, please report it with the lines above: {type(error).__name__}: {error}")
+    except MemoryError:
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        _say_cause(f"imageos needs more memory than {_memory(limit)}")
         return 1
+    except RuntimeError as error:
+        if not limits.cause(str(error)):
+            return _internal(error)
+        _say_cause(str(error))
+        return 1
+    except Exception as error:
+        return _internal(error)
+
+
+def _internal(error: Exception) -> int:
+    for line in _traceback().splitlines():
+        _say(f"| {line}")
+    _say(f"internal error, please report it with the lines above: {type(error).__name__}: {error}")
+    return 1
+
+
+def _say_cause(what: str) -> None:
+    """Say `what` has happened, and the limit that is the cause of it, if one is."""
+    limit = limits.cause(what)
+    _say(f"{log.shorten(what, LONGEST - len(limit) - 2)}: {limit}" if limit else what)
+
+
+def _memory(limit: int) -> str:
+    return "the node has" if limit == resource.RLIM_INFINITY else f"its limit of {log.size(limit)}"
 
 
 def _say(line: str) -> None:
-    log.info(log.bounded(line, LONGEST))
+    log.info(log.shorten(line, LONGEST))
 
 
 def _traceback() -> str:

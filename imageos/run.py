@@ -1,4 +1,4 @@
-"""The only module that starts processes.
+"""The only module that starts programs.
 
 Lists only, never a shell string; stdin closed unless given; a whitelisted environment; output captured
 and bounded; every stage of a pipeline counts; children are killed when we leave early.
@@ -6,77 +6,57 @@ and bounded; every stage of a pipeline counts; children are killed when we leave
 
 from __future__ import annotations
 
-import errno
+import fcntl
+import math
 import os
 import selectors
 import shlex
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from enum import Enum
 from typing import IO
 
 from imageos import log
+from imageos.causes import cause
 from imageos.errors import Failure, TimedOut, signal_name
 from imageos.node import confinement, linux
-from imageos.node.confinement import Room
+from imageos.node.children import PIPE_SIZE, forget_ours, signals_held
+from imageos.node.confinement import NOTHING, Room
+from imageos.node.programs import cannot_start, environment
 
-DEFAULT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 # What is kept of a stream that we only want for messages; a hostile guest may print for ever.
 OUTPUT_LIMIT = 1 << 20
-PIPE_SIZE = 1 << 20  # bytes between two stages: what any user may ask for (fs.pipe-max-size)
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that end a command in an orderly way
-TICK = 0.5  # seconds between two calls of `tick`
-NOTHING = Room()  # but programs and libraries
+TICK = 0.5  # seconds between two calls of `tick`, at most
 
-# What runs outside: with all rights of root, and the whole node in reach. All other programs of the node are confined.
-OUTSIDE = {
-    "gnt-cluster": "asks Ganeti's daemons, over sockets and the network",
-    "gnt-instance": "asks Ganeti's daemons, over sockets and the network",
-    "ssh": "reaches other nodes, with root's keys",
-    "unshare": "doctor learns by it whether namespaces can be made at all",
-    "hook": "a site's own program: what it is there for is known to the site alone",
-    "settings": "a site's own shell files, which may read and call whatever they need",
-    "shell": "the operator's own, in mount-disks --shell",
-}
 
-# Program -> Debian package, where the names differ from each other or the program may be missing.
-PACKAGES = {
-    "bzip2": "bzip2",
-    "lz4": "lz4",
-    "xz": "xz-utils",
-    "zstd": "zstd",
-    "gpgv": "gpgv",
-    "gzip": "gzip",
-    "tar": "tar",
-    "restore": "dump",
-    "dump": "dump",
-    "qemu-img": "qemu-utils",
-    "dd": "coreutils",
-    "sync": "coreutils",
-    "blkid": "util-linux",
-    "gnt-cluster": "ganeti",
-    "gnt-instance": "ganeti",
-    "ssh": "openssh-client",
-    "e2fsck": "e2fsprogs",
-    "resize2fs": "e2fsprogs",
-    "xfs_growfs": "xfsprogs",
-    "btrfs": "btrfs-progs",
-    "sgdisk": "gdisk",
-    "sfdisk": "fdisk",
-    "mkswap": "util-linux",
-    "mkfs.vfat": "dosfstools",
-    "mcopy": "mtools",
-    "mkfs.ext2": "e2fsprogs",
-    "mkfs.ext3": "e2fsprogs",
-    "mkfs.ext4": "e2fsprogs",
-    "mkfs.xfs": "xfsprogs",
-    "mkfs.btrfs": "btrfs-progs",
-}
+class Outside(Enum):
+    """Programs with all rights of root, and the whole node in reach. All other programs of the node are confined."""
+
+    GANETI = "gnt-cluster and gnt-instance ask Ganeti's daemons, over sockets and the network"
+    SSH = "reaches other nodes, with root's keys"
+    UNSHARE = "doctor learns by it whether namespaces can be made at all"
+    HOOK = "a site's own program: what it is there for is known to the site alone"
+    SETTINGS = "a site's own shell files, which may read and call whatever they need"
+    SHELL = "the operator's own, in mount-disks --shell"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program of the node and what it has to itself; or one outside, or one that a function of its own confines.
+
+    That function runs in the child, before the program.
+    """
+
+    argv: Sequence[str]
+    room: Room | Outside | Callable[[], None] = NOTHING
+    env: Mapping[str, str] | None = None  # default: `environment()`
+    cwd: str | None = None  # of a program outside; the others are where their room is
+    keep: Sequence[int] = ()  # descriptors that it inherits
+    private: bool = False  # its output stays out of the debug log
 
 
 @dataclass(frozen=True)
@@ -88,206 +68,129 @@ class Finished:
     stdout: bytes
     stderr: str
 
-    def failure(self) -> Failure:
+    def failure(self) -> Failed:
         lines = [line for line in self.stderr.splitlines() if line.strip()]
         how = f"killed by {signal_name(-self.status)}" if self.status < 0 else f"exit status {self.status}"
-        message = f"{self.argv[0]} failed ({how})"
-        if lines:
-            message += f": {lines[-1]}"
-        return Failure(message, details=[f"$ {shlex.join(self.argv)}", *lines[-10:-1]])
+        said = cause(self.argv[0], self.stderr, _text(self.stdout))
+        message = f"{self.argv[0]} failed ({how})" + (f": {said}" if said else "")
+        others = [line for line in lines[-10:] if line != said]
+        return Failed(self, message, details=[f"$ {shlex.join(self.argv)}", *others])
+
+
+class Failed(Failure):
+    """A program failed: `finished` says how."""
+
+    def __init__(self, finished: Finished, message: str, details: Sequence[str]) -> None:
+        super().__init__(message, details=details)
+        self.finished = finished
 
 
 def run(
-    argv: Sequence[str],
+    command: Command,
     *,
     input: str | None = None,
-    stdin: int | None = None,
-    env: Mapping[str, str] | None = None,
     timeout: float | None = None,
-    room: Room = NOTHING,
-    prepare: Callable[[], None] | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> str:
     """Run one command to its end and return what it printed; raise Failure unless its status is 0.
 
-    `timeout` in seconds; `room` is what it has to itself, or `prepare` runs in the child to confine a program that is
-    not the node's; `on_line` gets each line of stdout and stderr as it comes.
+    The rest is as in `pipeline`.
     """
-    finished = pipeline(
-        [argv], input=input, stdin=stdin, env=env, timeout=timeout, room=room, prepare=prepare, on_line=on_line
-    )[0]
+    finished = pipeline(command, input=input, timeout=timeout, on_line=on_line)[0]
     if finished.status != 0:
         raise finished.failure()
     return finished.stdout.decode("utf-8", "surrogateescape")
 
 
 def pipeline(
-    stages: Sequence[Sequence[str]],
-    *,
+    *commands: Command,
+    stdin: int = subprocess.DEVNULL,
     input: str | None = None,
-    stdin: int | None = None,
-    env: Mapping[str, str] | None = None,
-    cwd: str | None = None,
     timeout: float | None = None,
-    room: Room = NOTHING,
-    prepare: Callable[[], None] | None = None,
-    outside: str = "",
-    keep: Sequence[int] = (),
+    longest: int | None = None,
     on_line: Callable[[str], None] | None = None,
     tick: Callable[[], None] | None = None,
     on_exit: Callable[[], None] | None = None,
-    private: bool = False,
-    keep_upstream: Sequence[int] = (),
-    on_start: Callable[[], None] | None = None,
+    leaves: bool = False,
 ) -> list[Finished]:
-    """Run `stages` with each one's stdout as the next one's stdin; judge nothing.
+    """Run commands with each one's stdout as the next one's stdin; judge nothing.
 
-    `env` replaces the environment (default: `environment()`). `room` is what the last stage has to itself: those before
-    it have nothing. `outside`: what of OUTSIDE it is, where its name does not tell; `cwd` is for that.
-    `keep`: descriptors that the stages inherit.
-    `tick` is called every now and then; `on_exit` when the last stage has ended, while a process that it left behind
-    may still hold its output open; the output of a `private` command stays out of the debug log.
-    `keep_upstream`: descriptors that all stages but the last inherit; `on_start` is called when all have been started.
+    `timeout` in seconds and `longest`, the bytes that they may say: whoever takes more is ended, and that is a Failure.
+    `on_line` gets each line that they say as it comes. `tick` is called when all have been started, and often from then
+    on; `on_exit` when the last one has ended, while a process that it left behind may still hold its output open.
+    With `leaves`, that process is not waited for.
     """
-    log.debug("$ " + " | ".join(shlex.join(stage) for stage in stages))
-    processes: list[Process] = []
-    try:
-        source = stdin if stdin is not None else subprocess.PIPE if input is not None else subprocess.DEVNULL
-        for stage in stages:
-            process = _start(
-                processes.append,
-                stage,
-                stdin=source,
-                stderr=subprocess.PIPE,
-                env=environment() if env is None else env,
-                cwd=cwd,
-                keep=keep if stage is stages[-1] else [*keep, *keep_upstream],
-                room=room if stage is stages[-1] else NOTHING,
-                prepare=prepare,
-                outside=outside,
-            )
-            source = process.popen.stdout.fileno() if process.popen.stdout else subprocess.DEVNULL
-            if stage is not stages[-1]:
-                linux.enlarge_pipe(source, PIPE_SIZE)
-        if input is not None and processes[0].popen.stdin:
-            _feed(processes[0].popen, input)
-        if on_start:
-            on_start()
+    has_ended = False
+    with ExitStack() as stack:
+        given = None if input is None else input.encode()
+        processes = _start_all(stack, commands, stdin, given, [subprocess.PIPE] * len(commands))
+        selector = stack.enter_context(selectors.DefaultSelector())
 
-        def at_exit() -> None:
+        def stream(pipe: IO[bytes]) -> _Stream:
+            made = _Stream(pipe, on_line)
+            selector.register(pipe, selectors.EVENT_READ, made.read)
+            return made
+
+        def at_exit() -> int:
+            nonlocal has_ended
+            has_ended = True
             _run_dry(processes)
             if on_exit:
                 on_exit()
+            return 0
 
-        captured = _capture(processes, timeout, on_line, tick, at_exit)
+        printed = stream(processes[-1].stdout)
+        said = [stream(process.stderr) for process in processes]
+        ended = os.pidfd_open(processes[-1].popen.pid)  # readable once it has ended
+        stack.callback(os.close, ended)
+        selector.register(ended, selectors.EVENT_READ, at_exit)
+        _attend(selector, commands[0].argv[0], timeout, longest, tick, lambda: leaves and has_ended)
+        outputs = [*[b""] * (len(commands) - 1), bytes(printed.kept)]
         finished = [
-            Finished(stage, process.status(), captured.get(2 * n, b""), _text(captured[2 * n + 1]))
-            for n, (stage, process) in enumerate(zip(stages, processes))
+            Finished(command.argv, process.status(), stdout, _text(stderr.kept))
+            for command, process, stdout, stderr in zip(commands, processes, outputs, said)
         ]
-        for one in finished:
-            if not private:
-                log.debug(_text(one.stdout) + one.stderr)
-        return finished
-    finally:
-        for process in processes:
-            if process.popen.poll() is None:
-                process.popen.kill()
-                process.popen.wait()
-            for pipe in (process.popen.stdin, process.popen.stdout, process.popen.stderr):
-                if pipe and not pipe.closed:
-                    with suppress(BrokenPipeError):  # of what it was to be told when a signal came
-                        pipe.close()
-
-
-def foreground(argv: Sequence[str], *, cwd: str | None = None, env: Mapping[str, str] | None = None) -> int:
-    """Run a command that talks to the user: with our stdin, stdout and stderr. Its status is as the shell shows it."""
-    log.debug(f"$ {shlex.join(argv)}")
-    try:
-        with subprocess.Popen(list(argv), cwd=cwd, env=dict(environment() if env is None else env)) as process:
-            try:
-                status = process.wait()
-            finally:
-                process.kill()
-    except OSError as error:
-        raise _missing(argv[0], error) from None
-    return status if status >= 0 else 128 - status
+    for command, end in zip(commands, finished):
+        if not command.private:
+            log.debug(_text(end.stdout) + end.stderr)
+    return finished
 
 
 @contextmanager
 def output_of(
-    stages: Sequence[Sequence[str]],
-    stdin: int = subprocess.DEVNULL,
-    keep: Sequence[int] = (),
-    room: Room = NOTHING,
+    *commands: Command, stdin: int = subprocess.DEVNULL, input: bytes | None = None
 ) -> Iterator[tuple[int, Callable[[], None]]]:
-    """Run `stages`; the descriptor of the last one's stdout, and a function to call at its end.
+    """Run commands as in `pipeline`; the descriptor of the last one's stdout, and a function to call at its end.
 
-    That function raises Failure unless every status is 0. `keep`: descriptors that the stages inherit. `room` is what
-    the first stage has to itself: those after it have nothing.
+    That function raises Failed unless every status is 0.
     """
-    log.debug("$ " + " | ".join(shlex.join(stage) for stage in stages))
     with ExitStack() as stack:
-        processes: list[Process] = []
-        errors = []
-        for stage in stages:
-            # a file: nobody empties a pipe while the output is read
-            errors.append(stack.enter_context(tempfile.TemporaryFile()))
-            process = _start(
-                lambda process: stack.callback(_end, process),
-                stage,
-                stdin=stdin,
-                stderr=errors[-1],
-                env=environment(),
-                keep=keep,
-                room=room if stage is stages[0] else NOTHING,
-            )
-            if processes and processes[-1].popen.stdout:
-                processes[-1].popen.stdout.close()
-            processes.append(process)
-            assert process.popen.stdout
-            stdin = process.popen.stdout.fileno()
-            linux.enlarge_pipe(stdin, PIPE_SIZE)
+        errors = [stack.enter_context(_memory(OUTPUT_LIMIT)) for _ in commands]
+        processes = _start_all(stack, commands, stdin, input, errors)
 
         def check() -> None:
+            for process in processes[:-1]:
+                process.stdout.close()
             ended = [
-                Finished(stage, process.status(), b"", _said(error))
-                for stage, process, error in zip(stages, processes, errors)
+                Finished(command.argv, process.status(), b"", _said(error))
+                for command, process, error in zip(commands, processes, errors)
             ]
-            failed = [one for one in ended if one.status]
+            failed = [program for program in ended if program.status]
             # what stops because nobody reads any more is not at fault: who should have read is
-            for one in ([one for one in failed if one.status != -signal.SIGPIPE] or failed)[:1]:
-                raise one.failure()
+            for culprit in ([program for program in failed if program.status != -signal.SIGPIPE] or failed)[:1]:
+                raise culprit.failure()
 
-        yield stdin, check
-
-
-def _end(process: Process) -> None:
-    process.popen.kill()
-    process.popen.wait()
-    if process.popen.stdout:
-        process.popen.stdout.close()
+        yield processes[-1].stdout.fileno(), check
 
 
-def head(argv: Sequence[str], stdin: int, count: int) -> bytes:
-    """The first `count` bytes that `argv` writes, or fewer if it ends before; Failure if it fails before.
-
-    It is killed when it has written them.
-    """
+def foreground(command: Command) -> int:
+    """Run a command that talks to the user: with our stdin, stdout and stderr. Its status; negative for a signal."""
+    log.debug(f"$ {shlex.join(command.argv)}")
     with ExitStack() as stack:
-        errors = stack.enter_context(tempfile.TemporaryFile())
-        process = _start(
-            lambda process: stack.callback(_end, process),
-            argv,
-            stdin=stdin,
-            stderr=errors,
-            env=environment(),
-        )
-        data = process.popen.stdout.read(count) if process.popen.stdout else b""
-        status = process.status() if len(data) < count else 0
-        said = _said(errors)
-        if status:
-            raise Finished(argv, status, b"", said).failure()
-    return data
+        return _start(stack, command, None, None, None).status()
+
+
+# --- starting --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -295,192 +198,173 @@ class Process:
     popen: subprocess.Popen[bytes]
     confined: bool
 
+    @property
+    def stdout(self) -> IO[bytes]:
+        assert self.popen.stdout
+        return self.popen.stdout
+
+    @property
+    def stderr(self) -> IO[bytes]:
+        assert self.popen.stderr
+        return self.popen.stderr
+
     def status(self) -> int:
         """How it has ended, once it has: negative for a signal."""
         status = self.popen.wait()
         # process 1 of its namespace has ended with it, and as a shell would (confinement.exit_as)
         return 128 - status if self.confined and 128 < status <= 128 + signal.NSIG else status
 
+    def end(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        for pipe in (self.popen.stdout, self.popen.stderr):
+            if pipe:
+                pipe.close()
 
-def _start(
-    register: Callable[[Process], object],
-    argv: Sequence[str],
-    *,
-    stdin: int,
-    stderr: int | IO[bytes],
-    env: Mapping[str, str],
-    cwd: str | None = None,
-    keep: Sequence[int] = (),
-    room: Room = NOTHING,
-    prepare: Callable[[], None] | None = None,
-    outside: str = "",
-) -> Process:
-    """Start a process and hand it to `register`, which is to end it. A signal waits until that is done: one that came
-    in between would leave a process that goes on writing to the disk.
+
+def _start_all(
+    stack: ExitStack, commands: Sequence[Command], stdin: int, input: bytes | None, errors: Sequence[int]
+) -> list[Process]:
+    """Start commands, each one's stdout the next one's stdin, each with its stderr, that end with `stack`."""
+    log.debug("$ " + " | ".join(shlex.join(command.argv) for command in commands))
+    processes: list[Process] = []
+    if input is not None:
+        stdin = stack.enter_context(_memory(len(input)))
+        os.pwrite(stdin, input, 0)
+    for command, stderr in zip(commands, errors):
+        process = _start(stack, command, stdin, subprocess.PIPE, stderr)
+        stdin = process.stdout.fileno()
+        linux.enlarge_pipe(stdin, PIPE_SIZE)
+        processes.append(process)
+    return processes
+
+
+def _start(stack: ExitStack, command: Command, stdin: int | None, stdout: int | None, stderr: int | None) -> Process:
+    """Start a process that ends with `stack`. A signal waits until that is sure: one that came in between would leave
+    a process that goes on writing to the disk.
     """
-    assert not outside or outside in OUTSIDE
-    confined = not (prepare or outside or argv[0] in OUTSIDE)
-    env = dict(env)
-    if confined:
-        prepare = confinement.entering(room, env["PATH"], keep)
+    room = command.room
+    env = dict(environment() if command.env is None else command.env)
+    confined = isinstance(room, Room)
+    if isinstance(room, Room):
         env["TMPDIR"] = confinement.TEMPORARY
+        prepare = confinement.entering(room, env["PATH"], command.keep)
+    else:
+        prepare = (lambda: None) if isinstance(room, Outside) else room
     with signals_held() as before:
 
         def enter() -> None:
-            for one in SIGNALS:
-                signal.signal(one, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            if prepare:
-                prepare()
+            forget_ours(before)
+            prepare()
 
         try:
             with linux.children_apart() if confined and os.geteuid() == 0 else nullcontext():
                 popen = subprocess.Popen(
-                    list(argv),
+                    list(command.argv),
                     stdin=stdin,
-                    stdout=subprocess.PIPE,
+                    stdout=stdout,
                     stderr=stderr,
                     env=env,
-                    cwd=cwd,
-                    pass_fds=keep,
+                    cwd=command.cwd,
+                    pass_fds=command.keep,
                     preexec_fn=enter,
                 )
         except OSError as error:
-            raise _missing(argv[0], error) from None
+            raise cannot_start(command.argv[0], error) from None
         process = Process(popen, confined)
-        register(process)
+        stack.callback(process.end)
         return process
 
 
-@contextmanager
-def signals_held() -> Iterator[Iterable[int]]:
-    """Let signals wait until the end of the context, in this thread; gives what was held before, for a child."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield before
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+# --- what they say ---------------------------------------------------------------------------------------
 
 
-def environment() -> dict[str, str]:
-    """What tools of the node get: nothing of the caller's but PATH and TMPDIR."""
-    env = {"PATH": os.environ.get("PATH", DEFAULT_PATH), "LC_ALL": "C", "HOME": "/root"}
-    if "TMPDIR" in os.environ:
-        env["TMPDIR"] = os.environ["TMPDIR"]
-    return env
+class _Stream:
+    """The output from a pipe: the end of it is kept, and every line handed on."""
+
+    def __init__(self, pipe: IO[bytes], on_line: Callable[[str], None] | None) -> None:
+        self._pipe = pipe
+        self._on_line = on_line
+        self._line = bytearray()  # that has no end yet
+        self.kept = bytearray()
+
+    def read(self) -> int:
+        """Take what is there; how many bytes that is."""
+        data = os.read(self._pipe.fileno(), 1 << 16)
+        self.kept += data
+        if len(self.kept) > 2 * OUTPUT_LIMIT:
+            del self.kept[:-OUTPUT_LIMIT]
+        if self._on_line:
+            self._line += data or (b"\n" if self._line else b"")
+            # a carriage return ends a line of progress, and nothing where a newline follows
+            *complete, rest = bytes(self._line).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+            self._line[:] = rest[-OUTPUT_LIMIT:]
+            for line in complete:
+                self._on_line(_text(line))
+        return len(data)
 
 
-def require(*programs: str) -> None:
-    """Fail, naming all of them, if one of `programs` is not there."""
-    missing = [program for program in programs if not available(program)]
-    if missing:
-        packages = sorted({PACKAGES.get(program, program) for program in missing})
-        raise Failure(
-            f"missing on this node: {' '.join(missing)}",
-            hint=f"install {' '.join(packages)} (doing so on every node is best)",
-        )
-
-
-def available(program: str) -> bool:
-    return shutil.which(program, path=os.environ.get("PATH", DEFAULT_PATH)) is not None
-
-
-def _missing(program: str, error: OSError) -> Failure:
-    if "/" in program:  # a hook, a shell
-        is_script = error.errno in (errno.ENOENT, errno.ENOEXEC) and os.path.exists(program)
-        hint = "its first line has to name an interpreter, as #!/bin/sh does" if is_script else None
-        return Failure(f"{program} cannot be run: {error.strerror}", hint=hint)
-    if isinstance(error, FileNotFoundError):
-        return Failure(f"{program}: not found", hint=f"install {PACKAGES.get(program, program)} on this node")
-    return Failure(f"{program}: {error.strerror or error}")
-
-
-def _feed(process: subprocess.Popen[bytes], text: str) -> None:
-    # Only for short scripts: less than a pipe holds (64 KiB), so that this cannot block.
-    assert process.stdin and len(text) < 60000
-    try:
-        process.stdin.write(text.encode())
-        process.stdin.close()
-    except BrokenPipeError:
-        pass  # its status says why it did not read
-
-
-def _capture(
-    processes: list[Process],
+def _attend(
+    selector: selectors.BaseSelector,
+    who: str,
     timeout: float | None,
-    on_line: Callable[[str], None] | None,
+    longest: int | None,
     tick: Callable[[], None] | None,
-    on_exit: Callable[[], None],
-) -> dict[int, bytes]:
-    """Read the last stage's stdout (key 2n) and every stage's stderr (key 2n+1) until all are closed."""
-    deadline = None if timeout is None else time.monotonic() + timeout
-    buffers: dict[int, bytearray] = {}
-    lines: dict[int, bytearray] = {}
-    with ExitStack() as stack:
-        selector = stack.enter_context(selectors.DefaultSelector())
-        exited = os.pidfd_open(processes[-1].popen.pid)  # readable once it has ended
-        stack.callback(os.close, exited)
-        selector.register(exited, selectors.EVENT_READ, on_exit)
-        for n, process in enumerate(processes):
-            for key, pipe in ((2 * n, process.popen.stdout), (2 * n + 1, process.popen.stderr)):
-                if pipe and (process is processes[-1] or pipe is process.popen.stderr):
-                    selector.register(pipe, selectors.EVENT_READ, key)
-                    buffers[key], lines[key] = bytearray(), bytearray()
-        while selector.get_map():
-            wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if tick:
-                wait = TICK if wait is None else min(wait, TICK)
-            ready = selector.select(wait)
-            if tick:
-                tick()
-            if deadline is not None and time.monotonic() >= deadline:
-                raise TimedOut(f"{processes[0].popen.args[0]}: not finished after {timeout:.0f} s, ended")  # type: ignore
-            for event, _ in ready:
-                if event.data is on_exit:
-                    selector.unregister(event.fileobj)
-                    processes[-1].popen.wait()  # before `on_exit` can meet it as a zombie
-                    event.data()
-                    continue
-                data = os.read(event.fd, 1 << 16)
-                if not data:
-                    selector.unregister(event.fileobj)
-                    data = b"\n" if lines[event.data] else b""
-                else:
-                    buffers[event.data] += data
-                    if len(buffers[event.data]) > 2 * OUTPUT_LIMIT:
-                        del buffers[event.data][:-OUTPUT_LIMIT]
-                if on_line:
-                    _emit_lines(lines[event.data], data, on_line)
-    return {key: bytes(buffer) for key, buffer in buffers.items()}
+    is_over: Callable[[], bool],
+) -> None:
+    """Call what is registered when there is something to read, until nothing is left to be read anywhere.
+
+    Once it is over, take what is there, and wait for no more.
+    """
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    said = 0
+    while selector.get_map():
+        if tick:
+            tick()
+        ready = selector.select(0 if is_over() else min(TICK, max(0.0, deadline - time.monotonic())))
+        if is_over() and not ready:
+            return
+        if time.monotonic() >= deadline:
+            raise TimedOut(f"{who} was ended: not finished after {timeout:.0f} s")
+        for key, _ in ready:
+            count = key.data()
+            said += count
+            if longest is not None and said > longest:
+                raise Failure(f"{who} was ended: it printed more than {log.size(longest)}")
+            if not count:
+                selector.unregister(key.fileobj)
 
 
-def _run_dry(processes: list[Process]) -> None:
+def _run_dry(processes: Sequence[Process]) -> None:
     """The last stage has ended: if it wants no more of good input, let those before it come to their own end.
 
     tar stops at the end of its archive; only the decompressor's end tells whether what it gave was right.
     """
+    status = processes[-1].status()  # whatever it was, it is no zombie any more
     for process in processes[:-1]:
-        if process.popen.stdout:
-            while processes[-1].status() == 0 and os.read(process.popen.stdout.fileno(), 1 << 16):
-                pass
-            process.popen.stdout.close()  # if more comes: SIGPIPE
+        while status == 0 and os.read(process.stdout.fileno(), 1 << 16):
+            pass
+        process.stdout.close()  # if more comes: SIGPIPE
 
 
-def _emit_lines(pending: bytearray, data: bytes, on_line: Callable[[str], None]) -> None:
-    pending += data
-    # a carriage return ends a line of progress, and nothing where a newline follows
-    *complete, rest = bytes(pending).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-    pending[:] = rest[-OUTPUT_LIMIT:]
-    for line in complete:
-        on_line(line.decode("utf-8", "backslashreplace"))
+@contextmanager
+def _memory(size: int) -> Iterator[int]:
+    """A file in memory, for what would fill a pipe that nobody empties meanwhile.
+
+    It cannot grow: who writes more than `size` bytes gets an error (EPERM, memfd_create(2)).
+    """
+    with linux.closing(os.memfd_create("imageos", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)) as descriptor:
+        os.ftruncate(descriptor, size)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        yield descriptor
 
 
-def _said(file: IO[bytes]) -> str:
-    """What a program has written to a file so far, whose position is the program's own."""
-    said = _text(os.pread(file.fileno(), OUTPUT_LIMIT, 0))
+def _said(descriptor: int) -> str:
+    """Return the output of a program so far, in the file from `_memory`: its position there is ours, too."""
+    said = _text(os.pread(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR), 0))
     log.debug(said)
     return said
 
 
-def _text(data: bytes) -> str:
+def _text(data: bytes | bytearray) -> str:
     return data.decode("utf-8", "backslashreplace")

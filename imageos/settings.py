@@ -1,7 +1,7 @@
-"""The settings: one table, and the files and OS parameters that give them values.
+"""The settings: one table, and the files and OS parameters that set them.
 
-built-in < defaults file < variant file < OS parameter (OSP_NAME). The files are shell: the shell evaluates
-them, with Ganeti's variables in its environment, and what they set is read back.
+built-in < defaults file < variant file < OS parameter (OSP_NAME). The files are shell: a shell evaluates
+them with Ganeti's variables in its environment, and we read back the variables that it then has.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
-from imageos import ganeti, log, shellfiles
+from imageos import ganeti, log, logins, shellfiles
 from imageos.errors import Failure
+from imageos.shellfiles import Rules
 
 DEFAULTS_FILE = "/etc/default/ganeti-instance-image"
 SITE_DIR = "/etc/ganeti/instance-image"
 CACHE_DIR = "/var/cache/ganeti-instance-image"
+READ_LIMIT = 1 << 20  # characters of a file
 
 
 # --- kinds: text -> value; ValueError says what is accepted -----------------------------------------------
@@ -32,29 +35,30 @@ def _yes_no(text: str) -> bool:
     raise ValueError("yes or no")
 
 
-def _mebibytes(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
-        raise ValueError("a whole number of MiB, at least 1")
-    return int(text)
+def _at_least_one(unit: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+            raise ValueError(f"a whole number of {unit}, at least 1")
+        return int(text)
+
+    return parse
 
 
-def _seconds(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
-        raise ValueError("a whole number of seconds, at least 1")
-    return int(text)
-
-
-def _choice(*accepted: str) -> Callable[[str], str]:
-    def choose(text: str) -> str:
-        if text not in accepted:
-            raise ValueError("one of " + ", ".join(accepted))
+def _matching(pattern: str, accepted: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(accepted)
         return text
 
-    return choose
+    return check
+
+
+def _choice(*names: str) -> Callable[[str], str]:
+    return _matching("|".join(names), f"one of {', '.join(names)}")
 
 
 def _is_name(text: str) -> bool:
-    """Whether it is a file name that cannot leave its directory."""
+    """Return True for a file name that cannot leave its directory."""
     return "/" not in text and not text.startswith(".") and text.isprintable()
 
 
@@ -64,19 +68,8 @@ def _name(text: str) -> str:
     return text
 
 
-def _arch(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_]+", text):
-        raise ValueError("an architecture, such as x86_64")
-    return text
-
-
-def _directory(text: str) -> str:
-    if not text.startswith("/") or "\0" in text:
-        raise ValueError("an absolute path")
-    return text
-
-
-def _text(text: str) -> str:
+def _public_keys(text: str) -> str:
+    logins.authorized_keys(text)
     return text
 
 
@@ -86,42 +79,42 @@ def _line(text: str) -> str:
     return text
 
 
-def _lines(text: str) -> str:
-    if not all(c == "\t" or c.isprintable() for line in text.split("\n") for c in line.rstrip("\r")):
-        raise ValueError("lines of text")
-    return text
+_URL = r"https?://[^\s/]+(/\S*)?"
 
-
-def _password_hash(text: str) -> str:
-    """What the second field of /etc/shadow may hold (shadow(5), crypt(5)): old hashes, `!!` and `*` have no $."""
-    if text and not re.fullmatch(r"[!-9;-~]+", text):  # printable ASCII without blanks and colons
-        raise ValueError("a hash as `openssl passwd -6` prints it, or * for none")
-    return text
+_mebibytes = _at_least_one("MiB")
+_seconds = _at_least_one("seconds")
+_arch = _matching(r"[A-Za-z0-9_]+", "an architecture, such as x86_64")
+_directory = _matching(r"/(?s:.*)", "an absolute path")
+_url = _matching(_URL, "a URL that begins with http:// or https://")
+_hook_names = _matching(r"[A-Za-z0-9_\s-]*", "names of hooks, separated by spaces")
 
 
 def _addresses(text: str) -> str:
-    import ipaddress  # only where it is set
+    import ipaddress  # late: only these settings need it
 
     for word in _line(text).split():
         try:
             ipaddress.ip_address(word)
+            if "%" in word:  # the scope of the node's
+                raise ValueError
         except ValueError:
             raise ValueError("IP addresses, separated by spaces") from None
     return text
 
 
-_URL = r"https?://[^\s/]+(/\S*)?"
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_DOMAIN = rf"(?=.{{1,254}}$){_LABEL}(\.{_LABEL})*\.?"
 
 
-def _url(text: str) -> str:
-    if not re.fullmatch(_URL, text):
-        raise ValueError("a URL that begins with http:// or https://")
-    return text
+def _domains(text: str) -> str:
+    if not all(re.fullmatch(_DOMAIN, word) for word in text.split()):
+        raise ValueError("DNS domains, separated by spaces")
+    return _line(text)
 
 
 def _checksum(text: str) -> str:
     is_url = re.fullmatch(_URL, text)
-    # What others mean as a digest, or as an answer, must not become the name of a file that is not there.
+    # A digest of another kind or a yes/no answer is a mistake, not the name of a checksum file.
     is_name = not re.fullmatch(r"(?i)[0-9a-f]{32,}|.*:.*|yes|no|none|off|true|false", text) and _is_name(text)
     if not (text == "no" or is_pin(text) or is_url or is_name):
         raise ValueError("sha256:HEX, sha512:HEX, no, or the checksum file: its URL, or its name beside the image")
@@ -129,20 +122,14 @@ def _checksum(text: str) -> str:
 
 
 def is_pin(checksum: str) -> bool:
-    """Whether an IMAGE_CHECKSUM is the checksum itself."""
+    """Return True if an IMAGE_CHECKSUM is the checksum itself, not the name or URL of a file."""
     return bool(re.fullmatch(r"sha256:[0-9a-fA-F]{64}|sha512:[0-9a-fA-F]{128}", checksum))
 
 
-def _hook_names(text: str) -> str:
-    if not all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in text.split()):
-        raise ValueError("names of hooks, separated by spaces")
-    return text
-
-
 def _for_ganeti(text: str) -> str:
-    """As Ganeti judges it (CheckImageValidity in its cmdlib/common.py), and a URL has to name a file.
+    """Accept what Ganeti accepts (CheckImageValidity in its cmdlib/common.py), but a URL must name a file.
 
-    Ganeti keeps what it cannot fetch, and each reinstall fails from then on.
+    Ganeti stores a value even if it cannot fetch it, and then every reinstall fails.
     """
     if not re.match(r"(https?|ftps?)://[^\s/]+/\S|/", _line(text)):
         raise ValueError("an absolute path, or the URL of a file (http, https, ftp or ftps)")
@@ -152,97 +139,85 @@ def _for_ganeti(text: str) -> str:
 def _setting(
     kind: Callable[[str], Any], default: str, doc: str, *, parameter: bool = False, secret: bool = False
 ) -> Any:
-    """A field of Settings. `default` is text as in a file; empty means none (decided when needed)."""
+    """Return a field of Settings. `default` is text as in a file; empty means none: decided when needed."""
     value = kind(default) if default else (None if kind is _mebibytes else "")
     return dataclasses.field(
         default=value, metadata={"kind": kind, "default": default, "doc": doc, "parameter": parameter, "secret": secret}
     )
 
 
+_parameter = partial(_setting, parameter=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Every setting, under its name in lower case. The only place that knows them."""
+    """Every setting, under its name in lower case. They are listed nowhere else."""
 
-    cdinstall: bool = _setting(_yes_no, "no", "leave the disks alone: the instance boots an installer", parameter=True)
-    swap: bool = _setting(_yes_no, "yes", "make a swap partition (tarball and dump)", parameter=True)
-    swap_size: int | None = _setting(
-        _mebibytes, "", "size of swap in MiB (default: the instance's memory)", parameter=True
-    )
-    boot_size: int | None = _setting(_mebibytes, "", "size of /boot in MiB (default: 100, on gpt 512)", parameter=True)
-    filesystem: str = _setting(
+    cdinstall: bool = _parameter(_yes_no, "no", "leave the disks alone: the instance boots an installer")
+    swap: bool = _parameter(_yes_no, "yes", "make a swap partition (tarball and dump)")
+    swap_size: int | None = _parameter(_mebibytes, "", "size of swap in MiB (default: the instance's memory)")
+    boot_size: int | None = _parameter(_mebibytes, "", "size of /boot in MiB (default: 100, on gpt 512)")
+    filesystem: str = _parameter(
         _choice("ext2", "ext3", "ext4", "xfs", "btrfs"),
         "ext3",
         "filesystem of the partitions: ext2, ext3, ext4, xfs or btrfs",
-        parameter=True,
     )
-    partition_table: str = _setting(
-        _choice("msdos", "gpt"), "msdos", "msdos, or gpt, which boots from BIOS and UEFI alike", parameter=True
+    partition_table: str = _parameter(
+        _choice("msdos", "gpt"), "msdos", "msdos, or gpt, which boots from BIOS and UEFI alike"
     )
-    kernel_args: str = _setting(_line, "", "added to the guest's kernel command line", parameter=True)
-    image_name: str = _setting(_name, "", "name of the image, without architecture and suffix", parameter=True)
-    arch: str = _setting(
-        _arch, "", "architecture in the image's file name (default: the node's, as x86_64 or x86)", parameter=True
-    )
-    image_type: str = _setting(
-        _choice("tarball", "dump", "qemu", "raw", "qcow2"), "dump", "tarball, dump, qemu, raw or qcow2", parameter=True
+    kernel_args: str = _parameter(_line, "", "added to the guest's kernel command line")
+    image_name: str = _parameter(_name, "", "name of the image, without architecture and suffix")
+    arch: str = _parameter(_arch, "", "architecture in the image's file name (default: the node's, as x86_64 or x86)")
+    image_type: str = _parameter(
+        _choice("tarball", "dump", "qemu", "raw", "qcow2"), "dump", "tarball, dump, qemu, raw or qcow2"
     )
     image_dir: str = _setting(_directory, CACHE_DIR, "where the images are")
-    image_url: str = _setting(_url, "", "directory URL of the images, or URL of one image file", parameter=True)
-    image_checksum: str = _setting(
-        _checksum,
-        "",
-        "sha256:HEX or sha512:HEX of the image; or its checksum file, a URL or a name beside it; or no",
-        parameter=True,
+    image_url: str = _parameter(_url, "", "directory URL of the images, or URL of one image file")
+    image_checksum: str = _parameter(
+        _checksum, "", "sha256:HEX or sha512:HEX of the image; or its checksum file, a URL or a name beside it; or no"
     )
     image_keyring: str = _setting(_directory, "", "gpgv keyring that must have signed the checksum file")
-    image_verify: bool = _setting(_yes_no, "yes", "check a downloaded image against its checksum")
+    image_verify: bool = _setting(_yes_no, "yes", "check an image against its checksum")
     image_cleanup: bool = _setting(_yes_no, "no", "remove a downloaded image after use")
-    cache_dir: str = _setting(_directory, CACHE_DIR, "where downloaded images are kept")
+    cache_dir: str = _setting(_directory, CACHE_DIR, "where downloads are kept, and images unpacked")
     export_dir: str = _setting(_directory, "/tmp", "where import keeps a qcow2 disk of an old backup")
-    fdisk: str = _setting(_text, "sfdisk", "accepted and ignored: sfdisk it is")
-    grow: bool = _setting(
-        _yes_no, "yes", "grow root partition and filesystem of a disk image to the disk", parameter=True
-    )
-    nomount: bool = _setting(
-        _yes_no, "no", "not Linux (Windows, BSD): write the disk image, touch nothing", parameter=True
-    )
-    overlay: str = _setting(_name, "", "directory in OVERLAYS_DIR that is copied over the guest's root", parameter=True)
+    fdisk: str = _setting(str, "sfdisk", "accepted and ignored: sfdisk is used")
+    grow: bool = _parameter(_yes_no, "yes", "grow root partition and filesystem of a disk image to the disk")
+    nomount: bool = _parameter(_yes_no, "no", "not Linux (Windows, BSD): write the disk image, touch nothing")
+    overlay: str = _parameter(_name, "", "directory in OVERLAYS_DIR that is copied over the guest's root")
     customize_dir: str = _setting(_directory, SITE_DIR + "/hooks", "where the hooks are")
     variants_dir: str = _setting(_directory, SITE_DIR + "/variants", "where the files of the variants are")
     networks_dir: str = _setting(_directory, SITE_DIR + "/networks", "where static addresses are described")
     overlays_dir: str = _setting(_directory, SITE_DIR + "/overlays", "where the overlays are")
     import_hooks: str = _setting(_hook_names, "grub", "the hooks that an import runs")
     rename_hooks: str = _setting(_hook_names, "zz_ddns", "the hooks that a rename runs")
-    dns_servers: str = _setting(_addresses, "", "DNS servers of the guest, separated by spaces", parameter=True)
-    dns_search: str = _setting(_line, "", "DNS search list of the guest", parameter=True)
-    dns_domain: str = _setting(_line, "", "DNS domain of the guest", parameter=True)
-    ssh_authorized_keys: str = _setting(_lines, "", "public keys that may log in as root", parameter=True, secret=True)
-    root_password_hash: str = _setting(
-        _password_hash, "", "root's password as in /etc/shadow", parameter=True, secret=True
-    )
-    user_data: str = _setting(_text, "", "user-data for cloud-init", parameter=True, secret=True)
+    dns_servers: str = _parameter(_addresses, "", "DNS servers of the guest, separated by spaces")
+    dns_search: str = _parameter(_domains, "", "DNS search list of the guest")
+    dns_domain: str = _parameter(_domains, "", "DNS domain of the guest")
+    ssh_authorized_keys: str = _parameter(_public_keys, "", "public keys that may log in as root", secret=True)
+    root_password_hash: str = _parameter(logins.password_hash, "", "root's password as in /etc/shadow", secret=True)
+    user_data: str = _parameter(str, "", "user-data for cloud-init", secret=True)
     hook_timeout: int = _setting(_seconds, "3600", "seconds that one hook may take")
     guest_timeout: int = _setting(_seconds, "600", "seconds that one command of the guest may take")
-    image_debug: bool = _setting(_yes_no, "no", "yes: every command and its output in the log", parameter=True)
+    image_debug: bool = _parameter(_yes_no, "no", "yes: every command and its output in the log")
 
-    # What the files set besides: for the hooks.
+    # Other variables that the files set, for the hooks.
     unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def resolved(self, memory: int) -> Settings:
-        """With the sizes that depend on others filled in; `memory` of the instance in MiB."""
+    def with_sizes(self, memory: int) -> Settings:
+        """Return the settings with the default sizes filled in; `memory` of the instance in MiB."""
         boot_size = self.boot_size or (512 if self.partition_table == "gpt" else 100)
         return dataclasses.replace(self, boot_size=boot_size, swap_size=self.swap_size or memory)
 
     def variables(self) -> dict[str, str]:
-        """All settings as a hook or a file has them: NAME -> text."""
-        known = {name.upper(): _as_text(getattr(self, name)) for name in TABLE}
-        return {**self.unknown, **known}
+        """Return all settings as in a hook's environment or a file: NAME -> text."""
+        return {**self.unknown, **{name.upper(): _as_text(getattr(self, name)) for name in TABLE}}
 
 
 TABLE: dict[str, Mapping[str, Any]] = {
     field.name: field.metadata for field in dataclasses.fields(Settings) if field.metadata
 }
-# What the installed defaults file sets, better than what has to stay built in for the sake of old sites.
+# The installed defaults file sets these better values; the built-in ones cannot change, as old sites rely on them.
 SHIPPED = {"filesystem": "ext4"}
 PARAMETERS = tuple(name for name, entry in TABLE.items() if entry["parameter"])
 
@@ -251,8 +226,8 @@ def _reserved(kind: Callable[[str], Any], doc: str) -> Mapping[str, Any]:
     return {"kind": kind, "default": "", "doc": doc, "secret": False}
 
 
-# OS parameters that Ganeti reads itself, whatever the OS: no settings. It refuses them all the same where the OS does
-# not list them, so they are in parameters.list. The first is of its master daemon, the others of its metadata daemon.
+# OS parameters that Ganeti reads itself for any OS. They are not settings, but parameters.list must contain them, or
+# Ganeti refuses them. Its master daemon reads the first, its metadata daemon the others.
 RESERVED: dict[str, Mapping[str, Any]] = {
     "os-image": _reserved(_for_ganeti, "path or URL of a disk image that Ganeti itself writes to the first disk"),
     "os-install-package": _reserved(_line, "archive that Ganeti's metadata daemon serves to the instance"),
@@ -260,9 +235,9 @@ RESERVED: dict[str, Mapping[str, Any]] = {
 }
 
 
-def load(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> Settings:
-    """The settings that hold for the call that `environ` describes; fails with the first problem."""
-    settings, problems = examine(environ, defaults_file)
+def load_settings(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> Settings:
+    """Return the settings of the call that `environ` describes. Log all problems but the last; fail with that."""
+    settings, problems = examine_settings(environ, defaults_file)
     if problems:
         for problem in problems[:-1]:
             log.info(str(problem))
@@ -271,78 +246,78 @@ def load(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> Sett
     return settings
 
 
-def examine(
+def examine_settings(
     environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE, warn: Callable[[str], None] = log.warning
 ) -> tuple[Settings, list[Failure]]:
-    """As `load`, but gives all problems instead of raising; the settings hold what is right."""
-    given = ganeti.variables(environ)
+    """As `load_settings`, but return all problems instead of raising; the settings ignore wrong values."""
+    from_ganeti = ganeti.variables(environ)
     problems: list[Failure] = []
     values: dict[str, Any] = {}
     unknown: dict[str, str] = {}
 
-    def take(name: str, text: str, where: str, shown: str) -> None:
+    def set_value(name: str, text: str, where: str, shown: str) -> None:
         try:
-            values[name] = _parse(name, text, where, shown)
+            value = _parse(name, text, where, shown)
         except Failure as problem:
             problems.append(problem)
+        else:
+            if name in TABLE:  # else Ganeti's own
+                values[name] = value
 
     try:
-        layers = _evaluate_files(given, defaults_file)
+        layers = _evaluate_files(from_ganeti, defaults_file, warn)
     except Failure as problem:
         layers = []
         problems.append(problem)
+    known = {name: text for _, variables in layers for name, text in variables.items()}
     for path, variables in layers:
         for variable, text in variables.items():
             if variable.lower() in TABLE and variable.isupper():
-                take(variable.lower(), text, f"in {path}", variable)
-            elif variable not in given:
+                if TABLE[variable.lower()]["secret"]:
+                    problems += _lost_in_quotes(path, variable, {**from_ganeti, **known})
+                set_value(variable.lower(), text, f"in {path}", variable)
+            elif variable not in from_ganeti:
                 _warn_unknown(variable, path, unknown, warn)
                 unknown[variable] = text
-    for variable, text in given.items():
-        if variable.startswith("OSP_"):
-            name = _parameter(variable)
-            if name in RESERVED:
-                try:
-                    _parse(name, text, f"as OS parameter {name}", name)
-                except Failure as problem:
-                    problems.append(problem)
-            elif name not in TABLE:
-                warn(f"unknown OS parameter {name}{_nearest(name, list(PARAMETERS))}")
-            elif name not in PARAMETERS:
-                problems.append(Failure(f"{name.upper()} cannot be set by an OS parameter ({variable})"))
-            else:
-                take(name, text, f"as OS parameter {name}", name.upper())
+    for name, text in _os_parameters(from_ganeti):
+        if name not in TABLE and name not in RESERVED:
+            warn(f"unknown OS parameter {name}{_nearest(name, list(PARAMETERS))}")
+        elif name in TABLE and name not in PARAMETERS:
+            problems.append(Failure(f"{name.upper()} cannot be set by an OS parameter (OSP_{name.upper()})"))
+        else:
+            set_value(name, text, f"as OS parameter {name}", name.upper() if name in TABLE else name)
     if not values.get("arch"):
         values["arch"] = _node_arch()
     return Settings(**values, unknown=unknown), problems
 
 
-def accepted(name: str, text: str, where: str) -> Any:
-    """The value of one setting that was given elsewhere; Failure says what is accepted."""
+def parse_setting(name: str, text: str, where: str) -> Any:
+    """Return the value of a setting that does not come from a file; Failure says which values are accepted."""
     return _parse(name, text, where, name.upper())
 
 
 def unknown_parameters(environ: Mapping[str, str]) -> list[str]:
-    """The OS parameters that are none of ours; Ganeti lets only those in parameters.list through."""
-    names = (_parameter(variable) for variable in environ if variable.startswith("OSP_"))
-    return [name for name in names if name not in TABLE and name not in RESERVED]
+    """Return the OS parameters that imageos does not know; Ganeti itself refuses those not in parameters.list."""
+    return [name for name, _ in _os_parameters(environ) if name not in TABLE and name not in RESERVED]
 
 
-def given_to_ganeti(environ: Mapping[str, str]) -> dict[str, str]:
-    """The OS parameters that Ganeti reads itself, of those that are set: name -> text, fit to be shown."""
-    given = {_parameter(variable): text for variable, text in environ.items() if variable.startswith("OSP_") and text}
-    return {name: _shown(RESERVED[name], text) for name, text in given.items() if name in RESERVED}
+def reserved_parameters(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the OS parameters that are set and that Ganeti reads itself: name -> text without secrets."""
+    given = _os_parameters(environ)
+    return {name: _shown(RESERVED[name], text) for name, text in given if text and name in RESERVED}
 
 
-def _parameter(variable: str) -> str:
-    """The OS parameter in a variable OSP_NAME: Ganeti sets OSP_OS_IMAGE for os-image (old ones kept the dash)."""
-    name = variable[len("OSP_") :].lower()
-    dashed = name.replace("_", "-")
-    return dashed if dashed in RESERVED else name
+def _os_parameters(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield name and text of each OSP_NAME. For os-image that is OSP_OS_IMAGE, from old Ganeti OSP_OS-IMAGE."""
+    for variable, text in environ.items():
+        if variable.startswith("OSP_"):
+            name = variable[len("OSP_") :].lower()
+            dashed = name.replace("_", "-")
+            yield dashed if dashed in RESERVED else name, text
 
 
-def from_variables(environ: Mapping[str, str]) -> Settings:
-    """The settings as a hook finds them in its environment (see `Settings.variables`)."""
+def settings_from_variables(environ: Mapping[str, str]) -> Settings:
+    """Return the settings from a hook's environment (see `Settings.variables`)."""
     values = {
         name: _parse(name, environ[name.upper()], "in the environment", name.upper())
         for name in TABLE
@@ -352,7 +327,7 @@ def from_variables(environ: Mapping[str, str]) -> Settings:
 
 
 def defaults_file() -> str:
-    """The text of the defaults file that is installed: every setting, commented out, but those in SHIPPED."""
+    """Return the text of the defaults file to install: every setting, commented out except those in SHIPPED."""
     lines = [
         "# Settings of imageos, the OS definition of Ganeti: on every node, the same on all of them.",
         "# This file is shell. A variant's file (variants/NAME.conf) and OS parameters have the last word.",
@@ -367,11 +342,12 @@ def defaults_file() -> str:
 def _assignment(name: str, default: str) -> str:
     if name in SHIPPED:
         return f'{name.upper()}="{SHIPPED[name]}"'
-    return f'# {name.upper()}="{default}"'
+    quote = "'" if TABLE[name]["secret"] else '"'  # the shell replaces no $ in single quotes
+    return f"# {name.upper()}={quote}{default}{quote}"
 
 
 def describe(name: str) -> str:
-    """One line on a setting, as `parameters.list` and the help show it."""
+    """Return one line on a setting, for `parameters.list` and the help."""
     return cast(str, _entry(name)["doc"])
 
 
@@ -380,7 +356,7 @@ def _entry(name: str) -> Mapping[str, Any]:
 
 
 def _shown(entry: Mapping[str, Any], text: str) -> str:
-    """A value in a message. A URL may hold a password."""
+    """Return a value for messages, without secrets. A URL may contain a password."""
     hidden = entry["secret"] or (entry["kind"] in (_url, _for_ganeti, _checksum) and "@" in text)
     return "(secret)" if hidden else repr(text)
 
@@ -388,7 +364,7 @@ def _shown(entry: Mapping[str, Any], text: str) -> str:
 def _parse(name: str, text: str, where: str, shown: str) -> Any:
     entry = _entry(name)
     if text == "":
-        text = entry["default"]  # as in the ancestor: empty is not set
+        text = entry["default"]  # empty means not set, as in ganeti-instance-image
         if text == "":
             return None if entry["kind"] is _mebibytes else ""
     try:
@@ -399,16 +375,21 @@ def _parse(name: str, text: str, where: str, shown: str) -> Any:
         raise Failure(f"{shown}={_shown(entry, text)} {where} is not accepted: it must be {error}") from None
 
 
-def _warn_unknown(variable: str, path: str, known: Mapping[str, str], warn: Callable[[str], None]) -> None:
-    # A lower-case name is a file's own helper variable, CINIT_* are the cloud-init hook's. TARBALL_COMPRESS is in the
-    # ancestor's defaults file; compression is recognised by content.
-    if variable not in known and variable.isupper() and not variable.startswith(("CINIT_", "TARBALL_COMPRESS")):
-        near = _nearest(variable, [name.upper() for name in TABLE])
+# Not settings, but the ancestor's too: what the hook cloud-init reads, and what its defaults file has for the tools'
+# compression, which we recognise by content.
+HOOK_VARIABLES = ("CINIT_USER", "CINIT_SSH_KEY", "CINIT_DISABLE_ROOT", "CINIT_SSH_PWAUTH", "CINIT_MANAGE_RESOLV_CONF")
+_KNOWN_BESIDES = (*HOOK_VARIABLES, "TARBALL_COMPRESS")
+
+
+def _warn_unknown(variable: str, path: str, warned: Collection[str], warn: Callable[[str], None]) -> None:
+    # Lower-case names are a file's helper variables.
+    if variable not in warned and variable.isupper() and variable not in _KNOWN_BESIDES:
+        near = _nearest(variable, [*(name.upper() for name in TABLE), *HOOK_VARIABLES])
         warn(f"unknown setting {variable} in {path}{near}")
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    import difflib  # only on the way to a warning
+    import difflib  # late: only a warning needs it
 
     near = difflib.get_close_matches(name, names, 1)
     return f" (did you mean {near[0]}?)" if near else ""
@@ -428,19 +409,50 @@ def _node_arch() -> str:
 # --- the files -------------------------------------------------------------------------------------------
 
 
-def _evaluate_files(given: Mapping[str, str], defaults_file: str) -> list[tuple[str, dict[str, str]]]:
-    """(path, what it set) of the defaults file and of the variant's file, in this order."""
-    variant = _variant_name(ganeti.variant(given))
+def _evaluate_files(
+    from_ganeti: Mapping[str, str], defaults_file: str, warn: Callable[[str], None]
+) -> list[tuple[str, dict[str, str]]]:
+    """Return (path, variables that it set) of the defaults file, then of the variant's file."""
+    variant = _variant_name(ganeti.variant(from_ganeti))
     words = [shlex.quote(_regular_file(defaults_file))] if os.path.lexists(defaults_file) else []
     if variant:
         words.append(f'"${{VARIANTS_DIR:-{Settings.variants_dir}}}"/{variant}.conf')
     try:
-        return shellfiles.evaluate("settings file", words, given, _may_hold_secrets)
+        return shellfiles.evaluate("settings file", words, from_ganeti, Rules(_may_tell_a_secret, _VITAL, warn))
     except shellfiles.MissingFile as missing:
         raise Failure(
             f"variant {variant} has no file {missing.path}",
             hint=f"create that file, or remove {variant} from {SITE_DIR}/variants.list",
         ) from None
+
+
+# A double-quoted value in a file, and what the shell replaces in it. Not the output of commands: $(cat FILE).
+_DOUBLE_QUOTED = r'^[ \t]*(?:export[ \t]+)?{}="((?:[^"\\`]|\\.)*)"[ \t]*$'
+_REPLACED = re.compile(r"\\.|\$(\{(?:[A-Za-z_]\w*|[0-9])\}|[A-Za-z_]\w*|[0-9*@#?$!-])", re.DOTALL)
+_ASSIGNED = re.compile(r"(?:^|[\s;&|(])([A-Za-z_]\w*)(?:\[[^]\n]*\])?\+?=")
+_OF_THE_SHELL = ("PATH", "PWD", "HOSTNAME")
+
+
+def _lost_in_quotes(path: str, variable: str, known: Mapping[str, str]) -> list[Failure]:
+    """Return the error of a value in double quotes in which the shell has replaced $WORD, although that is not set.
+
+    Nothing in the value tells: what is left of user-data has its form.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read(READ_LIMIT)
+    except OSError:
+        return []
+    pattern = _DOUBLE_QUOTED.format(variable)
+    values = re.findall(pattern, text, re.MULTILINE)
+    # which it may unset later, and an array is not exported
+    assigned = _ASSIGNED.findall(re.sub(pattern, "", text, flags=re.MULTILINE)) if values else []
+    words = [word.strip("{}") for value in values if "$(" not in value for word in _REPLACED.findall(value) if word]
+    lost = next((word for word in words if word not in (*known, *assigned, *_OF_THE_SHELL)), "")
+    if not lost:
+        return []
+    reason = f"{variable} in {path} is in double quotes, in which the shell replaces ${lost}"
+    return [Failure(reason, hint="put it in single quotes, or write \\$ for a $ that is part of it")]
 
 
 def _regular_file(path: str) -> str:
@@ -455,10 +467,27 @@ def _variant_name(variant: str) -> str:
     return variant
 
 
-def _may_hold_secrets(path: str) -> bool:
+# Without them an image is accepted that they would refuse.
+_VITAL = ("IMAGE_KEYRING", "IMAGE_CHECKSUM")
+_SECRETS = tuple(name.upper() for name, entry in TABLE.items() if entry["secret"])
+_SHORT = 4  # characters; what is shorter is in too many words
+
+
+def _may_tell_a_secret(path: str, text: str, variables: Mapping[str, str] | None) -> bool:
+    """Return whether what was said of a file may quote a secret that it sets, or that is among `variables`.
+
+    If these are not known, it may be one of any file that it reads.
+    """
+    command = re.fullmatch(r"([A-Z_]+): .*not found", text)
+    if command and command[1].lower() in TABLE:  # spaces around =
+        return False
+    values = [line for name in _SECRETS for line in (variables or {}).get(name, "").splitlines() if len(line) >= _SHORT]
+    if any(word in text for word in (*_SECRETS, *values)):
+        return True
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
-            text = file.read()
+            lines = [line for line in file if not line.lstrip().startswith("#")]
     except OSError:
-        return True
-    return any(name.upper() in text for name, entry in TABLE.items() if entry["secret"])
+        return False  # no file of the site's
+    telling = "|".join((*_SECRETS, *(() if variables is not None else (r"source\s", r"(?<!\S)\.\s"))))
+    return any(re.search(telling, line) for line in lines)

@@ -1,83 +1,308 @@
-"""The site's files that are shell, as all in /etc/default are: the shell evaluates them and says what they set."""
+"""Evaluate the site's shell files (as all files in /etc/default are) in a shell, and return what they set.
+
+A shell goes on after most mistakes, with a setting left as it was: another image would be deployed, or one that nobody
+has signed. What the shell says is therefore read. A command that it does not find, what it cannot expand, and what it
+complains of where the file handles no failure (by `||`, `if` and the like) is an error; all else is a warning.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
-from imageos.errors import Failure
-from imageos.run import DEFAULT_PATH, Finished, pipeline
+from imageos import log
+from imageos.errors import Failure, TimedOut
+from imageos.node.programs import DEFAULT_PATH
+from imageos.run import Command, Finished, Outside, pipeline
 
-# For each file: its path and all variables (env -0), then an empty entry. What a file itself prints goes to stderr.
-# `-n` first: a file with a syntax error must not be half executed; `-e`, or bash 5.1 has nothing against an array that
-# does not end. No function around `.`: what a file
-# declares would be local to it.
+TIMEOUT = 60.0  # seconds that the files of one call may take
+LONGEST = 1 << 20  # bytes that they may say and set
+MOST_SAID = 20  # lines that are shown
+
+# Print all variables, then for each file its path and all variables, and behind each of these an empty entry. Variables
+# need not be exported: a file may say `set +a`. Output of the file goes to stderr, and so do our marks, which begin
+# with \1: where a file begins, its path; where a failure is not handled, status, file and line. A file that ends with
+# a failure, as `[ a = b ] && X=y` is one, is not ended by its own `set -e`. Check with `-n` first, so that no file with
+# a syntax error runs half; it may switch extglob on. Without `-e`, bash 5.1 accepts an array that does not end. There
+# is no function around `.`, because what a file declares would be local to it, and no `||` behind it, because all
+# failures in the file would count as handled.
 _EVALUATE = r"""
-exec 3>&1 1>&2
+_imageos_out=8
+_imageos_variables() { /usr/bin/env -0; }
+if [ -n "${BASH_VERSION-}" ]; then
+  eval 'exec {_imageos_out}>&1'
+  set -E
+  trap 'printf "\n\1%s\1%s\1%s\n" "$?" "${BASH_SOURCE[0]-}" "$LINENO" >&2; [ -n "${BASH_SOURCE[0]-}" ] || set +e' ERR
+  _imageos_variables() {
+    compgen -v | while IFS= read -r _imageos_word; do
+      if [ -n "${!_imageos_word+set}" ]; then printf '%s=%s\0' "$_imageos_word" "${!_imageos_word}"; fi
+    done
+  }
+else
+  exec 8>&1
+fi
+exec 1>&2
+_imageos_variables >&"$_imageos_out"; printf '\0' >&"$_imageos_out"
 set -a
 for _imageos_word in "$@"; do
   eval "_imageos_file=$_imageos_word"
-  printf '%s\0' "$_imageos_file" >&3
+  printf '\n\1%s\n' "$_imageos_file" >&2
+  printf '%s\0' "$_imageos_file" >&"$_imageos_out"
   [ -f "$_imageos_file" ] || exit 102
-  "$0" -en "$_imageos_file" || exit 101
+  "$0" -O extglob -en "$_imageos_file" 2>/dev/null || "$0" -en "$_imageos_file" || exit 101
   . "$_imageos_file"
-  /usr/bin/env -0 >&3; printf '\0' >&3
+  { set +vx; } 2>/dev/null
+  _imageos_variables >&"$_imageos_out"; printf '\0' >&"$_imageos_out"
 done
+_imageos_word=$(jobs -p)
+[ -z "$_imageos_word" ] || kill $_imageos_word 2>/dev/null || :  # it may have ended
 exit 0
 """
-_SHELL_OWN = ("_", "SHLVL", "PWD", "OLDPWD", "PATH", "_imageos_file", "_imageos_word")
+_SHELL_OWN = re.compile(
+    r"_|SHLVL|PWD|OLDPWD|PATH|IFS|PS4|REPLY|OPTIND|OPTARG|PIPESTATUS|FUNCNAME|MAPFILE|COPROC(_PID)?|"
+    r"BASH_(?!ENV$)\w+|_imageos_\w+"
+)
+
+_MARK = re.compile("\1([^\1]*|[0-9]+\1[^\1]*\1[0-9]+)")
+
+# What a shell says itself: bash and BusyBox with `line`, dash without it.
+_COMPLAINT = re.compile(r"(\S.*?): (?:eval: )?(?:line )?([0-9]+): (.*)")
+# After these the shell goes on without having done the line, and calls no trap; a here-document without its end has
+# swallowed all lines that follow.
+_LOST = re.compile(
+    r".*(not found|readonly variable|bad substitution|invalid indirect expansion|substring expression < 0|"
+    r"unbound variable|\(error token is .*\)|syntax error.*|unexpected EOF.*|here-document at line .*)"
+)
 
 
 class MissingFile(Failure):
-    """A file that is to be evaluated is not there."""
+    """A file to evaluate does not exist."""
 
     def __init__(self, what: str, path: str) -> None:
         super().__init__(f"{what} {path} is missing")
         self.path = path
 
 
-def evaluate(
-    what: str,
-    words: Sequence[str],
-    given: Mapping[str, str],
-    may_hold_secrets: Callable[[str], bool] = lambda _path: False,
-) -> list[tuple[str, dict[str, str]]]:
-    """(path, what it set) of files that one shell evaluates one after the other, with `given` in its environment.
+@dataclass(frozen=True)
+class Said:
+    """A line that was said, or a failure that the file does not handle, while `main` was evaluated."""
 
-    `words` are shell for the paths, and may use what earlier files set: never text from outside the site's files.
-    `what` the files are is for messages.
+    main: str
+    file: str  # that, or one that it reads
+    line: str  # empty: it is not known where
+    text: str
+    status: int = 0  # of a failure
+    lost: bool = False  # it is a mistake: what the line should do is not done
+
+    def __str__(self) -> str:
+        return ": ".join(word for word in (self.file, self.line and f"line {self.line}", self.text) if word)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is special about some variables."""
+
+    # whether what was said of a file may hold a secret: its path, the text, and all variables, if they are known
+    is_secret: Callable[[str, str, Mapping[str, str] | None], bool] = lambda _path, _text, _variables: False
+    # what must not come out empty of a file in which something has failed
+    vital: Collection[str] = ()
+    warn: Callable[[str], None] = log.warning
+
+
+def evaluate(
+    what: str, words: Sequence[str], environment: Mapping[str, str], rules: Rules | None = None
+) -> list[tuple[str, dict[str, str]]]:
+    """Evaluate files in one shell, one after the other; return (path, variables that it set) of each.
+
+    `words` are the paths as shell words, which may use variables of earlier files. They must not contain text from
+    outside the site's files. Messages call the files `what`.
     """
     if not words:
         return []
+    rules = rules or Rules()
     shell = shutil.which("bash", path=DEFAULT_PATH) or "/bin/sh"
-    start = {"PATH": os.environ.get("PATH", DEFAULT_PATH), **given}
-    done = pipeline([[shell, "-c", _EVALUATE, shell, *words]], env=start, cwd="/", private=True, outside="settings")[0]
+    start = {"PATH": os.environ.get("PATH", DEFAULT_PATH), **environment}
+    done = _run([shell, "-c", _EVALUATE, shell, *words], start, what)
     entries = [block.split("\0") for block in done.stdout.decode("utf-8", "surrogateescape").split("\0\0")]
-    evaluated, last = entries[:-1], entries[-1][0]
-    if done.status != 0 or len(evaluated) < len(words):
-        path = last or (evaluated[-1][0] if evaluated else words[0])
-        raise _failure(what, path, done, may_hold_secrets(path))
+    at_first, evaluated, last = entries[0], entries[1:-1], entries[-1][0]
+    path = last or (evaluated[-1][0] if evaluated else words[0])
+    if done.status == 102:
+        raise MissingFile(what, path)
     layers = []
-    before: Mapping[str, str] = start
-    for path, *variables in evaluated:
-        after = dict(entry.partition("=")[::2] for entry in variables)
-        changed = {name for name, value in after.items() if before.get(name) != value and name not in _SHELL_OWN}
-        layers.append((path, {name: after[name] for name in after if name in changed}))
+    before = _values(at_first)
+    own = before.keys() - start.keys() - {"HOSTNAME"}  # they change by themselves
+    for file, *variables in evaluated:
+        after = _values(variables)
+        # a function, which `set -a` exports, too, is no identifier in dash
+        names = [name for name in after if name.isidentifier() and name not in own and not _SHELL_OWN.fullmatch(name)]
+        layers.append((file, {name: after[name] for name in names if before.get(name) != after[name]}))
         before = after
+    is_whole = done.status == 0 and len(evaluated) == len(words)
+    said = [_told(line, rules, before if is_whole else None) for line in _heard(done.stderr, shell)]
+    if not is_whole:
+        raise _ended(what, path, done.status, said)
+    for file, values in layers:
+        _check(what, file, values, said, rules.vital)
+    for line in _details(said):
+        rules.warn(line)
     return layers
 
 
-def _failure(what: str, path: str, done: Finished, secret: bool) -> Failure:
-    if done.status == 102:
-        return MissingFile(what, path)
-    said = done.stderr.strip().splitlines()
-    details = [] if secret else said  # the shell quotes what it does not understand
-    reason = f"it ended the shell with status {done.status}"
-    if done.status == 101:
-        # bash names file and line in its first line, and quotes the text in the second
-        reason = said[0].partition(path + ": ")[2] or said[0] if said else "syntax error"
-        details = details[1:]
+def _values(variables: Iterable[str]) -> dict[str, str]:
+    return dict(entry.partition("=")[::2] for entry in variables)
+
+
+def _run(argv: Sequence[str], start: Mapping[str, str], what: str) -> Finished:
+    current = ""
+
+    def follow(line: str) -> None:
+        nonlocal current
+        if re.match("\1[^\1]*$", line):
+            current = line[1:]
+
+    try:
+        command = Command(argv, Outside.SETTINGS, env=start, cwd="/", private=True)
+        return pipeline(command, timeout=TIMEOUT, longest=LONGEST, on_line=follow, leaves=True)[0]
+    except TimedOut:
+        raise Failure(
+            f"{what} {current} does not come to an end: it was stopped after {TIMEOUT:.0f} s",
+            hint=f"see what it waits for: bash -x {current}",
+        ) from None
+    except Failure:
+        if not current:  # the shell itself
+            raise
+        raise Failure(f"{what} {current} prints or sets more than {log.size(LONGEST)}") from None
+
+
+# --- what was said ---------------------------------------------------------------------------------------
+
+
+def _heard(stderr: str, shell: str) -> Iterator[Said]:
+    """Yield what was said, and each failure that was not handled: with a text if nothing else tells its place."""
+    main = ""
+    lines: list[Said] = []  # since the last mark
+    for line in [*stderr.split("\n"), "\1"]:
+        if _MARK.fullmatch(line):
+            status, file, number = [*line[1:].split("\1"), "", ""][:3]
+            place = (file, number)
+            yield from (replace(said, lost=said.lost or (said.file, said.line) == place) for said in lines)
+            if not number:
+                main = status
+            elif file:  # not our own `.`
+                yield _failed(main, file, number, int(status), lines)
+            lines = []
+        elif line.strip():
+            lines.append(_line(main, line, shell))
+
+
+def _line(main: str, line: str, shell: str) -> Said:
+    match = _COMPLAINT.fullmatch(line)
+    if not match:
+        return Said(main, main, "", line)
+    file, number, text = match.groups()
+    if file == shell:  # dash says the file behind the line, or not at all
+        file, text = main, text.removeprefix(f"{main}: ")
+    if file != main and _is_program(os.path.join("/", file)):
+        return Said(main, main, "", line)
+    return Said(main, file, number, text, lost=bool(_LOST.fullmatch(text)) and not _is_meant(file, number, text))
+
+
+def _is_program(path: str) -> bool:
+    """Return whether what complains is a program that a file has started, and nothing that it has read."""
+    if not os.path.isfile(path):
+        return True
+    if not os.access(path, os.X_OK):
+        return False
+    try:
+        with open(path, "rb") as opened:
+            return opened.read(2) == b"#!"
+    except OSError:
+        return True
+
+
+def _is_meant(file: str, number: str, text: str) -> bool:
+    """Return whether it is a warning, or a command is not found on a line that says what to do then."""
+    if not re.fullmatch(r"[a-z0-9/][\w./+-]*: (command )?not found", text):
+        return text.startswith("warning: ") and "here-document" not in text
+    try:
+        with open(os.path.join("/", file), encoding="utf-8", errors="replace") as opened:
+            line = next(islice(opened, int(number) - 1, None), "")
+    except OSError:
+        return False
+    return bool(re.match(r"\s*(if|elif|while|until)\s|\s*!\s|.*\|\|", line))
+
+
+def _failed(main: str, file: str, number: str, status: int, lines: Sequence[Said]) -> Said:
+    """Return a failure that was not handled, after these lines."""
+    if any(said.line for said in lines):
+        return Said(main, file, number, "", status)
+    if status in (126, 127):  # also where the shell was told not to say so
+        return Said(main, file, number, "a command is not found, or cannot be run", status, lost=True)
+    return Said(main, file, number, f"the command failed with status {status}" if lines else "", status)
+
+
+def _told(said: Said, rules: Rules, variables: Mapping[str, str] | None) -> Said:
+    """Return it without a text that may hold a secret."""
+    known = variables or ({} if said.line else None)  # the shell quotes no variable
+    if said.status or not rules.is_secret(said.file, said.text, known):
+        return said
+    return replace(said, text="(not shown, as the file sets a secret)" if said.line else "")
+
+
+def _check(what: str, path: str, values: Mapping[str, str], said: Sequence[Said], vital: Collection[str]) -> None:
+    """Fail if the file has not done what it says."""
+    said = [line for line in said if line.main == path]
+    for line in said:
+        if line.lost:
+            raise Failure(f"{what} {line}", hint=_remedy(line), details=_details(said, str(line)))
+    for name, value in values.items():
+        if value.endswith("\r") and "\n" not in value:  # else it may be user-data for Windows
+            raise Failure(f"{what} {path}: {name} ends in a carriage return", hint=_remedy(Said(path, path, "", "\r")))
+    for failed in (line for line in said if line.status):
+        empty = [name for name in vital if values.get(name) == ""]
+        if empty:
+            raise Failure(
+                f"{what} {path}: {empty[0]} is empty, as line {failed.line} failed with status {failed.status}",
+                hint=f"mend that line, or take {empty[0]} out of the file",
+                details=_details(said),
+            )
+
+
+def _details(said: Sequence[Said], cause: str = "") -> list[str]:
+    lines = dict.fromkeys(str(line) for line in said if line.text)
+    return [line for line in lines if line != cause][-MOST_SAID:]
+
+
+def _ended(what: str, path: str, status: int, said: Sequence[Said]) -> Failure:
+    """Return the failure of a file that is no shell, or ends the shell."""
+    located = [line for line in said if line.line]
+    if status == 101:  # bash names file and line in its first line, and quotes the text in the second
+        line = located[0] if located else Said(path, path, "", "syntax error")
+        return Failure(f"{what} {line}", hint=_remedy(line), details=_details(said, str(line)))
+    if status and located and located[-1].status in (0, status):  # by `set -e`, `set -u`, ${name:?}
+        last = located[-1]
+        line = last if last.text else replace(last, text=f"the command failed with status {last.status}")
+        return Failure(f"{what} {line}", hint=_remedy(line), details=_details(said, str(line)))
     return Failure(
-        f"{what} {path}: {reason}", hint=f"it is shell: bash -n {path} shows where it is wrong", details=details
+        f"{what} {path}: it ended the shell with status {status}",
+        hint="it is read by a shell: `return` ends a file, not `exit`",
+        details=_details(said),
     )
+
+
+def _remedy(line: Said) -> str:
+    if "\r" in line.text or "\\r" in line.text:
+        return f"the file has the line ends of Windows: sed -i 's/\\r$//' {line.file}"
+    if "\ufeff" in line.text or "\\357\\273\\277" in line.text:
+        return f"the file begins with a byte order mark: sed -i '1s/^\\xef\\xbb\\xbf//' {line.file}"
+    if re.fullmatch(r"[A-Z][A-Z0-9_]*: .*not found", line.text):
+        return "it is shell: NAME=value, without spaces around ="
+    if "here-document" in line.text:
+        return "the word that ends a here-document must stand alone in its line"
+    if re.search("syntax error|unexpected EOF", line.text):
+        return f"it is shell: bash -n {line.file} shows where it is wrong"
+    return f"see line {line.line} of {line.file}"

@@ -1,17 +1,18 @@
-"""Disk images of real Debian systems that boot, in the layouts that are met; made once, kept between runs.
+"""Disk images of real Debian systems that boot, in common layouts; made once, kept between runs.
 
-They are made in namespaces of their own by programs of the node and, in a chroot, of the Debian.
+Programs of the node and, in a chroot, of the Debian make them in their own namespaces.
 """
 
 from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from debian import CACHE as DEBIANS
 from debian import Debian, cached
+from lvmdisks import LVM
 
 CACHE = DEBIANS.parent / "bootdisks"
 ESP = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
@@ -23,15 +24,18 @@ SERIAL = "console=tty0 console=ttyS0,115200"
 
 @dataclass(frozen=True)
 class Layout:
-    """How one disk is made: shell, where $disk is the loop device and $root the place of the guest's root."""
+    """How to make one disk, in shell: $disk is the loop device, $root is the mount point of the guest's root."""
 
     mib: int
     table: str  # input of sfdisk
-    make: str  # filesystems made and mounted
-    fstab: str  # in double quotes of the shell
-    root: int  # number of its partition
+    make: str  # makes and mounts the filesystems
+    fstab: str  # in double quotes for the shell
+    root: int  # number of its partition, or of that with its volume group
     settings: str = 'GRUB_CMDLINE_LINUX=""'  # besides, of the guest's GRUB
     uefi: bool = False  # boots from it, too
+    boot: int = 0  # number of the partition with /boot, if it has one and boots from UEFI
+    filled: str = ""  # when all files are there
+    configured: str = ""  # when the menu is there
     after: str = ""  # when all is unmounted
 
 
@@ -96,7 +100,58 @@ mount -o subvol=@home ${disk}p2 $root/home
         root=2,
         settings=f'GRUB_CMDLINE_LINUX="{SERIAL}"',
     ),
-    # What ganeti-instance-image made
+    # As the installers of Ubuntu and Red Hat; names with a hyphen, which device-mapper doubles
+    "lvm": Layout(
+        1100,
+        f"""label: gpt
+1 : start=1M, size=1M, type={BIOS}
+15 : size=40M, type={ESP}
+2 : size=200M, type={DATA}
+3 : size=850M, type={LVM}
+""",
+        r"""
+mkfs.vfat -n ESP ${disk}p15 >&2
+make_ext4 -L boot ${disk}p2
+lvm() {
+  command lvm "$@" --driverloaded n --config "devices { use_devicesfile=0 filter=[\"a|^${disk}p3\$|\",\"r|.*|\"] }
+    activation { udev_sync=0 udev_rules=0 monitoring=0 } backup { backup=0 archive=0 }" 2>/dev/null
+}
+lvm pvcreate ${disk}p3 >&2
+lvm vgcreate vg-main ${disk}p3 >&2
+lvm lvcreate -an -Zn -Wn -L 64M -n swap-1 vg-main >&2
+lvm lvcreate -an -Zn -Wn -L 700M -n root vg-main >&2
+start=$(lvm pvs --noheadings --units b --nosuffix -o pe_start ${disk}p3)
+volume() {  # attach a logical volume
+  lvm lvs --noheadings --units b --nosuffix -o seg_pe_ranges,vg_extent_size,seg_size vg-main/$1 |
+    { read -r range extent size; range=${range##*:}
+      losetup --find --show --offset $((start + ${range%-*} * extent)) --sizelimit $size ${disk}p3; }
+}
+swap=$(volume swap-1)
+mkswap $swap >&2
+losetup --detach $swap
+volume=$(volume root)
+make_ext4 $volume
+mount $volume $root
+losetup --detach $volume
+mkdir $root/boot
+mount ${disk}p2 $root/boot
+""",
+        "/dev/mapper/vg--main-root / ext4 errors=remount-ro 0 1\nUUID=$(uuid 2) /boot ext4 defaults 0 2\n"
+        "/dev/mapper/vg--main-swap--1 none swap sw 0 0\n",
+        root=3,
+        settings=f'GRUB_CMDLINE_LINUX="{SERIAL}"',
+        uefi=True,
+        boot=2,
+        filled="""
+cp --archive $volume $root/dev
+ln -s $volume $root/dev/disk/by-uuid/$(blkid --probe --match-tag UUID --output value $volume)
+""",
+        # where device-mapper is, update-grub writes this
+        configured="""
+sed --in-place 's|root=UUID=[^ ]*|root=/dev/mapper/vg--main-root|' $root/boot/grub/grub.cfg
+""",
+    ),
+    # as ganeti-instance-image made it
     "ancestor": Layout(
         1100,
         "label: dos\n1 : start=1M, size=150M, type=83, bootable\n2 : size=64M, type=82\n3 : type=83\n",
@@ -118,6 +173,13 @@ done
 """,
     ),
 }
+
+# Red Hat's installer's default
+LAYOUTS["lvm-xfs"] = replace(
+    LAYOUTS["lvm"],
+    make=LAYOUTS["lvm"].make.replace("make_ext4 $volume", "mkfs.xfs -q -f $volume"),
+    fstab=LAYOUTS["lvm"].fstab.replace("/ ext4 errors=remount-ro 0 1", "/ xfs defaults 0 0"),
+)
 
 # $1 directory for the result: disk, and what `after` makes; $2 tarball
 BEGIN = """
@@ -144,7 +206,7 @@ detach() {
 }
 """
 
-# The loop device goes with its last user: it is let go as soon as something of it is mounted.
+# The loop device vanishes with its last user, so detach it as soon as one of its filesystems is mounted.
 FILL = """
 detach
 tar --extract --file $tarball --directory $root --numeric-owner --xattrs --xattrs-include='*' --acls
@@ -173,7 +235,7 @@ chroot $root grub-install --target=i386-pc --no-floppy $disk
 chroot $root grub-mkconfig -o /boot/grub/grub.cfg
 """
 
-# As in the cloud images: the loader at the removable path, the menu that of BIOS. Without FAT in the node's kernel.
+# As in the cloud images: the loader is at the removable path, the menu is that of BIOS. mtools need no kernel with FAT.
 UEFI = r"""
 cp --recursive $root/usr/lib/grub/x86_64-efi $root/boot/grub/
 cat >$root/boot/efi/grub.cfg <<END
@@ -189,7 +251,7 @@ mcopy -i ${disk}p15 $root/boot/efi/grub.cfg ::/EFI/debian/
 rm $root/boot/efi/BOOTX64.EFI $root/boot/efi/grub.cfg
 """
 
-# The trees have no locales to make one of.
+# cloud-init must not make a locale, as the trees have no sources for one.
 END = """
 [ ! -d $root/etc/cloud ] || echo 'locale: false' >$root/etc/cloud/cloud.cfg.d/10_image.cfg
 umount $root/sys $root/proc $root/dev
@@ -202,29 +264,35 @@ rmdir $root
 class BootDisk:
     layout: Layout
     image: Debian
-    path: Path  # raw, sparse
+    path: Path  # a raw, sparse file
     dumps: dict[str, Path]  # `root` and `boot`, where the layout has dumps
 
 
-def boot_disks(wanted: dict[str, tuple[str, Debian]]) -> dict[str, BootDisk]:
-    """Disks, each of a layout and what is on it, two at a time, out of the cache where they are there."""
+def boot_disks(recipes: dict[str, tuple[str, Debian]]) -> dict[str, BootDisk]:
+    """Return a disk for each (layout, system), by the same keys. Make two at a time, or take them from the cache."""
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(wanted, pool.map(lambda one: _boot_disk(*one), wanted.values())))
+        return dict(zip(recipes, pool.map(lambda pair: _boot_disk(*pair), recipes.values())))
 
 
 def _boot_disk(name: str, image: Debian) -> BootDisk:
     script = recipe(LAYOUTS[name])
-    made_of = image.tarball.parent.name  # SUITE+FLAVOUR-KEY
-    key = hashlib.sha256(f"{script}{made_of}".encode()).hexdigest()[:12]
-    directory = cached(CACHE / f"{name}-{made_of.rpartition('-')[0]}-{key}", script, str(image.tarball))
+    source = image.tarball.parent.name  # SUITE+FLAVOUR-KEY
+    key = hashlib.sha256(f"{script}{source}".encode()).hexdigest()[:12]
+    directory = cached(CACHE / f"{name}-{source.rpartition('-')[0]}-{key}", script, str(image.tarball))
     dumps = {path.stem: path for path in directory.glob("*.dump")}
     return BootDisk(LAYOUTS[name], image, directory / "disk", dumps)
 
 
 def recipe(layout: Layout) -> str:
+    uefi = UEFI
+    if layout.boot:
+        uefi = uefi.replace("$(uuid 1)", f"$(uuid {layout.boot})").replace("prefix=(\\$root)/boot", "prefix=(\\$root)")
     lines = [BEGIN, f"truncate --size {layout.mib}M $result/disk"]
     lines += ["sfdisk --quiet $result/disk <<'END'", layout.table + "END", "attach", layout.make, FILL]
+    lines += [layout.filled] if layout.filled else []
     lines += [f"cat >$root/etc/fstab <<END\n{layout.fstab}END", MENU.format(settings=layout.settings)]
-    lines += [UEFI if layout.uefi else "", END]
+    lines += [uefi if layout.uefi else ""]
+    lines += [layout.configured] if layout.configured else []
+    lines += [END]
     lines += ["attach", layout.after, "detach"] if layout.after else []
     return "\n".join(lines)

@@ -1,12 +1,12 @@
-"""What all tiers but `unit` run in: a private view of the machine, the built file, and a check after each test.
+"""Fixtures for all tiers but `unit`: a private view of the machine, the built file, and a check after each test.
 
-Tests of these tiers run in a mount namespace of their own, where /run, /tmp and /var/tmp are overlays: what is there
-can be read, what is written is seen by this run only. So mounts and temporary files that a test leaves are told
-from those of other programs; processes are told by descent (this process adopts orphans), loop devices by what they
-are over. Keep caches and big files out of /tmp; `tmp_path` is on the disk, under /var/cache.
+These tests run in their own mount namespace, where /run, /tmp and /var/tmp are overlays: they can read the machine's
+files there, but only this run sees what it writes. So the check can tell a test's mounts and temporary files from those
+of other programs. It finds processes by descent (this process adopts orphans), and loop devices by their backing file.
+Keep caches and big files out of /tmp; `tmp_path` is on the disk, under /var/cache.
 
-While a test has a `node`, the machine's root filesystem is read-only for it: code that is wrong about where the
-guest ends cannot harm the machine that it is tested on.
+While a test uses a `node`, the machine's root filesystem is read-only for it, so that code that writes outside the
+guest by mistake cannot harm the machine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ALONE = {
     "ganeti",  # eight daemons each
 }
 PR_SET_CHILD_SUBREAPER = 36
-PATIENCE = 120  # seconds that the kernel gets to take things away
+PATIENCE = 120  # seconds that the kernel may take to remove things
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -46,7 +46,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def pytest_configure(config: pytest.Config) -> None:
     if os.geteuid() == 0 and config.option.basetemp is None:
         base, lock = own_base()
-        config.option.basetemp = str(base / "pytest")  # not `base` itself: pytest makes it anew, and the lock is gone
+        config.option.basetemp = str(base / "pytest")  # not `base`: pytest would replace the locked directory
 
         def remove() -> None:
             shutil.rmtree(base, ignore_errors=True)
@@ -56,18 +56,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def own_base() -> tuple[Path, int]:
-    """A new directory, and the descriptor whose lock says that it is in use, in whatever container its user is.
+    """Return a new directory, and the descriptor whose lock shows that it is in use, even to another container.
 
-    Takes away those of runs that were killed.
+    Remove the directories of killed runs.
     """
     making = os.open(BASE, os.O_RDONLY)
-    fcntl.flock(making, fcntl.LOCK_EX)  # nobody takes away what is made and not locked yet
+    fcntl.flock(making, fcntl.LOCK_EX)  # no other run may remove our directory before we lock it
     for old in BASE.glob(PREFIX + "*"):
-        unused = os.open(old, os.O_RDONLY)
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(unused, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(old, ignore_errors=True)
-        os.close(unused)
+        with contextlib.suppress(FileNotFoundError):  # its run has just ended
+            unused = os.open(old, os.O_RDONLY)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(unused, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
+            os.close(unused)
     base = Path(tempfile.mkdtemp(prefix=PREFIX, dir=BASE))
     lock = os.open(base, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -76,13 +77,13 @@ def own_base() -> tuple[Path, int]:
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """A short name for a case that is a long text: pytest would take all of it, up to a megabyte."""
+    """Return a short id for a long text; pytest would use all of it, up to a megabyte."""
     return f"{argname} of {len(val)}" if isinstance(val, (str, bytes)) and len(val) > 100 else None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, a tier that needs more than one core or a place of its own is for one of them."""
+    """With several workers, let only one of them run a tier that needs more than one core or fixed paths."""
     for item in items:
         tier = item.path.relative_to(TESTS).parts[0]
         if tier in ALONE:
@@ -94,7 +95,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
-    """Make this process's view private; the directories that hold what it writes to /run, /tmp and /var/tmp."""
+    """Make this process's view private; yield the directories that receive its writes to /run, /tmp and /var/tmp."""
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if os.geteuid() != 0:
         yield []
@@ -103,7 +104,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     base = tmp_path_factory.getbasetemp()
     own = BASE / base.relative_to(BASE).parts[0] if base.is_relative_to(BASE) else base  # shared with other workers
     CACHE.mkdir(exist_ok=True)
-    writable = (own, CACHE)  # also while the root is not
+    writable = (own, CACHE)  # even while the root is read-only
     for top in writable:
         run("mount", "--bind", top, top)
     layers = tmp_path_factory.mktemp("layers")
@@ -117,7 +118,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
 
 
 def overlay(top: Path, layer: Path) -> Path:
-    """Mount a writable layer over `top`; the directory that gets what is written."""
+    """Mount a writable layer over `top`; return the directory that receives the writes."""
     upper, work = layer / "upper", layer / "work"
     for directory in (upper, work):
         directory.mkdir(parents=True)
@@ -132,7 +133,7 @@ def overlay(top: Path, layer: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail the test that leaves a process, mount, loop device or temporary file; then take it away."""
+    """Fail a test that leaves a process, mount, loop device or temporary file, and remove it."""
     if request.path.relative_to(TESTS).parts[0] == "unit":
         yield
         return
@@ -159,7 +160,7 @@ def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def imageos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built file, built once per run."""
+    """Build the file once per run; return its path."""
     checkout = TESTS.parent
     built = tmp_path_factory.mktemp("built") / "imageos"
     run(sys.executable, checkout / "build.py")
@@ -169,7 +170,7 @@ def imageos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(imageos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root directory with imageos installed in it; not to be changed."""
+    """Return a root directory with imageos installed in it. Tests must not change it."""
     root = tmp_path_factory.mktemp("root")
     run(imageos, "install", "--root", root)
     return root
@@ -177,7 +178,7 @@ def installed(imageos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def etc(machine: list[Path], tmp_path: Path) -> Iterator[Path]:
-    """/etc as a private layer for one test; what is written there is found in the directory returned."""
+    """Make /etc a private layer for one test; yield the directory that receives the writes."""
     assert os.geteuid() == 0, "these tests need root"
     layer = tmp_path / "etc"
     layer.mkdir()
@@ -191,7 +192,7 @@ def etc(machine: list[Path], tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def read_only_root(machine: list[Path]) -> Iterator[None]:
-    """Whatever is not a layer or a directory of ours cannot be written to; only in this process's view."""
+    """Make the root filesystem read-only in this process's view, except our layers and directories."""
     run("mount", "-o", "remount,bind,ro", "/")
     yield
     run("mount", "-o", "remount,bind,rw", "/")
@@ -199,7 +200,7 @@ def read_only_root(machine: list[Path]) -> Iterator[None]:
 
 @pytest.fixture
 def node(imageos: Path, installed: Path, etc: Path, read_only_root: None, tmp_path: Path) -> Node:
-    """A node with imageos freshly installed and small defaults."""
+    """Return a node with a new installation of imageos and small defaults."""
     shutil.rmtree("/etc/ganeti/instance-image", ignore_errors=True)
     shutil.copytree(installed / "etc", "/etc", symlinks=True, dirs_exist_ok=True)
     work = tmp_path / "node"

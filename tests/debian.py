@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Debian systems, real ones, as images for the tests: made by debootstrap, packed by tar, kept between runs.
+"""Real Debian systems as images for the tests: made by debootstrap, packed by tar, kept between runs.
 
-`debian("bookworm")` gives one and makes it first when it is not there, `debian("bookworm", "netplan")` one with a few
-packages more; `python3 tests/debian.py` makes all suites. A system is made on a tmpfs in namespaces of its own, so that
-an interrupted run leaves neither mounts nor a tree.
+`debian("bookworm")` returns one and makes it first if it does not exist; `debian("bookworm", "netplan")` returns one
+with a few packages more; `python3 tests/debian.py` makes all suites. A system is made on a tmpfs in its own namespaces,
+so that an interrupted run leaves neither mounts nor a tree.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from pathlib import Path
 
 SUITES = ("bullseye", "bookworm", "trixie")
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "debian"
-ATTEMPTS = 3  # at an image: a mirror may be away for a moment
-KEEP = 86400  # seconds that images of another recipe stay in the cache
+INSIDE = "/boot"  # recipes see the cache there, because debootstrap fails on a path with a space
+ATTEMPTS = 3  # to make an image: a mirror may be unreachable for a moment
+KEEP = 86400  # seconds; images of other recipes stay in the cache so long
 PACKAGES = (
     "linux-image-cloud-amd64",
     "grub-pc-bin",
@@ -40,20 +41,27 @@ PACKAGES = (
     "passwd",
     "openssh-server",
 )
-# What a system may have besides: who rules its network, or how it boots.
+# Additional packages of a system, for its network or boot loader.
 FLAVOURS = {
     "ifupdown": ("ifupdown", "isc-dhcp-client"),
     "networkd": ("systemd-resolved",),
     "netplan": ("netplan.io", "systemd-resolved"),
     "network-manager": ("network-manager",),
-    # what Secure Boot accepts
+    # Secure Boot accepts these
     "signed": ("shim-signed", "grub-efi-amd64-signed"),
     "cloud-init": ("cloud-init", "netplan.io", "systemd-resolved"),
     "cloud-init-ifupdown": ("cloud-init", "ifupdown", "isc-dhcp-client"),  # as in the cloud images of Debian 11
-    "large": ("build-essential", "git", "vim"),  # what the benchmark deploys: about 600 MB
+    # All that may rule a guest's network; a test enables what it is about.
+    "networks": (
+        *("cloud-init", "netplan.io", "systemd-resolved", "network-manager", "connman", "dhcpcd"),
+        *("ifupdown", "isc-dhcp-client"),
+    ),
+    "lvm": ("lvm2",),
+    "node": ("lvm2", "python3", "fdisk"),  # deploys others itself
+    "large": ("build-essential", "git", "vim"),  # for the benchmark: about 600 MB
 }
 
-# What the guest says about itself once it is up, on the serial console: `FACT NAME VALUE` lines between two marks.
+# Once the guest is up, it reports on the serial console: `FACT NAME VALUE` lines between two marks.
 # It waits for the getty, because systemd hangs up the terminal before it starts one.
 REPORT = r"""#!/bin/sh
 dmesg --console-off  # a message of the kernel would go into the middle of a line; a panic is shown nevertheless
@@ -110,7 +118,7 @@ ExecStart=/usr/local/sbin/report-facts
 WantedBy=multi-user.target
 """
 
-# $1 directory for the result: image.tar.zst, machine-id, host-keys; $2 suite; a flavour: $3 the image to start from,
+# $1 directory for the result: image.tar.zst, machine-id, host-keys; $2 suite; for a flavour: $3 the image to extend,
 # $4... the packages to add
 BEGIN = """
 set -euo pipefail
@@ -170,7 +178,7 @@ class Debian:
 
 
 def debian(suite: str, flavour: str = "") -> Debian:
-    """The image of one suite, out of the cache when it is there."""
+    """Return the image of one suite, from the cache if it is there."""
     base = [str(debian(suite).tarball), *FLAVOURS[flavour]] if flavour else []
     path = cached(CACHE / f"{_name(suite, flavour)}-{_key(flavour)}", _recipe(flavour), suite, *base)
     return Debian(
@@ -182,18 +190,18 @@ def debian(suite: str, flavour: str = "") -> Debian:
 
 
 def debians(suites: Iterable[str]) -> dict[str, Debian]:
-    """Several of them, two at a time."""
+    """Return several images by suite; make two at a time."""
     names = sorted(set(suites))
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(names, pool.map(debian, names)))
 
 
 def flavours(suite: str, names: Iterable[str]) -> dict[str, Debian]:
-    """Several flavours of one suite, two at a time."""
+    """Return several flavours of one suite by name; make two at a time."""
     debian(suite)
-    wanted = sorted(set(names))
+    names = sorted(set(names))
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(wanted, pool.map(lambda flavour: debian(suite, flavour), wanted)))
+        return dict(zip(names, pool.map(lambda flavour: debian(suite, flavour), names)))
 
 
 def _name(suite: str, flavour: str) -> str:
@@ -205,33 +213,35 @@ def _recipe(flavour: str) -> str:
 
 
 def _key(flavour: str) -> str:
-    made_of = BEGIN + SYSTEM + END + (FLAVOUR + " ".join(FLAVOURS[flavour]) if flavour else "")
-    return hashlib.sha256(made_of.encode()).hexdigest()[:12]
+    recipe = BEGIN + SYSTEM + END + (FLAVOUR + " ".join(FLAVOURS[flavour]) if flavour else "")
+    return hashlib.sha256(recipe.encode()).hexdigest()[:12]
 
 
 def cached(path: Path, script: str, *arguments: str) -> Path:
-    """The directory `path`, NAME-KEY, made first when it is not there: by a bash script in namespaces of its own, which
-    fills the directory that it gets before its `arguments`."""
+    """Return the directory `path`, NAME-KEY. If it does not exist, a bash script makes it in its own namespaces: it
+    fills the directory that is its first argument, before `arguments`."""
     name = path.name.rpartition("-")[0]
     if not path.is_dir():
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_name(f".{name}.lock")):
-            if not path.is_dir():  # nobody else has made it meanwhile
+            if not path.is_dir():  # no other run has made it meanwhile
                 _make(path, name, script, arguments)
     return path
 
 
 def _make(path: Path, name: str, script: str, arguments: Sequence[str]) -> None:
+    cache = path.parent.parent
     for other in [*path.parent.glob(f"{name}-*"), *path.parent.glob(f".{name}-*")]:
-        if other.stat().st_mtime < time.time() - KEEP:  # a younger one may be another checkout's
+        if other.stat().st_mtime < time.time() - KEEP:  # a newer one may belong to another checkout
             shutil.rmtree(other)
     for _ in range(ATTEMPTS):
         scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=path.parent))
         try:
-            made = subprocess.run(
+            done = subprocess.run(
                 ["setpriv", "--pdeathsig", "KILL"]
                 + ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-                + ["bash", "-c", script, "debian", str(scratch), *arguments],
+                + ["bash", "-euc", f'mount --bind "$1" {INSIDE}; shift; exec bash -c "$@"', "bash", str(cache), script]
+                + ["debian", *(text.replace(f"{cache}/", f"{INSIDE}/") for text in (str(scratch), *arguments))],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -239,12 +249,12 @@ def _make(path: Path, name: str, script: str, arguments: Sequence[str]) -> None:
                 text=True,
                 errors="replace",
             )
-            if made.returncode == 0:
+            if done.returncode == 0:
                 scratch.rename(path)
                 return
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    raise RuntimeError(f"cannot make {name}:\n" + "\n".join(made.stdout.splitlines()[-30:]))
+    raise RuntimeError(f"cannot make {name}:\n" + "\n".join(done.stdout.splitlines()[-30:]))
 
 
 def _proxies() -> dict[str, str]:

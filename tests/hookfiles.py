@@ -1,4 +1,4 @@
-"""The hooks of the checkout: the files that build.py packs, and each as a module."""
+"""The hooks of the checkout, as files that build.py packs and as modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 from build import is_source
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-# Not what editors and Python leave beside them
+# Without files that editors and Python leave there
 HOOKS = {
     path.name: path
     for path in sorted((CHECKOUT / "hooks.d").iterdir())
@@ -18,7 +18,7 @@ PYTHON_HOOKS = {name: path for name, path in HOOKS.items() if "python3" in path.
 
 
 def hook_module(name: str) -> ModuleType:
-    """A hook as a module. Not through importlib, which would leave its bytecode in hooks.d."""
+    """Return a hook as a module, not by importlib, which would write its bytecode to hooks.d."""
     module = ModuleType(f"hook_{name.replace('-', '_')}")
     module.__file__ = str(HOOKS[name])
     exec(compile(HOOKS[name].read_text(), HOOKS[name], "exec", dont_inherit=True), module.__dict__)

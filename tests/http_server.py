@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that can be as slow, unreliable and wrong as servers are."""
+"""A real HTTP server on loopback that can be slow, unreliable and wrong."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-STEP = 1 << 14  # bytes that are sent at once
+STEP = 1 << 14  # bytes per write
 
 
 @dataclass
 class File:
-    """What is at one path, and how the server behaves when it is asked for it."""
+    """The content at one path, and the behaviour of the server there."""
 
     content: bytes = b""
     etag: str | None = "of the content"
@@ -29,13 +29,14 @@ class File:
     knows_head: bool = True
     knows_ranges: bool = True
     minds_if_range: bool = True
-    announced: int | None = None  # Content-Length that is not true; -1: none at all
+    announced: int | None = None  # a wrong Content-Length; -1: no Content-Length
     chunked: bool = False
     rate: int = 0  # bytes per second
-    cuts: list[int] = field(default_factory=list)  # the next answers end after so many bytes
-    stalls_at: int | None = None  # no more after so many bytes, but the connection stays
-    password: str | None = None  # `Basic ...` that must be sent
-    babble: bytes = b""  # instead of an answer, again and again; with a rate, byte by byte
+    cuts: list[int] = field(default_factory=list)  # the next responses end after so many bytes
+    stalls_at: int | None = None  # send no more after so many bytes, but keep the connection
+    encoding: str | None = None  # Content-Encoding of the content
+    password: str | None = None  # `Basic ...` that the client must send
+    babble: bytes = b""  # sent again and again instead of a response; with a rate, byte by byte
 
     @property
     def tag(self) -> str | None:
@@ -66,12 +67,12 @@ class Server(ThreadingHTTPServer):
         return f"{self.scheme}://127.0.0.1:{self.server_port}"
 
     def put(self, path: str, content: bytes, **how: object) -> str:
-        """Serve `content` at `path`; its URL."""
+        """Serve `content` at `path`; return its URL."""
         self.files[path] = File(content, **how)  # type: ignore[arg-type]
         return self.url + path
 
     def sums(self, path: str, *names: str, algorithm: str = "sha256", line: str = "{hex}  {name}\n") -> None:
-        """Make a checksum file of files that are there, in the same directory."""
+        """Serve a checksum file of files `names` in the same directory."""
         top = path.rpartition("/")[0]
         text = "".join(
             line.format(hex=hashlib.new(algorithm, self.files[f"{top}/{name}"].content).hexdigest(), name=name)
@@ -80,10 +81,10 @@ class Server(ThreadingHTTPServer):
         self.put(path, text.encode())
 
     def count(self, path: str, method: str = "GET") -> int:
-        return sum(1 for one in self.requests if (one.method, one.path) == (method, path))
+        return sum(1 for request in self.requests if (request.method, request.path) == (method, path))
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients go away; that is part of the game."""
+        """Ignore that clients close connections early."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -121,22 +122,23 @@ class Handler(BaseHTTPRequestHandler):
             self.send_body(file, body)
 
     def decide(self, file: File) -> tuple[int, int, dict[str, str]]:
-        """status, first byte, headers"""
-        headers = {"Last-Modified": file.last_modified, "ETag": file.tag, "Location": file.location}
-        known = {name: value for name, value in headers.items() if value}
+        """Return the status, the offset of the first byte, and the headers."""
+        headers = {"Last-Modified": file.last_modified, "ETag": file.tag, "Location": file.location,
+                   "Content-Encoding": file.encoding}  # fmt: skip
+        sent = {name: value for name, value in headers.items() if value}
         if file.password and self.headers.get("Authorization") != file.password:
             return 401, 0, {}
         if self.command == "HEAD" and not file.knows_head:
             return 501, 0, {}
         asked = self.headers.get("Range")
         if not asked or not file.knows_ranges or file.status != 200:
-            return file.status, 0, known
+            return file.status, 0, sent
         if file.minds_if_range and self.headers.get("If-Range") not in (None, file.tag, file.last_modified):
-            return 200, 0, known
+            return 200, 0, sent
         start, size = int(asked.partition("=")[2].rstrip("-")), len(file.content)
         if start >= size:
             return 416, 0, {"Content-Range": f"bytes */{size}"}
-        return 206, start, {**known, "Content-Range": f"bytes {start}-{size - 1}/{file.announced or size}"}
+        return 206, start, {**sent, "Content-Range": f"bytes {start}-{size - 1}/{file.announced or size}"}
 
     def send_body(self, file: File, body: bytes) -> None:
         end = file.cuts.pop(0) if file.cuts else len(body)
@@ -145,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         for at in range(0, stop, step):
             piece = body[at : min(at + step, stop)]
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if file.chunked else piece)
-            rate = file.rate  # the test may change it
+            rate = file.rate  # read it each time, as the test may change it
             if rate:
                 time.sleep(len(piece) / rate)
         if file.chunked and end >= len(body):
@@ -155,7 +157,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.is_closing.wait(60)
 
     def do_CONNECT(self) -> None:
-        """Be a proxy for https, to ourselves or another server of the test."""
+        """Act as a proxy for https, to this or another server of the test."""
         self.server.requests.append(Request("CONNECT", self.path, dict(self.headers.items())))
         host, _, port = self.path.rpartition(":")
         self.send_response(200)
@@ -173,12 +175,12 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(certificate: Path | None = None) -> Iterator[Server]:
-    """A server in a thread; with a file that holds key and certificate it speaks https."""
+    """Run a server in a thread; with a file that contains key and certificate, use https."""
     with Server() as server:
         if certificate:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(certificate)
-            # the handshake is done by the thread that answers
+            # the thread that responds does the handshake
             server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
             server.scheme = "https"
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)

@@ -1,4 +1,4 @@
-"""What a test may have left on the machine, and how it is taken away."""
+"""Find what a test has left on the machine, and remove it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from support import TESTS, run, wait_until
 
-PRIVATE = ("/run", "/tmp", "/var/tmp")  # for each test run a layer of its own
-# Directories of /run that belong to tools of the system, and the one that imageos keeps (empty).
+PRIVATE = ("/run", "/tmp", "/var/tmp")  # each test run has its own layer over them
+# Directories of /run that belong to tools of the system, and imageos's own, which stays (empty).
 ALLOWED = {Path("/run", name) for name in ("imageos", "mount", "blkid", "lock", "lvm", "ganeti")}
 
 
 class Leftovers:
-    """What exists now and might have been left by a test."""
+    """All that exists now and may be left by a test."""
 
     def __init__(self, uppers: list[Path], base: str) -> None:
         reap()
@@ -24,8 +24,8 @@ class Leftovers:
         self.loops = own_loops(base)
         self.files = {str(path) for path in [Path("/root/.shiv")] if os.path.lexists(path)}
         for upper, top in zip(uppers, PRIVATE):
-            found = {Path(top, path.relative_to(upper)) for path in (*upper.glob("*"), *upper.glob("imageos/*"))}
-            self.files |= {str(path) for path in found - ALLOWED if path not in TESTS.parents}
+            written = {Path(top, path.relative_to(upper)) for path in (*upper.glob("*"), *upper.glob("imageos/*"))}
+            self.files |= {str(path) for path in written - ALLOWED if path not in TESTS.parents}
 
     def minus(self, other: Leftovers) -> Leftovers:
         self.processes = {pid: name for pid, name in self.processes.items() if pid not in other.processes}
@@ -63,7 +63,7 @@ class Leftovers:
 
 
 def reap() -> None:
-    """Bury the orphans that were given to us and have ended."""
+    """Wait for adopted orphans that have ended."""
     try:
         while os.waitpid(-1, os.WNOHANG) != (0, 0):
             pass
@@ -72,7 +72,7 @@ def reap() -> None:
 
 
 def process_table() -> dict[int, tuple]:
-    """pid -> (parent, state, command)"""
+    """Return PID -> (parent, state, command)."""
     table = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -89,28 +89,28 @@ def process_table() -> dict[int, tuple]:
 
 def descendants(pid: int) -> dict[int, str]:
     table = process_table()
-    found: dict[int, str] = {}
+    commands: dict[int, str] = {}
     family = {pid}
     while family:
         family = {child for child, (parent, _, _) in table.items() if parent in family}
-        found.update({child: table[child][2] for child in family})
-    return found
+        commands.update({child: table[child][2] for child in family})
+    return commands
 
 
 def own_mounts(base: str) -> list[str]:
-    """`PLACE TYPE SOURCE` of the mounts made in this namespace; those of the machine arrive as slaves."""
-    ours = (base or "/run/imageos", "/run/imageos")
-    found = []
+    """Return `PATH TYPE SOURCE` of the mounts made in this namespace; those of the machine are slaves."""
+    directories = (base or "/run/imageos", "/run/imageos")
+    mounts = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         mount, _, filesystem = line.partition(" - ")
         fields = mount.split()
-        if fields[4].startswith(ours) or not any(option.startswith("master:") for option in fields[6:]):
-            found.append(" ".join([fields[4], *filesystem.split()[:2]]))
-    return found
+        if fields[4].startswith(directories) or not any(option.startswith("master:") for option in fields[6:]):
+            mounts.append(" ".join([fields[4], *filesystem.split()[:2]]))
+    return mounts
 
 
 def whole(backing: str, base: str) -> str:
-    """The path of a loop device's file: opened in a mount namespace that is gone, it is shown from its mount's root."""
+    """Return the path of a loop device's file. If its mount namespace is gone, sysfs omits the mount point."""
     for top in [base, *map(str, Path(base).parents)]:
         path = top + backing
         if path.startswith(f"{base}/") and os.path.lexists(path):
@@ -119,12 +119,12 @@ def whole(backing: str, base: str) -> str:
 
 
 def own_loops(base: str) -> dict[str, str]:
-    """Loop devices over files of this run, or over such loop devices."""
+    """Return loop device -> file, for files of this run and for loop devices over such loop devices."""
     over = {}
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
             over[f"/dev/{backing.parts[3]}"] = whole(backing.read_text().strip(), base)
-        except OSError:  # detached meanwhile
+        except OSError:  # it was detached meanwhile
             continue
     ours = {name for name, back in over.items() if base and back.startswith(base + "/")}
     while True:

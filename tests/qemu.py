@@ -1,7 +1,7 @@
-"""A disk booted in qemu, and what its guest says on the serial console.
+"""Boot a disk in qemu, and read the guest's messages on the serial console.
 
-Always software emulation, which is what every machine has. qemu gets a snapshot of the disk, so that the disk stays
-as it was, and ends with the context or, should this process be killed, with it.
+Use software emulation, which works on every machine. qemu uses a snapshot, so that the disk stays unchanged, and ends
+with the context, or with this process if that is killed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Not `max` alone: the emulation of cmpxchg16b in qemu 7.2 (Debian 12) spoils the flags at times, and every
-# second boot of Linux 6.12 panics; without the feature Linux does not use the instruction.
+# Not `max` alone: qemu 7.2 (Debian 12) sometimes emulates the flags of cmpxchg16b wrongly, and every second
+# boot of Linux 6.12 panics. Without the feature Linux does not use the instruction.
 CPU = "max,-cx16"
 OVMF = "/usr/share/OVMF"
 DEADLINE = 1200  # seconds from power on; a Debian guest takes 25 to 60 on an idle core, 90 with cloud-init
 PATIENCE = 120  # seconds between the report and the prompt
-# What a guest says that will not come up any more.
+# The console of a guest that will not come up shows one of these.
 HOPELESS = re.compile(
     r"Kernel panic|\(initramfs\)|grub rescue>|^grub> |No bootable device|Boot failed: not a bootable"
     r"|emergency mode|Give root password|Press Enter for maintenance|error: no such device",
@@ -41,13 +41,13 @@ class Console:
         return ESCAPES.sub("", self.log.read_text(errors="replace"))
 
     def wait_for(self, *patterns: str) -> str:
-        """Wait until every pattern was seen; the console's text so far."""
-        reported = float("inf")  # when the guest had reported about itself: it is up then, and a prompt is due
+        """Wait until every pattern has appeared; return the console's text so far."""
+        reported = float("inf")  # time of the guest's report; after it, a prompt must appear
         while True:
-            ended = self.process.poll() is not None  # asked before reading, so that nothing is missed
+            ended = self.process.poll() is not None  # before reading, so that no output is missed
             now = time.monotonic()
             text = self.text()
-            missing = [one for one in patterns if not re.search(one, text, re.MULTILINE)]
+            missing = [pattern for pattern in patterns if not re.search(pattern, text, re.MULTILINE)]
             if not missing:
                 return text
             hopeless = HOPELESS.search(text)
@@ -65,17 +65,20 @@ class Console:
             time.sleep(0.2)
 
     def facts(self) -> Facts:
-        """What the guest reports about itself (see REPORT in debian.py)."""
+        """Return the guest's report about itself (see REPORT in debian.py)."""
         text = self.wait_for(r"^FACTS-BEGIN$", r"^FACTS-END$")
         return Facts.parse(text[text.index("FACTS-BEGIN") : text.index("FACTS-END")])
 
 
 @contextmanager
-def booting(disk: Path, log: Path, firmware: str = "bios", macs: Sequence[str] = ()) -> Iterator[Console]:
-    """A virtual machine that has just been switched on; `log` gets what it prints on ttyS0.
+def booting(
+    disk: Path, log: Path, firmware: str = "bios", macs: Sequence[str] = (), more: Sequence[str] = ()
+) -> Iterator[Console]:
+    """Start a virtual machine, which prints ttyS0 to `log`.
 
-    Without a NIC, or with one for each of `macs`, on a network of its own with a DHCP server: qemu's user network
-    10.0.INDEX.0/24, router .2, DNS server .3. UEFI starts with empty variables: it only finds the removable path.
+    It has a NIC for each of `macs`, each on its own network with a DHCP server: qemu's user network 10.0.INDEX.0/24,
+    router .2, DNS server .3. UEFI starts with empty variables, so that it only finds the removable path.
+    `more` are arguments for qemu, as for a kernel that is on no disk.
     """
     argv = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"]
     argv += ["-accel", "tcg", "-cpu", CPU, "-m", "512", "-smp", "1", "-display", "none", "-monitor", "none"]
@@ -93,7 +96,7 @@ def booting(disk: Path, log: Path, firmware: str = "bios", macs: Sequence[str] =
             f"virtio-net-pci,netdev=net{index},mac={mac}",
         ]
     argv += [] if macs else ["-nic", "none"]
-    argv += ["-serial", "stdio", "-no-reboot"]
+    argv += ["-serial", "stdio", "-no-reboot", *more]
     with log.open("wb") as output:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     with process:

@@ -1,6 +1,6 @@
-"""What the tiers share: commands, recorded environments, calling a script as Ganeti does, looking at disks.
+"""Helpers for all tiers: run commands, read recorded environments, call a script as Ganeti does, inspect disks.
 
-Nothing here is specific to one tier; nothing is left behind that is not undone by a context manager.
+Nothing here is specific to one tier. A helper that changes the machine is a context manager, which undoes it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SITE = Path("/etc/ganeti/instance-image")
 DEFAULTS = Path("/etc/default/ganeti-instance-image")
 PATH = "/sbin:/bin:/usr/sbin:/usr/bin"  # Ganeti's
 CLONE_NEWNS = 0x00020000
-HANGS = 300.0  # seconds after which a wait is taken for one without end: no measure of speed, machines may be busy
+HANGS = 300.0  # seconds; a longer wait counts as endless. Not a measure of speed, as machines may be busy
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Name = Union[str, "os.PathLike[str]"]
@@ -34,7 +34,7 @@ Stream = Union[int, IO[bytes], None]
 
 
 def run(*argv: Name, check: bool = True, text: str = "") -> str:
-    """Run a command of the test itself, `text` as its stdin; its stdout. A failure shows what it printed."""
+    """Run a command of the test itself with `text` as stdin; return its stdout. A failure shows its output."""
     done = subprocess.run(
         [os.fspath(word) for word in argv], input=text, capture_output=True, encoding="utf-8", errors="backslashreplace"
     )
@@ -43,7 +43,7 @@ def run(*argv: Name, check: bool = True, text: str = "") -> str:
 
 
 def recorded(name: str) -> dict[str, str]:
-    """The environment that a real cluster gave to a script: tests/env/NAME.env."""
+    """Return the environment that a real cluster gave to a script: tests/env/NAME.env."""
     lines = (TESTS / "env" / f"{name}.env").read_text().splitlines()
     return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
 
@@ -56,7 +56,7 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 
 def make_odd(path: Path, kind: str) -> None:
-    """Make what is no regular file: a directory, a fifo or a dangling link; nothing, if it is of another kind."""
+    """Make a directory, fifo or dangling link; do nothing for any other `kind`."""
     if kind == "directory":
         path.mkdir()
     elif kind == "fifo":
@@ -70,7 +70,7 @@ def make_odd(path: Path, kind: str) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """An ended call: its status as the shell would show it, and the whole log file."""
+    """A finished call: its status as a shell shows it, and the whole log file."""
 
     status: int
     log: str
@@ -89,7 +89,7 @@ class Result:
         return self
 
     def failed(self, *names: str) -> Result:
-        """It failed in the agreed way, and the last line names what is wrong."""
+        """Fail unless the status is 1 and the last line contains all `names`."""
         assert self.status == 1, f"status {self.status}\n{self.log}"
         for name in names:
             assert name in self.last, f"{name!r} is not in the last line:\n{self.log}"
@@ -97,10 +97,10 @@ class Result:
 
 
 class Call:
-    """A script started as Ganeti starts it: only `environment`, cwd = directory of the script, umask 077,
-    stdin a pipe at EOF, stdout and stderr one log file; or the streams that are given. It leads a process group."""
+    """A script started as Ganeti starts it: with `environment` only, in its own directory and process group, with
+    umask 077. Unless other streams are passed, stdin is a pipe at EOF, and stdout and stderr are one log file."""
 
-    unburied: ClassVar[list[subprocess.Popen[bytes]]] = []  # what a failed test may leave
+    unburied: ClassVar[list[subprocess.Popen[bytes]]] = []  # a failed test may leave them unwaited
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class Call:
         return self.log_file.read_bytes().decode("ascii", "strict")
 
     def wait_for(self, condition: Callable[[], object], what: str) -> None:
-        """Wait for something that happens while the call runs."""
+        """Wait until `condition()` is true while the call runs."""
 
         def happened() -> bool:
             assert self.process.poll() is None, f"ended while we waited: {what}\n{self.log()}"
@@ -149,7 +149,7 @@ class Call:
         (os.killpg if group else os.kill)(self.process.pid, number)
 
     def result(self, interrupted: bool = False) -> Result:
-        """`interrupted`: SIGINT may have come while Python itself started, which shows where."""
+        """Wait for the end. `interrupted`: allow a traceback of Python itself, as SIGINT may come while it starts."""
         try:
             status = self.process.wait(HANGS)
         except subprocess.TimeoutExpired:
@@ -157,13 +157,13 @@ class Call:
             self.process.wait()
             raise AssertionError(f"not finished within {HANGS} s\n{self.log()}") from None
         log = self.log()  # fails unless it is ASCII
-        ours = "imageos/site-packages" in log or not interrupted
-        assert "Traceback (most recent call last)" not in log or not ours, log
+        is_ours = "imageos/site-packages" in log or not interrupted
+        assert "Traceback (most recent call last)" not in log or not is_ours, log
         return Result(status if status >= 0 else 128 - status, log, time.monotonic() - self.started)
 
 
 class Gate:
-    """Where a program waits, by `shell`: a FIFO beside it, which it can open even where it can write nothing."""
+    """A FIFO at which a program waits if it runs `shell`. It can open the FIFO even if it can write nowhere."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
@@ -171,21 +171,21 @@ class Gate:
         self.path, self.shell, self._writer = path, f"read _ 2>/dev/null <{path} || :", -1
 
     def reached(self) -> bool:
-        """Whether it waits."""
+        """Return True if the program waits."""
         if self._writer < 0:
             with suppress(OSError):  # ENXIO: nobody reads
                 self._writer = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         return self._writer >= 0
 
     def open(self) -> None:
-        """Let it go on; nobody waits here any more."""
+        """Let the program continue, and remove the gate."""
         self.path.unlink()
         if self._writer >= 0:
             os.close(self._writer)
 
 
 def session(leader: int) -> list[str]:
-    """`STATE PID ARGUMENTS` of the living processes that a call has started."""
+    """Return `STATE PID ARGUMENTS` of the living processes that a call has started."""
     lines = run("ps", "--no-headers", "-o", "stat,pid,args", "--sid", str(leader), check=False).splitlines()
     return [line for line in lines if not line.startswith("Z")]
 
@@ -195,13 +195,13 @@ def _umask_077() -> None:
 
 
 class Node:
-    """A node with imageos installed under `root`; /etc is a private copy for the duration of one test.
+    """A node with imageos installed under `root`; /etc is a private copy for one test.
 
-    Sizes of swap and /boot are small unless a test says otherwise.
+    Swap and /boot are small unless a test sets other sizes.
     """
 
     def __init__(self, imageos: Path, root: Path, work: Path, layer: Path) -> None:
-        """`layer` is the directory that gets what is written to /etc."""
+        """`layer` is the directory that receives the writes to /etc."""
         self.imageos, self.root, self.work, self.layer = imageos, root, work, layer
         self.os_dir = root / "usr/share/ganeti/os/image"
         self.images = work / "images"
@@ -211,7 +211,7 @@ class Node:
         self.variant("default")
 
     def defaults(self, text: str = "") -> None:
-        """The defaults file: what the tests want in general, then `text`."""
+        """Write the defaults file: the usual settings of the tests, then `text`."""
         self.write(
             DEFAULTS,
             f"IMAGE_DIR={self.images}\nIMAGE_TYPE=tarball\nFILESYSTEM=ext4\nSWAP_SIZE=8\nBOOT_SIZE=24\n{text}\n",
@@ -219,10 +219,10 @@ class Node:
 
     def variant(self, name: str, text: str = "") -> None:
         self.write(SITE / "variants" / f"{name}.conf", text)
-        known = SITE / "variants.list"
-        before = known.read_text().splitlines() if known.exists() else []
-        if name not in before:
-            self.write(known, "".join(f"{line}\n" for line in [*before, name]))
+        listing = SITE / "variants.list"
+        names = listing.read_text().splitlines() if listing.exists() else []
+        if name not in names:
+            self.write(listing, "".join(f"{line}\n" for line in [*names, name]))
 
     def hook(self, name: str, text: str, mode: int = 0o755) -> Path:
         path = SITE / "hooks" / name
@@ -231,7 +231,7 @@ class Node:
         return path
 
     def image(self, source: Path, name: str) -> Path:
-        """Make the file `source` known under `name` (complete, as `tiny-x86_64.tar.gz`)."""
+        """Copy the file `source` to IMAGE_DIR under a full `name`, such as `tiny-x86_64.tar.gz`."""
         path = self.images / name
         run("cp", "--reflink=auto", "--sparse=always", source, path)
         return path
@@ -239,7 +239,7 @@ class Node:
     def environment(
         self, disk: Name, *more_disks: Name, env: str = "create", **overrides: object | None
     ) -> dict[str, str]:
-        """A recorded environment with these disks; an override None removes the variable."""
+        """Return a recorded environment with these disks; an override None removes the variable."""
         values = {name: value for name, value in recorded(env).items() if not name.startswith(("DISK_1_", "OSP_"))}
         disks = [disk, *more_disks]
         values.update(OSP_IMAGE_NAME="tiny", DISK_COUNT=str(len(disks)))
@@ -269,10 +269,15 @@ class Node:
         return self.call("create", self.environment(disk, *more_disks, env=env, **overrides))
 
     def tool(self, *arguments: str, path: str = PATH) -> Result:
-        """One of the tools for an instance, called by its name."""
+        """Call a tool by its name, or another command."""
+        return self.start_tool(*arguments, path=path).result()
+
+    def start_tool(self, *arguments: str, path: str = PATH) -> Call:
         self.calls += 1
         log = self.work / f"{arguments[0]}-{self.calls}.log"
-        return Call(self.os_dir / "tools" / arguments[0], {"PATH": path}, log, arguments[1:]).result()
+        tool = self.os_dir / "tools" / arguments[0]
+        script, words = (tool, arguments[1:]) if tool.exists() else (self.os_dir / "imageos", arguments)
+        return Call(script, {"PATH": path}, log, words)
 
     @staticmethod
     def write(path: Path, text: str) -> None:
@@ -281,20 +286,20 @@ class Node:
 
 
 def listing(top: Path) -> dict[str, tuple]:
-    """Every file below `top` with what a write would change."""
-    found = {}
+    """Return path -> the attributes that a write changes, of every file below `top`."""
+    entries = {}
     for directory, _, files in os.walk(top):
         for name in [".", *files]:
             entry = os.lstat(os.path.join(directory, name))
-            found[os.path.join(directory, name)] = (entry.st_mode, entry.st_uid, entry.st_size, entry.st_mtime_ns)
-    return found
+            entries[os.path.join(directory, name)] = (entry.st_mode, entry.st_uid, entry.st_size, entry.st_mtime_ns)
+    return entries
 
 
 # Disks
 
 
 def size_of(path: Name) -> int:
-    """Bytes of a file or block device; 0 for what is neither."""
+    """Return the size of a file or block device in bytes; 0 for anything else."""
     try:
         mode = os.stat(path).st_mode
     except OSError:
@@ -306,12 +311,12 @@ def size_of(path: Name) -> int:
 
 
 def digest(path: Name) -> str:
-    """A hash of the content. Holes of a file are not read; zeroes are as good: the kernel makes one of the other."""
+    """Return a hash of the content. Skip holes, and treat zeroes like holes: the kernel may turn one into the other."""
     total = hashlib.sha256()
     with open(path, "rb") as disk:
         end = disk.seek(0, os.SEEK_END)
         total.update(b"%d" % end)
-        following = 0  # block of 1 MiB that was not looked at yet
+        following = 0  # next block of 1 MiB to read
         for start, stop in _data(disk.fileno(), end):
             for number in range(max(start // MIB, following), -(-stop // MIB)):
                 disk.seek(number * MIB)
@@ -330,7 +335,7 @@ def _data(descriptor: int, end: int) -> Iterator[tuple[int, int]]:
     while stop < end:
         try:
             start = os.lseek(descriptor, stop, os.SEEK_DATA)
-        except OSError:  # only a hole from here
+        except OSError:  # the rest is a hole
             return
         stop = os.lseek(descriptor, start, os.SEEK_HOLE)
         yield start, stop
@@ -338,7 +343,7 @@ def _data(descriptor: int, end: int) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def attached(path: Name, offset: int = 0, size: int = 0, read_only: bool = False) -> Iterator[Path]:
-    """A loop device over (a part of) a disk."""
+    """Attach a loop device to a disk, or to a part of it (in bytes)."""
     part = ["--offset", str(offset), "--sizelimit", str(size)] if size else []
     mode = ["--read-only"] if read_only else []
     device = run("losetup", "--find", "--show", *part, *mode, path).strip()
@@ -350,7 +355,7 @@ def attached(path: Name, offset: int = 0, size: int = 0, read_only: bool = False
 
 @contextmanager
 def mounted(disk: Name, where: Path, partition: Partition | None = None, options: str = "ro") -> Iterator[Path]:
-    """A filesystem of `disk` (or all of it), mounted at `where` for the test only."""
+    """Mount a partition of `disk`, or the whole disk, at `where`; unmount it on exit."""
     where.mkdir(exist_ok=True)
     start, size = (partition.start, partition.size) if partition else (0, 0)
     read_only = "ro" in options.split(",")
@@ -363,9 +368,38 @@ def mounted(disk: Name, where: Path, partition: Partition | None = None, options
     where.rmdir()
 
 
+@contextmanager
+def left_dirty(disk: Path, where: Path, partition: Partition | None = None, below: str = ".") -> Iterator[Path]:
+    """Like `mounted`, but leave the filesystem as if the guest had crashed after an fsync of every file `below`."""
+    where.mkdir()
+    start, size = (partition.start, partition.size) if partition else (0, size_of(disk))
+    crashed = where.with_name("crashed")
+    with attached(disk, start, size) as device:
+        run("losetup", "--direct-io=on", device)
+        run("mount", "-o", "rw" if probe(device)["TYPE"] == "xfs" else "commit=300", device, where)
+        try:
+            yield where
+            with open(device, "rb") as file:
+                os.fsync(file.fileno())  # the kernel writes back what follows half a minute from now, not before
+            # directories last: btrfs commits everything for a new one
+            for path in sorted([where, *(where / below).rglob("*")], key=lambda path: path.is_dir()):
+                if not path.is_symlink() and (path.is_file() or path.is_dir()):
+                    descriptor = os.open(path, os.O_RDONLY)
+                    os.fsync(descriptor)
+                    os.close(descriptor)
+            extent = ["bs=1M", "iflag=count_bytes,skip_bytes,direct", f"count={size}", f"skip={start}"]
+            run("dd", f"if={disk}", f"of={crashed}", "conv=sparse", "status=none", *extent)
+        finally:
+            run("umount", where)
+    at = ["bs=1M", f"seek={start}", "oflag=seek_bytes"]
+    run("dd", f"if={crashed}", f"of={disk}", *at, "conv=notrunc", "status=none")
+    crashed.unlink()
+    where.rmdir()
+
+
 @dataclass(frozen=True)
 class Partition:
-    """One entry of a table as sfdisk reads it, in bytes, with what blkid finds in it."""
+    """One entry of a partition table, in bytes, with blkid's findings in it."""
 
     number: int
     start: int
@@ -376,7 +410,7 @@ class Partition:
 
 
 def partitions(disk: Name) -> list[Partition]:
-    """In the order of their numbers. sfdisk must have nothing to complain about."""
+    """Return the partitions by number. Fail if sfdisk prints a warning."""
     table = table_of(disk)
     return [
         Partition(
@@ -404,21 +438,21 @@ def table_of(disk: Name) -> dict[str, object]:
 
 
 def probe(disk: Name, offset: int = 0, size: int = 0) -> dict[str, str]:
-    """What blkid finds at a place of the disk, read from the device itself, not from a cache."""
+    """Return blkid's findings in a part of the disk (in bytes), read from the device, not from a cache."""
     part = ["--offset", str(offset), "--size", str(size)] if size else []
     text = run("blkid", "--probe", "--output", "export", *part, disk, check=False)
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
 
 def signatures(disk: Name) -> list[str]:
-    """The types of all signatures that wipefs sees on the whole disk."""
+    """Return the types of all signatures that wipefs finds on the whole disk."""
     text = run("wipefs", "--noheadings", "--parsable", "--output", "TYPE", "--no-act", disk)
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 @contextmanager
 def locked(path: Name) -> Iterator[None]:
-    """Hold flock(LOCK_EX) on a disk, as another run or udev would."""
+    """Hold flock(LOCK_EX) on a disk, as another run or udev does."""
     with open(path, "rb") as disk:
         fcntl.flock(disk, fcntl.LOCK_EX)
         yield
@@ -428,14 +462,14 @@ def locked(path: Name) -> Iterator[None]:
 
 
 def describe(top: Name, directory_times: bool = False) -> dict[bytes, tuple]:
-    """Everything that a copy of the tree `top` must keep, by path."""
+    """Return path -> all that a copy of the tree `top` must keep."""
     root = os.fsencode(top)
-    found: dict[bytes, tuple] = {}
+    entries: dict[bytes, tuple] = {}
     first_name: dict[int, bytes] = {}
     for directory, directories, files in os.walk(root):
         directories.sort()
         for name in sorted(
-            [b".", *files, *(one for one in directories if os.path.islink(os.path.join(directory, one)))]
+            [b".", *files, *(link for link in directories if os.path.islink(os.path.join(directory, link)))]
         ):
             path = os.path.normpath(os.path.join(directory, name))
             shown = os.path.relpath(path, root)
@@ -449,26 +483,26 @@ def describe(top: Name, directory_times: bool = False) -> dict[bytes, tuple]:
                 content = os.readlink(path)
             elif kind in (stat.S_IFCHR, stat.S_IFBLK):
                 content = entry.st_rdev
-            same = first_name.setdefault(entry.st_ino, shown) if kind != stat.S_IFDIR else shown
+            hard_link = first_name.setdefault(entry.st_ino, shown) if kind != stat.S_IFDIR else shown
             attributes = {
                 key: os.getxattr(path, key, follow_symlinks=False)
                 for key in os.listxattr(path, follow_symlinks=False)
                 if not key.startswith("trusted.SGI_ACL_")  # XFS shows an ACL twice
             }
-            found[shown] = (
+            entries[shown] = (
                 oct(entry.st_mode),
                 entry.st_uid,
                 entry.st_gid,
                 content,
-                same,
+                hard_link,
                 attributes,
                 entry.st_mtime_ns // 10**9 if directory_times or kind != stat.S_IFDIR else None,
             )
-    return found
+    return entries
 
 
 def private_mounts() -> None:
-    """Give this process a mount namespace of its own, which still follows unmounts of the machine."""
+    """Give this process its own mount namespace, which still follows unmounts of the machine."""
     if _libc.unshare(CLONE_NEWNS) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
     run("mount", "--make-rslave", "/")

@@ -5,7 +5,6 @@ They carry no checksums: what can be checked is that they are complete.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import tempfile
@@ -13,76 +12,79 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from imageos import log, run
-from imageos.backups.stream import Source, damaged, truncated
-from imageos.disks import discovery
-from imageos.disks.disk import Attached
+from imageos import log
+from imageos.backups.stream import Source, damaged
+from imageos.disks import ends, partitions
 from imageos.disks.layout import MIB, SECTOR
 from imageos.errors import Failure
-from imageos.images import dump, qcow2
-from imageos.images.imagefile import COMPRESSIONS, Image
-from imageos.node import space
+from imageos.images import dump, dumpfile, formats, qcow2, scratch
+from imageos.images.imagefile import Image, decompressor, exact, not_unpacked
+from imageos.images.tarball import BLOCK, is_header, octal
+from imageos.node import linux
 from imageos.node.confinement import Room, unpacking
+from imageos.node.programs import require
+from imageos.run import Command, output_of, pipeline
 
-BLOCK = 512
 HUGE = 1 << 50  # bytes: a size that no partition table exceeds
 BACKUP_TABLE = 33 * SECTOR  # of a GPT, behind the last partition
 DUMPS = ("root.dump", "boot.dump")  # the members that are backups of filesystems
 IMAGE = "disk.img"
+# What else is piped into an import, by its beginning -> what it is, and what to do with it
+FOREIGN = {
+    b"\x89LZO\0\r\n\x1a\n": ("compressed by lzop", "unpack it before: lzop -dc"),
+    b"LZIP": ("compressed by lzip", "unpack it before: lzip -dc"),
+    b"LRZI": ("compressed by lrzip", "unpack it before: lrzip -d"),
+    b"\x5d\0\0": ("compressed by lzma", "unpack it before: xz --format=lzma -dc"),
+    b"\x1f\x9d": ("compressed by compress", "unpack it before: gzip -dc"),
+    b"PK\3\4": ("a zip archive", "unpack it before: unzip -p"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it before: 7z x -so"),
+    b"Salted__": ("encrypted by openssl", "decrypt it before: openssl enc -d"),
+    b"-----BEGIN PGP": ("encrypted by gpg", "decrypt it before: gpg -d"),
+    b"partclone-image": ("an image of partclone", "restore it with partclone"),
+    b"070701": ("a cpio archive", "make a tarball of what is in it: an image of IMAGE_TYPE=tarball"),
+}
 
 
 @dataclass(frozen=True)
 class Member:
     name: str
     size: int
-    place: int  # of its header in the stream
-
-
-def compression(begin: bytes) -> str:
-    """The name of the compression of a stream that begins so, or an empty string."""
-    return next((name for name, one in COMPRESSIONS.items() if begin.startswith(one.magic)), "")
 
 
 @contextmanager
-def decompressed(source: Source, name: str) -> Iterator[Source]:
-    """What comes out of the rest of `source`."""
-    commands = COMPRESSIONS[name].commands
-    command = next((one for one in commands if run.available(one[0])), commands[-1])
-    run.require(command[0])
+def decompressed(source: Source, compression: str) -> Iterator[Source]:
+    """Yield the rest of `source`, uncompressed."""
+    command = decompressor(compression)
+    require(command[0])
     with source.replayed() as (ahead, descriptor):
-        stages = [["cat", f"/dev/fd/{ahead}", "-"], command]
-        with run.output_of(stages, descriptor, keep=[ahead]) as (output, check_stages):
+        joined = Command(["cat", f"/dev/fd/{ahead}", "-"], keep=[ahead])
+        with output_of(joined, Command(command), stdin=descriptor) as (output, check_stages):
 
             def check() -> None:
                 try:
                     check_stages()
                 except Failure as failure:
-                    raise Failure(f"the backup stream is damaged or truncated: {failure}") from None
+                    raise not_unpacked("the backup stream", failure) from None
 
             yield Source(output, check)
 
 
-def is_archive(begin: bytes) -> bool:
-    """Whether a tar archive begins so: the checksum of its first header is right (POSIX.1-2017, ustar)."""
-    return _octal(begin[148:156]) == sum(begin[:148] + b" " * 8 + begin[156:BLOCK]) if len(begin) >= BLOCK else False
-
-
 def members(source: Source) -> Iterator[Member]:
-    """The regular files of a tar archive; the caller reads the content of each before it goes on."""
+    """Yield the regular files of a tar archive; the caller reads the content of each before it goes on."""
     while True:
-        place = source.position
+        position = source.position
         header = source.exactly(BLOCK)
         if not header.strip(b"\0"):
             break
-        if not is_archive(header):
-            raise damaged(place, "no header of a tar archive is there")
+        if not is_header(header):
+            raise damaged(position, "no header of a tar archive is there")
         name, size = header[:100].rstrip(b"\0").decode("ascii", "replace"), _size(header[124:136])
         if size < 0:
-            raise damaged(place, f"the size of {name!r} makes no sense")
+            raise damaged(position, f"the size of {name!r} makes no sense")
         if header[156:157] in (b"0", b"\0"):
-            yield Member(os.path.normpath(name), size, place)
+            yield Member(os.path.normpath(name), size)
         elif header[156:157] != b"5" or size:
-            raise damaged(place, f"{name!r} is no regular file")
+            raise damaged(position, f"{name!r} is no regular file")
         source.exactly(-size % BLOCK)
     source.end()
 
@@ -97,33 +99,32 @@ def unpack_dump(source: Source, member: Member, directory: str) -> None:
     with dump.following(what) as follower:
 
         def tick() -> None:
-            follower.give_up()
+            follower.tick()
             progress.update(_used(directory) - before)
 
-        finished = run.pipeline(
-            [["head", "-c", str(member.size)], follower.stage, dump.RESTORE],
+        finished = pipeline(
+            Command(["head", "-c", str(member.size)]),
+            *follower.stages,
+            Command(dump.RESTORE, unpacking(directory)),
             stdin=descriptor,
-            room=unpacking(directory),
-            # a pipe has no place: what has arrived tells
+            # a pipe has no offset: what has arrived tells
             tick=tick,
             on_line=dump.watch(what),
-            keep_upstream=follower.keep,
-            on_start=follower.start,
         )
         progress.close()
         dump.judge(Image(what, descriptor, member.size, ""), directory, finished, follower)
 
 
 def _used(directory: str) -> int:
-    """Bytes that are in use on a filesystem."""
+    """Return the bytes that are in use on a filesystem."""
     status = os.statvfs(directory)
     return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
 def disk_size(source: Source, member: Member, device_size: int) -> int | None:
-    """Bytes of the disk that a member, which comes next, is a qcow2 of; None if it is none.
+    """Return the bytes of the disk in a qcow2, if that is what `member`, which comes next, is; else None.
 
-    Failure if it is none for a disk of `device_size`, as far as its beginning tells. Nothing of it has been stored yet.
+    Fail if its beginning shows that it is not one for a disk of `device_size`. Nothing of it has been stored yet.
     """
     begin = source.peek(min(qcow2.LONGEST_HEADER, member.size))
     if not begin.startswith(qcow2.MAGIC):
@@ -134,44 +135,33 @@ def disk_size(source: Source, member: Member, device_size: int) -> int | None:
         raise Failure(f"{member.name} of the backup cannot be restored: {failure}", hint=failure.hint) from None
     if size <= device_size and member.size > qcow2.largest_file(device_size):
         raise Failure(
-            f"{member.name} of the backup has {log.size(member.size)} ({member.size} bytes): it cannot be "
-            f"the image of a disk of {log.size(size)} alone"
+            f"{member.name} of the backup has {exact(member.size)}: it cannot be the image of a disk of "
+            f"{log.size(size)} alone"
         )
     return size
 
 
 @contextmanager
 def staged(source: Source, member: Member, directory: str) -> Iterator[Image]:
-    """A member as a file in EXPORT_DIR, without a name: it is gone with us, however we end."""
+    """Yield a member as a file in EXPORT_DIR; it has no name, so it vanishes with us, however we end."""
 
-    def check_room(need: int) -> None:
-        why = space.lacking(directory, need)
-        if why:
-            raise OSError(errno.ENOSPC, why)
+    def chunks() -> Iterator[bytes]:
+        progress = log.Progress(f"receiving {member.name}", member.size)
+        left = member.size
+        while left:
+            data = source.exactly(min(left, MIB))
+            left -= len(data)
+            yield data
+            progress.update(member.size - left)
+        progress.close()
 
-    try:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            progress = log.Progress(f"receiving {member.name}", member.size)
-            left = member.size
-            check_room(left)
-            while left:
-                data = source.exactly(min(left, MIB))
-                check_room(len(data))  # others write there, too
-                file.write(data)
-                left -= len(data)
-                progress.update(member.size - left)
-            progress.close()
-            file.flush()
-            yield Image(f"{member.name} of the backup", file.fileno(), member.size, "")
-    except OSError as error:
-        raise Failure(
-            f"cannot keep {log.size(member.size)} of {member.name} in EXPORT_DIR {directory}: {error.strerror}",
-            hint="set EXPORT_DIR to a directory with enough room",
-        ) from None
+    descriptor, size = scratch.stored(chunks(), directory, member.name, "EXPORT_DIR", member.size)
+    with linux.closing(descriptor):
+        yield Image(f"{member.name} of the backup", descriptor, size, "")
 
 
 def other_mounts(fstab: str, ours: Sequence[str]) -> list[str]:
-    """The lines of an fstab that are not about swap nor about one of the mount points `ours`."""
+    """Return the lines of an fstab that are neither for swap nor for one of the mount points `ours`."""
     lines = []
     for line in fstab.splitlines():
         fields = line.split()
@@ -180,49 +170,54 @@ def other_mounts(fstab: str, ours: Sequence[str]) -> list[str]:
     return lines
 
 
-def read_table(begin: bytes, size: int = HUGE) -> discovery.Table | None:
-    """The partition table in the first MiB of a disk, which has `size` bytes; None if nothing that is known begins so.
+def read_table(begin: bytes, size: int = HUGE) -> partitions.Table | None:
+    """Return the partition table in the first MiB of a disk of `size` bytes; None if nothing that is known begins so.
 
-    Judged by blkid(8), so that all that it knows is recognised; zeroes are an empty disk.
+    blkid(8) judges, so that all that it knows is recognised; zeroes are an empty disk.
     """
     with tempfile.NamedTemporaryFile() as file:
         file.write(begin)
         file.truncate(size)
         file.flush()
-        probe = ["blkid", "--probe", file.name]
-        done = run.pipeline([probe], timeout=discovery.PROBE_TIMEOUT, room=Room([file.name]))[0]
+        probe = Command(["blkid", "--probe", file.name], Room([file.name]))
+        done = pipeline(probe, timeout=partitions.PROBE_TIMEOUT)[0]
         if done.status not in (0, 2, 8):
             raise done.failure()
         if done.status == 2 and begin.strip(b"\0"):  # nothing found; 8: several things at once
             return None
         try:
-            return discovery.read_table(Attached(file.name, file.fileno(), size))
-        except discovery.NoSystem:
-            return discovery.Table("", (), size)
+            return partitions.read_table(file.name, size)
+        except partitions.NoSystem:
+            return partitions.Table("", (), size)
 
 
-def least_size(table: discovery.Table) -> int:
-    """Bytes that a disk with this table has at least."""
+def least_size(table: partitions.Table, begin: bytes) -> int:
+    """Return the bytes that a disk with this table, and this beginning, has at least."""
     last = max((part.end for part in (*table.parts, *table.extended) if part.number), default=0)
-    return last + BACKUP_TABLE if table.kind == "gpt" and last else last
+    # of a backup the end of a GPT is demanded, too, unlike of an image: the disk had it
+    return last + BACKUP_TABLE if table.kind == "gpt" and last else max(last, ends.least_size(begin))
+
+
+def foreign(begin: bytes) -> tuple[str, str | None]:
+    """Return what a stream is that begins so and is no backup, for a message; and what to do with it."""
+    image = "it is an image, no backup: make it one of a variant, and add the instance with that"
+    if dumpfile.order_of(begin[: dumpfile.RECORD]):
+        return "a dump of one filesystem", image
+    form = formats.recognise(lambda offset, length: begin[offset : offset + length], HUGE)
+    if form:
+        return f"a disk image ({form.name})", f"{image}; or convert it: qemu-img convert -O raw"
+    for mark, (what, hint) in FOREIGN.items():
+        if begin.startswith(mark):
+            return what, hint
+    return "", None
 
 
 def printable(begin: bytes) -> str:
-    """How a stream begins, for a message."""
+    """Return the beginning of a stream for a message."""
     return re.sub(rb"[^ -~]", b".", begin[:16]).decode()
-
-
-def check_complete(received: int, table: discovery.Table) -> None:
-    if received < least_size(table):
-        raise truncated(received)
 
 
 def _size(field: bytes) -> int:
     if field[0] & 0x80:  # GNU tar: more than 8 GiB in base 256
         return int.from_bytes(field[1:], "big")
-    return _octal(field)
-
-
-def _octal(field: bytes) -> int:
-    digits = field.strip(b" \0")
-    return int(digits, 8) if digits.isdigit() and not digits.strip(b"01234567") else -1
+    return octal(field)

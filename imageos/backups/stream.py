@@ -1,7 +1,7 @@
 """The stream of export and import: a tar archive (POSIX.1-2017, pax) of the used parts of one disk.
 
     manifest.json   what the disk is, and how much follows
-    disk/OFFSET     a run of bytes that belongs at that place of the disk; any number, offsets ascending
+    disk/OFFSET     a run of bytes that belongs at that offset of the disk; any number, ascending
     end.json        totals, and a hash over the hashes of all runs
 
 Every member has the SHA-256 of its content in a pax record, where tar(1) makes an extended attribute of it. There is
@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +23,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from imageos.errors import Failure
+from imageos.errors import Failure, explained
+from imageos.images.tarball import BLOCK, octal
+from imageos.node import linux
 
 VERSION = 1
-BLOCK = 512
 HEADER = 3 * BLOCK  # the pax header, its records, the header proper
 RUN = 1 << 20  # bytes of the longest run
 HASHERS = 2  # threads of an export that hash
@@ -35,6 +37,8 @@ MANIFEST, END = "manifest.json", "end.json"
 PADDING = bytes(BLOCK)
 TRAILER = bytes(2 * BLOCK)
 MODE = 0o600
+# name, mode, uid, gid, size, time, checksum, type, (link,) magic and version, names of user and group
+USTAR = struct.Struct("100s8s8s8s12s12s8sc100x8s32s32s183x")
 
 Runs = Iterable[tuple[int, int]]  # offset, length
 
@@ -64,7 +68,7 @@ class Manifest:
 
 
 class Totals:
-    """What end.json says; its hash is that of the output of `sha256sum disk/*`, in the order of the stream."""
+    """The content of end.json; its hash is that of the output of `sha256sum disk/*`, in the order of the stream."""
 
     def __init__(self) -> None:
         self.runs = 0
@@ -84,7 +88,7 @@ class Totals:
 
 
 def count(runs: Runs) -> tuple[int, int, int]:
-    """How many runs there are, their bytes, and the bytes that their members take."""
+    """Return how many runs there are, their bytes, and the bytes that their members take."""
     number = total = padded = 0
     for _, length in runs:
         number += 1
@@ -94,13 +98,13 @@ def count(runs: Runs) -> tuple[int, int, int]:
 
 
 def length(manifest: Manifest, members: int) -> int:
-    """Bytes of a stream whose members of runs take `members`."""
+    """Return the bytes of a stream whose members of runs take `members`."""
     end = _json({"runs": manifest.runs, "bytes": manifest.bytes, "sha256": "0" * 64})
     return 2 * HEADER + _padded(len(manifest_document(manifest))) + members + _padded(len(end)) + len(TRAILER)
 
 
 def write(output: int, manifest: Manifest, runs: Runs, read_into: Callable[[int, memoryview], None]) -> Iterator[int]:
-    """Write a whole stream; yields the number of bytes of the disk that have been sent, after each run."""
+    """Write a whole stream; after each run, yield how many bytes of the disk have been sent."""
     document = manifest_document(manifest)
     _write_member(output, MANIFEST, document, _digest(document), manifest.created)
     totals = Totals()
@@ -110,12 +114,12 @@ def write(output: int, manifest: Manifest, runs: Runs, read_into: Callable[[int,
         yield totals.bytes
     document = totals.document()
     _write_member(output, END, document, _digest(document), manifest.created)
-    _write(output, [TRAILER])
+    _write(output, TRAILER)
 
 
 def _hashed(runs: Runs, read_into: Callable[[int, memoryview], None]) -> Iterator[tuple[int, memoryview, str]]:
-    """Each run, its content (valid until the next one) and its hash, which other threads make while the runs before it
-    are written: measured, one processor hashes half as fast as a disk is read."""
+    """Yield each run, its content (valid until the next one) and its hash. Other threads hash while the runs before
+    are written: as measured, one processor hashes half as fast as a disk is read."""
     buffers = [memoryview(bytearray(RUN)) for _ in range(HASHERS + 1)]
     waiting: deque[tuple[int, memoryview, Future[str]]] = deque()
     with ThreadPoolExecutor(HASHERS) as hashers:
@@ -135,7 +139,7 @@ def manifest_document(manifest: Manifest) -> bytes:
 
 
 def header(name: str, size: int, digest: str, created: int) -> bytes:
-    """What precedes a member's content."""
+    """Return what precedes a member's content."""
     record = _record(f"{RECORD}={digest}")
     return (
         _ustar(f"PaxHeaders/{name}", len(record), created, b"x")
@@ -145,7 +149,7 @@ def header(name: str, size: int, digest: str, created: int) -> bytes:
 
 
 def _record(text: str) -> bytes:
-    """A pax record: its own length in front, which counts itself."""
+    """Return a pax record: its own length in front, which counts itself."""
     rest = len(text) + 2
     total = rest + len(str(rest))
     total = rest + len(str(total))
@@ -153,41 +157,21 @@ def _record(text: str) -> bytes:
 
 
 def _ustar(name: str, size: int, created: int, kind: bytes) -> bytes:
-    fields = b"".join(
-        [
-            name.encode().ljust(100, b"\0"),
-            b"%07o\0" % MODE,
-            b"%07o\0" % 0,  # uid
-            b"%07o\0" % 0,  # gid
-            b"%011o\0" % size,
-            b"%011o\0" % created,
-            b" " * 8,  # the checksum
-            kind,
-            bytes(100),  # link
-            b"ustar\x0000",
-            b"root".ljust(32, b"\0"),
-            b"root".ljust(32, b"\0"),
-        ]
-    ).ljust(BLOCK, b"\0")
-    return fields[:148] + b"%06o\0 " % sum(fields) + fields[156:]
+    mode, root = b"%07o\0" % MODE, b"%07o\0" % 0
+    sizes = b"%011o\0" % size, b"%011o\0" % created
+    block = USTAR.pack(name.encode(), mode, root, root, *sizes, b" " * 8, kind, b"ustar\x0000", b"root", b"root")
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
 def _write_member(output: int, name: str, data: bytes | memoryview, digest: str, created: int) -> None:
     padding = PADDING[: _padded(len(data)) - len(data)]
-    _write(output, [header(name, len(data), digest, created), data, padding])
+    _write(output, header(name, len(data), digest, created), data, padding)
 
 
-def _write(output: int, buffers: list[bytes | memoryview]) -> None:
-    left = [memoryview(buffer) for buffer in buffers if len(buffer)]
-    while left:
-        try:
-            done = os.writev(output, left)
-        except OSError as error:
-            raise Failure(f"cannot write the backup stream: {error.strerror}") from None
-        while left and done >= len(left[0]):
-            done -= len(left.pop(0))
-        if left:
-            left[0] = left[0][done:]
+def _write(output: int, *pieces: bytes | memoryview) -> None:
+    with explained("cannot write the backup stream"):
+        for piece in pieces:
+            linux.write_all(output, piece)
 
 
 # --- reading ---------------------------------------------------------------------------------------------
@@ -206,7 +190,7 @@ class Source:
         self.position = 0
 
     def peek(self, count: int) -> bytes:
-        """The next `count` bytes, or fewer if the stream ends before."""
+        """Return the next `count` bytes, or fewer if the stream ends before."""
         while len(self._ahead) < count:
             more = bytearray(count - len(self._ahead))
             received = self._receive(memoryview(more))
@@ -216,12 +200,12 @@ class Source:
         return self._ahead[:count]
 
     def read(self, count: int) -> bytes:
-        """The next `count` bytes, or fewer if the stream ends before."""
+        """Return the next `count` bytes, or fewer if the stream ends before."""
         data = bytearray(count)
         return bytes(memoryview(data)[: self.fill(memoryview(data))])
 
     def fill(self, buffer: memoryview) -> int:
-        """Read until `buffer` is full or the stream ends; how much there was."""
+        """Read until `buffer` is full or the stream ends; return how much there was."""
         done = min(len(self._ahead), len(buffer))
         buffer[:done] = self._ahead[:done]
         self._ahead = self._ahead[done:]
@@ -234,55 +218,57 @@ class Source:
         return done
 
     def exactly(self, count: int) -> bytes:
-        """The next `count` bytes; Failure if the stream ends before."""
-        data = bytearray(count)
-        if self.fill(memoryview(data)) < count:
-            raise truncated(self.position)
-        return bytes(data)
+        """Return the next `count` bytes; fail if the stream ends before."""
+        data = self.read(count)
+        if len(data) < count:
+            raise self.truncated()
+        return data
+
+    def truncated(self, least: int | None = None) -> Failure:
+        """Return the failure of a stream that ends here; raise a better reason if the writer failed."""
+        self._check()
+        of = "" if least is None else f" of at least {least}"
+        return Failure(f"the backup stream is truncated: it ends at byte {self.position}{of}")
 
     def end(self) -> None:
-        """Read what is left: who sends it must not be left with a broken pipe."""
+        """Read what is left, so that the sender gets no broken pipe."""
         while self.read(RUN):
             pass
         self._check()
 
     @contextmanager
     def replayed(self) -> Iterator[tuple[int, int]]:
-        """Two descriptors, for a process that reads on: what was looked at (less than a pipe holds), and the rest.
+        """Yield two descriptors for a process that reads on: what was looked at (less than a pipe holds), and the rest.
 
-        Afterwards `position` tells nothing any more.
+        Afterwards `position` means nothing.
         """
         ahead, writer = os.pipe()
-        try:
-            os.write(writer, self._ahead)
-            os.close(writer)
+        with linux.closing(ahead):
+            with linux.closing(writer):
+                os.write(writer, self._ahead)
             self._ahead = b""
             yield ahead, self._descriptor
-        finally:
-            os.close(ahead)
 
     def handed_over(self, count: int) -> int:
-        """The descriptor, for a process that reads exactly the next `count` bytes from it."""
+        """Return the descriptor for a process that reads exactly the next `count` bytes from it."""
         assert not self._ahead
         self.position += count
         return self._descriptor
 
     def _receive(self, buffer: memoryview) -> int:
-        try:
+        with explained(f"cannot read the backup stream after byte {self.position}"):
             return os.readv(self._descriptor, [buffer])
-        except OSError as error:
-            raise Failure(f"cannot read the backup stream after byte {self.position}: {error.strerror}") from None
 
 
 def is_ours(begin: bytes) -> bool:
-    """Whether a stream that begins so is one of imageos; as far as can be told, if that is all of it."""
+    """Return whether a stream that begins so is one of imageos, as far as so many bytes tell."""
     name = f"PaxHeaders/{MANIFEST}\0".encode()
     return bool(begin) and begin[: len(name)] == name[: len(begin)]
 
 
 def read_manifest(source: Source) -> Manifest:
-    """The first member; Failure if the stream is not whole so far, or of a version to come."""
-    created = _octal(source.peek(BLOCK)[136:148])
+    """Return the first member; fail if the stream is not whole so far, or of a later version."""
+    created = octal(source.peek(BLOCK)[136:148])
     name, size, digest = _read_header(source, created)
     if name != MANIFEST or size > DOCUMENT:
         raise damaged(0, f"it begins with {name!r} of {size} bytes instead of {MANIFEST}")
@@ -310,49 +296,45 @@ def parse_manifest(document: bytes) -> Manifest:
 
 
 def read_runs(source: Source, manifest: Manifest) -> Iterator[tuple[int, memoryview]]:
-    """Every run (offset, content), checked; the content is valid until the next but one.
+    """Yield every run (offset, content), checked; the content is valid until the next but one.
 
-    Failure for whatever is not as it was written, at the latest when the stream has ended.
+    Fail for whatever is not as it was written, at the latest when the stream has ended.
     """
     totals = Totals()
     buffers = [memoryview(bytearray(RUN)) for _ in range(2)]
     reached = 0
     while True:
-        place = source.position
+        position = source.position
         name, size, digest = _read_header(source, manifest.created)
         if name == END:
             break
         offset = int(name[5:]) if name.startswith("disk/") and name[5:].isdecimal() else -1
         if offset < reached or offset + size > manifest.disk_size or not 0 < size <= RUN:
-            raise damaged(place, f"{name!r} with {size} bytes does not belong there")
+            raise damaged(position, f"{name!r} with {size} bytes does not belong there")
         buffers.reverse()
         data = buffers[0][:size]
-        _read_content(source, data, digest, place)
+        _read_content(source, data, digest, position)
         totals.add(offset, size, digest)
         reached = offset + size
         yield offset, data
-    _read_end(source, place, size, digest, totals)
+    _read_end(source, position, size, digest, totals)
     if (totals.runs, totals.bytes) != (manifest.runs, manifest.bytes):
         raise damaged(
-            place,
+            position,
             f"{totals.runs} runs with {totals.bytes} bytes came, the manifest says "
             f"{manifest.runs} with {manifest.bytes}",
         )
-
-
-def truncated(position: int) -> Failure:
-    return Failure(f"the backup stream is truncated: it ends at byte {position}")
 
 
 def damaged(position: int, why: str) -> Failure:
     return Failure(f"the backup stream is damaged at byte {position}: {why}")
 
 
-def _read_end(source: Source, place: int, size: int, digest: str, totals: Totals) -> None:
+def _read_end(source: Source, position: int, size: int, digest: str, totals: Totals) -> None:
     document = totals.document()
     if (size, digest) != (len(document), _digest(document)):
-        raise damaged(place, "its totals are not those of the runs before them")
-    _read_content(source, memoryview(bytearray(size)), digest, place)
+        raise damaged(position, "its totals are not those of the runs before them")
+    _read_content(source, memoryview(bytearray(size)), digest, position)
     more = source.exactly(len(TRAILER))
     while more:
         if more.strip(b"\0"):
@@ -362,22 +344,22 @@ def _read_end(source: Source, place: int, size: int, digest: str, totals: Totals
 
 
 def _read_header(source: Source, created: int) -> tuple[str, int, str]:
-    """Name, size and SHA-256 of the next member, if its header is exactly as we write it."""
-    place = source.position
+    """Return name, size and SHA-256 of the next member, if its header is exactly as we write it."""
+    position = source.position
     data = source.exactly(HEADER)
     name = data[2 * BLOCK : 2 * BLOCK + 100].rstrip(b"\0").decode("ascii", "replace")
-    size = _octal(data[2 * BLOCK + 124 : 2 * BLOCK + 136])
+    size = octal(data[2 * BLOCK + 124 : 2 * BLOCK + 136])
     digest = data[BLOCK : 2 * BLOCK].partition(b"=")[2][:64].decode("ascii", "replace")
     if len(name) > 80 or size < 0 or created < 0 or header(name, size, digest, created) != data:
-        raise damaged(place, "no header of a member is there")
+        raise damaged(position, "no header of a member is there")
     return name, size, digest
 
 
-def _read_content(source: Source, data: memoryview, digest: str, place: int) -> None:
+def _read_content(source: Source, data: memoryview, digest: str, position: int) -> None:
     if source.fill(data) < len(data):
-        raise truncated(source.position)
+        raise source.truncated()
     if _digest(data) != digest:
-        raise damaged(place, "the content of the member there does not have its checksum")
+        raise damaged(position, "the content of the member there does not have its checksum")
     if source.exactly(_padded(len(data)) - len(data)).strip(b"\0"):
         raise damaged(source.position, "padding is not zero")
 
@@ -389,11 +371,6 @@ def _check_manifest(manifest: Manifest) -> None:
     texts = [manifest.table, manifest.instance, manifest.exporter]
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers) or not all(map(str.isascii, texts)):
         raise ValueError("a number or text is out of range")
-
-
-def _octal(field: bytes) -> int:
-    digits = field.rstrip(b"\0")
-    return int(digits, 8) if digits.isdigit() and not digits.strip(b"01234567") else -1
 
 
 def _padded(count: int) -> int:

@@ -1,1 +1,1 @@
-"""What doctor looks at: a module for each kind of thing, a function for each check."""
+"""The checks of doctor: a module for each area, a function for each check."""

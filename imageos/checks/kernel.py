@@ -1,4 +1,4 @@
-"""The node's kernel: what every deployment needs of it, and the filesystems."""
+"""Check the node's kernel: what every deployment needs, and the filesystems."""
 
 from __future__ import annotations
 
@@ -7,27 +7,31 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report
-from imageos.checks.variants import Variant, listed
+from imageos.checks.variants import Variant, name_variants
 from imageos.disks import filesystem
 from imageos.errors import Failure
-from imageos.node import cgroup, seccomp
-from imageos.run import pipeline
+from imageos.node import cgroup, seccomp, sysfs
+from imageos.run import Command, Outside, pipeline
 
 NAMESPACES = ("mount", "pid", "net", "ipc", "uts")
-ACTIONS = "/proc/sys/kernel/seccomp/actions_avail"  # there since Linux 4.14, with CONFIG_SECCOMP_FILTER
+ACTIONS = "/proc/sys/kernel/seccomp/actions_avail"  # exists since Linux 4.14, with CONFIG_SECCOMP_FILTER
 
 
 def check_kernel(report: Report) -> None:
     report.say_version("Linux", os.uname().release, (5, 8), "imageos needs Linux 5.8 or newer")
+    for path, kind in (("/proc/self", "proc"), (sysfs.BLOCK, "sysfs")):
+        if not os.path.isdir(path):
+            top = f"/{path.split('/')[1]}"
+            report.say(ERROR, f"there is no {path}: {top} is not mounted", f"mount -t {kind} {kind} {top}")
     if os.geteuid() != 0:
         report.say(UNKNOWN, "namespaces and loop devices were not tried", "run it as root")
         return
-    if refused := unshare_error():
-        report.say(ERROR, f"namespaces cannot be made: {refused}", "in a container, it must be allowed to make them")
+    if reason := unshare_error():
+        report.say(ERROR, f"namespaces cannot be made: {reason}", "in a container, it must be allowed to make them")
     else:
         report.say(OK, f"namespaces: {', '.join(NAMESPACES)}")
     try:
-        os.close(os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC))
+        os.close(os.open("/dev/loop-control", os.O_RDWR))
         report.say(OK, "loop devices")
     except OSError as error:
         report.say(ERROR, f"/dev/loop-control: {error.strerror}", "modprobe loop")
@@ -38,7 +42,7 @@ def check_kernel(report: Report) -> None:
         report.say(OK, "filters of system calls")
     else:
         report.say(ERROR, "this kernel has no filters of system calls", "a kernel with CONFIG_SECCOMP_FILTER")
-    complaints = cgroup.unbounded()
+    complaints = cgroup.missing_limits()
     for complaint in complaints:
         report.say(NOTE, complaint, "in a container, /sys/fs/cgroup must be writable")
     if not complaints:
@@ -46,10 +50,12 @@ def check_kernel(report: Report) -> None:
 
 
 def unshare_error() -> str:
+    """Return why we cannot make namespaces; empty if we can."""
     try:
         options = [f"--{name}" for name in NAMESPACES]
-        # unchanged: in a chroot, unshare(1) cannot make mounts private; we can
-        done = pipeline([["unshare", *options, "--propagation=unchanged", "--fork", "true"]], timeout=10)[0]
+        # unchanged: in a chroot, unshare(1) cannot make mounts private, but imageos can
+        unshare = ["unshare", *options, "--propagation=unchanged", "--fork", "true"]
+        done = pipeline(Command(unshare, Outside.UNSHARE), timeout=10)[0]
     except Failure as failure:
         return str(failure)
     return (done.stderr.strip() or f"status {done.status}") if done.status else ""
@@ -59,26 +65,26 @@ def check_filesystems(report: Report, variants: Iterable[Variant]) -> None:
     needed: dict[str, list[str]] = {}
     for variant in variants:
         if variant.layout:
-            for volume in filesystem.plan_volumes(variant.layout, variant.known.filesystem, str):
+            for volume in filesystem.plan_volumes(variant.layout, variant.settings.filesystem, str):
                 if volume.mount_point:
                     needed.setdefault(volume.kind, []).append(variant.name)
     for kind in filesystem.FILESYSTEMS:
         if kernel_has(kind):
             report.say(OK, kind)
         elif kind in needed:
-            report.say(ERROR, f"this kernel has no {kind}: needed by {listed(needed[kind])}", f"modprobe {kind}")
+            report.say(ERROR, f"this kernel has no {kind}: needed by {name_variants(needed[kind])}", f"modprobe {kind}")
         else:
             report.say(NOTE, f"this kernel has no {kind}: images with it cannot be deployed")
 
 
 def kernel_has(kind: str) -> bool:
-    """Whether the kernel has this filesystem, or a module of it that it loads when it is mounted."""
+    """Return True if the kernel has this filesystem, or has a module that a mount loads."""
     with open("/proc/filesystems", encoding="ascii") as file:
         if kind in file.read().split():
             return True
     modules = f"/lib/modules/{os.uname().release}"
-    for name, wanted in (("modules.alias", f"alias fs-{kind} "), ("modules.dep", f"/{kind}.ko")):
+    for name, entry in (("modules.alias", f"alias fs-{kind} "), ("modules.dep", f"/{kind}.ko")):
         with suppress(OSError), open(f"{modules}/{name}", encoding="utf-8") as file:
-            if any(wanted in line.partition(": ")[0] for line in file):
+            if any(entry in line.partition(": ")[0] for line in file):
                 return True
     return False

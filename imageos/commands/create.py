@@ -3,194 +3,194 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
-from imageos import ganeti, hooks, log, network, settings
-from imageos.disks import discovery, disk, filesystem, grow, layout
-from imageos.disks.disk import Attached, Device
-from imageos.disks.filesystem import FILESYSTEMS, Volume
-from imageos.disks.layout import MIB, Layout
+from imageos import ganeti, hooks, log, network
+from imageos.disks import blockdev, discovery, filesystem, fstab, grow, mounting, partitions
+from imageos.disks.blockdev import Disk, LoopDevice
+from imageos.disks.filesystem import Volume
+from imageos.disks.layout import Layout
 from imageos.errors import Failure
 from imageos.ganeti import Instance
-from imageos.guests import cloudinit, guest, hostkeys, target
+from imageos.guests import cloudboot, cloudinit, guest, hostkeys, hostname, target
 from imageos.guests.hostkeys import GetKey
 from imageos.guests.target import Target
-from imageos.hook import guest_disk
-from imageos.images import diskimage, imagetypes
+from imageos.images import diskimage, imagetypes, preview
 from imageos.images.imagefile import Image
 from imageos.images.imagetypes import IMAGE_TYPES
 from imageos.network import Interface, files
 from imageos.node import isolation
-from imageos.run import require
-from imageos.settings import Settings
+from imageos.node.programs import require
+from imageos.settings import Settings, load_settings, reserved_parameters
 
 
 def main(_arguments: Sequence[str]) -> int:
     instance = ganeti.instance(os.environ)
     isolation.enter()
-    known = settings.load(os.environ).resolved(instance.memory)
-    if known.cdinstall:
+    settings = load_settings(os.environ).with_sizes(instance.memory)
+    if settings.cdinstall:
         log.info("CDINSTALL=yes: the disks are left alone, boot the instance from an installer")
         return 0
-    image = settings.given_to_ganeti(os.environ).get("os-image")
+    image = reserved_parameters(os.environ).get("os-image")
     if image:
         leave_to_ganeti(instance, image)
     else:
-        create(instance, known)
+        create(instance, settings)
     return 0
 
 
 def leave_to_ganeti(instance: Instance, image: str) -> None:
-    """With os-image Ganeti writes the first disk itself; only when it reinstalls does it call create all the same.
+    """Do nothing: with os-image Ganeti writes the first disk itself, and calls create only on a reinstall.
 
-    A default for the OS it does not look at, but gives it to create: then nobody has written anything.
+    Refuse an os-image that is set for the whole OS: Ganeti ignores it there, so nobody has written anything.
     """
     if not instance.reinstall:
         raise Failure(
-            f"os-image={image} is set for the OS, where Ganeti does not look at it: no image was written",
+            f"os-image={image}: Ganeti ignores an os-image that is set for the OS, so no image was written",
             hint="give it to instances (gnt-instance add -O os-image=...), and take it from the OS: gnt-os modify",
         )
     log.info(f"os-image={image}: Ganeti has written that to the first disk itself; the disks are left as it made them")
 
 
-def create(instance: Instance, known: Settings) -> None:
-    """Everything is checked before the first write; whatever fails after it leaves a disk that cannot boot."""
+@dataclass(frozen=True)
+class Context:
+    """The request, as checked before the first write."""
+
+    instance: Instance
+    settings: Settings
+    image: Image
+    interfaces: tuple[Interface, ...] | Failure  # why they cannot be planned
+    hooks: Sequence[str]  # their names, in order
+    layout: Layout | None  # None: the image brings its own
+
+    @property
+    def deploy(self) -> Callable[[Image, str], None] | None:
+        return IMAGE_TYPES[self.settings.image_type].deploy
+
+
+def create(instance: Instance, settings: Settings) -> None:
+    """Check everything, then write. A failure after the first write leaves a disk that cannot boot."""
     if not instance.disks:
         raise Failure(
             f"instance {instance.name} has no disk to put an image on",
             hint="add one (gnt-instance modify --disk add:size=10G), or set CDINSTALL=yes",
         )
-    hooks.check(known)
-    interfaces(instance, known)  # addresses that make no sense are no reason to lose what the disk holds
-    image_type = IMAGE_TYPES[known.image_type]
-    image = imagetypes.find(known, with_boot=not instance.kernel_path)
-    image_type.check(image)
-    with disk.claimed(instance.disks[0].path) as device:
-        if image_type.deploy:
-            intended = plan(known, instance, device)
-            require(*filesystem.programs(intended, known.filesystem), *filesystem.WRITE_BACK)
-        else:
-            intended = None
-            diskimage.check_size(image, device.size)
-            require(*(() if known.nomount else (*discovery.PROGRAMS, *filesystem.WRITE_BACK)))
-        with (
-            disk.attached(device, direct=True) as attached,
-            disk.disarmed_on_failure(device, attached),
-            ExitStack() as ahead,
-        ):
+    names = hooks.check(settings)
+    interfaces = plan_interfaces(instance, settings, names)
+    with blockdev.claimed(instance.disks[0].path) as disk:
+        image = imagetypes.find(settings, with_boot=not instance.kernel_path, disk_size=disk.size)
+        image = imagetypes.ready(settings, image, disk.size)
+        layout = plan_layout(settings, instance, disk, image)
+        context = Context(instance, settings, image, interfaces, names, layout)
+        with blockdev.attached(disk, direct=True) as loop, blockdev.disarmed_on_failure(loop), ExitStack() as ahead:
             rsa: GetKey = hostkeys.no_key
-            if not known.nomount:
+            if not settings.nomount:
                 rsa = ahead.enter_context(hostkeys.rsa_made_meanwhile(instance.short_name))
-            if intended:
-                volumes = format_disk(known, device, attached, intended)
-            else:
-                volumes = write_disk_image(known, image, device, attached)
+            volumes = format_disk(context, loop, layout) if layout else write_disk_image(context, loop)
             if volumes:
-                complete(instance, known, image, device, attached, volumes, rsa)
+                complete(context, loop, volumes, rsa)
             else:
-                disk.flush(device, attached.descriptor)
-            isolation.ignore_signals()  # all is on the disk: whoever sees this call fail would see it boot
+                blockdev.flush(loop)
+            isolation.ignore_signals()  # all is on the disk, which boots: this call must not fail any more
     log.info(f"instance {instance.name} is ready to boot")
 
 
-def interfaces(instance: Instance, known: Settings) -> tuple[Interface, ...]:
-    return network.plan(instance, known, files.read(instance, known))
+def plan_interfaces(instance: Instance, settings: Settings, names: Sequence[str]) -> tuple[Interface, ...] | Failure:
+    """Return the guest's interfaces; a mistake in the site's files and tags fails only what needs them."""
+    untagged = replace(instance, nics=tuple(replace(nic, network={**nic.network, "TAGS": ""}) for nic in instance.nics))
+    with log.muted():
+        network.plan(untagged, settings)  # a mistake of Ganeti's own always fails
+    try:
+        return network.plan(instance, settings, files.read(instance, settings))
+    except Failure as failure:
+        if "interfaces" in names:
+            raise
+        log.warning(f"{failure} (the hook interfaces is off: only a guest with cloud-init needs that)")
+        return failure
 
 
-def plan(known: Settings, instance: Instance, device: Device) -> Layout:
-    """The partitions that the settings ask for, on a disk of this size."""
-    internal_kernel = not instance.kernel_path
-    return layout.plan(
-        known.partition_table,
-        device.size,
-        boot=(known.boot_size or 0) * MIB if internal_kernel else 0,
-        swap=(known.swap_size or 0) * MIB if known.swap else 0,
-        arch=known.arch,
-        smallest_root=FILESYSTEMS[known.filesystem].smallest,
-    )
+def plan_layout(settings: Settings, instance: Instance, disk: Disk, image: Image) -> Layout | None:
+    """Return the partitions for an image that brings none; fail if it, or what handles it, does not fit this node."""
+    if IMAGE_TYPES[settings.image_type].deploy:
+        intended = filesystem.plan_layout(settings, disk.size, has_boot=not instance.kernel_path)
+        require(*filesystem.programs(intended, settings.filesystem), *mounting.WRITE_BACK)
+        return intended
+    diskimage.check_size(image, disk.size)
+    require(*(() if settings.nomount else (*partitions.PROGRAMS, *mounting.WRITE_BACK)))
+    preview.check(settings, image, now=True)
+    return None
 
 
-def format_disk(known: Settings, device: Device, attached: Attached, intended: Layout) -> tuple[Volume, ...]:
-    """The volumes of a fresh disk, empty."""
-    volumes = tuple(filesystem.plan_volumes(intended, known.filesystem, attached.partition))
-    with log.phase(f"partitioned and formatted {log.size(device.size)}: {known.partition_table}, {known.filesystem}"):
-        disk.write_table(attached, intended)
+def format_disk(context: Context, loop: LoopDevice, layout: Layout) -> tuple[Volume, ...]:
+    """Return the volumes of a fresh disk, empty."""
+    settings = context.settings
+    volumes = tuple(filesystem.plan_volumes(layout, settings.filesystem, loop.partition))
+    with log.phase(
+        f"partitioned and formatted {log.size(loop.size)}: {settings.partition_table}, {settings.filesystem}"
+    ):
+        blockdev.write_table(loop, layout)
         filesystem.make(volumes)
     return volumes
 
 
-def write_disk_image(known: Settings, image: Image, device: Device, attached: Attached) -> tuple[Volume, ...]:
-    """The volumes of the guest in a disk image, once it is on the disk and grown; none with NOMOUNT."""
-    with log.phase(f"wrote {image.path} to the disk of {log.size(device.size)}"):
-        diskimage.write(image, device, attached)
-        disk.use_cache(attached)
-    if known.nomount:
+def write_disk_image(context: Context, loop: LoopDevice) -> tuple[Volume, ...]:
+    """Write a disk image, and grow it to the disk; return the guest's volumes, none with NOMOUNT."""
+    with log.phase(f"wrote {context.image.path} to the disk of {log.size(loop.size)}"):
+        diskimage.write(context.image, loop)
+        blockdev.use_cache(loop)
+    if context.settings.nomount:
         log.info("NOMOUNT=yes: nothing in the image is looked at or changed")
         return ()
-    try:
-        found = discovery.find(attached)
-    except discovery.NoSystem as failure:
-        failure.hint = failure.hint or "set NOMOUNT=yes if this is not Linux, or cannot be read (LVM, encrypted)"
-        raise
+    found = preview.find(loop)
     log.info(f"found {', '.join(discovery.describe(found))}")
-    if known.grow:
-        with log.phase("grew it to the disk"):
-            grow.grow(attached, found)
+    if context.settings.grow:
+        grow.grow(loop, found)
     return found.volumes
 
 
-def complete(
-    instance: Instance,
-    known: Settings,
-    image: Image,
-    device: Device,
-    attached: Attached,
-    volumes: tuple[Volume, ...],
-    rsa: GetKey,
-) -> None:
-    """From filesystems to this instance's own system, unmounted."""
-    deploy = IMAGE_TYPES[known.image_type].deploy
+def complete(context: Context, loop: LoopDevice, volumes: tuple[Volume, ...], rsa: GetKey) -> None:
+    """Turn filesystems into this instance's own system, and unmount them."""
     with ExitStack() as stack:
-        filesystem.mount_all(stack, volumes, isolation.TARGET)
-        if deploy:
-            with log.phase(f"unpacked {image.path}"):
-                deploy(image, isolation.TARGET)
-        with filesystem.writing_back(isolation.TARGET):
-            with log.phase(f"made it {instance.name}"):
-                configure(instance, known, attached, volumes, rsa)
-            context = hooks.Context("create", os.environ, known, isolation.TARGET, device, attached, volumes)
-            hooks.run_all(hooks.find(known.customize_dir), context)
+        mounting.mount_all(stack, volumes, isolation.TARGET)
+        if context.deploy:
+            with log.phase(f"unpacked {context.image.path}"):
+                context.deploy(context.image, isolation.TARGET)
+        with mounting.writing_back(isolation.TARGET):
+            with log.phase(f"made it {context.instance.name}"):
+                configure(context, loop, volumes, rsa)
+            hooks.run_all(
+                context.hooks, hooks.Context("create", os.environ, context.settings, isolation.TARGET, loop, volumes)
+            )
         with log.phase("unmounted and flushed"):
-            disk.use_cache(attached)
+            blockdev.use_cache(loop)
             stack.close()
-            disk.flush(device, attached.descriptor)
+            blockdev.flush(loop)
 
 
-def configure(
-    instance: Instance,
-    known: Settings,
-    attached: Attached,
-    volumes: tuple[Volume, ...],
-    rsa: GetKey,
-) -> None:
+def configure(context: Context, loop: LoopDevice, volumes: tuple[Volume, ...], rsa: GetKey) -> None:
     """Make the tree this instance's own system. A disk image keeps its fstab and its boot loader."""
-    disk_seen = guest_disk(attached.path, volumes)
-    with target.opened(isolation.TARGET, instance.short_name, disk_seen, known.guest_timeout) as root:
+    instance, settings = context.instance, context.settings
+    with target.opened_system(isolation.TARGET, instance, settings, loop.path, volumes) as root:
         guest.check_root(root)
-        if IMAGE_TYPES[known.image_type].deploy:
+        if context.deploy:
             write_fstab(root, volumes)
         if instance.serial_console:
             guest.enable_serial_console(root, "ttyS0", instance.serial_speed)
-        guest.set_hostname(root, instance.name)
+        hostname.write(root, instance.name)
         guest.forget_identity(root)
         hostkeys.replace(root, rsa)
-        if cloudinit.present(root):
-            cloudinit.write_seed(root, instance, known, interfaces(instance, known))
+        if cloudboot.runs(root):
+            if isinstance(context.interfaces, Failure):
+                raise context.interfaces
+            cloudinit.write_seed(root, instance, settings, context.interfaces)
+        elif cloudinit.is_present(root):
+            log.warning("the image has cloud-init, but does not start it: keys, password and user-data are not seeded")
         guest.request_relabel(root)
 
 
 def write_fstab(root: Target, volumes: tuple[Volume, ...]) -> None:
     if any(volume.role == "esp" for volume in volumes):
         root.mkdir("/boot/efi")
-    root.write("/etc/fstab", filesystem.fstab(volumes))
+    root.write("/etc/fstab", fstab.render(volumes))

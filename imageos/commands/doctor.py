@@ -7,6 +7,7 @@ exit status is 1 if this node cannot deploy all of its variants.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from imageos.checks import definition, kernel, node, programs, variants
 from imageos.checks.report import Report, as_json, as_text
 from imageos.commandline import Parser
 from imageos.node import mounts
+from imageos.node.programs import DEFAULT_PATH, GANETI_PATH
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,19 +26,25 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def examine(os_dir: str) -> Report:
+    callers_path = os.environ.get("PATH", DEFAULT_PATH)
+    os.environ["PATH"] = GANETI_PATH  # what create finds counts
     report = Report()
     definition.check_files(report.on("OS definition"), os_dir)
+    definition.check_in_use(report.on("OS definition"), os_dir)
     definition.check_offers(report.on("OS definition"))
     definition.check_python(report.on("OS definition"))
-    kernel.check_kernel(report.on("kernel"))
-    known = variants.check_settings(report.on("settings"))
-    variants.check_hooks(report.on("settings"), known)
-    variants.check_overlays(report.on("settings"), known)
-    known = variants.check_images(report.on("images"), known)
-    programs.check_programs(report.on("programs"), known)
-    kernel.check_filesystems(report.on("filesystems"), known)
-    node.check_space(report.on("space"), known)
-    node.check_leftovers(report.on("leftovers"), mounts.current())
+    with report.on("kernel").looking() as on:
+        kernel.check_kernel(on)
+    examined = variants.check_settings(report.on("settings"))
+    variants.check_hooks(report.on("settings"), examined)
+    variants.check_overlays(report.on("settings"), examined)
+    examined = variants.check_images(report.on("images"), examined)
+    programs.check_programs(report.on("programs"), examined, callers_path)
+    with report.on("filesystems").looking() as on:
+        kernel.check_filesystems(on, examined)
+    node.check_space(report.on("space"), examined)
+    with report.on("leftovers").looking() as on:
+        node.check_leftovers(on, mounts.current())
     return report
 
 

@@ -1,7 +1,7 @@
 """export: write a backup of one disk of the instance to stdout.
 
-Blockwise, so that it works for whatever is on the disk, and on a read-only snapshot. Nothing is staged: what is used
-is decided first, because Ganeti wants to know how much will come.
+It copies blocks, so that it works for any content, also on a read-only snapshot. It writes no temporary files: it first
+finds the used blocks, because Ganeti wants to know the size of the backup in advance.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import os
 import time
 from collections.abc import Sequence
 
-from imageos import __version__, ganeti, log, settings
+from imageos import __version__, ganeti, log
 from imageos.backups import stream
 from imageos.backups.stream import Manifest, Volume
-from imageos.disks import discovery, disk, usage
-from imageos.disks.discovery import Table
-from imageos.disks.disk import Device
+from imageos.disks import blockdev, partitions, usage
+from imageos.disks.blockdev import Disk
+from imageos.disks.partitions import Table
 from imageos.disks.usage import Map
-from imageos.errors import Failure
+from imageos.errors import Failure, explained
 from imageos.node import isolation, linux
+from imageos.settings import examine_settings
 
 
 def main(_arguments: Sequence[str]) -> int:
@@ -26,47 +27,50 @@ def main(_arguments: Sequence[str]) -> int:
     backup = ganeti.backup(os.environ, "EXPORT")
     output = keep_stdout()
     isolation.enter()
-    known, problems = settings.examine(os.environ)
+    settings, problems = examine_settings(os.environ)
     for problem in problems:
-        log.warning(str(problem))  # no reason not to make a backup
-    log.set_debug(known.image_debug)
-    with disk.claimed(backup.device, read_only=True) as device:
-        export(device, backup, output)
+        log.warning(str(problem))  # a wrong setting must not prevent a backup
+    log.set_debug(settings.image_debug)
+    with blockdev.claimed(backup.device, read_only=True) as disk:
+        export(disk, backup, output)
     return 0
 
 
 def keep_stdout() -> int:
-    """A descriptor for the stream; what anything else prints to stdout goes to the log."""
+    """Return a descriptor for the stream; from now on, all other output to stdout goes to the log."""
     output = os.dup(1)
     os.dup2(2, 1)
     return output
 
 
-def export(device: Device, backup: ganeti.Backup, output: int) -> None:
-    table = survey(device)
-    with log.phase(f"looked at disk {backup.index} of {log.size(device.size)}"):
-        used = usage.find(device, table.parts)
-    runs, count, members = stream.count(used.runs())
-    manifest = describe(device, backup, table, runs, count)
+def export(disk: Disk, backup: ganeti.Backup, output: int) -> None:
+    table = survey(disk)
+    with log.phase(f"looked at disk {backup.index} of {log.size(disk.size)}"):
+        used = usage.find(disk, table.parts)
+    runs, count, members = stream.count(used.extents())
+    manifest = describe(disk, backup, table, runs, count)
     announce(backup.size_descriptor, stream.length(manifest, members))
     with log.phase(f"sent {log.size(count)} of disk {backup.index}"):
-        send(output, manifest, device, used)
+        send(output, manifest, disk, used)
 
 
-def survey(device: Device) -> Table:
-    """The partitions and what they hold. A table that cannot be trusted is as good as none: all is sent."""
+def survey(disk: Disk) -> Table:
+    """Return the partition table. If it cannot be read, return an empty one, so that all blocks are sent."""
     try:
-        with disk.attached(device, read_only=True) as attached:
-            return discovery.read(attached)
+        with blockdev.attached(disk, read_only=True) as loop:
+            table = partitions.read(loop)
+            if table.unread:
+                log.info(f"disk {disk.path} is sent with all that LVM has not allocated: {table.unread}")
+            return table
     except (Failure, OSError) as error:
-        log.info(f"disk {device.path} is sent with all free blocks: {error}")
-        return Table("", (), device.size)
+        log.info(f"disk {disk.path} is sent with all free blocks: {error}")
+        return Table("", (), disk.size)
 
 
-def describe(device: Device, backup: ganeti.Backup, table: Table, runs: int, count: int) -> Manifest:
-    volumes = tuple(Volume(part.number, part.start, part.size, part.type, part.kind) for part in table.parts)
+def describe(disk: Disk, backup: ganeti.Backup, table: Table, runs: int, count: int) -> Manifest:
+    volumes = tuple(Volume(part.number, part.start, part.size, part.type, part.kind) for part in table.partitions)
     return Manifest(
-        disk_size=device.size,
+        disk_size=disk.size,
         table=table.kind,
         volumes=volumes,
         runs=runs,
@@ -79,23 +83,21 @@ def describe(device: Device, backup: ganeti.Backup, table: Table, runs: int, cou
 
 
 def announce(descriptor: int | None, length: int) -> None:
-    """Tell Ganeti how many bytes will come."""
+    """Tell Ganeti the length of the stream in bytes."""
     if descriptor is None:
         return
-    try:
+    with explained(f"cannot write to EXP_SIZE_FD={descriptor}"):
         os.write(descriptor, f"{length}\n".encode())
         os.close(descriptor)
-    except OSError as error:
-        raise Failure(f"cannot write to EXP_SIZE_FD={descriptor}: {error.strerror}") from None
 
 
-def send(output: int, manifest: Manifest, device: Device, used: Map) -> None:
+def send(output: int, manifest: Manifest, disk: Disk, used: Map) -> None:
     linux.enlarge_pipe(output, stream.RUN)
     progress = log.Progress(f"sending disk {manifest.index}", manifest.bytes)
 
     def read_into(offset: int, buffer: memoryview) -> None:
-        usage.read_into(device, offset, buffer)
+        usage.read_into(disk, offset, buffer)
 
-    for done in stream.write(output, manifest, usage.read_ahead(device, used.runs()), read_into):
+    for done in stream.write(output, manifest, usage.read_ahead(disk, used.extents()), read_into):
         progress.update(done)
     progress.close()

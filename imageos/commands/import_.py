@@ -13,129 +13,129 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from imageos import ganeti, hooks, log, run, settings
+from imageos import ganeti, hooks, log
 from imageos.backups import legacy, restore, stream
 from imageos.backups.legacy import Member
 from imageos.backups.stream import Source
-from imageos.commands import create
-from imageos.disks import discovery, disk, filesystem, grow
-from imageos.disks.disk import Device
+from imageos.disks import blockdev, discovery, filesystem, fstab, grow, mounting, partitions
+from imageos.disks.blockdev import Disk, LoopDevice
+from imageos.disks.discovery import Found
 from imageos.disks.filesystem import Volume
 from imageos.disks.layout import MIB
 from imageos.errors import Failure
 from imageos.ganeti import Instance
-from imageos.guests import guest
-from imageos.guests import target as targets
-from imageos.guests.target import Target
-from imageos.hook import guest_disk
-from imageos.images import diskimage, dump
+from imageos.guests import guest, hostkeys
+from imageos.guests.target import Target, opened_system
+from imageos.images import diskimage, dump, tarball, wholeness
+from imageos.images.imagefile import compression_of, exact
 from imageos.images.restored import SYMBOL_TABLE
 from imageos.node import isolation
-from imageos.settings import Settings
+from imageos.node.programs import require
+from imageos.settings import Settings, load_settings
 
 
 def main(_arguments: Sequence[str]) -> int:
     backup = ganeti.backup(os.environ, "IMPORT")
     instance = ganeti.instance(os.environ)
     isolation.enter()
-    known = settings.load(os.environ).resolved(instance.memory)
-    if backup.index == 0 and not known.nomount:
-        run.require(*discovery.PROGRAMS)
-    with disk.claimed(backup.device) as device:
+    settings = load_settings(os.environ).with_sizes(instance.memory)
+    if backup.index == 0 and not settings.nomount:
+        require(*partitions.PROGRAMS)
+    with blockdev.claimed(backup.device) as disk:
         with log.phase(f"restored disk {backup.index}"):
-            restored = restore_any(Source(0), device, instance, known)
+            restored = restore_any(Source(0), disk, instance, settings)
         if backup.index == 0:
-            known = dataclasses.replace(known, image_type=restored.image_type)
-            adapt(device, instance, known, is_larger=restored.size < device.size)
+            settings = dataclasses.replace(settings, image_type=restored.image_type)
+            adapt(disk, instance, settings, is_larger=restored.size < disk.size, origin=restored.instance)
     return 0
 
 
 class Restored(NamedTuple):
-    """What a stream was."""
+    """The disk that a stream held."""
 
     size: int  # bytes of the disk in it
-    image_type: str = "raw"  # for the hooks, as if it had been created from such an image: a boot loader is on it
+    instance: str = ""  # whose disk it was; empty if the stream does not say
+    image_type: str = "raw"  # for the hooks: as of a create from such an image, which brings its boot loader
 
 
-def restore_any(
-    source: Source, device: Device, instance: Instance, known: Settings, unpacked: bool = False
-) -> Restored:
-    """Restore whatever comes.
-
-    Failure, before the first write if possible, if it is nothing that can be restored.
-    """
-    begin = source.peek(legacy.BLOCK)
+def restore_any(source: Source, disk: Disk, instance: Instance, settings: Settings, unpacked: bool = False) -> Restored:
+    """Restore any kind of stream. Refuse what is none, if possible before the first write."""
+    begin = source.peek(tarball.BLOCK)
     if not begin:
-        source.end()  # which knows a better reason, if what should have written has failed
+        source.end()  # raises a better reason if the writer failed
         raise Failure("the backup stream is empty", hint="see the messages of the export, at the other end")
-    compression = legacy.compression(begin)
+    compression = compression_of(begin)
     if stream.is_ours(begin):
-        return Restored(restore_stream(source, device))
-    if compression and unpacked:  # each layer takes a process, which a stream of few bytes could have hundreds of
+        return restore_stream(source, disk)
+    if compression and unpacked:  # a few bytes could hold hundreds of layers, each of which takes a process
         raise Failure(f"the stream is compressed with {compression} twice")
     if compression:
         log.info(f"the stream is compressed with {compression}")
         with legacy.decompressed(source, compression) as inner:
-            return restore_any(inner, device, instance, known, unpacked=True)
-    if legacy.is_archive(begin):
-        return restore_archive(source, device, instance, known)
-    return Restored(restore_plain(source, device, source.end))
+            return restore_any(inner, disk, instance, settings, unpacked=True)
+    if tarball.is_header(begin):
+        return restore_archive(source, disk, instance, settings)
+    return Restored(restore_plain(source, disk, source.end))
 
 
-def restore_stream(source: Source, device: Device) -> int:
-    """A stream of `export`: every byte is checked before it is written."""
+def restore_stream(source: Source, disk: Disk) -> Restored:
+    """Restore a stream of `export`. Check every byte before it is written."""
     manifest = stream.read_manifest(source)
-    if manifest.disk_size > device.size:
-        raise too_small(device, manifest.disk_size)
+    if manifest.disk_size > disk.size:
+        raise too_small(disk, manifest.disk_size)
     log.info(
         f"disk {manifest.index} of {manifest.instance}: {log.size(manifest.disk_size)}, "
         f"{log.size(manifest.bytes)} in use, exported by {manifest.exporter}"
     )
     progress = log.Progress("restoring", manifest.bytes)
     done = 0
-    with restore.writing(device, [(one.start, one.size) for one in manifest.volumes]) as writer:
+    with restore.writing(disk, [(volume.start, volume.size) for volume in manifest.volumes]) as writer:
         with restore.write_behind(writer) as write:
             for offset, data in stream.read_runs(source, manifest):
                 write(offset, data)
                 done += len(data)
                 progress.update(done)
         progress.close()
-    return manifest.disk_size
+    return Restored(manifest.disk_size, manifest.instance)
 
 
-def restore_plain(source: Source, device: Device, finish: Callable[[], None], size: int | None = None) -> int:
-    """A bare disk of `size` bytes, if that is known; else the stream ends where it does.
+def restore_plain(source: Source, disk: Disk, finish: Callable[[], None], size: int | None = None) -> int:
+    """Restore a bare disk of `size` bytes (None: to the end of the stream); return the bytes received.
 
-    `finish` checks the rest of the stream, before the disk becomes one that can boot.
+    Call `finish` to check the rest of the stream before the disk can boot.
     """
     begin = source.peek(MIB if size is None else min(MIB, size))
-    if len(begin) < MIB and not any(begin):  # what tar writes of no file at all
+    if len(begin) < MIB and not any(begin):  # tar writes such an archive of no file
         raise Failure(f"the backup stream holds nothing: it is {len(begin)} bytes of zeroes")
     table = legacy.read_table(begin)
     if table is None:
+        what, hint = legacy.foreign(begin)
+        if what:
+            raise Failure(f"the stream at byte {source.position} is no backup and no disk: it is {what}", hint)
         raise Failure(
             f"the stream at byte {source.position} is no backup and no disk: it begins with '{legacy.printable(begin)}'"
         )
-    least = max(size or 0, legacy.least_size(table))
-    if least > device.size:
-        raise too_small(device, least)
+    least = max(size or 0, legacy.least_size(table, begin))
+    if least > disk.size:
+        raise too_small(disk, least)
     log.info("the stream is a bare disk: it has no checksums, so only its length is checked")
-    with restore.writing(device, [(part.start, part.size) for part in table.parts if part.number]) as writer:
-        received = restore.copy_plain(source, writer, device.size, size)
-        legacy.check_complete(received, table)
+    with restore.writing(disk, [(part.start, part.size) for part in table.parts if part.number]) as writer:
+        received = restore.copy_plain(source, writer, disk.size, size)
+        if received < least:
+            raise source.truncated(least)
         finish()
     return received
 
 
-def restore_archive(source: Source, device: Device, instance: Instance, known: Settings) -> Restored:
-    """What ganeti-instance-image exported: dumps of the filesystems, or an image of the disk."""
+def restore_archive(source: Source, disk: Disk, instance: Instance, settings: Settings) -> Restored:
+    """Restore an archive of ganeti-instance-image: dumps of the filesystems, or an image of the disk."""
     members = legacy.members(source)
     first = next(members, None)
     if first and first.name == legacy.IMAGE:
-        return Restored(restore_image(source, first, members, device, known))
+        return Restored(restore_image(source, first, members, disk, settings))
     if first and first.name in legacy.DUMPS:
-        restore_dumps(source, itertools.chain([first], members), device, instance, known)
-        return Restored(device.size, "dump")
+        restore_dumps(source, itertools.chain([first], members), disk, instance, settings)
+        return Restored(disk.size, image_type="dump")
     name = f"'{first.name}'" if first else "nothing"
     raise Failure(
         f"the tar archive in the stream is no backup: it holds {name} "
@@ -144,58 +144,53 @@ def restore_archive(source: Source, device: Device, instance: Instance, known: S
 
 
 def restore_image(
-    source: Source, image_member: Member, others: Iterator[Member], device: Device, known: Settings
+    source: Source, image_member: Member, others: Iterator[Member], disk: Disk, settings: Settings
 ) -> int:
     def finish() -> None:
         if next(others, None):
             raise Failure(f"the archive in the stream holds more than {legacy.IMAGE}")
 
-    size = legacy.disk_size(source, image_member, device.size)
+    size = legacy.disk_size(source, image_member, disk.size)
     if size is None:
-        return restore_plain(source, device, finish, image_member.size)
-    if size > device.size:
-        raise too_small(device, size)
+        return restore_plain(source, disk, finish, image_member.size)
+    if size > disk.size:
+        raise too_small(disk, size)
     # qcow2 cannot be read from its first byte to its last
-    with legacy.staged(source, image_member, known.export_dir) as image:
+    with legacy.staged(source, image_member, settings.export_dir) as image:
         finish()
-        diskimage.check_size(image, device.size)
-        with disk.attached(device, direct=True) as attached, disk.disarmed_on_failure(device, attached):
-            diskimage.write(image, device, attached)
-            disk.flush(device, attached.descriptor)
+        wholeness.check(image)
+        diskimage.check_size(image, disk.size)
+        with blockdev.attached(disk, direct=True) as loop, blockdev.disarmed_on_failure(loop):
+            diskimage.write(image, loop)
+            blockdev.flush(loop)
         return diskimage.inspect(image).size
 
 
 def restore_dumps(
-    source: Source, members: Iterable[Member], device: Device, instance: Instance, known: Settings
+    source: Source, members: Iterable[Member], disk: Disk, instance: Instance, settings: Settings
 ) -> None:
-    """Dumps go onto partitions as `create` makes them."""
-    intended = create.plan(known, instance, device)
-    run.require("head", "tee", "restore", *filesystem.programs(intended, known.filesystem))
-    with (
-        disk.attached(device, direct=True) as attached,
-        disk.disarmed_on_failure(device, attached),
-        ExitStack() as stack,
-    ):
-        volumes = tuple(filesystem.plan_volumes(intended, known.filesystem, attached.partition))
-        disk.write_table(attached, intended)
+    """Restore dumps onto partitions as `create` makes them."""
+    intended = filesystem.plan_layout(settings, disk.size, has_boot=not instance.kernel_path)
+    require("head", "tee", "restore", *filesystem.programs(intended, settings.filesystem))
+    with blockdev.attached(disk, direct=True) as loop, blockdev.disarmed_on_failure(loop), ExitStack() as stack:
+        volumes = tuple(filesystem.plan_volumes(intended, settings.filesystem, loop.partition))
+        blockdev.write_table(loop, intended)
         filesystem.make(volumes)
-        filesystem.mount_all(stack, volumes, isolation.TARGET)
-        with targets.opened(
-            isolation.TARGET, instance.short_name, guest_disk(attached.path, volumes), known.guest_timeout
-        ) as root:
+        mounting.mount_all(stack, volumes, isolation.TARGET)
+        with opened_system(isolation.TARGET, instance, settings, loop.path, volumes) as root:
             restore_both(source, members, root, any(volume.role == "boot" for volume in volumes))
             fit(root, volumes)
-        disk.use_cache(attached)
+        blockdev.use_cache(loop)
         stack.close()
-        disk.flush(device, attached.descriptor)
+        blockdev.flush(loop)
 
 
 def restore_both(source: Source, members: Iterable[Member], root: Target, separate_boot: bool) -> None:
     """Unpack root.dump and boot.dump, in any order, each where nothing is (see images.dump).
 
-    What the root filesystem has under the mount point of /boot nobody could see: it gives way to boot.dump.
+    Files of the root filesystem below the mount point of /boot were hidden: they give way to boot.dump.
     """
-    aside = f"/.imageos-{os.urandom(6).hex()}"  # what the other dump cannot know
+    aside = f"/.imageos-{os.urandom(6).hex()}"  # a name that the other dump cannot know
     boot = "/boot" if separate_boot else aside
     done: list[str] = []
     for member in members:
@@ -203,17 +198,17 @@ def restore_both(source: Source, members: Iterable[Member], root: Target, separa
             raise Failure(f"the archive in the stream holds '{member.name}', which is no backup")
         if member.name in done:
             raise Failure(f"the archive in the stream holds {member.name} twice")
-        place = boot if member.name == "boot.dump" else "/"
-        root.mkdir(place)
+        path = boot if member.name == "boot.dump" else "/"
+        root.mkdir(path)
         with log.phase(f"restored {member.name}"), ExitStack() as stack:
-            directory = stack.enter_context(root.directory(place))
+            directory = stack.enter_context(root.directory(path))
             if member.name == "boot.dump":
-                root.clear(place, keep=["lost+found"])
+                root.clear(path, keep=["lost+found"])
                 dump.check_untouched("boot.dump of the backup", directory)
             elif done:
-                directory = stack.enter_context(filesystem.alone(directory))
+                directory = stack.enter_context(mounting.alone(directory))
             legacy.unpack_dump(source, member, directory)
-        root.remove(os.path.join(place, SYMBOL_TABLE))
+        root.remove(os.path.join(path, SYMBOL_TABLE))
         done.append(member.name)
     if "root.dump" not in done:
         raise Failure("the archive in the stream holds no root.dump")
@@ -224,42 +219,66 @@ def restore_both(source: Source, members: Iterable[Member], root: Target, separa
 
 
 def fit(root: Target, volumes: tuple[Volume, ...]) -> None:
-    """Change what names the old disk in a guest that was restored onto new filesystems."""
+    """Adapt a guest that was restored onto new filesystems: fstab, and names of interfaces."""
     kept = legacy.other_mounts(root.read("/etc/fstab") or "", ["/", "/boot", "/boot/efi"])
-    root.write("/etc/fstab", filesystem.fstab(volumes) + "".join(f"{line}\n" for line in kept))
+    root.write("/etc/fstab", fstab.render(volumes) + "".join(f"{line}\n" for line in kept))
     root.remove("/etc/udev/rules.d/z*_persistent-net.rules")
     guest.request_relabel(root)
 
 
-def adapt(device: Device, instance: Instance, known: Settings, is_larger: bool) -> None:
-    """What an import changes in the guest on the first disk: the size of its root, and what hooks do.
+def adapt(disk: Disk, instance: Instance, settings: Settings, is_larger: bool, origin: str = "") -> None:
+    """Grow the root of the guest on the first disk, and run hooks. A failure leaves the disk whole.
 
-    The disk is whole by now: what fails here leaves it so.
+    `origin` is the instance whose backup it is: that of another makes a clone, with an identity of its own.
     """
-    names = [name for name in hooks.find(known.customize_dir) if name in known.import_hooks.split()]
-    if known.nomount or not (names or (is_larger and known.grow)):
+    available = hooks.find(settings.customize_dir)
+    names = [name for name in available if name in settings.import_hooks.split()]
+    if instance.nics and "interfaces" not in names and not settings.nomount:
+        how = "" if "interfaces" in available else f" (first: chmod +x {settings.customize_dir}/interfaces)"
+        log.info(f"the guest's network is as in the backup; IMPORT_HOOKS with interfaces fits it to this instance{how}")
+    is_clone = origin not in ("", instance.name)
+    if settings.nomount or not (names or is_clone or (is_larger and settings.grow)):
         return
-    with disk.attached(device) as attached:
-        found = discovery.find_if_any(attached, "the disk is left as it was in the backup")
+    with blockdev.attached(disk) as loop:
+        found = discovery.find_if_any(loop, "the disk is left as it was in the backup")
         if not found:
             return
-        if is_larger and known.grow:
-            with log.phase("grew the root filesystem"):
-                grow.grow(attached, found)
+        if is_larger and settings.grow:
+            try:
+                grow.grow(loop, found)
+            except grow.Damaged as failure:
+                log.warning(f"{failure}: the disk is left as it was in the backup")
+                return
+        if is_clone:
+            renew(instance, settings, loop, found, origin)
         with ExitStack() as stack:
             if names:
-                filesystem.mount_all(stack, found.volumes, isolation.TARGET)
-                context = hooks.Context("import", os.environ, known, isolation.TARGET, device, attached, found.volumes)
+                mounting.mount_all(stack, found.volumes, isolation.TARGET)
+                context = hooks.Context("import", os.environ, settings, isolation.TARGET, loop, found.volumes)
                 hooks.run_all(names, context)
-                seen = guest_disk(attached.path, found.volumes)
-                with targets.opened(isolation.TARGET, instance.short_name, seen, known.guest_timeout) as root:
+                with opened_system(isolation.TARGET, instance, settings, loop.path, found.volumes) as root:
                     guest.request_relabel(root)
-        disk.flush(device, attached.descriptor)
+        blockdev.flush(loop)
 
 
-def too_small(device: Device, size: int) -> Failure:
+def renew(instance: Instance, settings: Settings, loop: LoopDevice, found: Found, origin: str) -> None:
+    """Give a clone a machine-id and ssh host keys of its own: its original may be running."""
+    try:
+        with ExitStack() as stack:
+            mounting.mount_all(stack, found.volumes, isolation.TARGET)
+            system = opened_system(isolation.TARGET, instance, settings, loop.path, found.volumes)
+            root = stack.enter_context(system)
+            guest.forget_machine(root)
+            hostkeys.replace(root)
+            guest.request_relabel(root)
+    except Failure as failure:  # it is restored nevertheless
+        log.warning(f"machine-id and ssh host keys are those of {origin}: {failure}")
+    else:
+        log.info(f"the backup is of {origin}: machine-id and ssh host keys are made anew, DHCP leases forgotten")
+
+
+def too_small(disk: Disk, size: int) -> Failure:
     return Failure(
-        f"disk {device.path} of {log.size(device.size)} ({device.size} bytes) is smaller than the one of the backup, "
-        f"{log.size(size)} ({size} bytes)",
+        f"disk {disk.path} of {exact(disk.size)} is smaller than the one of the backup, {exact(size)}",
         hint="give the instance a disk that is as large or larger",
     )

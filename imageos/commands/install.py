@@ -8,104 +8,148 @@ it as FILE.new. There is no cache to prune: imageos runs from its file.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import re
 import secrets
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import resources
+from contextlib import contextmanager
 
-from imageos import __version__, ganeti, log, settings
+from imageos import __version__, log, settings
 from imageos.commandline import Parser
-from imageos.errors import Failure
-from imageos.hooks import program_file
-
-SCRIPTS = ("create", "import", "export", "rename", "verify")
-TOOLS = ("mount-disks", "umount-disks", "make-dump", "make-qemu-img", "ganeti-image")
-BIN_DIR = "/usr/local/sbin"
-RECORD = "installed.json"  # in the directory of the OS definition
-DIRECTORIES = (
-    f"{settings.SITE_DIR}/variants",
-    f"{settings.SITE_DIR}/hooks",
-    f"{settings.SITE_DIR}/overlays",
-    f"{settings.SITE_DIR}/networks/subnets",
-    f"{settings.SITE_DIR}/networks/instances",
-    settings.CACHE_DIR,
+from imageos.errors import Failure, Usage
+from imageos.installation import (
+    DIRECTORIES,
+    RECORD,
+    SITE_RECORD,
+    Entry,
+    Record,
+    content,
+    digest,
+    entries,
+    not_in_use,
+    read,
+    read_record,
+    under,
 )
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One path that is put in place: a file with `content`, or a link with the text `link`."""
-
-    path: str
-    content: bytes = b""
-    link: str = ""
-    mode: int = 0o644
-    site: bool = False  # the site may change it: never overwritten
-    offered: bool = True  # whether a newer version is put beside it then
-
-
-@dataclass(frozen=True)
-class Record:
-    """What install has put in place, by path; `package`: the package that did so instead."""
-
-    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the content
-    links: dict[str, str] = field(default_factory=dict)  # text of the link
-    package: str = ""
+EPOCH = 315532800  # of all files in packages (build.py)
+UNFINISHED = ".{}.tmp"  # behind the name of a file that is being written
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
+    for option, directory in {"--os-dir": options.os_dir, "--bin-dir": options.bin_dir}.items():
+        if not re.fullmatch("(/+[^/]+)+/*", directory):
+            raise Usage(f"{option}={directory}: it must be an absolute path, below / or --root")
+    if not options.root:
+        raise Usage("--root is empty")
     root = os.path.abspath(options.root)
-    before = read_record(root, options.os_dir)
-    refuse_package(before, options.os_dir, "upgrade")
-    wanted = list(entries(options.os_dir, options.bin_dir))
-    changed = 0
-    for directory in DIRECTORIES:
-        os.makedirs(under(root, directory), 0o700 if directory == settings.CACHE_DIR else 0o755, exist_ok=True)
-    for entry in wanted:
-        changed += put(root, entry, before.files)
-    put(root, record_entry(root, options.os_dir, wanted))
-    log.info(
-        f"imageos {__version__} is installed in {under(root, options.os_dir)}"
-        + ("" if changed else ": nothing had to be changed")
-    )
+    with alone(under(root, options.os_dir)):
+        if options.site_files:
+            install_site_files(root, list(entries(options.os_dir, options.bin_dir)))
+        else:
+            install(root, options.os_dir, list(entries(options.os_dir, options.bin_dir)))
+    problem = not_in_use(root, options.os_dir)
+    if problem:
+        log.info(f"hint: {problem.hint}")
+        log.warning(str(problem))
     return 0
 
 
-def entries(os_dir: str, bin_dir: str) -> Iterator[Entry]:
-    """All that is put in place, in an order in which no link dangles."""
-    yield Entry(f"{os_dir}/imageos", _program(), mode=0o755)
-    for script in SCRIPTS:
-        yield Entry(f"{os_dir}/{script}", link="imageos")
-    for tool in TOOLS:
-        yield Entry(f"{os_dir}/tools/{tool}", link="../imageos")
-    yield Entry(f"{os_dir}/ganeti_api_version", "".join(f"{n}\n" for n in ganeti.API_VERSIONS).encode())
-    yield Entry(f"{os_dir}/parameters.list", parameters_list().encode())
-    yield Entry(f"{os_dir}/common.sh", _shipped("defaults", "common.sh"))
-    yield Entry(f"{settings.SITE_DIR}/variants.list", _shipped("defaults", "variants.list"), site=True, offered=False)
-    yield Entry(f"{os_dir}/variants.list", link=f"{settings.SITE_DIR}/variants.list")
-    yield Entry(f"{settings.SITE_DIR}/variants/default.conf", _shipped("defaults", "default.conf"), site=True)
-    yield Entry(settings.DEFAULTS_FILE, settings.defaults_file().encode(), site=True)
-    for hook in sorted(one.name for one in (resources.files("imageos") / "hooks.d").iterdir()):
-        yield Entry(f"{settings.SITE_DIR}/hooks/{hook}", _shipped("hooks.d", hook), site=True)
-    for command in ("imageos", *TOOLS):
-        yield Entry(f"{bin_dir}/{command}", link=f"{os_dir}/imageos")
+def install(root: str, os_dir: str, wanted: Sequence[Entry]) -> None:
+    before = read_record(root, os_dir, "upgrade")
+    warn_of_older(under(root, f"{os_dir}/imageos"))
+    changed = put_all(root, wanted, before, f"{os_dir}/{RECORD}")
+    log.info(
+        f"imageos {__version__} is installed in {under(root, os_dir)}"
+        + ("" if changed else ": nothing had to be changed")
+    )
 
 
-def parameters_list() -> str:
-    """The OS parameters in Ganeti's format: `name description`, no other line (ganeti-os-interface(7))."""
-    return "".join(f"{name} {settings.describe(name)}\n" for name in (*settings.PARAMETERS, *settings.RESERVED))
+def install_site_files(root: str, wanted: Sequence[Entry]) -> None:
+    """Put in place what a package has not: the files that the site may change."""
+    files = [entry for entry in wanted if entry.site and not entry.link]
+    known = {**told_by_package(root, files), **read(root, SITE_RECORD).files}
+    put_all(root, files, Record(known), SITE_RECORD)
+
+
+def put_all(root: str, wanted: Sequence[Entry], before: Record, record: str) -> bool:
+    for directory in DIRECTORIES:
+        path = under(root, directory)
+        try:
+            os.makedirs(path, 0o700 if directory == settings.CACHE_DIR else 0o755, exist_ok=True)
+        except FileExistsError as error:
+            where = str(error.filename)
+            what = f"is a link to {os.readlink(where)}, which is not there" if os.path.islink(where) else "is a file"
+            raise Failure(f"{where} {what}: it should be a directory", hint=f"make it one, or: rm {where}") from None
+    remove_unfinished(root, wanted)
+    changed = [put(root, entry, before.files) for entry in wanted]
+    put(root, record_entry(root, record, wanted, before))
+    return any(changed)
+
+
+@contextmanager
+def alone(os_dir: str) -> Iterator[None]:
+    """Wait for another install; others wait for us."""
+    os.makedirs(os_dir, exist_ok=True)
+    directory = os.open(os_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
+
+
+def told_by_package(root: str, wanted: Iterable[Entry]) -> dict[str, str]:
+    """Return the files that are still as another version's package has put them there, with their SHA-256.
+
+    stdin says which files Debian's had, with their MD5 (`Conffiles` in dpkg-query(1)). The rpm's had the time EPOCH.
+    """
+    sums = {words[0]: words[1] for line in sys.stdin or () if len(words := line.split()) > 1}
+    found = {}
+    for entry in wanted:
+        path = under(root, entry.path)
+        data = content(path)
+        if data is not None and (
+            hashlib.md5(data).hexdigest() == sums.get(entry.path) or os.stat(path).st_mtime == EPOCH
+        ):
+            found[entry.path] = digest(data)
+    return found
+
+
+def warn_of_older(program: str) -> None:
+    """Warn if the installed program, an archive without compression, is of a newer version."""
+    version = re.search(rb'(?m)^__version__ = "([0-9a-z.]+)"$', content(program) or b"")
+    if version and order(version[1].decode()) > order(__version__):
+        log.warning(f"imageos {version[1].decode()} is replaced by an older version, {__version__}")
+
+
+def order(version: str) -> list[int]:
+    """Return what sorts 1.1.dev0 before 1.1, and that before 1.1.1."""
+    return [int(part) if part.isdigit() else -1 for part in version.split(".")] + [0]
+
+
+def remove_unfinished(root: str, wanted: Iterable[Entry]) -> None:
+    """Remove what an install that was killed has left."""
+    for path in (under(root, entry.path) for entry in wanted):
+        for left in glob.glob(f"{glob.escape(path)}{UNFINISHED.format('[0-9a-f]' * 8)}"):
+            os.unlink(left)
 
 
 def put(root: str, entry: Entry, known: Mapping[str, str] = {}) -> bool:  # noqa: B006
-    """Make `entry` so; whether something had to be done. `known`: the files of the last install."""
+    """Put `entry` in place, and return whether anything had to be done. `known`: the files of the last install."""
     path = under(root, entry.path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if entry.link:
-        if os.path.islink(path) and os.readlink(path) == entry.link:
+        if _is_link(path, entry.link):
+            return False
+        if entry.site and os.path.lexists(path) and not _leads_to_a_definition(path):
+            log.warning(f"{path} is the site's own, and kept: ours is called by imageos {os.path.basename(path)}")
             return False
         _replace(path, entry)
         return True
@@ -113,8 +157,8 @@ def put(root: str, entry: Entry, known: Mapping[str, str] = {}) -> bool:  # noqa
     old = None if os.path.islink(path) and not entry.site else content(path)
     if old == entry.content and (entry.site or os.stat(path).st_mode & 0o7777 == entry.mode):
         return entry.site and _withdraw(path, entry, known)
-    if entry.site and old is not None:
-        if digest(old) == known.get(entry.path) and not os.path.islink(path):
+    if entry.site and (old is not None or os.path.islink(path)):  # a link leads perhaps to what is not mounted yet
+        if old is not None and digest(old) == known.get(entry.path) and not os.path.islink(path):
             # a hook that the site has made executable stays so
             _replace(path, dataclasses.replace(entry, mode=os.stat(path).st_mode & 0o777))
             _withdraw(path, entry, known)
@@ -128,8 +172,13 @@ def put(root: str, entry: Entry, known: Mapping[str, str] = {}) -> bool:  # noqa
     return True
 
 
+def _leads_to_a_definition(path: str) -> bool:
+    """Return whether a command is a link to a program or tool of an OS definition: ours, or the ancestor's."""
+    return os.path.islink(path) and bool(re.search(r"/(imageos|tools/[a-z-]+)$", os.readlink(path)))
+
+
 def _withdraw(path: str, entry: Entry, known: Mapping[str, str]) -> bool:
-    """Take away what was put beside a file, if it is still there as it was."""
+    """Take away what was put beside a file, if it is still there as it was; return whether it was."""
     offered = content(path + ".new")
     if offered is None or digest(offered) not in (known.get(entry.path + ".new"), digest(entry.content)):
         return False
@@ -137,54 +186,36 @@ def _withdraw(path: str, entry: Entry, known: Mapping[str, str]) -> bool:
     return True
 
 
-# --- the record ---------------------------------------------------------------------------------------------
+def record_entry(root: str, record: str, wanted: Iterable[Entry], before: Record) -> Entry:
+    """Return the file by which the next install knows what the site has changed, and uninstall what is ours.
 
-
-def record_entry(root: str, os_dir: str, wanted: Iterable[Entry]) -> Entry:
-    """The file that tells the next install what the site has changed since, and uninstall what is ours."""
-    files, links = {}, {}
+    What is still there of an install with another --bin-dir, or of another version, stays ours.
+    """
+    files = {**before.files}
+    links = {**before.links}
     for entry in wanted:
         if entry.link:
             links[entry.path] = entry.link
-            continue
-        for path in (entry.path, entry.path + ".new"):
-            if content(under(root, path)) == entry.content:
-                files[path] = digest(entry.content)
+        else:
+            files.update(dict.fromkeys((entry.path, entry.path + ".new"), digest(entry.content)))
+    files = {path: known for path, known in files.items() if digest(content(under(root, path)) or b"") == known}
+    links = {path: text for path, text in links.items() if _is_link(under(root, path), text)}
     text = json.dumps(dataclasses.asdict(Record(files, links)), indent=1)
-    return Entry(f"{os_dir}/{RECORD}", f"{text}\n".encode())
+    return Entry(record, f"{text}\n".encode())
 
 
-def read_record(root: str, os_dir: str) -> Record:
-    """What the last install put there; nothing, if there was none."""
-    path = under(root, f"{os_dir}/{RECORD}")
-    text = content(path)
-    if text is None:
-        return Record()
-    try:
-        record = Record(**json.loads(text))
-        for known in (record.files, record.links):
-            if not all(isinstance(one, str) for pair in known.items() for one in pair):
-                raise ValueError("not text")
-        return record
-    except (ValueError, TypeError, AttributeError):
-        raise Failure(
-            f"{path} is damaged", hint=f"remove it; what differs from this version is then kept: rm {path}"
-        ) from None
-
-
-def refuse_package(record: Record, os_dir: str, what: str) -> None:
-    if record.package:
-        raise Failure(f"{os_dir} belongs to the package {record.package}", hint=f"{what} the package instead")
+def _is_link(path: str, text: str) -> bool:
+    return os.path.islink(path) and os.readlink(path) == text
 
 
 def _replace(path: str, entry: Entry) -> None:
-    """Temporary name and rename: whoever calls the file meanwhile finds the old or the new one, whole."""
+    """Write a temporary file and rename it: whoever calls the file meanwhile finds the old or the new one, whole."""
     if os.path.isdir(path) and not os.path.islink(path):
         raise Failure(
             f"{path} is a directory, it should be a {'link' if entry.link else 'file'}",
             hint=f"move it away: mv {path} {path}.old",
         )
-    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    temporary = path + UNFINISHED.format(secrets.token_hex(4))
     try:
         if entry.link:
             os.symlink(entry.link, temporary)
@@ -201,44 +232,12 @@ def _replace(path: str, entry: Entry) -> None:
         raise Failure(f"cannot write {path}: {error.strerror}", hint=hint) from None
 
 
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def content(path: str) -> bytes | None:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except (FileNotFoundError, IsADirectoryError):
-        return None
-
-
-def under(root: str, path: str) -> str:
-    """Where `path` is below `root`; Failure if that leads out of it."""
-    place = os.path.join(root, path.lstrip("/"))
-    directory = os.path.realpath(os.path.dirname(place))
-    if ".." in path.split("/") or os.path.commonpath([os.path.realpath(root), directory]) != os.path.realpath(root):
-        raise Failure(f"{place} leads out of {root}", hint="as --root, give a directory whose links stay inside it")
-    return place
-
-
-def _shipped(*names: str) -> bytes:
-    return resources.files("imageos").joinpath("/".join(names)).read_bytes()
-
-
-def _program() -> bytes:
-    path = program_file()
-    if not os.path.isfile(path):
-        raise Failure("install works from the built file only", hint="./build.py, then dist/imageos install")
-    with open(path, "rb") as file:
-        return file.read()
-
-
 def parser() -> Parser:
     options = Parser("imageos install", __doc__)
     options.add_argument("--root", default="/", metavar="DIR", help="put everything under this directory")
     options.add_os_dir()
     options.add_argument(
-        "--bin-dir", default=BIN_DIR, metavar="DIR", help="directory of the commands (default: %(default)s)"
+        "--bin-dir", default="/usr/local/sbin", metavar="DIR", help="directory of the commands (default: %(default)s)"
     )
+    options.add_site_files()
     return options

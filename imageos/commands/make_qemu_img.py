@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from imageos.commandline import Parser
-from imageos.commands import ganeti_image
+from imageos.images.instance import make_image, parser_of
 
 
 def parser() -> Parser:
-    return ganeti_image.parser_of("qemu-img", "make-qemu-img", __doc__)
+    return parser_of("qemu-img", "make-qemu-img", __doc__)
 
 
 def main(arguments: Sequence[str]) -> int:
-    return ganeti_image.make_image("qemu-img", parser().parse_args(arguments))
+    return make_image("qemu-img", parser().parse_args(arguments))

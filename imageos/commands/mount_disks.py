@@ -7,20 +7,20 @@ loop device under them goes with the last mount.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
-import stat
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
-from imageos import cluster, hooks, log
+from imageos import cluster, hooks, log, remote
 from imageos.cluster import ClusterInstance
 from imageos.commandline import Parser
-from imageos.disks import discovery, disk, filesystem
-from imageos.disks.disk import Attached
+from imageos.disks import blockdev, discovery, mounting
+from imageos.disks.blockdev import LoopDevice
 from imageos.errors import Failure, Interrupted
-from imageos.node import isolation, linux
-from imageos.node.mounts import mount_point
-from imageos.run import foreground
+from imageos.installation import program_there
+from imageos.node import isolation, linux, mounts
+from imageos.run import Command, Outside, foreground
 
 
 def parser() -> Parser:
@@ -42,117 +42,101 @@ def main(arguments: Sequence[str]) -> int:
     if options.disk:
         check_free(options.instance, options)
         return mount(options.instance, options.disk, options, node)
-    known = cluster.instance(options.instance)
-    if known.is_here:
-        check_free(known.name, options)
+    instance = cluster.find_instance(options.instance)
+    if instance.is_here:
+        check_free(instance.name, options)
     if not options.read_only:
-        cluster.check_stopped(known, ", or --read-only, which writes nothing")
-    elif not known.stopped:
-        log.warning(f"instance {known.name} is not stopped ({known.status}): what you see may contradict itself")
-    with cluster.activated(known, keep=not options.shell) as disks:
-        if known.is_here:
-            return mount(known.name, disks[0], options, node)
-        return mount_there(known, disks[0], options)
+        cluster.check_stopped(instance, ", or --read-only, which writes nothing")
+    elif not (instance.stopped or instance.is_lost):
+        log.warning(f"instance {instance.name} is not stopped ({instance.status}): what you see may contradict itself")
+    with cluster.activated(instance, keep=not options.shell) as disks:
+        if instance.is_here:
+            return mount(instance.name, disks[0], options, node)
+        return mount_there(instance, disks[0], options)
 
 
 def mount(name: str, path: str, options: argparse.Namespace, node: tuple[int, int]) -> int:
-    """The filesystems on the disk `path`, for a shell or for everybody on the node."""
-    place = mount_point(name)
+    """Mount the filesystems on the disk `path`, for a shell or for everybody on the node."""
+    mount_point = mounts.mount_point(name)
     with ExitStack() as held:
-        device = held.enter_context(disk.claimed(path, options.read_only, shared=options.read_only))
-        attached = held.enter_context(disk.attached(device, options.read_only))
-        found = discovery.find(attached, mounted=("/",))
+        disk = held.enter_context(blockdev.claimed(path, options.read_only, shared=options.read_only))
+        loop = held.enter_context(blockdev.attached(disk, options.read_only))
+        found = discovery.find(loop, mounted=("/",))
         with ExitStack() as copied:  # as long as it is open, it keeps the disk
-            with ExitStack() as mounts:
-                filesystem.mount_all(mounts, found.volumes, isolation.TARGET, options.read_only)
+            with ExitStack() as mounted:
+                mounting.mount_all(mounted, found.volumes, isolation.TARGET, options.read_only)
                 log.info(f"found {', '.join(discovery.describe(found))}")
                 if options.shell:
-                    return shell(name, mounts, attached)
+                    return shell(name, mounted, loop)
                 tree = linux.copy_mounts(isolation.TARGET)
                 copied.callback(os.close, tree)
-            publish(tree, node, place)
+            publish(tree, node, mount_point)
         held.pop_all()  # the mounts keep the loop device from now on: nobody waits for its end
     end = "in the end" if options.read_only else "before you start it"
-    log.info(f"instance {name} is mounted at {place}; umount-disks {name} {end}")
+    log.info(f"instance {name} is mounted at {mount_point}; umount-disks {name} {end}")
     return 0
 
 
-def publish(tree: int, node: tuple[int, int], place: str) -> None:
-    """Let the mounts `tree` appear at `place`, for everybody on the node."""
+def publish(tree: int, node: tuple[int, int], mount_point: str) -> None:
+    """Show the mounts `tree` at `mount_point` to everybody on the node."""
     isolation.ignore_signals()  # from here on it is done or fails, nothing in between
     try:
         linux.enter_mount_view(node)
-        if not is_our_directory(place):
-            os.mkdir(place, 0o700)
-        directory = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            linux.place_mounts(tree, directory)
-        finally:
-            os.close(directory)
+        with suppress(FileExistsError):
+            os.mkdir(mount_point, 0o700)
+        with linux.closing(mounts.open_mount_point(mount_point, os.O_PATH)) as directory:
+            linux.place_mounts(tree, directory)  # over the directory that was checked
     except OSError as error:
-        remove_directory(place)
-        raise Failure(f"cannot mount anything at {place}: {error.strerror}") from None
+        mounts.remove_mount_point(mount_point)
+        raise Failure(f"cannot mount anything at {mount_point}: {error.strerror}") from None
 
 
-def shell(name: str, mounts: ExitStack, attached: Attached) -> int:
-    """A shell in the guest's root; what it has written is on the disk in the end, even after a signal."""
+def shell(name: str, mounted: ExitStack, loop: LoopDevice) -> int:
+    """Run a shell in the guest's root. On return, all that it wrote is on the disk, even after a signal."""
     log.info(f"this directory has the filesystems of instance {name}, until you leave this shell")
     program = os.environ.get("SHELL") or "/bin/sh"
     env = {name: value for name, value in os.environ.items() if name != "TMPDIR"}
     interrupted = None
     try:
-        status = foreground([program], cwd=isolation.TARGET, env=env)
+        status = foreground(Command([program], Outside.SHELL, env=env, cwd=isolation.TARGET))
     except Interrupted as signal:
         interrupted = signal
     hooks.end_leftovers("the shell")
-    mounts.close()
-    os.fsync(attached.descriptor)
+    mounted.close()
+    os.fsync(loop.descriptor)
     if interrupted:
         raise interrupted
-    return status
+    return status if status >= 0 else 128 - status  # as another shell would tell it
 
 
-def mount_there(known: ClusterInstance, path: str, options: argparse.Namespace) -> int:
-    """The same on the node that has the disks."""
+def mount_there(instance: ClusterInstance, path: str, options: argparse.Namespace) -> int:
+    """Have the node that has the disks do it."""
     command = [program_there(), "mount-disks", "--disk", path]
     command += [word for word, wanted in (("--read-only", options.read_only), ("--shell", options.shell)) if wanted]
-    command.append(known.name)
-    if_lost = f"umount-disks {known.name} takes away what may be mounted there"
+    command.append(instance.name)
+    if_lost = f"umount-disks {instance.name} takes away what may be mounted there"
     if options.shell:
-        status = foreground(cluster.ssh(known.node, command, terminal=os.isatty(0)))
-        if status == 255:
-            raise Failure(f"cannot reach node {known.node} over ssh, or lost it", hint=if_lost)
-        return status
-    cluster.run_on(known.node, command, if_lost)
-    log.info(f"that is on node {known.node}")
+        return remote.talk_on(instance.node, command, if_lost)
+    remote.run_on(instance.node, command, if_lost)
+    log.info(f"that is on node {instance.node}")
     return 0
 
 
-def program_there() -> str:
-    """imageos on another node: the same path as here, which `imageos install` makes so."""
-    return os.path.realpath(hooks.program_file())
-
-
 def check_free(name: str, options: argparse.Namespace) -> None:
-    """Failure if the mount point exists, but for the empty directory that a killed mount-disks may have left."""
-    place = mount_point(name)
+    """Fail if the mount point exists. Accept the empty directory that a killed mount-disks may have left."""
     if options.shell:
         return
-    if os.path.ismount(place):
-        raise Failure(f"instance {name} is mounted at {place} already", hint=f"umount-disks {name}")
-    if os.path.lexists(place) and not (is_our_directory(place) and not os.listdir(place)):
-        raise Failure(f"{place} exists, and mount-disks has not made it", hint="look at it, and move it away")
-
-
-def is_our_directory(place: str) -> bool:
-    """Whether it is a directory as we make it; /tmp is open to everybody."""
+    mount_point = mounts.mount_point(name)
+    there = [mount for mount in mounts.current() if mount.path == mount_point]
+    if there:
+        what = f"instance {name}" if mounts.block_device(there[-1]) else "something else"
+        raise Failure(f"{what} is mounted at {mount_point} already", hint=f"umount-disks {name} takes it away")
+    is_free = False
     try:
-        status = os.lstat(place)
-    except OSError:
-        return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == 0 and stat.S_IMODE(status.st_mode) == 0o700
-
-
-def remove_directory(place: str) -> None:
-    if is_our_directory(place):
-        os.rmdir(place)
+        directory = mounts.open_mount_point(mount_point)
+        is_free = not os.listdir(directory)
+        os.close(directory)
+    except OSError as error:
+        is_free = error.errno == errno.ENOENT
+    if not is_free:
+        raise Failure(f"{mount_point} exists, and mount-disks has not made it", hint="look at it, and move it away")

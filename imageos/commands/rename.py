@@ -6,54 +6,50 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from imageos import ganeti, hooks, log, settings
-from imageos.disks import discovery, disk, filesystem
+from imageos import ganeti, hooks, log
+from imageos.disks import blockdev, discovery, mounting
+from imageos.disks.blockdev import LoopDevice
 from imageos.disks.discovery import Found
-from imageos.disks.disk import Attached, Device
 from imageos.errors import Failure
 from imageos.ganeti import Instance
 from imageos.guests import guest, hostname, target
-from imageos.hook import guest_disk
 from imageos.node import isolation
-from imageos.settings import Settings
+from imageos.settings import Settings, load_settings
 
 
 def main(_arguments: Sequence[str]) -> int:
     instance = ganeti.instance(os.environ)
     old = ganeti.old_name(os.environ)
     isolation.enter()
-    known = settings.load(os.environ)
-    if known.nomount or not instance.disks:
-        reason = "NOMOUNT=yes" if known.nomount else "the instance has no disk"
+    settings = load_settings(os.environ)
+    if settings.nomount or not instance.disks:
+        reason = "NOMOUNT=yes" if settings.nomount else "the instance has no disk"
         log.info(f"{reason}: there is no guest to rename")
         return 0
-    with disk.claimed(instance.disks[0].path) as device, disk.attached(device) as attached:
-        found = discovery.find_if_any(attached, "there is no guest to rename")
+    with blockdev.claimed(instance.disks[0].path) as disk, blockdev.attached(disk) as loop:
+        found = discovery.find_if_any(loop, "there is no guest to rename")
         if not found:
             return 0
-        failure = rename(instance, old, known, device, attached, found)
-        disk.flush(device, attached.descriptor)
+        failure = rename(instance, old, settings, loop, found)
+        blockdev.flush(loop)
     if failure:
         raise failure
     return 0
 
 
-def rename(
-    instance: Instance, old: str, known: Settings, device: Device, attached: Attached, found: Found
-) -> Failure | None:
-    """Why a hook failed, if one did: the guest lives on, and keeps its new name."""
+def rename(instance: Instance, old: str, settings: Settings, loop: LoopDevice, found: Found) -> Failure | None:
+    """Return the failure of a hook instead of raising it: the guest lives on, and its new name must be flushed."""
     failure = None
     with ExitStack() as stack:
-        filesystem.mount_all(stack, found.volumes, isolation.TARGET)
-        disk_seen = guest_disk(attached.path, found.volumes)
-        root = stack.enter_context(target.opened(isolation.TARGET, instance.short_name, disk_seen, known.guest_timeout))
+        mounting.mount_all(stack, found.volumes, isolation.TARGET)
+        root = stack.enter_context(target.opened_system(isolation.TARGET, instance, settings, loop.path, found.volumes))
         changed = False
         if old == instance.name:
             log.info(f"the guest's name {old} stays as it is")
         else:
             changed = hostname.rename(root, old, instance.name)
-        names = [name for name in hooks.find(known.customize_dir) if name in known.rename_hooks.split()]
-        context = hooks.Context("rename", os.environ, known, isolation.TARGET, device, attached, found.volumes)
+        names = [name for name in hooks.find(settings.customize_dir) if name in settings.rename_hooks.split()]
+        context = hooks.Context("rename", os.environ, settings, isolation.TARGET, loop, found.volumes)
         try:
             hooks.run_all(names, context, ["-r"])
         except Failure as problem:

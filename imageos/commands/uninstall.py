@@ -12,19 +12,27 @@ from contextlib import suppress
 
 from imageos import log
 from imageos.commandline import Parser
-from imageos.commands.install import DIRECTORIES, RECORD, Record, content, digest, read_record, refuse_package, under
 from imageos.errors import Failure
-from imageos.run import available, run
+from imageos.installation import DIRECTORIES, RECORD, SITE_RECORD, Record, content, digest, read, read_record, under
+from imageos.node.programs import available
+from imageos.run import Command, Outside, run
 from imageos.settings import CACHE_DIR, DEFAULTS_FILE, SITE_DIR
 
 MOST_SHOWN = 20
+SITE_DIRECTORIES = (*DIRECTORIES, f"{SITE_DIR}/networks", SITE_DIR)
+TIMEOUT = 60.0  # seconds for Ganeti to name the instances
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     root = os.path.abspath(options.root)
-    record = read_record(root, options.os_dir)
-    refuse_package(record, options.os_dir, "remove")
+    if options.site_files:
+        remove(root, read(root, SITE_RECORD))
+        with suppress(FileNotFoundError):
+            os.unlink(under(root, SITE_RECORD))
+        remove_directories(root, [*SITE_DIRECTORIES, os.path.dirname(SITE_RECORD)])
+        return 0
+    record = read_record(root, options.os_dir, "remove")
     if not record.links:
         log.info(f"imageos is not installed in {under(root, options.os_dir)}: nothing to remove")
         return 0
@@ -35,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     with suppress(FileNotFoundError):
         os.unlink(under(root, f"{options.os_dir}/{RECORD}"))
     tops = (options.os_dir, SITE_DIR, CACHE_DIR)
-    remove_directories(root, [*DIRECTORIES, f"{SITE_DIR}/networks", f"{options.os_dir}/tools", *tops])
+    remove_directories(root, [*SITE_DIRECTORIES, f"{options.os_dir}/tools", *tops])
     left = sorted(files_below(root, [*tops, DEFAULTS_FILE]))
     for path in left[:MOST_SHOWN]:
         log.info(f"left: {path}")
@@ -50,7 +58,9 @@ def warn_of_instances(os_name: str) -> None:
     if not available("gnt-instance"):
         return
     with suppress(Failure):
-        rows = [line.split() for line in run(["gnt-instance", "list", "--no-headers", "-o", "name,os"]).splitlines()]
+        listing = ["gnt-instance", "list", "--no-headers", "-o", "name,os"]
+        output = run(Command(listing, Outside.GANETI), timeout=TIMEOUT)
+        rows = [line.split() for line in output.splitlines()]
         names = [row[0] for row in rows if len(row) == 2 and row[1].partition("+")[0] == os_name]
         if names:
             log.warning(f"there are instances with the OS {os_name}: {' '.join(names)}")
@@ -59,26 +69,26 @@ def warn_of_instances(os_name: str) -> None:
 def remove(root: str, record: Record) -> None:
     """Remove what is as install has left it; the program itself goes last."""
     for path, text in reversed(list(record.links.items())):
-        place = under(root, path)
-        if os.path.islink(place) and os.readlink(place) == text:
-            os.unlink(place)
+        link = under(root, path)
+        if os.path.islink(link) and os.readlink(link) == text:
+            os.unlink(link)
     for path, known in reversed(list(record.files.items())):
-        place = under(root, path)
-        found = None if os.path.islink(place) else content(place)
+        file = under(root, path)
+        found = None if os.path.islink(file) else content(file)
         if found is not None and digest(found) == known:
-            os.unlink(place)
+            os.unlink(file)
 
 
 def remove_directories(root: str, directories: Sequence[str]) -> None:
-    """Remove those that are empty, the deepest first."""
-    for directory in sorted((under(root, one) for one in directories), key=len, reverse=True):
+    """Remove the empty ones, the deepest first."""
+    for directory in sorted((under(root, directory) for directory in directories), key=len, reverse=True):
         with suppress(OSError):  # not empty, not there, a link of the site's
             os.rmdir(directory)
 
 
 def files_below(root: str, tops: Sequence[str]) -> Iterator[str]:
-    """All files in the directories `tops`, and those of `tops` that are none."""
-    for top in (under(root, one) for one in tops):
+    """Yield all files in the directories `tops`, and those of `tops` that are files."""
+    for top in (under(root, top) for top in tops):
         if os.path.isfile(top):
             yield top
         for directory, _, names in os.walk(top):
@@ -89,4 +99,5 @@ def parser() -> Parser:
     options = Parser("imageos uninstall", __doc__)
     options.add_argument("--root", default="/", metavar="DIR", help="take it away from under this directory")
     options.add_os_dir()
+    options.add_site_files()
     return options

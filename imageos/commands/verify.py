@@ -1,26 +1,27 @@
-"""verify: say everything that is wrong with the settings, the variant, the OS parameters and the image."""
+"""verify: report all errors in the settings, the variant, the OS parameters and the image."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
-from imageos import ganeti, hooks, log, settings
+from imageos import ganeti, hooks, log
 from imageos.errors import Failure
-from imageos.images import imagetypes
+from imageos.images import imagetypes, preview
 from imageos.node import isolation
-from imageos.settings import Settings
+from imageos.node.programs import require
+from imageos.settings import Settings, examine_settings, reserved_parameters, unknown_parameters
 
 
 def main(_arguments: Sequence[str]) -> int:
-    """Ganeti gives no instance here: what depends on one is checked by create."""
+    """Check everything that does not depend on the instance, which only create knows."""
     ganeti.check_api(os.environ)
     isolation.enter()
-    unknown = settings.unknown_parameters(os.environ)
-    known, problems = settings.examine({**ganeti.EXAMPLE, **os.environ})
+    unknown = unknown_parameters(os.environ)
+    settings, problems = examine_settings({**ganeti.EXAMPLE, **os.environ})
     problems += [Failure(f"unknown OS parameter {name}") for name in unknown]
-    problems += [] if problems else image_problems(known)  # with a wrong setting replaced, it would be another image
-    problems += hook_problems(known)
+    problems += [] if problems else image_problems(settings)  # a wrong setting would select another image
+    problems += hook_problems(settings)
     for problem in problems[:-1]:
         _say(problem)
     if problems:
@@ -29,25 +30,32 @@ def main(_arguments: Sequence[str]) -> int:
     return 0
 
 
-def image_problems(known: Settings) -> list[Failure]:
-    """Whether the image is on this node and can be read. A server may be down now and up for the create: a warning."""
-    if known.cdinstall or not (known.image_name or known.image_url):
+def image_problems(settings: Settings) -> list[Failure]:
+    """Return the errors of an image on this node. Only warn about a server: it may be up again for the create."""
+    if settings.cdinstall or "os-image" in reserved_parameters(os.environ):
         return []
-    if known.image_url:
-        reason = imagetypes.why_unreachable(known)
-        if reason:
-            log.warning(reason)
+    if not (settings.image_name or settings.image_url):
+        log.info("there is no IMAGE_NAME and no IMAGE_URL: create needs one, such as the OS parameter image_name")
         return []
     try:
-        imagetypes.IMAGE_TYPES[known.image_type].check(imagetypes.find(known))
+        if settings.image_url:
+            require("curl")
+            reason = imagetypes.why_unreachable(settings)
+            if reason:
+                log.warning(reason)
+            return []
+        image_type, image = imagetypes.IMAGE_TYPES[settings.image_type], imagetypes.find(settings)
+        imagetypes.check(image_type, image)
+        if not image_type.deploy:
+            preview.check(settings, image)
     except Failure as problem:
         return [problem]
     return []
 
 
-def hook_problems(known: Settings) -> list[Failure]:
+def hook_problems(settings: Settings) -> list[Failure]:
     try:
-        hooks.check(known)
+        hooks.check(settings)
     except Failure as problem:
         return [problem]
     return []

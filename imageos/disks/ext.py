@@ -1,4 +1,4 @@
-"""The blocks that an ext2, ext3 or ext4 filesystem calls used, read from its bitmaps.
+"""Read the blocks that an ext2, ext3 or ext4 filesystem calls used from its bitmaps.
 
 Pure, and without a program of e2fsprogs: the filesystem is somebody else's, and what is read here is plain numbers.
 Layout: Documentation/filesystems/ext4 of the kernel. What is not understood, or does not add up, is `Doubtful`: then
@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-SUPERBLOCK = 1024  # its place and its size
+SUPERBLOCK = 1024  # its offset and its size
 MAGIC = 0xEF53
 VALID, ERRORS = 1, 2  # s_state
 
@@ -31,7 +31,7 @@ Read = Callable[[int, int], bytes]  # offset within the filesystem, count
 
 
 class Doubtful(Exception):
-    """Why the bitmaps cannot be trusted."""
+    """The bitmaps cannot be trusted; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Superblock:
         return self.first + group * self.group_size
 
     def has_backup(self, group: int) -> bool:
-        """Whether a copy of the superblock and of the descriptors begins this group."""
+        """Return whether a copy of the superblock and of the descriptors begins this group."""
         if group == 0:
             return True
         if self.backups is not None:
@@ -65,7 +65,7 @@ class Superblock:
 
 
 def used(read: Read, size: int) -> Iterator[tuple[int, int]]:
-    """Ranges (start, end) in bytes, in no order and perhaps overlapping, that hold everything in use.
+    """Yield ranges (start, end) in bytes, in no order and perhaps overlapping, that hold everything in use.
 
     `size` of the volume in bytes; what lies behind the filesystem's end is in use too. Raises Doubtful, perhaps
     after some ranges.
@@ -126,11 +126,11 @@ def _used_blocks(read: Read, superblock: Superblock) -> Iterator[tuple[int, int]
     per_block = superblock.block_size // superblock.descriptor_size
     for number in range(-(-superblock.groups // per_block)):
         first = number * per_block
-        place = superblock.first + 1 + number
+        block = superblock.first + 1 + number
         if number >= superblock.first_meta_group:
-            place = superblock.group_start(first) + superblock.has_backup(first)
-        yield place, place + 1
-        table = _block(read, superblock, place)
+            block = superblock.group_start(first) + superblock.has_backup(first)
+        yield block, block + 1
+        table = _block(read, superblock, block)
         for group in range(first, min(first + per_block, superblock.groups)):
             start = (group - first) * superblock.descriptor_size
             yield from _used_in_group(read, superblock, group, table[start : start + superblock.descriptor_size])
@@ -161,7 +161,7 @@ def _used_in_group(read: Read, superblock: Superblock, group: int, descriptor: b
 
 
 def _uninitialised(superblock: Superblock, group: int, count: int) -> int:
-    """The blocks at the beginning of a group without bitmap that are in use: copies of what is in the first."""
+    """Return how many blocks at the beginning of a group without bitmap are in use: copies of those in the first."""
     descriptors = -(-superblock.groups * superblock.descriptor_size // superblock.block_size)
     per_block = superblock.block_size // superblock.descriptor_size
     found = 1 if superblock.has_backup(group) else 0
@@ -179,7 +179,7 @@ def _block(read: Read, superblock: Superblock, number: int) -> bytes:
 
 
 def _bits(bitmap: bytes, count: int) -> str:
-    """The first `count` bits, lowest first, as text."""
+    """Return the first `count` bits, lowest first, as text."""
     number = int.from_bytes(bitmap, "little")
     return f"{number:0{len(bitmap) * 8}b}"[::-1][:count]
 

@@ -29,6 +29,11 @@ ROOT_TYPES = {
     "x86": "44479540-F297-41B2-9AF7-D131D5F0458A",
     "aarch64": "B921B045-1DF0-41C3-AF44-4C6F280D3FAE",
 }
+USR_TYPES = (
+    "8484680C-9521-48C6-9C11-B0720656F69E",  # x86_64
+    "75250D76-8CC6-458E-BD66-BD47CC81A812",  # x86
+    "B0E01050-EE5F-4390-949A-9101B17104E9",  # aarch64
+)
 BIOS_SIZE = 1 * MIB
 ESP_SIZE = 128 * MIB  # the least that every mkfs.vfat makes a FAT32 of with room for two loaders
 
@@ -54,10 +59,9 @@ class Layout:
 
 
 def plan(table: str, disk_size: int, *, boot: int, swap: int, arch: str, smallest_root: int) -> Layout:
-    """The layout for a disk of `disk_size` bytes; `boot` and `swap` are 0 for none.
+    """Return the layout for a disk of `disk_size` bytes; `boot` and `swap` are 0 for none.
 
-    Failure if what is left for the root filesystem is less than `smallest_root`, or if the table cannot
-    address the disk.
+    Fail if less than `smallest_root` is left for the root filesystem, or if the table cannot address the disk.
     """
     sizes = {"boot": _align_up(boot), "swap": _align_up(swap)}
     if table == "gpt":
@@ -86,7 +90,7 @@ def plan(table: str, disk_size: int, *, boot: int, swap: int, arch: str, smalles
 
 
 def sfdisk_script(layout: Layout) -> str:
-    """The input of sfdisk(8) that makes `layout`."""
+    """Return the input of sfdisk(8) that makes `layout`."""
     label = "dos" if layout.table == "msdos" else "gpt"
     lines = [f"label: {label}", f"label-id: {layout.disk_id}", "unit: sectors"]
     for part in layout.partitions:

@@ -1,4 +1,4 @@
-"""What a stranger's superblock asks of the kernel that mounts it, judged before the kernel reads it.
+"""Judge a stranger's superblock before the kernel mounts it.
 
 Pure. Fields: ext4's are in Documentation/filesystems/ext4, those of xfs in fs/xfs/libxfs/xfs_format.h, those of btrfs
 in include/uapi/linux/btrfs_tree.h of the kernel.
@@ -7,37 +7,84 @@ in include/uapi/linux/btrfs_tree.h of the kernel.
 from __future__ import annotations
 
 import struct
+import uuid
 from collections.abc import Callable
+from typing import NamedTuple
 
-Read = Callable[[int, int], bytes]  # offset within the filesystem, count
+from imageos.disks.ext import INCOMPAT_64BIT, INCOMPAT_RECOVER, MAGIC, SUPERBLOCK, Read
+from imageos.disks.layout import SECTOR
 
-EXT_SUPERBLOCK = 1024  # bytes from the beginning
-EXT_MAGIC = 0xEF53
-COMPAT_HAS_JOURNAL = 0x4
+# Returns why a filesystem, to be `writable` or not, must not be mounted; empty if it may be. It must not make the
+# kernel use another device, wait for minutes, or take mount options from the image.
+Objection = Callable[[Read, bool], str]
+
+COMPAT_HAS_JOURNAL, COMPAT_ORPHAN_FILE = 0x4, 0x1000
 INCOMPAT_JOURNAL_DEV, INCOMPAT_MMP = 0x8, 0x100
+RO_COMPAT_READ_ONLY = 0x1000 | 0x4000  # readonly, shared_blocks
 MMP_MAGIC, MMP_CLEAN = 0x004D4D50, 0xFF4D4D50
+MMP_LEAST = 5  # seconds between two looks (EXT4_MMP_MIN_CHECK_INTERVAL)
+MMP_STRUCT = 114  # bytes, to the end of the last field that counts here
 BTRFS_SUPERBLOCK = 0x10000  # bytes from the beginning
 BTRFS_MAGIC = b"_BHRfS_M"
+BTRFS_SEEDING = 1 << 32
+LVM = "LVM2_member"  # a physical volume, as blkid(8) calls it
+# What may have a root that is not read here: offset, magic number, and what blkid(8) calls it
+UNREADABLE = (
+    (0, b"LUKS\xba\xbe", "crypto_LUKS"),
+    (0, b"\xfc\x4e\x2b\xa9", "linux_raid_member"),
+    (4096, b"\xfc\x4e\x2b\xa9", "linux_raid_member"),
+    (0, b"hsqs", "squashfs"),
+    (1024, b"\xe2\xe1\xf5\xe0", "erofs"),
+    (1024, b"\x10\x20\xf5\xf2", "f2fs"),
+)
 
 
-def objection(read: Read, kind: str, writable: bool) -> str:
-    """Why a filesystem of this `kind` must not be mounted; empty if nothing speaks against it.
+def kind(read: Read) -> str:
+    """Return what begins so: a filesystem that may be mounted, LVM, or one of UNREADABLE; empty if it is none.
 
-    It must not make the kernel use another device, wait for minutes, or take mount options from the image.
+    blkid(8) looks closer.
     """
-    if kind.startswith("ext"):
-        return _of_ext(read, writable)
-    return {"xfs": _of_xfs, "btrfs": _of_btrfs}[kind](read)
+    if read(BTRFS_SUPERBLOCK + 64, len(BTRFS_MAGIC)) == BTRFS_MAGIC:
+        return "btrfs"
+    begin = read(0, SUPERBLOCK + 1024)
+    if any(begin.startswith(b"LABELONE", sector * SECTOR) for sector in range(4)):
+        return LVM
+    if begin.startswith(b"XFSB"):
+        return "xfs"
+    for offset, magic, name in UNREADABLE:
+        if read(offset, len(magic)) == magic:
+            return name
+    return "ext4" if begin[SUPERBLOCK + 0x38 : SUPERBLOCK + 0x3A] == MAGIC.to_bytes(2, "little") else ""
 
 
-def btrfs_id(read: Read) -> bytes:
-    """The 16 bytes of a btrfs's UUID."""
-    return read(BTRFS_SUPERBLOCK + 32, 16)
+class BtrfsDevice(NamedTuple):
+    """A device of a btrfs, as its superblock describes it."""
+
+    filesystem: uuid.UUID
+    devices: int  # of the filesystem, this one included
+    number: int  # of this one, unique in the filesystem
+    size: int  # bytes that the filesystem uses of this one
+    is_seed: bool  # other filesystems may be based on this one
 
 
-def _of_ext(read: Read, writable: bool) -> str:
-    block = read(EXT_SUPERBLOCK, 1024)
-    if len(block) < 1024 or _u16(block, 0x38) != EXT_MAGIC:
+def btrfs_device(read: Read) -> BtrfsDevice | None:
+    """Return None if it is no device of a btrfs."""
+    block = read(BTRFS_SUPERBLOCK, 217)
+    if block[64:72] != BTRFS_MAGIC or len(block) < 217:
+        return None
+    flags, devices, number, size = (struct.unpack_from("<Q", block, offset)[0] for offset in (56, 136, 201, 209))
+    return BtrfsDevice(uuid.UUID(bytes=block[32:48]), devices, number, size, bool(flags & BTRFS_SEEDING))
+
+
+def btrfs_size(read: Read) -> int:
+    """Return the bytes that a btrfs covers on this device."""
+    device = btrfs_device(read)
+    return device.size if device else 0
+
+
+def of_ext(read: Read, writable: bool) -> str:
+    block = read(SUPERBLOCK, 1024)
+    if len(block) < 1024 or _u16(block, 0x38) != MAGIC:
         return ""  # the kernel will say what it is
     compat, incompat = _u32(block, 0x5C), _u32(block, 0x60)
     if incompat & INCOMPAT_JOURNAL_DEV:
@@ -47,20 +94,56 @@ def _of_ext(read: Read, writable: bool) -> str:
     options = block[0x200:0x240].rstrip(b"\0")
     if options:
         return f"its superblock demands mount options ({options.decode('ascii', 'backslashreplace')})"
-    if writable and incompat & INCOMPAT_MMP and _is_armed(read, block):
-        return "it is protected against being mounted twice (mmp), and was not unmounted"
-    return ""
+    if writable and _u32(block, 0x64) & RO_COMPAT_READ_ONLY:
+        return "its superblock marks it read-only"
+    return _of_mmp(read, block) if writable and incompat & INCOMPAT_MMP else ""
 
 
-def _is_armed(read: Read, block: bytes) -> bool:
-    """Whether the kernel would first wait, for up to six minutes, to see if somebody else writes (fs/ext4/mmp.c)."""
+def _of_mmp(read: Read, block: bytes) -> str:
+    """Object where the kernel would wait, for up to six minutes, to see if somebody else writes (fs/ext4/mmp.c)."""
+    mmp = _mmp(read, block)
+    if len(mmp) < MMP_STRUCT or struct.unpack_from("<II", mmp) == (MMP_MAGIC, MMP_CLEAN):
+        return ""
+    return "it is protected against being mounted twice (mmp), and was not unmounted"
+
+
+def _mmp(read: Read, block: bytes) -> bytes:
     size = 1024 << min(_u32(block, 0x18), 6)
     (number,) = struct.unpack_from("<Q", block, 0x168)
-    mmp = read(number * size, 8) if number < 1 << 48 else b""
-    return len(mmp) == 8 and struct.unpack("<II", mmp) != (MMP_MAGIC, MMP_CLEAN)
+    return read(number * size, MMP_STRUCT) if number < 1 << 48 else b""
 
 
-def _of_xfs(read: Read) -> str:
+def is_dirty_ext(read: Read) -> bool:
+    """Return whether its journal is to be replayed, which may change the superblock: the label, for example."""
+    block = read(SUPERBLOCK, 1024)
+    return len(block) == 1024 and _u16(block, 0x38) == MAGIC and bool(_u32(block, 0x60) & INCOMPAT_RECOVER)
+
+
+def check_wait(read: Read) -> int:
+    """Return the seconds that a program of e2fsprogs waits before it changes a filesystem, even an unmounted one.
+
+    Only those that are protected against being mounted twice (mmp) have a wait (lib/ext2fs/mmp.c).
+    """
+    block = read(SUPERBLOCK, 1024)
+    if len(block) < 1024 or _u16(block, 0x38) != MAGIC or not _u32(block, 0x60) & INCOMPAT_MMP:
+        return 0
+    mmp = _mmp(read, block).ljust(MMP_STRUCT, b"\0")
+    return 2 * max(_u16(block, 0x166), _u16(mmp, 112), MMP_LEAST) + 1
+
+
+def ext_size(read: Read) -> int:
+    """Return the bytes that an ext filesystem covers."""
+    block = read(SUPERBLOCK, 1024).ljust(1024, b"\0")
+    blocks = _u32(block, 0x4) + (_u32(block, 0x150) << 32 if _u32(block, 0x60) & INCOMPAT_64BIT else 0)
+    return blocks << 10 + min(_u32(block, 0x18), 6)
+
+
+def has_orphan_file(read: Read) -> bool:
+    """Return whether an ext4 filesystem lists in a file what is to be deleted."""
+    return bool(_u32(read(SUPERBLOCK, 1024).ljust(1024, b"\0"), 0x5C) & COMPAT_ORPHAN_FILE)
+
+
+def of_xfs(read: Read, _writable: bool) -> str:
     block = read(0, 56)
     if block[:4] != b"XFSB" or len(block) < 56:
         return ""
@@ -69,12 +152,17 @@ def _of_xfs(read: Read) -> str:
     return "its log is on another device" if not log else "its realtime part is on another device" if realtime else ""
 
 
-def _of_btrfs(read: Read) -> str:
-    block = read(BTRFS_SUPERBLOCK, 144)
-    if block[64:72] != BTRFS_MAGIC or len(block) < 144:
-        return ""
-    (devices,) = struct.unpack_from("<Q", block, 136)
-    return f"it is one of the {devices} devices of its filesystem" if devices > 1 else ""
+def xfs_size(read: Read) -> int:
+    """Return the bytes that an xfs covers."""
+    block = read(0, 16).ljust(16, b"\0")
+    size, blocks = struct.unpack_from(">IQ", block, 4)
+    return int(size * blocks)
+
+
+def of_btrfs(read: Read, writable: bool) -> str:
+    """Which devices the kernel takes for this filesystem is seen to when it is mounted."""
+    device = btrfs_device(read)
+    return "it is a seed of other filesystems, and read-only" if device and device.is_seed and writable else ""
 
 
 def _u16(block: bytes, offset: int) -> int:

@@ -28,50 +28,50 @@ ENVIRONMENT_SIZE = 1024  # bytes of GRUB's environment block
 
 @dataclass(frozen=True)
 class Change:
-    """What is to become of a kernel command line."""
+    """A change of kernel command lines."""
 
     add: tuple[str, ...]
     root: str = ""  # UUID of the new root; empty: the guest keeps the root that it has
     kind: str = ""  # type of its filesystem
     boot: str = ""  # the directory /boot as the boot loader sees it, where there is a new root
 
-    def kept(self, words: Iterable[str]) -> list[str]:
-        """What stays of `words`."""
+    def keep(self, words: Iterable[str]) -> list[str]:
+        """Return the words that stay."""
         kept = [word for word in words if not self._goes(word)]
         return [f"rootfstype={self.kind}" if self.root and word.startswith("rootfstype=") else word for word in kept]
 
     def whole(self, line: str) -> str:
-        """A complete command line."""
+        """Return a complete command line: the root, what stays of `line`, and what is added."""
         root = [f"root=UUID={self.root}"] if self.root else []
-        return " ".join([*root, *self.kept(split(line)), *self.add])
+        return " ".join([*root, *self.keep(split(line)), *self.add])
 
-    def unopposed(self, words: Iterable[str]) -> list[str]:
-        """`words` without those that give another value to what is added, and come after it."""
+    def drop_opposed(self, words: Iterable[str]) -> list[str]:
+        """Return `words` without those that would give another value to what is added before them."""
         added = {word.partition("=")[0] for word in self.add if "=" in word}
         return [word for word in words if word.partition("=")[0] not in added]
 
     def is_made(self, line: str) -> bool:
-        """Whether a complete command line has what is to be added; the speed of a console does not matter."""
+        """Return whether a complete command line has all that is added; the speed of a console does not matter."""
         words = split(line)
         consoles = {word.partition(",")[0] for word in words if word.startswith("console=")} | {"console=tty0"}
         return all(word in words or word.partition(",")[0] in consoles for word in self.add)
 
     def _goes(self, word: str) -> bool:
         console = word.partition(",")[0]
-        replaced = console.startswith("console=") and console in {one.partition(",")[0] for one in self.add}
+        replaced = console.startswith("console=") and console in {word.partition(",")[0] for word in self.add}
         return replaced or word in self.add or bool(self.root and word.startswith(OLD_DISK))
 
 
 def split(line: str) -> list[str]:
-    """The words of a kernel command line; between double quotes, spaces belong to the word."""
+    """Return the words of a kernel command line; between double quotes, spaces belong to the word."""
     return re.findall(r'(?:[^\s"]|"[^"]*"?)+', line)
 
 
 def arguments(setting: str) -> list[str]:
-    """The words of KERNEL_ARGS; Failure for what boot loaders would read in ways of their own."""
+    """Return the words of KERNEL_ARGS; Failure for characters that boot loaders do not pass on as they are."""
     unquoted = re.sub('"[^"]*"', "", setting)
-    special = [one for one in setting if one in SPECIAL]
-    special += [one for one in unquoted if one in SPECIAL_UNQUOTED]
+    special = [character for character in setting if character in SPECIAL]
+    special += [character for character in unquoted if character in SPECIAL_UNQUOTED]
     special += re.findall(r"(?<!\S)#|[{}]", re.sub(r"\{[^\s{}]*\}", "", unquoted))  # a comment, half a block
     if special or setting.count('"') % 2:
         what = f"the character {special[0]}" if special else "a double quote that is not closed"
@@ -84,17 +84,17 @@ def serial_console(speed: int) -> list[str]:
 
 
 def without(text: str, names: Sequence[str], change: Change) -> str:
-    """A shell file (/etc/default/grub) whose plain assignments to `names` have nothing that `change` adds or drops.
+    """Return a shell file (/etc/default/grub) without the words that `change` adds or drops.
 
-    Nor, in LAST, anything that contradicts it.
+    Only in plain assignments to `names`. In LAST, words that contradict the change go as well.
     """
 
     def cleaned(match: re.Match[str]) -> str:
         quote = match[2][:1] if match[2][:1] in ("'", '"') else ""
         words = split(match[2][1:-1] if quote else match[2])
-        kept = change.kept(words)
+        kept = change.keep(words)
         if match[1].rstrip("+=").endswith(LAST):
-            kept = change.unopposed(kept)
+            kept = change.drop_opposed(kept)
         return match[0] if kept == words else f"{match[1]}{quote}{' '.join(kept)}{quote}{match[3]}"
 
     value = r"""("[^"\\`]*"|'[^'\\`]*'|[^\s"'\\`;&|<>()#]*)"""
@@ -103,20 +103,20 @@ def without(text: str, names: Sequence[str], change: Change) -> str:
 
 
 def with_block(text: str, block: str) -> str:
-    """A shell file with `block` at its end, in the place of an earlier one."""
+    """Return a shell file with `block` at its end, instead of an earlier one."""
     others = re.sub(rf"^{BEGIN}\n(?:(?!{BEGIN}\n|{END}\n).*\n)*{END}\n", "", text, flags=re.MULTILINE)
     if others and not others.endswith("\n"):
         others += "\n"
     return f"{others}{BEGIN}\n{block}{END}\n"
 
 
-def appending(variable: str, change: Change) -> list[str]:
-    """The line of shell that adds to what a variable holds by then, if there is anything to add."""
+def append_arguments(variable: str, change: Change) -> list[str]:
+    """Return the line of shell that adds to the value of a variable, if there is anything to add."""
     return [f'{variable}="${variable} "{shlex.quote(" ".join(change.add))}'] if change.add else []
 
 
 def loader_entry(text: str, change: Change) -> str:
-    """A file of /boot/loader/entries (Boot Loader Specification, type 1)."""
+    """Return a file of /boot/loader/entries (Boot Loader Specification, type 1), changed."""
     options = re.findall(r"^options[ \t]+(.*)$", text, re.MULTILINE)  # together they are the command line
     if options and not any("$kernelopts" in line for line in options):
         line = iter([f"options {change.whole(' '.join(options))}\n"])
@@ -127,7 +127,7 @@ def loader_entry(text: str, change: Change) -> str:
 
 
 def environment_block(text: str, name: str, change: Change) -> str:
-    """GRUB's environment block (grubenv) whose variable `name` is a complete command line."""
+    """Return GRUB's environment block (grubenv) whose variable `name` is a complete command line."""
     lines = [line for line in text.split("\n") if line.strip("#")] or ["# GRUB Environment Block"]
     old = next((line.partition("=")[2] for line in lines if line.startswith(f"{name}=")), "ro")
     others = [line for line in lines if not line.startswith(f"{name}=")]
@@ -137,8 +137,14 @@ def environment_block(text: str, name: str, change: Change) -> str:
     return block.ljust(ENVIRONMENT_SIZE, "#")
 
 
-def legacy_menu(text: str, change: Change, place: str, serial_speed: int) -> str:
-    """menu.lst of GRUB Legacy, with what Debian's update-grub reads in its comments; `serial_speed` 0: no serial."""
+def grub_menu(text: str, change: Change) -> str:
+    """Return grub.cfg of GRUB 2 with the kernel command lines changed; the guest makes it anew in time."""
+    start = r"^([ \t]*linux(?:16|efi)?[ \t]+\S+[ \t]+)"
+    return re.sub(rf"{start}(.*\broot=.*)$", lambda match: match[1] + change.whole(match[2]), text, flags=re.MULTILINE)
+
+
+def legacy_menu(text: str, change: Change, partition: str, serial_speed: int) -> str:
+    """Return menu.lst of GRUB Legacy, changed, with comments that Debian's update-grub reads. Speed 0: no console."""
     text = re.sub(
         r"^([ \t]*(?:kernel|module)[ \t]+\S+[ \t]+(?=\S)|# kopt\w*=)(.*\broot=.*)$",
         lambda match: match[1] + change.whole(match[2]),
@@ -146,8 +152,8 @@ def legacy_menu(text: str, change: Change, place: str, serial_speed: int) -> str
         flags=re.MULTILINE,
     )
     if change.root:
-        text = re.sub(r"\(hd\d+,\d+\)", place, text)
-        text = re.sub(r"^([ \t]*)uuid[ \t]+\S+", rf"\1root\t{place}", text, flags=re.MULTILINE)
+        text = re.sub(r"\(hd\d+,\d+\)", partition, text)
+        text = re.sub(r"^([ \t]*)uuid[ \t]+\S+", rf"\1root\t{partition}", text, flags=re.MULTILINE)
     if serial_speed:
         text = re.sub(r"^(serial|terminal|splashimage|gfxmenu)\b.*\n", "", text, flags=re.MULTILINE)
         text = f"serial --unit=0 --speed={serial_speed}\nterminal --timeout=5 serial console\n" + text
@@ -155,7 +161,7 @@ def legacy_menu(text: str, change: Change, place: str, serial_speed: int) -> str
 
 
 def command_lines(menu: str) -> list[str]:
-    """The kernel command lines in a boot loader's menu, entry or environment; not those of a recovery mode."""
+    """Return the kernel command lines in a boot loader's menu, entry or environment; not those of a recovery mode."""
     starts = r"(?:linux(?:16|efi)?|kernel|module)[ \t]+\S+[ \t]|(?:options|append)[ \t]|kernelopts="
     lines = re.findall(rf"^[ \t]*(?:{starts})(.*\broot=.*)$", menu, re.MULTILINE | re.IGNORECASE)
     return [line for line in lines if not RECOVERY & set(split(line))]

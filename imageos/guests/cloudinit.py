@@ -1,4 +1,4 @@
-"""cloud-init in the guest: a NoCloud seed, so that it finds the instance's name, keys and network, and asks nobody.
+"""cloud-init in the guest: its files, and the NoCloud seed that tells it the instance's name, keys and network.
 
 Format: cloud-init's documentation, datasource NoCloud and network configuration version 2. JSON, which is YAML.
 """
@@ -6,50 +6,130 @@ Format: cloud-init's documentation, datasource NoCloud and network configuration
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from imageos import log, logins
 from imageos.ganeti import Instance
+from imageos.guests import accounts, cloudboot
+from imageos.guests.services import is_enabled
 from imageos.guests.target import Target
-from imageos.network import Interface, render
+from imageos.network import RESOLV_CONF, Interface, render
 from imageos.settings import Settings
 
-SEED = "/var/lib/cloud/seed/nocloud"
-# The node answers ARP for whatever it has a route to (proxy ARP): where a guest must have a gateway, this one will do.
-LINK_GATEWAY = "169.254.1.1"
-DATASOURCE = "/etc/cloud/cloud.cfg.d/zz-imageos.cfg"  # the last one wins; Ubuntu's installer leaves a 99-installer.cfg
+STATE = "/var/lib/cloud"
+SEED = f"{STATE}/seed/nocloud"
+NETWORK_CONFIG, VENDOR_DATA = f"{SEED}/network-config", f"{SEED}/vendor-data"
+CONFIG = "/etc/cloud/cloud.cfg"
+NAMED = (CONFIG, f"{CONFIG}.d/*.cfg", f"{STATE}/seed/*/meta-data", f"{STATE}/seed/*/user-data")  # may hold the hostname
+# User-data begins with one of these, in any case.
+HEADERS = (
+    *("#cloud-config", "#!", "#include", "#cloud-boothook", "#part-handler", "#upstart-job", "## template:"),
+    "content-type:",
+)
+INSTANCES = f"{STATE}/instances"
+CACHE = "obj.pkl"  # in the directory of an instance: what cloud-init has read of its data source
+INSTANCE_ID = r"""^[ \t{,]*["']?instance-id["']?[ \t]*:[ \t]*["']?([^"',\s]+)"""
+# In CONFIG.d the last one wins; Ubuntu's installer leaves a 99-installer.cfg.
+DATASOURCE = f"{CONFIG}.d/zz-imageos.cfg"
+USERS = f"{CONFIG}.d/99_ganeti.cfg"  # of the hook cloud-init
+UPDATES = f"{CONFIG}.d/99-imageos-network.cfg"  # of the hook interfaces
+DEFAULT_USER = f"{CONFIG}.d/zz-imageos-user.cfg"  # keys with options
+NAME = f"{CONFIG}.d/zz-imageos-name.cfg"
+# The seed, and files that cloud-init wrote from it
+INSTANCE_FILES = (
+    *(f"{SEED}*", DATASOURCE, DEFAULT_USER),
+    *(cloudboot.OURS, "/etc/netplan/50-cloud-init.yaml", "/etc/network/interfaces.d/50-cloud-init*"),
+)
+# A guest's text: no pattern may have two ways to match the same blanks, or it takes hours.
+# in USER_DATA, which has the last word
+ROOT_DISABLED = r"^(?:[^#\n]*[{,])?[ \t]*[\"']?disable_root[\"']?:\s*[\"']?(true|yes|on|1)\b"
 
 
-def present(target: Target) -> bool:
+def is_present(target: Target) -> bool:
     return target.which("cloud-init") is not None and target.is_dir("/etc/cloud")
 
 
+def forget_instance(target: Target) -> None:
+    """Remove what cloud-init knows of an instance, as `cloud-init clean` does, and what tells it to read it again."""
+    target.clear(STATE, keep=["seed"])
+    for path in (UPDATES, NAME):
+        target.remove(path)
+
+
+def rename(target: Target, name: str) -> None:
+    """Have cloud-init learn the new name, which is in the files NAMED already. To it, the instance stays the same.
+
+    With another instance-id it would make users, keys and passwords as on the first boot, over what the guest has now.
+    So it only reads its seed again; if its data source is another, its configuration has the name.
+    """
+    known = (target.read(f"{STATE}/data/instance-id") or "").strip()
+    cache = f"{INSTANCES}/{known}/{CACHE}"
+    if f"{INSTANCES}/{known}" not in target.glob(f"{INSTANCES}/*") or not target.exists(cache):
+        return  # it has not run yet
+    seeds = [target.read(f"{directory}/meta-data") or "" for directory in target.glob(f"{STATE}/seed/*")]
+    if known in (found for seed in seeds for found in re.findall(INSTANCE_ID, seed, re.MULTILINE)):
+        target.remove(cache)
+    else:
+        target.write(NAME, "#cloud-config\n" + _document({"hostname": name.split(".")[0], "fqdn": name}))
+
+
 def write_seed(target: Target, instance: Instance, settings: Settings, interfaces: Sequence[Interface]) -> None:
-    """Seed cloud-init for a new instance; what it knew of another is forgotten elsewhere (guest.forget_identity)."""
+    """Seed cloud-init for a new instance; forget_instance() removes what it knew of another."""
     target.clear(SEED)  # a file that the image has may be readable to all, and would stay so
     target.write(f"{SEED}/meta-data", meta_data(instance.name, settings, f"iid-{uuid.uuid4()}"), mode=0o600)
     target.write(f"{SEED}/user-data", settings.user_data or "#cloud-config\n{}\n", mode=0o600)
-    target.write(f"{SEED}/vendor-data", vendor_data(settings), mode=0o600)
+    target.write(VENDOR_DATA, vendor_data(settings), mode=0o600)
     if interfaces:
-        target.write(f"{SEED}/network-config", network_config(target, interfaces), mode=0o600)
-        if any(one.dns for one in interfaces) and needs_resolv_conf(target):
-            target.remove("/etc/resolv.conf")  # it may lead to what will not be there
-            target.write("/etc/resolv.conf", render.resolv_conf(interfaces))
+        target.write(NETWORK_CONFIG, network_config(target, interfaces), mode=0o600)
+        if any(interface.dns for interface in interfaces) and needs_resolv_conf(target):
+            target.write(RESOLV_CONF, render.resolv_conf(interfaces), follow=False)
     # With only these two to choose from, nothing is probed: no time is lost, and no other source can speak up.
-    target.write(DATASOURCE, "# Written by imageos: the seed is in " + SEED + "\ndatasource_list: [NoCloud, None]\n")
+    sources = "datasource_list: [NoCloud, None]\nvendor_data: {enabled: true}\n"
+    target.write(DATASOURCE, f"# Written by imageos: the seed is in {SEED}\n{sources}")
+    let_in(target, settings)
+    if settings.user_data and not is_known(settings.user_data):
+        log.warning("USER_DATA does not begin with a line that cloud-init knows, such as #cloud-config: it is ignored")
+
+
+def is_known(user_data: str) -> bool:
+    """Return whether cloud-init sees what this is: it ignores blanks and case, and a mail may have other headers."""
+    text = user_data.lstrip().lower()
+    return text.startswith(HEADERS) or "mime-version:" in text[:4096]
+
+
+def let_in(target: Target, settings: Settings) -> None:
+    """Give the keys to whom cloud-init does not, and see that root's account lets in at all.
+
+    Root gets every key of the meta-data without its options (20.4 to 25.1: "no-pty" and the like are replaced by those
+    of disable_root, or none). So keys with options are not there: they are in root's file, which cloud-init leaves, and
+    in the configuration of the default user, who gets them as they are.
+    """
+    keys = logins.authorized_keys(settings.ssh_authorized_keys)
+    limited = [key for key in keys if key.options]
+    target.remove(DEFAULT_USER)
+    if limited:
+        user = {"default_user": {"ssh_authorized_keys": [key.line for key in limited]}}
+        target.write(DEFAULT_USER, "#cloud-config\n" + _document({"system_info": user}), mode=0o600)
+        if not re.search(ROOT_DISABLED, settings.user_data, re.MULTILINE | re.IGNORECASE):
+            accounts.authorize(target, limited)
+    if keys or logins.admits(settings.root_password_hash):
+        accounts.admit(target)
+        log.info(f"cloud-init gives root {accounts.describe(keys, settings.root_password_hash)}")
 
 
 def meta_data(instance_name: str, settings: Settings, instance_id: str) -> str:
-    keys = [line for line in settings.ssh_authorized_keys.splitlines() if line.strip()]
+    keys = [key.line for key in logins.authorized_keys(settings.ssh_authorized_keys) if not key.options]
     return _document({"instance-id": instance_id, "local-hostname": instance_name, "public-keys": keys})
 
 
 def vendor_data(settings: Settings) -> str:
-    """What the settings ask for; user-data has the last word. The keys are root's too."""
+    """Return the vendor-data that the settings ask for; user-data has the last word. The keys are root's too."""
     config: dict[str, Any] = {"ssh_deletekeys": False}  # the host keys are new already
     if settings.ssh_authorized_keys:
-        config["disable_root"] = False
+        config.update(disable_root=False, allow_public_ssh_keys=True)
     if settings.root_password_hash:
         # The only way that 20.4 knows and 25 does not call deprecated; a user that is there gets the password, too.
         root = {"name": "root", "lock_passwd": False, "hashed_passwd": settings.root_password_hash}
@@ -57,15 +137,26 @@ def vendor_data(settings: Settings) -> str:
     return "#cloud-config\n" + _document(config)
 
 
+def network_files(target: Target, interfaces: Sequence[Interface], inner: str) -> dict[str, str]:
+    """Return the network-config for a seed that is there (path -> text); `inner`: for what cloud-init writes."""
+    if not target.is_file(f"{SEED}/meta-data"):
+        log.warning(f"cloud-init has no seed in {SEED}: the guest's network is left as it is")
+        return {}
+    if not inner:
+        return {NETWORK_CONFIG: network_config(target, interfaces)}
+    version = render.version2 if inner in ("netplan", "networkd") else version1
+    return {NETWORK_CONFIG: _document(version(interfaces))}
+
+
 def network_config(target: Target, interfaces: Sequence[Interface]) -> str:
-    """The network, in the version that what rules it in this guest can follow."""
+    """Return the network configuration, in the version that this guest's network programs can follow."""
     return _document((render.version2 if _understands_routes(target) else version1)(interfaces))
 
 
 def _understands_routes(target: Target) -> bool:
-    """Whether what cloud-init will write for can have routes on the link: netplan, or networkd alone.
+    """Return whether cloud-init writes for a program that can have routes on the link: netplan, or networkd alone.
 
-    It takes the first of: ifupdown, the scripts of Red Hat and SUSE, netplan, NetworkManager, networkd.
+    cloud-init takes the first of: ifupdown, the scripts of Red Hat and SUSE, netplan, NetworkManager, networkd.
     """
     if target.which("ifup"):
         return False
@@ -73,34 +164,30 @@ def _understands_routes(target: Target) -> bool:
 
 
 def version1(interfaces: Sequence[Interface]) -> dict[str, Any]:
-    """For ifupdown and NetworkManager, which reach any gateway on the link, but are told of no route without one.
+    """Return the network for ifupdown and NetworkManager. They reach any gateway on the link, and need one for a route.
 
-    Version 2 has no gateway here: cloud-init hands its routes to route(8), which a guest need not have.
+    With version 2, cloud-init would hand the gateway to route(8), which a guest need not have.
     """
     config: list[dict[str, Any]] = []
-    for one in interfaces:
+    for interface in interfaces:
         subnet: dict[str, Any] = {"type": "dhcp4"}
-        if one.address:
-            subnet = {"type": "static", "address": one.address}
-            gateway = one.gateway or (LINK_GATEWAY if one.on_link else "")
+        if interface.address:
+            subnet = {"type": "static", "address": interface.address}
+            gateway = interface.gateway or (render.LINK_GATEWAY if interface.on_link else "")
             subnet.update({"gateway": gateway} if gateway else {})
-        subnet.update({"dns_nameservers": list(one.dns)} if one.dns else {})
-        subnet.update({"dns_search": list(one.search)} if one.search else {})
+        subnet.update({"dns_nameservers": list(interface.dns)} if interface.dns else {})
+        subnet.update({"dns_search": list(interface.search)} if interface.search else {})
         subnets = [subnet]
-        if one.address6:
-            subnets.append({"type": "static6", "address": one.address6})
-            subnets[1].update({"gateway": one.gateway6} if one.gateway6 else {})
-        config.append({"type": "physical", "name": one.name, "mac_address": one.mac, "subnets": subnets})
+        if interface.address6:
+            subnets.append({"type": "static6", "address": interface.address6})
+            subnets[1].update({"gateway": interface.gateway6} if interface.gateway6 else {})
+        config.append({"type": "physical", "name": interface.name, "mac_address": interface.mac, "subnets": subnets})
     return {"version": 1, "config": config}
 
 
 def needs_resolv_conf(target: Target) -> bool:
-    """Whether it is ifupdown, and without anybody who would tell the guest its DNS servers."""
-    resolved = [
-        f"/etc/systemd/system/{level}.target.wants/systemd-resolved.service" for level in ("multi-user", "sysinit")
-    ]
-    helpers = [target.which("resolvconf"), *(target.glob(link) for link in resolved)]
-    return target.which("ifup") is not None and not any(helpers)
+    """Return whether the guest has ifupdown, and no program that tells it its DNS servers."""
+    return bool(target.which("ifup")) and not (target.which("resolvconf") or is_enabled(target, "systemd-resolved"))
 
 
 def _document(value: Any) -> str:

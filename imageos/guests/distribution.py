@@ -1,11 +1,13 @@
-"""The distribution of a guest, in the words of ganeti-instance-image: what its common.sh tells hooks."""
+"""The system in a tree: is it one, and of which distribution?
+
+The latter in the words of ganeti-instance-image, whose common.sh tells hooks.
+"""
 
 from __future__ import annotations
 
 import re
 
 from imageos.errors import Failure
-from imageos.guests.sandbox import GuestDisk
 from imageos.guests.target import Target, opened
 
 # A file that a family of distributions has always had
@@ -17,9 +19,14 @@ FAMILIES = {
 }
 
 
+def is_system(root: Target) -> bool:
+    """Return whether this is the root of a system, all of it: configuration and programs."""
+    return root.is_dir("/etc") and (root.exists("/bin") or root.exists("/usr/bin"))
+
+
 def shell_variables(directory: str) -> str:
-    """OS_TYPE, OPERATING_SYSTEM and OS_RELEASE of the guest in `directory`, a line each; empty if not known."""
-    with opened(directory, "", GuestDisk([], []), 0) as target:
+    """Return OS_TYPE, OPERATING_SYSTEM and OS_RELEASE of the guest in `directory`, a line each; empty if not known."""
+    with opened(directory) as target:
         family = _family(target)
         found = {"OS_TYPE": family, "OPERATING_SYSTEM": _name(target, family), "OS_RELEASE": _release(target)}
     return "".join(f"{name}={value}\n" for name, value in found.items())
@@ -29,11 +36,11 @@ def _family(target: Target) -> str:
     for path, family in FAMILIES.items():
         if target.exists(path):
             return family
-    return "suse" if "suse" in _os_release(target, "ID_LIKE") else ""
+    return "suse" if "suse" in os_release(target, "ID_LIKE") else ""
 
 
 def _name(target: Target, family: str) -> str:
-    name = _os_release(target, "ID")
+    name = os_release(target, "ID")
     if name:
         return "redhat" if name == "rhel" else name
     if target.exists("/etc/fedora-release"):
@@ -43,7 +50,7 @@ def _name(target: Target, family: str) -> str:
 
 
 def _release(target: Target) -> str:
-    release = _os_release(target, "VERSION_ID")
+    release = os_release(target, "VERSION_ID")
     if not release and target.exists("/etc/debian_version"):
         release = _word(_text(target, "/etc/debian_version"))
     elif not release:
@@ -52,14 +59,14 @@ def _release(target: Target) -> str:
     return release
 
 
-def _os_release(target: Target, name: str) -> str:
+def os_release(target: Target, name: str) -> str:
     text = _text(target, "/etc/os-release") or _text(target, "/usr/lib/os-release")
     value = re.search(rf"^{name}=[\"']?([^\"'\n]*)", text, re.MULTILINE)
     return _word(value[1]) if value else ""
 
 
 def _text(target: Target, path: str) -> str:
-    """A file of the guest; empty if it is none, or is a FIFO, a device, or too large."""
+    """Return the text of a file; empty if it is missing, a FIFO, a device, or too large."""
     try:
         return target.read(path) or ""
     except Failure:
@@ -67,5 +74,5 @@ def _text(target: Target, path: str) -> str:
 
 
 def _word(value: str) -> str:
-    """`value` if it is one line of what distributions use; a shell gets it."""
+    """Return `value` if it has only the characters that distributions use: a shell gets it."""
     return value.strip() if re.fullmatch(r"[\w./ +-]{0,100}", value.strip(), re.ASCII) else ""

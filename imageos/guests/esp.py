@@ -11,17 +11,19 @@ import tempfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from imageos.disks.filesystem import FILESYSTEMS
 from imageos.errors import Failure
 from imageos.guests.target import Target
 from imageos.node.confinement import Room
-from imageos.run import environment, require, run
+from imageos.node.programs import environment, require
+from imageos.run import Command, run
 
 LARGEST = 16 << 20  # bytes of a loader; the largest ones have 5 MB
 TIMEOUT = 120.0  # seconds
 
 
 class Firmware(NamedTuple):
-    """What names an architecture in UEFI's world."""
+    """The names of an architecture in UEFI's world."""
 
     platform: str  # of GRUB
     suffix: str  # of loaders (UEFI specification, 3.5.1.1)
@@ -29,7 +31,7 @@ class Firmware(NamedTuple):
 
     @property
     def removable(self) -> str:
-        """What a firmware without any variables starts in EFI/BOOT."""
+        """Return the file in EFI/BOOT that a firmware without any variables starts."""
         return f"BOOT{self.suffix.upper()}.EFI"
 
 
@@ -40,29 +42,20 @@ FIRMWARE = {
 }
 
 
-# What a core image needs to read /boot and show a menu by itself: the guest may update the modules on /boot, and those
-# do not go with an older core. Whatever of it the guest has is built in.
+# The modules that a core image needs to read /boot and show a menu by itself, as far as the guest has them. They are
+# built in: the guest may update the modules on /boot, and those do not fit an older core.
 CORE = (
-    *("part_gpt", "part_msdos", "ext2", "xfs", "btrfs", "fat", "lvm", "diskfilter", "mdraid09", "mdraid1x"),
-    *(
-        "normal",
-        "configfile",
-        "search",
-        "search_fs_uuid",
-        "search_fs_file",
-        "search_label",
-        "linux",
-        "loadenv",
-        "blscfg",
-    ),
-    *("gzio", "xzio", "lzopio", "zstd", "test", "true", "echo", "sleep", "regexp", "probe", "minicmd", "ls", "cat"),
-    *("help", "halt", "reboot", "chain", "efifwsetup", "gettext", "font", "gfxterm", "gfxmenu", "video", "all_video"),
-    *("efi_gop", "efi_uga", "png", "jpeg", "serial", "terminal", "terminfo", "keystatus"),
+    *("part_gpt", "part_msdos", "fat", "lvm", "diskfilter", "mdraid09", "mdraid1x"),
+    *dict.fromkeys(filesystem.grub for filesystem in FILESYSTEMS.values()),
+    *("normal", "configfile", "search", "search_fs_uuid", "search_fs_file", "search_label", "linux", "loadenv"),
+    *("blscfg", "gzio", "xzio", "lzopio", "zstd", "test", "true", "echo", "sleep", "regexp", "probe", "minicmd", "ls"),
+    *("cat", "help", "halt", "reboot", "chain", "efifwsetup", "gettext", "font", "gfxterm", "gfxmenu", "video"),
+    *("all_video", "efi_gop", "efi_uga", "png", "jpeg", "serial", "terminal", "terminfo", "keystatus"),
 )
 
 
 class Signed(NamedTuple):
-    """Where a distribution keeps the loaders that Secure Boot accepts. MokManager may be missing."""
+    """The files of a distribution that Secure Boot accepts; MokManager may be missing."""
 
     shim: str
     grub: str
@@ -88,12 +81,12 @@ SIGNED = (
 
 
 def find_menu(uuid: str, prefix: str) -> str:
-    """What has GRUB look for its files in the directory `prefix` of the filesystem `uuid`."""
+    """Return GRUB commands: its files are in the directory `prefix` of the filesystem `uuid`."""
     return f"search.fs_uuid {uuid} root\nset prefix=($root){prefix}\n"
 
 
 def signed_loaders(target: Target, firmware: Firmware, find: str) -> dict[str, bytes]:
-    """Path on the ESP -> content of the guest's signed loaders, if it has them.
+    """Return path on the ESP -> content of the guest's signed loaders, if it has them.
 
     Besides the removable path they are where the guest's own packages put them: after an update, shim may start its
     fallback loader, which boots from there. Such a GRUB reads a grub.cfg in its own directory.
@@ -117,12 +110,12 @@ def signed_loaders(target: Target, firmware: Firmware, find: str) -> dict[str, b
 def core_image(
     target: Target, firmware: Firmware, mkimage: str, modules: str, home: str, find: str
 ) -> dict[str, bytes]:
-    """Path on the ESP -> content of an image that the guest's GRUB makes of its `modules`.
+    """Return path on the ESP -> content of an image that the guest's GRUB makes of its `modules`.
 
-    What it is made of and becomes is in `home`, where grub-install has it, too.
+    The image and its configuration are in `home`, as those of grub-install are.
     """
     target.write(f"{home}/load.cfg", find)
-    core = [one for one in CORE if target.is_file(f"{modules}/{one}.mod")]
+    core = [module for module in CORE if target.is_file(f"{modules}/{module}.mod")]
     options = [f"--format={firmware.platform}", f"--directory={modules}", f"--prefix={os.path.dirname(home)}"]
     target.run([mkimage, *options, f"--config={home}/load.cfg", f"--output={home}/core.efi", *core])
     image = target.read_bytes(f"{home}/core.efi", LARGEST)
@@ -132,7 +125,7 @@ def core_image(
 
 
 def vendors(grub: bytes) -> list[str]:
-    """The directories on the ESP in which a GRUB was made to look for its grub.cfg."""
+    """Return the directories on the ESP in which a GRUB was made to look for its grub.cfg."""
     found = {name.decode() for name in re.findall(rb"/EFI/([A-Za-z0-9_-]{2,32})\0", grub)}
     return sorted(name for name in found if name.upper() != "BOOT")[:4]
 
@@ -142,19 +135,15 @@ def write(device: str, files: Mapping[str, bytes]) -> None:
     require("mcopy")
     with tempfile.TemporaryDirectory() as scratch:
         for path, data in files.items():
-            place = os.path.join(scratch, path)
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            with open(place, "wb") as file:
+            copy = os.path.join(scratch, path)
+            os.makedirs(os.path.dirname(copy), exist_ok=True)
+            with open(copy, "wb") as file:
                 file.write(data)
         tops = [os.path.join(scratch, name) for name in sorted(os.listdir(scratch))]
-        # no configuration but our own: neither root's nor what an environment may bring
+        # use no configuration of root's or of the environment
         env = {**environment(), "MTOOLSRC": "/dev/null", "HOME": scratch, "MTOOLS_SKIP_CHECK": "1"}
         try:
-            run(
-                ["mcopy", "-s", "-o", "-i", device, *tops, "::"],
-                env=env,
-                timeout=TIMEOUT,
-                room=Room([device, scratch]),
-            )
+            copying = ["mcopy", "-s", "-o", "-i", device, *tops, "::"]
+            run(Command(copying, Room([device, scratch]), env=env), timeout=TIMEOUT)
         except Failure as failure:
             raise Failure(f"cannot write to the EFI system partition: {failure}", details=failure.details) from None

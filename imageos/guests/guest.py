@@ -1,4 +1,4 @@
-"""The system in a guest: its name, its identity, its console.
+"""The system in a guest: its identity and its console.
 
 What differs between distributions is found by looking at the guest's files, never at its name in the settings.
 """
@@ -6,33 +6,37 @@ What differs between distributions is found by looking at the guest's files, nev
 from __future__ import annotations
 
 import re
+import uuid
 
 from imageos import log
 from imageos.errors import Failure
-from imageos.guests.target import Target
+from imageos.guests import cloudinit, distribution
+from imageos.guests.services import OWN_UNITS, init, unit_file
+from imageos.guests.target import Target, matches
 
 # Directories that a kernel and a first process expect, should an image have left them out
 MOUNT_POINTS = ("/dev", "/proc", "/sys", "/run")
-# Distributions (os-release's ID or ID_LIKE) that keep the full name in /etc/hostname
-FULL_HOSTNAME = ("rhel", "fedora", "centos", "suse", "sles", "opensuse")
-# Where older ones keep their name, and whether the full one; changed where it is set
-OTHER_HOSTNAMES = {
-    "/etc/HOSTNAME": (r"^()\S+", True),  # SUSE
-    "/etc/sysconfig/network": (r"^(HOSTNAME=[\"']?)[^\"'\s]*", True),  # Red Hat up to 6
-    "/etc/conf.d/hostname": (r"^((?:hostname|HOSTNAME)=[\"']?)[^\"'\s]*", False),  # OpenRC, and Gentoo before it
-}
-RANDOM_SEEDS = (
-    "/var/lib/systemd/random-seed",
-    "/var/lib/urandom/random-seed",
-    "/var/lib/misc/random-seed",
+# What tells one machine from another beside machine-id and host keys, and is made anew when it is missed
+UNIQUE = (
+    # seeds of random numbers
+    *("/var/lib/systemd/random-seed", "/var/lib/urandom/random-seed", "/var/lib/misc/random-seed"),
     "/var/lib/seedrng/*",
+    # keys
+    *("/var/lib/systemd/credential.secret", "/var/lib/NetworkManager/secret_key"),
+    *("/etc/salt/minion_id", "/etc/salt/pki/minion/minion.*"),
+    # leases, and the ids of DHCP clients
+    *("/var/lib/dhcp/*", "/var/lib/dhclient/*", "/var/lib/dhcpcd/*", "/var/lib/dhcpcd5/*", "/etc/dhcpcd.duid"),
+    *("/var/lib/NetworkManager/*.lease", "/var/lib/NetworkManager/*.leases", "/var/lib/systemd/network"),
+    # names of NVMe hosts
+    *("/etc/nvme/hostid", "/etc/nvme/hostnqn"),
 )
-SYSTEMD_UNITS = ("/usr/lib/systemd/system", "/lib/systemd/system")
+INITIATOR = "/etc/iscsi/initiatorname.iscsi"
+SERIAL_GETTY = "serial-getty@.service"
 
 
 def check_root(target: Target) -> None:
     """Fail if this cannot be the root of a system; make the mount points that every one needs."""
-    if not (target.is_dir("/etc") and (target.exists("/bin") or target.exists("/usr/bin"))):
+    if not distribution.is_system(target):
         raise Failure(
             "the image holds no Linux system: /etc or /bin is missing in its root",
             hint="make the tarball from within the system's root: tar --create ... -C ROOT .",
@@ -42,67 +46,42 @@ def check_root(target: Target) -> None:
 
 
 def forget_identity(target: Target) -> None:
-    """Remove what the guest makes anew, and what no two instances may share."""
+    """Remove what no two instances may share, and the guest makes anew."""
+    forget_machine(target)
+    cloudinit.forget_instance(target)
+
+
+def forget_machine(target: Target) -> None:
+    """The same, but the guest's cloud-init has done its work already: not of a guest that goes on under a new name."""
     forget_machine_id(target)
-    for seed in RANDOM_SEEDS:
-        target.remove(seed)
-    target.clear("/var/lib/cloud", keep=["seed"])  # as `cloud-init clean` does
-
-
-def set_hostname(target: Target, instance_name: str) -> None:
-    """Name the guest, in /etc/hostname and in /etc/hosts, and where older ones keep it."""
-    short = instance_name.split(".")[0]
-    kept = instance_name if _is_like(target, FULL_HOSTNAME) else short
-    target.write("/etc/hostname", kept + "\n")
-    target.write("/etc/hosts", hosts(target.read("/etc/hosts") or "", instance_name))
-    for path, (pattern, full) in OTHER_HOSTNAMES.items():
-        if target.is_file(path):
-            name = instance_name if full else short
-            text = target.read(path) or ""
-            target.write(path, re.sub(pattern, rf"\g<1>{name}", text, flags=re.MULTILINE))
-
-
-def hosts(text: str, instance_name: str) -> str:
-    """The text of /etc/hosts with the instance's name on Debian's own line for it, 127.0.1.1."""
-    short = instance_name.split(".")[0]
-    names = instance_name if short == instance_name else f"{instance_name} {short}"
-    ours = f"127.0.1.1\t{names}"
-    lines = text.splitlines() or ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback"]
-    place = [n for n, line in enumerate(lines) if line.split()[:1] == ["127.0.1.1"]]
-    if place:
-        lines[place[0]] = ours
-    else:
-        first = next((n for n, line in enumerate(lines) if line.split()[:1] == ["127.0.0.1"]), -1)
-        lines.insert(first + 1, ours)
-    others = set(place[1:])
-    kept = [line for n, line in enumerate(lines) if n not in others]
-    return "\n".join(kept) + "\n"
+    for pattern in UNIQUE:
+        target.remove(pattern)
+    if target.is_file(INITIATOR):
+        # Debian's iscsid makes a name in the place of this line, others where there is no file
+        target.remove(INITIATOR)
+        if target.exists("/etc/debian_version"):
+            target.write(INITIATOR, "GenerateName=yes\n", mode=0o600)
 
 
 def forget_machine_id(target: Target) -> None:
-    """Have the guest make a new machine-id when it boots; DHCP leases and journals are tied to it."""
-    if target.exists("/etc/machine-id") or _systemd_units(target):
-        target.write("/etc/machine-id", "", mode=0o444)
+    """Have the guest make a new machine-id when it boots; DHCP leases and journals are tied to it.
+
+    Only systemd makes one of an empty file.
+    """
+    is_systemd = init(target) in ("systemd", "")
+    if target.exists("/etc/machine-id") or (is_systemd and unit_file(target, SERIAL_GETTY)):
+        target.write("/etc/machine-id", "" if is_systemd else uuid.uuid4().hex + "\n", mode=0o444)
     target.remove("/var/lib/dbus/machine-id")
 
 
 def enable_serial_console(target: Target, terminal: str, speed: int) -> None:
-    """A login on the serial console, in whatever way the guest starts its terminals."""
-    units = _systemd_units(target)
-    if units:
-        target.symlink(
-            f"{units}/serial-getty@.service", f"/etc/systemd/system/getty.target.wants/serial-getty@{terminal}.service"
-        )
+    """Start a login on the serial console, in whatever way the guest starts its terminals."""
+    unit = unit_file(target, SERIAL_GETTY)
+    if unit and init(target) in ("systemd", ""):
+        target.symlink(unit, f"{OWN_UNITS}/getty.target.wants/serial-getty@{terminal}.service")
     elif target.is_file("/etc/inittab"):
-        target.write(
-            "/etc/inittab",
-            inittab(
-                target.read("/etc/inittab") or "",
-                terminal,
-                speed,
-                target.which("agetty") or target.which("getty") or "/sbin/getty",
-            ),
-        )
+        getty = target.which("agetty") or target.which("getty") or "/sbin/getty"
+        target.edit("/etc/inittab", lambda text: inittab(text, terminal, speed, getty))
     else:
         log.warning("no login on the serial console: the guest has neither systemd nor /etc/inittab")
     if target.is_file("/etc/securetty"):
@@ -110,31 +89,20 @@ def enable_serial_console(target: Target, terminal: str, speed: int) -> None:
 
 
 def inittab(text: str, terminal: str, speed: int, getty: str) -> str:
-    """The text of /etc/inittab with exactly one getty on `terminal`: sysvinit's syntax or busybox's."""
+    """Return the text of /etc/inittab with exactly one getty on `terminal`: sysvinit's syntax or busybox's."""
     # Only sysvinit has run levels (inittab(5)); in busybox's the first field is the terminal.
     sysvinit = re.search(r"^[^#:\n]*:[^:\n]*:initdefault:", text, re.MULTILINE)
     start = f"{getty} -L {speed} {terminal} vt100"
     line = f"S{terminal[-1]}:2345:respawn:{start}" if sysvinit else f"{terminal}::respawn:{start}"
     others = [
-        one
-        for one in text.splitlines()
-        if not re.match(rf"#?\s*({terminal}:|[^:]*:[^:]*:respawn:.*\b{terminal}\b)", one)
+        line
+        for line in text.splitlines()
+        if not re.match(rf"#?\s*({terminal}:|[^:]*:[^:]*:respawn:.*\b{terminal}\b)", line)
     ]
     return "\n".join([*others, line]) + "\n"
 
 
 def request_relabel(target: Target) -> None:
-    """What we wrote has no SELinux label: let a guest that enforces them label everything at boot."""
-    if re.search(r"^SELINUX=(enforcing|permissive)\s*$", target.read("/etc/selinux/config") or "", re.MULTILINE):
+    """Have a guest with SELinux label everything when it boots: what we wrote has no label."""
+    if matches(target, "/etc/selinux/config", r"^SELINUX=(enforcing|permissive)\s*$"):
         target.touch("/.autorelabel")
-
-
-def _systemd_units(target: Target) -> str:
-    """The directory of systemd's unit files, or an empty string where the guest has no systemd."""
-    return next((path for path in SYSTEMD_UNITS if target.is_file(f"{path}/serial-getty@.service")), "")
-
-
-def _is_like(target: Target, families: tuple[str, ...]) -> bool:
-    text = target.read("/etc/os-release") or target.read("/usr/lib/os-release") or ""
-    words = re.findall(r"^ID(?:_LIKE)?=[\"']?([^\"'\n]*)", text, re.MULTILINE)
-    return any(word.split("-")[0] in families for value in words for word in value.split())

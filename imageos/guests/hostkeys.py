@@ -13,9 +13,13 @@ from imageos.errors import Failure
 from imageos.guests.target import Target
 from imageos.node.confinement import Room
 from imageos.node.isolation import TEMPORARY
-from imageos.run import available, output_of
+from imageos.node.programs import available
+from imageos.run import Command, output_of
 
 KEYS = "/etc/ssh/ssh_host_*"
+# The second and third are those of its initramfs, which holds copies of them.
+DROPBEAR = ("/etc/dropbear", "/etc/dropbear/initramfs", "/etc/dropbear-initramfs")
+DROPBEAR_KEYS = tuple(f"{directory}/dropbear_*_host_key" for directory in DROPBEAR)
 RSA = "/etc/ssh/ssh_host_rsa_key"
 # PEM is read by every OpenSSH, its own format by 6.5 and later; 3072 bits are the default of ssh-keygen(1)
 NEW_RSA = ("ssh-keygen", "-q", "-t", "rsa", "-b", "3072", "-m", "PEM", "-N", "")
@@ -37,7 +41,7 @@ def no_key() -> Key | None:
 
 @contextmanager
 def rsa_made_meanwhile(hostname: str) -> Iterator[GetKey]:
-    """A function to get an RSA key in the end, made on the node in the meantime; None if it could not be.
+    """Make an RSA key on the node in the meantime, and yield the function that returns it; None if that failed.
 
     It takes up to a second of one processor, nearly all of what host keys cost, and the disk would wait for it.
     """
@@ -48,7 +52,7 @@ def rsa_made_meanwhile(hostname: str) -> Iterator[GetKey]:
     with ExitStack() as stack:
         try:
             make = [*NEW_RSA, "-C", f"root@{hostname}", "-f", "rsa"]
-            _, finish = stack.enter_context(output_of([make], room=Room(work=work)))
+            _, finish = stack.enter_context(output_of(Command(make, Room(work=work))))
         except Failure as failure:
             log.debug(str(failure))
             finish = None
@@ -67,6 +71,7 @@ def rsa_made_meanwhile(hostname: str) -> Iterator[GetKey]:
 
 def replace(target: Target, rsa: GetKey = no_key) -> None:
     """Remove the image's ssh host keys and make new ones: not every guest does so at boot."""
+    _replace_dropbear(target)
     target.remove(KEYS)
     keygen = target.which("ssh-keygen")
     if not (keygen and target.is_dir("/etc/ssh")):
@@ -79,6 +84,25 @@ def replace(target: Target, rsa: GetKey = no_key) -> None:
         target.run([keygen, "-A"])  # makes those that are missing
     except Failure as failure:
         log.warning(f"the guest has no ssh host keys{' but one of RSA' if key else ''}: {failure}")
+
+
+def _replace_dropbear(target: Target) -> None:
+    """Make new keys in the place of dropbear's, and of every type for its daemon: a sealed image has none."""
+    keygen = target.which("dropbearkey")
+    for directory, pattern in zip(DROPBEAR, DROPBEAR_KEYS):
+        old = target.glob(pattern)
+        target.remove(pattern)
+        wanted = old
+        if directory == DROPBEAR[0] and target.is_dir(directory):
+            wanted = [pattern.replace("*", kind) for kind in ("rsa", "ecdsa", "ed25519")]
+        elif old:
+            log.warning("the guest's initramfs keeps the image's ssh host keys: update-initramfs -u makes it anew")
+        for file in wanted if keygen else ():
+            kind = file.rpartition("/dropbear_")[2].partition("_")[0]
+            try:
+                target.run([keygen or "", "-t", kind, "-f", file])
+            except Failure as failure:  # a type that it does not know
+                log.debug(str(failure))
 
 
 def _take(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Where a program of the guest runs: the guest's root, and nothing of the node.
+"""The sandbox for programs of the guest: the guest's root, and nothing of the node.
 
 Its own mount, PID, network, IPC and UTS namespaces, a private /dev with its own disk only, read-only /proc
 and /sys, few capabilities, no way to gain more, bounds on processes and memory. A chroot rather than pivot_root: the
@@ -12,14 +12,14 @@ import resource
 import socket
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from imageos.errors import Failure
-from imageos.node import linux, seccomp
-from imageos.node.confinement import DEVICES, LINKS, exit_as, take_own_null
+from imageos.errors import explained
+from imageos.node import limits, linux, seccomp
+from imageos.node.confinement import DEVICES, LINKS, exit_as, leave_first_process_behind, take_own_null
 
-KEEP = (
+CAPABILITIES = (
     linux.CAP_CHOWN,
     linux.CAP_DAC_OVERRIDE,
     linux.CAP_FOWNER,
@@ -36,7 +36,7 @@ ENVIRONMENT = {
     "DEBIAN_FRONTEND": "noninteractive",
 }
 GUEST_DEVICES = {**DEVICES, "tty": (5, 0)}
-# Of each process, in bytes; no program of a guest has reason to take more. What all of them take: cgroup.
+# Of each process, in bytes; no program of a guest has reason to take more. The limits of all together: node.cgroup.
 LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 8 << 30, resource.RLIMIT_AS: 4 << 30}
 
 
@@ -48,10 +48,13 @@ class GuestDisk:
     uuids: Sequence[tuple[str, str]]
 
 
-def entering(path: str, hostname: str, disk: GuestDisk, join: Callable[[], None]) -> Callable[[], None]:
-    """What a child does before it becomes a program of the guest whose root is mounted at `path`.
+NO_DISK = GuestDisk((), ())
 
-    `join` takes it into its control group.
+
+def entering(path: str, hostname: str, disk: GuestDisk, join: Callable[[], None]) -> Callable[[], None]:
+    """Return the function by which a child enters the sandbox of the guest mounted at `path`, before exec.
+
+    `join` enters its control group.
     """
     # Looked up here: the child must not depend on the state of its parent's /dev.
     nodes = {os.path.basename(node): os.stat(node).st_rdev for node in disk.nodes}
@@ -73,24 +76,17 @@ def entering(path: str, hostname: str, disk: GuestDisk, join: Callable[[], None]
 
 @contextmanager
 def devices(path: str) -> Iterator[None]:
-    """Harmless devices in the /dev of the guest that is mounted at `path`, for hooks which start its programs.
+    """Mount harmless devices on the /dev of the guest at `path`, for hooks that start its programs.
 
-    The guest's own cannot be opened (nodev), and `>/dev/null` would make a file there. In memory: nothing stays.
+    The guest's own devices cannot be opened (nodev), and `>/dev/null` would make a file there.
     """
-    root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        _mount_over(root, "dev", "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, "mode=0755,size=64k")
-    except OSError as error:
-        os.close(root)
-        raise Failure(f"cannot mount devices at the guest's /dev: {error.strerror}") from None
-    try:
-        try:
+    with ExitStack() as stack:
+        with linux.closing(os.open(path, os.O_PATH | os.O_DIRECTORY)) as root:
+            with explained("cannot mount devices at the guest's /dev"):
+                _mount_over(root, "dev", "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, "mode=0755,size=64k")
+            stack.callback(linux.umount, f"{path}/dev", linux.MNT_DETACH)
             _make_devices(root, {name: os.makedev(*number) for name, number in GUEST_DEVICES.items()}, ())
-        finally:
-            os.close(root)
         yield
-    finally:
-        linux.umount(f"{path}/dev", linux.MNT_DETACH)
 
 
 def _enter(path: str, hostname: str, nodes: dict[str, int], uuids: Sequence[tuple[str, str]]) -> None:
@@ -102,7 +98,7 @@ def _enter(path: str, hostname: str, nodes: dict[str, int], uuids: Sequence[tupl
     linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS)
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
     _become_first_process()
-    # Opened only now: nothing can be mounted on what a descriptor of another mount namespace leads to.
+    # Open it only now: a descriptor from another mount namespace leads to a place where nothing can be mounted.
     root = os.open(path, os.O_PATH | os.O_DIRECTORY)
     socket.sethostname(hostname)
     plain = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
@@ -114,31 +110,20 @@ def _enter(path: str, hostname: str, nodes: dict[str, int], uuids: Sequence[tupl
     os.fchdir(root)
     os.chroot(".")
     os.umask(0o022)
-    _leave_first_process_behind()
+    leave_first_process_behind()
     for limit, value in LIMITS.items():
-        resource.setrlimit(limit, (value, value))
-    linux.limit_capabilities(KEEP)
+        limits.lower(limit, value)
+    linux.limit_capabilities(CAPABILITIES)
 
 
 def _become_first_process() -> None:
-    """Continue as process 1 of the new PID namespace: what it starts ends with it."""
+    """Continue as process 1 of the new PID namespace: all that it starts ends with it."""
     child = os.fork()
     if child:
         linux.die_with_parent()
         os.closerange(3, 1 << 16)  # among them the pipe by which subprocess awaits the exec
         exit_as(child)
     linux.die_with_parent()
-
-
-def _leave_first_process_behind() -> None:
-    """Continue in a child, so that process 1 stays ours: a program of the guest could prevent its own end with its
-    parent's (prctl), and outlive its time limit. It can do nothing to process 1, which has more capabilities.
-    """
-    linux.forbid_dumps()
-    child = os.fork()
-    if child:
-        os.closerange(3, 1 << 16)
-        exit_as(child)
 
 
 def _make_devices(root: int, nodes: dict[str, int], uuids: Sequence[tuple[str, str]]) -> None:
@@ -164,5 +149,5 @@ def _mount_over(root: int, name: str, kind: str, flags: int, data: str = "") -> 
 
 
 def _directory(root: int, name: str) -> int:
-    """The guest's top directory `name`: a real one, since a link could lead our mount astray."""
+    """Open the guest's top directory `name`; refuse a link, which could lead our mount astray."""
     return linux.open_in_root(root, name, os.O_PATH | os.O_DIRECTORY, resolve=linux.RESOLVE_NO_SYMLINKS)

@@ -11,30 +11,35 @@ import errno
 import fnmatch
 import itertools
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Protocol
 
-from imageos.errors import Failure
-from imageos.guests.sandbox import ENVIRONMENT, GuestDisk, entering
+from imageos.disks.filesystem import Volume
+from imageos.disks.layout import MIB
+from imageos.errors import Failure, repair_hint
+from imageos.ganeti import Instance
+from imageos.guests.sandbox import ENVIRONMENT, NO_DISK, GuestDisk, entering
 from imageos.node import cgroup, linux
-from imageos.run import run
+from imageos.run import Command, run
+from imageos.settings import Settings
 
-MIB = 1 << 20
 READ_LIMIT = MIB  # bytes; a configuration file that is larger is not one
 READ_TOTAL = 256 * MIB  # of all files together: a directory may have a link to one file a million times
 MOST_NAMES = 1_000_000  # in a directory that is listed
 LINK_LIMIT = 40  # as the kernel's own
 PROGRAM_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
-DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 COPIED_ATTRIBUTES = ("security.selinux", "system.posix_acl_access")
+XFS_ACLS = "trusted.SGI_ACL_"  # ACLs once more
 NODE_LABEL = "security.selinux"  # of a file of the node: means nothing in the guest
 
 
 class _Visit(Protocol):
-    """What is done to a name in an open directory, as os.unlink and os.rmdir are called."""
+    """A function that is called as os.unlink and os.rmdir are."""
 
     def __call__(self, name: str, /, *, dir_fd: int) -> None: ...
 
@@ -56,109 +61,105 @@ class Target:
     # --- looking ---
 
     def exists(self, path: str) -> bool:
-        """Whether `path` leads to something, through links inside the guest."""
-        return self._mode(path) is not None
+        """Return True if `path` leads to something, through links inside the guest."""
+        return self._mode(path) != 0
 
     def is_file(self, path: str) -> bool:
-        mode = self._mode(path)
-        return mode is not None and stat.S_ISREG(mode)
+        return stat.S_ISREG(self._mode(path))
 
     def is_dir(self, path: str) -> bool:
-        mode = self._mode(path)
-        return mode is not None and stat.S_ISDIR(mode)
+        return stat.S_ISDIR(self._mode(path))
 
     def which(self, program: str) -> str | None:
-        """The path of an executable of the guest, by name."""
+        """Return the path of an executable of the guest."""
         for directory in PROGRAM_PATH:
             path = f"{directory}/{program}"
             mode = self._mode(path)
-            if mode is not None and stat.S_ISREG(mode) and mode & 0o111:
+            if stat.S_ISREG(mode) and mode & 0o111:
                 return path
         return None
 
+    def link(self, path: str) -> str | None:
+        """Return the content of a link itself; None if there is none."""
+        try:
+            with self._parent(path, follow=False) as (parent, name):
+                return os.readlink(name, dir_fd=parent)
+        except (OSError, Failure):
+            return None
+
     def read(self, path: str) -> str | None:
-        """The text of a regular file, None if there is none; bytes that are not UTF-8 survive a write."""
+        """Return the text of a regular file, None if there is none; bytes that are not UTF-8 survive a write."""
         data = self.read_bytes(path, READ_LIMIT)
         return None if data is None else data.decode("utf-8", "surrogateescape")
 
     def read_bytes(self, path: str, limit: int) -> bytes | None:
-        """The content of a regular file of at most `limit` bytes, None if there is none."""
+        """Return the content of a regular file of at most `limit` bytes, None if there is none."""
         try:
             # O_NONBLOCK: a FIFO must not stop us
-            descriptor = linux.open_in_root(self._root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                return None
-            raise _failure("read", path, error) from None
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise Failure(f"the guest's {path} is not a regular file")
-            if status.st_size > limit:
-                raise Failure(f"the guest's {path} has {status.st_size} bytes, more than the {limit} that it may have")
-            self._left -= status.st_size
-            if self._left < 0:
-                raise Failure(f"the guest's {path}: more than {READ_TOTAL} bytes of its files were to be read")
-            with open(descriptor, "rb", closefd=False) as file:
-                return file.read(limit)
-        finally:
-            os.close(descriptor)  # open() itself would leave that of a directory open, and its filesystem busy
+            with self._opened("read", path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY) as descriptor:
+                status = os.fstat(descriptor)
+                size = status.st_size
+                if not stat.S_ISREG(status.st_mode):
+                    raise Failure(f"the guest's {path} is not a regular file")
+                if size > limit:
+                    raise Failure(f"the guest's {path} has {size} bytes, more than the {limit} that it may have")
+                self._left -= size
+                if self._left < 0:
+                    raise Failure(f"the guest's {path}: more than {READ_TOTAL} bytes of its files were to be read")
+                with open(descriptor, "rb", closefd=False) as file:
+                    return file.read(limit)
+        except Missing:
+            return None
 
     def glob(self, pattern: str) -> list[str]:
-        """The paths in one directory whose names match: `/etc/ssh/ssh_host_*`. Only the name is a pattern."""
+        """Return the paths in one directory whose names match: `/etc/ssh/ssh_host_*`. Only the name is a pattern."""
         directory, name = os.path.split(pattern)
         try:
-            descriptor = linux.open_in_root(self._root, directory, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                return []
-            raise _failure("list", directory, error) from None
-        try:
-            with os.scandir(descriptor) as entries:
+            with (
+                self._opened("list", directory, os.O_RDONLY | os.O_DIRECTORY) as descriptor,
+                _reported("list", directory),
+                os.scandir(descriptor) as entries,
+            ):
                 names = [entry.name for entry in itertools.islice(entries, MOST_NAMES + 1)]
-        finally:
-            os.close(descriptor)
+        except Missing:
+            return []
         if len(names) > MOST_NAMES:
             raise Failure(f"the guest's {directory} holds more than {MOST_NAMES} names")
         return [f"{directory}/{found}" for found in sorted(names) if fnmatch.fnmatchcase(found, name)]
 
     @contextmanager
     def directory(self, path: str) -> Iterator[str]:
-        """A path by which a process that we start reaches the guest's directory `path`; no link leads it astray."""
-        try:
-            descriptor = linux.open_in_root(self._root, path, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise _failure("open", path, error) from None
-        try:
+        """Yield a path by which a process of the node reaches the guest's directory; no link leads it astray."""
+        with self._opened("open", path, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
             yield f"/proc/self/fd/{descriptor}"
-        finally:
-            os.close(descriptor)
 
     # --- changing ---
 
-    def write(self, path: str, text: str, mode: int = 0o644) -> None:
-        """Give `path` the content `text`; `mode` is for a new file. Missing directories are made (0755)."""
-        data = text.encode("utf-8", "surrogateescape")
-        with self._parent(path, make=True) as (parent, name):
-            temporary = f".imageos-{os.urandom(6).hex()}"
-            try:
-                old = _lstat(parent, name)
-                if old and stat.S_ISDIR(old.st_mode):
-                    raise Failure(f"the guest's {path} is a directory, not a file")
-                _write_new(parent, temporary, data, mode)
-                if old and stat.S_ISREG(old.st_mode):
-                    _copy_attributes(parent, name, temporary, old)
-                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
-            except OSError as error:
-                _remove_quietly(parent, temporary)
-                raise _failure("write", path, error) from None
+    def write(self, path: str, text: str, mode: int = 0o644, follow: bool = True) -> None:
+        """Give `path` the content `text`; `mode` is for a new file. Missing directories are made (0755).
 
-    def edit(self, path: str, change: Callable[[str], str]) -> None:
-        """Give a text file the content that `change` makes of it (of an empty text if there is none)."""
-        old = self.read(path)
-        new = change(old or "")
-        if new != (old or ""):
-            self.write(path, new)
+        Unless `follow`, replace whatever has that name: a link, a directory.
+        """
+        with self._replacing("write", path, follow) as (parent, name, temporary):
+            old = _lstat(parent, name)
+            if old and stat.S_ISDIR(old.st_mode):
+                if follow:
+                    raise Failure(f"the guest's {path} is a directory, not a file")
+                _remove_tree(parent, name)
+            _write_new(parent, temporary, text.encode("utf-8", "surrogateescape"), mode)
+            if old and stat.S_ISREG(old.st_mode):
+                _copy_attributes(parent, name, temporary, old)
+
+    def edit(self, path: str, change: Callable[[str], str], mode: int = 0o644) -> bool:
+        """Give a text file the content that `change` makes of it (of an empty text if there is none).
+
+        Return whether that is another; `mode` is for a new file.
+        """
+        old = self.read(path) or ""
+        new = change(old)
+        if new != old:
+            self.write(path, new, mode)
+        return new != old
 
     def append_line(self, path: str, line: str) -> None:
         """Add `line` to a text file unless it is there."""
@@ -173,22 +174,17 @@ class Target:
 
     def rename(self, old: str, new: str) -> None:
         """Move `old`, a link itself, to where a file, a link or an empty directory may be."""
-        with self._parent(old, follow=False) as (from_, name), self._parent(new, follow=False) as (to, new_name):
-            try:
-                os.rename(name, new_name, src_dir_fd=from_, dst_dir_fd=to)
-            except OSError as error:
-                raise _failure("replace", new, error) from None
+        with (
+            self._parent(old, follow=False) as (from_, name),
+            self._parent(new, follow=False) as (to, new_name),
+            _reported("replace", new),
+        ):
+            os.rename(name, new_name, src_dir_fd=from_, dst_dir_fd=to)
 
     def symlink(self, text: str, path: str) -> None:
         """Make `path` itself a link with the content `text`, in the place of a link or file."""
-        with self._parent(path, make=True, follow=False) as (parent, name):
-            temporary = f".imageos-{os.urandom(6).hex()}"
-            try:
-                os.symlink(text, temporary, dir_fd=parent)
-                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
-            except OSError as error:
-                _remove_quietly(parent, temporary)
-                raise _failure("link", path, error) from None
+        with self._replacing("link", path) as (parent, _, temporary):
+            os.symlink(text, temporary, dir_fd=parent)
 
     def copy_tree(self, source: str) -> None:
         """Copy what is in the node's directory `source` over the root: owners, modes, times, extended attributes.
@@ -203,9 +199,9 @@ class Target:
                     path = f"{directory[len(source) :]}/{name}"
                     if self._copy(f"{directory}/{name}", path):
                         made.append((path, os.lstat(f"{directory}/{name}")))
-            for path, status in made:  # only now: what is copied into a directory changes its time
-                with self.directory(path) as place:
-                    os.utime(f"{place}/.", ns=(status.st_atime_ns, status.st_mtime_ns))
+            for path, status in made:  # last: copying into a directory changes its time
+                with self.directory(path) as copied:
+                    os.utime(f"{copied}/.", ns=(status.st_atime_ns, status.st_mtime_ns))
         except OSError as error:
             raise Failure(f"cannot read {os.fsdecode(error.filename)}: {error.strerror}") from None
 
@@ -222,16 +218,10 @@ class Target:
 
     def empty_files(self, directory: str) -> None:
         """Cut every regular file at any depth below a directory to nothing; owners and modes stay."""
-        try:
-            top = linux.open_in_root(self._root, directory, DIRECTORY)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                return
-            raise _failure("open", directory, error) from None
-        try:
-            _walk(top, _empty)
-        except OSError as error:
-            raise _failure("empty", directory, error) from None
+        if self.is_dir(directory):
+            # a link to a directory is none: suppressed
+            with suppress(Missing), self._opened("open", directory, DIRECTORY) as top, _reported("empty", directory):
+                _walk(top, _empty)
 
     def touch(self, path: str) -> None:
         if not self.exists(path):
@@ -240,40 +230,29 @@ class Target:
     # --- running ---
 
     def run(self, argv: Sequence[str], input: str | None = None) -> str:
-        """Run a program of the guest in the sandbox; its output. Failure unless its status is 0."""
+        """Run a program of the guest in the sandbox and return its output. Failure unless its status is 0."""
         with cgroup.limited() as join:
-            return run(
-                argv,
-                input=input,
-                env=ENVIRONMENT,
-                timeout=self._timeout,
-                prepare=entering(self._path, self._hostname, self._disk, join),
-            )
+            enter = entering(self._path, self._hostname, self._disk, join)
+            return run(Command(argv, enter, env=ENVIRONMENT), input=input, timeout=self._timeout)
 
     # --- inside ---
 
     def _copy(self, source: str, path: str) -> bool:
-        """Whether a directory was made of `source`."""
+        """Return True if it made a directory."""
         status = os.lstat(source)
         if stat.S_ISDIR(status.st_mode):
             return self._copy_directory(source, path, status)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
             raise Failure(f"{source} is neither a file nor a directory nor a link: it cannot be copied into the guest")
-        with self._parent(path, follow=False) as (parent, name):
-            temporary = f".imageos-{os.urandom(6).hex()}"
-            try:
-                old = _lstat(parent, name)
-                if old and stat.S_ISDIR(old.st_mode):
-                    raise Failure(f"the guest's {path} is a directory, {source} is none")
-                if stat.S_ISLNK(status.st_mode):
-                    os.symlink(os.readlink(source), temporary, dir_fd=parent)
-                else:
-                    _copy_content(source, parent, temporary)
-                _copy_metadata(source, status, f"/proc/self/fd/{parent}/{temporary}")
-                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
-            except OSError as error:
-                _remove_quietly(parent, temporary)
-                raise Failure(f"cannot copy {source} to the guest's {path}: {error.strerror}") from None
+        with self._replacing(f"copy {source} to", path) as (parent, name, temporary):
+            old = _lstat(parent, name)
+            if old and stat.S_ISDIR(old.st_mode):
+                raise Failure(f"the guest's {path} is a directory, {source} is none")
+            if stat.S_ISLNK(status.st_mode):
+                os.symlink(os.readlink(source), temporary, dir_fd=parent)
+            else:
+                _copy_content(source, parent, temporary)
+            _copy_metadata(source, status, f"/proc/self/fd/{parent}/{temporary}")
         return False
 
     def _copy_directory(self, source: str, path: str, status: os.stat_result) -> bool:
@@ -282,60 +261,66 @@ class Target:
         if self.exists(path):
             raise Failure(f"{source} is a directory, the guest's {path} is none")
         self.mkdir(path)
-        with self.directory(path) as made:
-            try:
-                _copy_metadata(source, status, f"{made}/.")
-            except OSError as error:
-                raise Failure(f"cannot copy {source} to the guest's {path}: {error.strerror}") from None
+        with self.directory(path) as made, _reported(f"copy {source} to", path):
+            _copy_metadata(source, status, f"{made}/.")
         return True
 
     def _remove(self, path: str) -> None:
-        with self._parent(path, follow=False) as (parent, name):
-            try:
-                _remove_tree(parent, name)
-            except OSError as error:
-                raise _failure("remove", path, error) from None
+        with self._parent(path, follow=False) as (parent, name), _reported("remove", path):
+            _remove_tree(parent, name)
 
-    def _mode(self, path: str) -> int | None:
+    @contextmanager
+    def _opened(self, verb: str, path: str, flags: int) -> Iterator[int]:
+        with _reported(verb, path):
+            descriptor = linux.open_in_root(self._root, path, flags)
+        with linux.closing(descriptor):
+            yield descriptor
+
+    @contextmanager
+    def _replacing(self, verb: str, path: str, follow: bool = False) -> Iterator[tuple[int, str, str]]:
+        """Yield a directory, the name of `path` in it, and one to make a file under, which then replaces `path`."""
+        with self._parent(path, make=True, follow=follow) as (parent, name), _reported(verb, path):
+            temporary = f".imageos-{os.urandom(6).hex()}"
+            try:
+                yield parent, name, temporary
+                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+            except OSError:
+                with suppress(OSError):  # the reason why it may not be there is being reported
+                    os.unlink(temporary, dir_fd=parent)
+                raise
+
+    def _mode(self, path: str) -> int:
+        """Return the kind and mode of what `path` leads to; 0 if that is nothing."""
         try:
-            descriptor = linux.open_in_root(self._root, path, os.O_PATH)
+            with linux.closing(linux.open_in_root(self._root, path, os.O_PATH)) as descriptor:
+                return os.fstat(descriptor).st_mode
         except OSError:
-            return None
-        try:
-            return os.fstat(descriptor).st_mode
-        finally:
-            os.close(descriptor)
+            return 0
 
     @contextmanager
     def _parent(
         self, path: str, make: bool = False, follow: bool = True, mode: int = 0o755
     ) -> Iterator[tuple[int, str]]:
-        """The directory (as a descriptor) and the name that `path` leads to, through a link at its end too."""
+        """Yield the directory (a descriptor) and the name that `path` leads to; unless `follow`, a link itself."""
         for _ in range(LINK_LIMIT):
             directory, name = os.path.split(path)
             if name in ("", ".."):
                 raise Failure(f"{path!r} is not the path of a file")
-            try:
+            with _reported("open", directory or "/"):
                 parent = self._directory(directory, make, mode)
-            except OSError as error:
-                raise _failure("open", directory or "/", error) from None
-            try:
-                link = os.readlink(name, dir_fd=parent) if follow and name != "." else None
-            except OSError:
-                link = None
-            if link is None:
-                break
-            os.close(parent)
+            with linux.closing(parent):
+                link = ""
+                if follow and name != ".":
+                    with suppress(OSError):  # it is no link
+                        link = os.readlink(name, dir_fd=parent)
+                if not link:
+                    yield parent, name
+                    return
             path = os.path.join(directory, link)
-        else:
-            raise Failure(f"the guest's {path}: too many levels of symbolic links")
-        try:
-            yield parent, name
-        finally:
-            os.close(parent)
+        raise Failure(f"the guest's {path}: too many levels of symbolic links")
 
     def _directory(self, path: str, make: bool, mode: int) -> int:
-        """A descriptor of the directory `path`; with `make`, what is missing of it is made first."""
+        """Return a descriptor of the directory `path`; with `make`, first make what is missing of it."""
         flags = os.O_RDONLY | os.O_DIRECTORY
         try:
             return linux.open_in_root(self._root, path, flags)
@@ -345,81 +330,118 @@ class Target:
         names = [name for name in path.split("/") if name]
         current = linux.open_in_root(self._root, "/", flags)
         for depth, name in enumerate(names, 1):
-            try:
+            with linux.closing(current):
                 try:
-                    below = linux.open_in_root(self._root, "/".join(names[:depth]), flags)
+                    current = linux.open_in_root(self._root, "/".join(names[:depth]), flags)
                 except FileNotFoundError:
                     os.mkdir(name, dir_fd=current)
                     os.chmod(name, mode if depth == len(names) else 0o755, dir_fd=current)
-                    below = linux.open_in_root(self._root, "/".join(names[:depth]), flags)
-            finally:
-                os.close(current)
-            current = below
+                    current = linux.open_in_root(self._root, "/".join(names[:depth]), flags)
         return current
 
 
+def opened_system(
+    path: str, instance: Instance, settings: Settings, disk: str, volumes: Sequence[Volume]
+) -> AbstractContextManager[Target]:
+    """Yield the guest mounted at `path`, as the system of `instance`: its programs see `disk` and its volumes."""
+    return opened(path, instance.short_name, guest_disk(disk, volumes), settings.guest_timeout)
+
+
+def guest_disk(disk: str, volumes: Sequence[Volume]) -> GuestDisk:
+    """Return the guest's disk as its sandbox shows it."""
+    nodes = dict.fromkeys([disk, *(volume.device for volume in volumes)])  # subvolumes share them
+    by_uuid = {volume.uuid: volume.device for volume in reversed(volumes) if volume.uuid}
+    return GuestDisk(nodes=list(nodes), uuids=tuple(reversed(by_uuid.items())))
+
+
 @contextmanager
-def opened(path: str, hostname: str, disk: GuestDisk, timeout: float) -> Iterator[Target]:
-    """The guest mounted at `path`. Left before unmounting: a descriptor keeps the filesystem busy."""
-    root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+def opened(path: str, hostname: str = "", disk: GuestDisk = NO_DISK, timeout: float = 0) -> Iterator[Target]:
+    """Yield the guest mounted at `path`. Leave it before unmounting: a descriptor keeps the filesystem busy."""
+    with linux.closing(os.open(path, os.O_PATH | os.O_DIRECTORY)) as root:
         yield Target(path, root, hostname, disk, timeout)
-    finally:
-        os.close(root)
 
 
 class Directory:
-    """The names in an open directory of the guest; what they lead to is not followed."""
+    """The names in an open directory of the guest; links are not followed."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._place = f"/proc/self/fd/{descriptor}"
+        self._path = f"/proc/self/fd/{descriptor}"
 
     def status(self, name: str) -> os.stat_result:
         return os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
 
     def attribute(self, name: str, key: str) -> bytes | None:
         try:
-            return os.getxattr(f"{self._place}/{name}", key, follow_symlinks=False)
+            return os.getxattr(f"{self._path}/{name}", key, follow_symlinks=False)
         except OSError:
             return None
 
     def set_attribute(self, name: str, key: str, value: bytes) -> None:
-        os.setxattr(f"{self._place}/{name}", key, value, follow_symlinks=False)
+        os.setxattr(f"{self._path}/{name}", key, value, follow_symlinks=False)
 
     @contextmanager
     def changeable(self, name: str) -> Iterator[None]:
-        """A file or directory that is immutable or append-only is neither for a moment."""
-        descriptor = os.open(name, DIRECTORY & ~os.O_DIRECTORY | os.O_NONBLOCK, dir_fd=self._descriptor)
-        try:
-            with linux.changeable(descriptor):
-                yield
-        finally:
-            os.close(descriptor)
+        """Make a file or directory that is immutable or append-only changeable for a moment."""
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self._descriptor)
+        with linux.closing(descriptor), linux.changeable(descriptor):
+            yield
 
 
 @contextmanager
 def directory_of(root: Target, path: str) -> Iterator[Directory]:
-    try:
-        descriptor = linux.open_in_root(root._root, path, DIRECTORY)
-    except OSError as error:
-        raise _failure("open", path, error) from None
-    try:
+    with root._opened("open", path, DIRECTORY) as descriptor:
         yield Directory(descriptor)
-    finally:
-        os.close(descriptor)
+
+
+def real(root: Target, path: str) -> str | None:
+    """Return the path in the guest that `path` leads to, without links; None if it leads to nothing."""
+    try:
+        with root._opened("find", path, os.O_PATH) as descriptor:
+            found, top = (os.readlink(f"/proc/self/fd/{opened}") for opened in (descriptor, root._root))
+    except (OSError, Failure):
+        return None
+    return "/" + found[len(top) :].lstrip("/")
+
+
+def matches(root: Target, path: str, pattern: str) -> bool:
+    """Return whether `path` is a file whose text matches; in the pattern, ^ and $ are those of a line."""
+    return root.is_file(path) and re.search(pattern, root.read(path) or "", re.MULTILINE) is not None
 
 
 def drop_preallocated(root: Target) -> None:
-    """Give back the blocks of files that nothing was written to yet: they read as zero, and go on doing so."""
+    """Free the blocks of files that nothing was written to yet. They read as zero, before and after."""
+    with root._opened("open", "/", DIRECTORY) as top, _reported("drop reserved blocks of", "files"):
+        _walk(top, _punch)
+
+
+def hidden_attributes(root: Target, most: int) -> list[str]:
+    """Return at most `most` names of attributes that only root can see (trusted.*), except ACLs of xfs."""
+    found: set[str] = set()
+
+    def look(name: str, *, dir_fd: int) -> None:
+        if len(found) < most:
+            names = os.listxattr(f"/proc/self/fd/{dir_fd}/{name}", follow_symlinks=False)
+            found.update(name for name in names if name.startswith("trusted.") and not name.startswith(XFS_ACLS))
+
+    with root._opened("open", "/", DIRECTORY) as top, _reported("read attributes of", "files"):
+        look(".", dir_fd=top)
+        _walk(top, look, look)
+    return sorted(found)[:most]
+
+
+class Missing(Failure):
+    """A path of the guest leads to nothing."""
+
+
+@contextmanager
+def _reported(verb: str, path: str) -> Iterator[None]:
+    """Turn an OSError into a Failure."""
     try:
-        _walk(linux.open_in_root(root._root, "/", DIRECTORY), _punch)
+        yield
     except OSError as error:
-        raise _failure("drop reserved blocks of", "files", error) from None
-
-
-def _failure(verb: str, path: str, error: OSError) -> Failure:
-    return Failure(f"cannot {verb} the guest's {path}: {error.strerror}")
+        kind = Missing if error.errno in (errno.ENOENT, errno.ENOTDIR) else Failure
+        raise kind(f"cannot {verb} the guest's {path}: {error.strerror}", repair_hint(error)) from None
 
 
 def _lstat(parent: int, name: str) -> os.stat_result | None:
@@ -430,29 +452,27 @@ def _lstat(parent: int, name: str) -> os.stat_result | None:
 
 
 def _write_new(parent: int, name: str, data: bytes, mode: int) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     with open(os.open(name, flags, 0o600, dir_fd=parent), "wb") as file:
         file.write(data)
         os.fchmod(file.fileno(), mode)
 
 
 def _copy_attributes(parent: int, old_name: str, new_name: str, old: os.stat_result) -> None:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    source = os.open(old_name, flags, dir_fd=parent)
-    copy = os.open(new_name, flags, dir_fd=parent)
-    try:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    with (
+        linux.closing(os.open(old_name, flags, dir_fd=parent)) as source,
+        linux.closing(os.open(new_name, flags, dir_fd=parent)) as copy,
+    ):
         os.fchown(copy, old.st_uid, old.st_gid)
         os.fchmod(copy, stat.S_IMODE(old.st_mode))
         for attribute in os.listxattr(source):
             if attribute in COPIED_ATTRIBUTES or attribute.startswith("user."):
                 os.setxattr(copy, attribute, os.getxattr(source, attribute))
-    finally:
-        os.close(source)
-        os.close(copy)
 
 
 def _copy_content(source: str, parent: int, name: str) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     with open(source, "rb") as original, open(os.open(name, flags, 0o600, dir_fd=parent), "wb") as copy:
         shutil.copyfileobj(original, copy, MIB)
 
@@ -478,16 +498,17 @@ def _remove_tree(parent: int, name: str) -> None:
     if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
         os.unlink(name, dir_fd=parent)
         return
-    _walk(os.open(name, DIRECTORY, dir_fd=parent), os.unlink, os.rmdir)
+    with linux.closing(os.open(name, DIRECTORY, dir_fd=parent)) as top:
+        _walk(top, os.unlink, os.rmdir)
     os.rmdir(name, dir_fd=parent)
 
 
 def _walk(top: int, on_file: _Visit, on_left: _Visit | None = None) -> None:
-    """Call `on_file` for all that is no directory below `top` (which is closed), `on_left` for each directory left.
+    """Call `on_file` for everything but directories below `top`, and `on_left` for each directory after its content.
 
-    Any depth, with two descriptors; never through a link.
+    It follows no link, and needs two descriptors at any depth.
     """
-    current = top
+    current = os.dup(top)
     way: list[str] = []  # the names that lead from the top to `current`
     below = []  # on each level, the directories that are still to go
     try:
@@ -495,10 +516,10 @@ def _walk(top: int, on_file: _Visit, on_left: _Visit | None = None) -> None:
         while way or below[-1]:
             if below[-1]:
                 way.append(below[-1].pop())
-                current = _moved(current, way[-1])
+                current = _move(current, way[-1])
                 below.append(_visit_files(current, on_file))
             else:
-                current = _moved(current, "..")
+                current = _move(current, "..")
                 name = way.pop()
                 if on_left:
                     on_left(name, dir_fd=current)
@@ -507,7 +528,7 @@ def _walk(top: int, on_file: _Visit, on_left: _Visit | None = None) -> None:
         os.close(current)
 
 
-def _moved(current: int, name: str) -> int:
+def _move(current: int, name: str) -> int:
     """Change from one open directory to another, as cd does."""
     new = os.open(name, DIRECTORY, dir_fd=current)
     os.close(current)
@@ -515,7 +536,7 @@ def _moved(current: int, name: str) -> int:
 
 
 def _visit_files(directory: int, on_file: _Visit) -> list[str]:
-    """Call `on_file` for everything in a directory but directories; gives their names."""
+    """Call `on_file` for everything in a directory but directories; return the names of these."""
     with os.scandir(directory) as entries:
         found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
     for name, is_directory in found:
@@ -527,50 +548,40 @@ def _visit_files(directory: int, on_file: _Visit) -> list[str]:
 def _empty(name: str, *, dir_fd: int) -> None:
     if not stat.S_ISREG(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode):
         return
-    # what has taken its place meanwhile must not stop us (a FIFO)
-    descriptor = os.open(name, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-    try:
+    # O_NONBLOCK: a FIFO may have taken its place meanwhile
+    with linux.closing(os.open(name, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=dir_fd)) as descriptor:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)
 
 
 def _punch(name: str, *, dir_fd: int) -> None:
     status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
     if not stat.S_ISREG(status.st_mode) or not status.st_blocks:
         return
-    flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW
     with ExitStack() as stack:
-        reader = os.open(name, flags & ~os.O_RDWR, dir_fd=dir_fd)
-        stack.callback(os.close, reader)
+        reader = stack.enter_context(linux.closing(os.open(name, flags & ~os.O_RDWR, dir_fd=dir_fd)))
         holes = list(_holes(reader, status.st_size))
         if not holes:
             return
         stack.enter_context(linux.changeable(reader))
-        writer = os.open(name, flags, dir_fd=dir_fd)
-        stack.callback(os.close, writer)
+        writer = stack.enter_context(linux.closing(os.open(name, flags, dir_fd=dir_fd)))
         for start, end in holes:
             linux.punch_hole(writer, start, end - start)
         os.utime(writer, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _holes(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    """The ranges of a file without data: not stored, or not written to."""
-    place = 0
-    while place < size:
-        start = os.lseek(descriptor, place, os.SEEK_HOLE)
+    """Yield the ranges of a file without data: not stored, or not written to."""
+    end = 0
+    while end < size:
+        start = os.lseek(descriptor, end, os.SEEK_HOLE)
         if start >= size:
             return
         try:
-            place = os.lseek(descriptor, start, os.SEEK_DATA)
+            end = os.lseek(descriptor, start, os.SEEK_DATA)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
-            place = (size | 0xFFFF) + 1  # no data any more; whole blocks, however large they are
-        yield start, place
-
-
-def _remove_quietly(parent: int, name: str) -> None:
-    with suppress(OSError):  # the reason why it may not be there is being reported
-        os.unlink(name, dir_fd=parent)
+            end = (size | 0xFFFF) + 1  # no data any more; whole blocks, however large they are
+        yield start, end

@@ -1,6 +1,6 @@
-"""What is kept of downloads in CACHE_DIR: each file, what is known of it beside it (FILE.json), and its lock.
+"""Downloads in CACHE_DIR: each file, the facts about it (FILE.json), and its lock.
 
-All of them are root's alone: what others may have written is not there, as far as we are concerned.
+All of them belong to root alone: files that others may have written are ignored.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from email.message import Message
 from typing import Any
 
 from imageos import log
 from imageos.images.checksums import digests_of
-from imageos.images.web import shown
+from imageos.images.urls import shown
+from imageos.node import linux
 
 MOST_VERDICTS = 32  # of one copy: whoever may set OS parameters can ask for any number
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the server said to a caller who asked for a checksum, and the copy has."""
+    """A server's answer to the question for a checksum, which the copy satisfies."""
 
     found: str  # where, for messages; or that there was none
     checked: float  # when
@@ -34,7 +34,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """What is known of a downloaded file, or of what a partial one will be."""
+    """The facts about a downloaded file, or about the whole of a partial one."""
 
     url: str  # without secrets
     etag: str
@@ -51,17 +51,18 @@ class Copy:
         """For If-Range; empty if nothing tells one content from another for certain."""
         return self.etag if self.etag and not self.etag.startswith("W/") else self.last_modified
 
-    def is_of(self, headers: Message) -> bool:
-        """Whether an answer with these headers is about the same content, as far as the server says."""
-        if self.etag and headers.get("ETag"):
-            return self.etag == headers["ETag"]
-        is_same_size = headers.get("Content-Length", str(self.size)) == str(self.size)
-        return bool(self.last_modified) and self.last_modified == headers.get("Last-Modified") and is_same_size
+    def is_of(self, headers: Mapping[str, str]) -> bool:
+        """Return True if an answer with these headers is about the same content, as far as the server says."""
+        if self.etag and headers.get("etag"):
+            return self.etag == headers["etag"]
+        is_same_size = headers.get("content-length", str(self.size)) == str(self.size)
+        return bool(self.last_modified) and self.last_modified == headers.get("last-modified") and is_same_size
 
     def judged(self, key: str, verdict: Verdict) -> Copy:
         """With what those get to know who ask as the policy `key` does."""
         others = sorted(
-            ((other, one) for other, one in self.verdicts.items() if other != key), key=lambda one: one[1].checked
+            ((other, verdict) for other, verdict in self.verdicts.items() if other != key),
+            key=lambda entry: entry[1].checked,
         )
         return dataclasses.replace(self, verdicts={**dict(others[1 - MOST_VERDICTS :]), key: verdict})
 
@@ -71,7 +72,7 @@ def source_of(url: str) -> str:
 
 
 def load(path: str, url: str) -> Copy | None:
-    """What is known of the file `path`, a copy of what is at `url`; None if it is not there, or not the one known."""
+    """Return the facts about `path`, a copy of `url`; None if it is missing, or not the file of these facts."""
     try:
         with open(opened(path + ".json"), encoding="utf-8") as file:
             copy = _parsed(json.load(file))
@@ -94,15 +95,17 @@ def _parsed(values: dict[str, Any]) -> Copy:
     """A record; of what is none, one of many errors."""
     for name in ("verified_by", "keyring"):  # of 1.0
         values.pop(name, None)
-    verdicts = {key: Verdict(**one) for key, one in values.pop("verdicts", {}).items()}
+    verdicts = {key: Verdict(**verdict) for key, verdict in values.pop("verdicts", {}).items()}
     identity = tuple(values.pop("identity", ()))
     copy = Copy(**values, identity=identity, verdicts=verdicts)
     texts = [copy.url, copy.etag, copy.last_modified, copy.source, *copy.digests.values()]
     numbers = [copy.size or 0, copy.checked, *identity]
-    for one in verdicts.values():
-        texts.append(one.found)
-        numbers.append(one.checked)
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(one, (int, float)) for one in numbers):
+    for verdict in verdicts.values():
+        texts.append(verdict.found)
+        numbers.append(verdict.checked)
+    if not all(isinstance(text, str) for text in texts) or not all(
+        isinstance(number, (int, float)) for number in numbers
+    ):
         raise ValueError
     return copy
 
@@ -116,7 +119,7 @@ def save(path: str, copy: Copy) -> None:
 
 def opened(path: str, flags: int = os.O_RDONLY) -> int:
     """A descriptor of a file in the cache; OSError if it is not a file of ours, or not ours alone."""
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     if not _is_private(os.fstat(descriptor)):
         os.close(descriptor)
         raise OSError(errno.EPERM, f"{os.path.basename(path)} belongs to others, or is open to them")
@@ -128,11 +131,8 @@ def _is_private(status: os.stat_result) -> bool:
 
 
 def identity(path: str) -> tuple[int, ...]:
-    descriptor = opened(path)
-    try:
+    with linux.closing(opened(path)) as descriptor:
         return identity_of(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def identity_of(descriptor: int) -> tuple[int, ...]:
@@ -151,11 +151,8 @@ def reading(path: str, expected: tuple[int, ...]) -> int:
 
 def digests(path: str, expected: tuple[int, ...], algorithms: Iterable[str]) -> dict[str, str]:
     """algorithm -> hex, of the copy that is known as `expected`."""
-    descriptor = reading(path, expected)
-    try:
+    with linux.closing(reading(path, expected)) as descriptor:
         return digests_of(f"/proc/self/fd/{descriptor}", algorithms)
-    finally:
-        os.close(descriptor)
 
 
 def remove(path: str) -> None:
@@ -187,23 +184,13 @@ def locked(path: str, url: str) -> Iterator[None]:
                     log.info(f"waiting for another process that downloads {shown(url)}")
                 is_first = False
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_at(descriptor, name):
+            if os.fstat(descriptor).st_nlink:
                 # Removed while it is held: whoever waits for it sees that it is not the lock any more.
                 stack.callback(_unlink, name)
                 yield
                 return
 
 
-def _is_at(descriptor: int, path: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
 def sync(directory: str) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with linux.closing(os.open(directory, os.O_RDONLY | os.O_DIRECTORY)) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,26 +6,27 @@ it out of the guest.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import signal
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 from imageos import log
-from imageos.disks import filesystem
+from imageos.disks import mounting
 from imageos.errors import Failure
-from imageos.images.dumpfile import RECORD, TAPE, Dump, Truncated, is_header
-from imageos.images.imagefile import Image, beginning, check_stages, damaged, feed, is_full, too_large
+from imageos.images.dumpfile import RECORD, TAPE, Dump, Truncated, is_packed, order_of, unpack
+from imageos.images.imagefile import Image, check_stages, damaged, feed, is_full, too_large
 from imageos.images.restored import SYMBOL_TABLE, complete
 from imageos.node import linux
+from imageos.node.children import PIPE_SIZE, in_child
 from imageos.node.confinement import unpacking
-from imageos.run import PIPE_SIZE, Finished, pipeline, require
+from imageos.node.programs import require
+from imageos.run import Command, Finished, pipeline
 
 # What is compressed within the format (dump -z) needs no name of its own.
 SUFFIXES = ("-root.dump", "-root.dump.gz", "-root.dump.zst", "-root.dump.xz")
@@ -38,10 +39,11 @@ DAMAGE = re.compile(
     r"abort\?|Incorrect block|not found on tape|End-of-input|[Rr]ead error|[Ww]rite error|"
     r"resync|[Cc]hecksum|No space left|cannot create|skipped"
 )
-# With this, and at the latest after so many lines, it has lost its way: it would look for the next file for ever.
+# With this, and at the latest after so much, it has lost its way: it would look for the next file for ever, or go ever
+# deeper into a directory that holds itself.
 # So with names that no filesystem has: restore would climb out of where it is (and would, but for the sandbox).
 LOST = re.compile(r"not at beginning of a file|unexpected inode extension|(^|[ /])\.\.(/|:|$)")
-MOST_LINES = 100_000
+MOST_LINES, MOST_SAID = 100_000, 16 << 20  # characters
 HARMLESS = re.compile(
     r"cannot open /dev/tty|Dump tape is compressed|(lost\+found|boot): File exists|"
     r"expected next file \d+, got \d+"  # it has no name, as files of ext4 itself have none
@@ -51,9 +53,9 @@ HARMLESS = re.compile(
 def check(image: Image) -> None:
     """Look at the first record: Failure unless it is a full dump that this node can restore."""
     require("restore", "tee", *image.decompress[:1])
-    record = beginning(image, RECORD)
-    order = next((one for one in "<>" if is_header(record, one)), None)
-    if order is None:
+    record = image.start[:RECORD]
+    order = order_of(record)
+    if not order:
         raise Failure(f"image {image.path} is not a dump, or damaged at its beginning")
     kind, volume = struct.unpack_from(order + "i8xi", record)
     if (kind, volume) != (TAPE, 1):
@@ -64,15 +66,13 @@ def check(image: Image) -> None:
             f"image {image.path} is a dump of level {level}: only what changed since another dump",
             hint="make it with level 0: dump -0",
         )
-    if image.boot:
-        check(image.boot)
 
 
 def deploy(image: Image, directory: str) -> None:
     """Restore the root and, below it, /boot, where both are mounted already."""
     boot = f"{directory}/boot"
     if image.boot:
-        with filesystem.alone(directory) as root:  # what was hidden under the mount point of /boot stays hidden
+        with mounting.alone(directory) as root:  # what was hidden under the mount point of /boot stays hidden
             _restore(image, root)
         check_untouched(image.boot.path, boot)
         _restore(image.boot, boot)
@@ -92,87 +92,100 @@ def boot_path(path: str) -> str:
 
 def _restore(image: Image, directory: str) -> None:
     # TMPDIR, where it keeps a list of all directories, is its alone
-    with following(image.path) as follower:
+    with following(image.path, None if image.compression else image.descriptor) as follower:
         finished = feed(
             image,
-            RESTORE,
+            Command(RESTORE, unpacking(directory)),
             "restoring",
-            room=unpacking(directory),
+            between=follower.stages,
             on_line=watch(image.path),
-            between=[follower.stage],
-            keep_upstream=follower.keep,
-            on_start=follower.start,
-            on_tick=follower.give_up,
+            on_tick=follower.tick,
         )
         judge(image, directory, finished, follower)
     os.unlink(f"{directory}/{SYMBOL_TABLE}")
 
 
-PATIENCE = 10.0  # seconds that restore gets to say by itself what is wrong
+RESTORE_TIMEOUT = 10.0  # seconds that restore gets to say by itself what is wrong
 
 
 class Follower:
-    """Reads along what restore reads, which `stage` passes on to both."""
+    """Reads the dump that restore reads: the file `plain` for itself, or what `stages` pass on to both."""
 
-    def __init__(self, name: str, thread: Executor) -> None:
+    def __init__(self, name: str, plain: int | None, stack: ExitStack) -> None:
         self.dump = Dump(name)
-        self._thread = thread
-        self._reader, self._writer = os.pipe()
-        linux.enlarge_pipe(self._writer, PIPE_SIZE)
-        self.keep = [self._writer]
-        self.stage = ["tee", f"/dev/fd/{self._writer}"]
+        self.stages: list[Command] = []
+        self._theirs = stack.enter_context(ExitStack())  # descriptors for the stages only: close them once these run
+        self._ended: Callable[[], int] = lambda: 0
         self._done: Future[None] | None = None
         self._found = 0.0  # when a failure was seen first
+        if plain is None:
+            reader, writer = os.pipe()
+            linux.enlarge_pipe(writer, PIPE_SIZE)
+            self.stages = [Command(["tee", f"/dev/fd/{writer}"], keep=[writer])]
+            self._theirs.callback(os.close, writer)
+        else:  # with a position of its own
+            reader = os.open(f"/proc/self/fd/{plain}", os.O_RDONLY)
+        if plain is None or is_packed(os.pread(plain, RECORD, 0)):
+            self._file, self._ended = stack.enter_context(in_child(unpack, reader))
+        else:  # content is passed over, which costs next to nothing
+            self._file = stack.enter_context(os.fdopen(reader, "rb", 2 * RECORD))
+        self._thread = stack.enter_context(ThreadPoolExecutor(1))
+        stack.callback(self._file.close)  # the thread ends soon: nobody waits for what is left
 
-    def start(self) -> None:
-        """What passes everything on has been started."""
-        os.close(self._writer)
-        self._done = self._thread.submit(self._read)
-
-    def give_up(self) -> None:
-        """End restore, which may never end by itself, some time after the dump was found not to be whole."""
-        failure = self.failure() if self._done and self._done.done() else None
+    def tick(self) -> None:
+        """Begin, as soon as all have been started. End restore, which may never end by itself, some time after the dump
+        was found not to be whole.
+        """
+        self._theirs.close()
+        self._done = self._done or self._thread.submit(self._read)
+        failure = self.failure() if self._done.done() else None
         self._found = self._found or (time.monotonic() if failure else 0.0)
-        if failure and time.monotonic() - self._found > PATIENCE:
+        if failure and time.monotonic() - self._found > RESTORE_TIMEOUT:
             raise failure
 
     def failure(self) -> Failure | None:
-        """What the dump lacks, once its end has passed; None if it is whole."""
+        """Return the defect of the dump, None if it is whole. Call it after the end of the dump."""
         assert self._done
         try:
             self._done.result()
         except Failure as failure:
             return failure
+        except MemoryError:
+            return self.dump.damaged("what it holds takes more memory than imageos may have")
         return None
 
-    def close(self) -> None:
-        if not self._done:
-            os.close(self._reader)
-            os.close(self._writer)
-
     def _read(self) -> None:
-        # closed when we know enough: nobody need wait for the end of what is damaged
-        with open(self._reader, "rb", buffering=PIPE_SIZE) as file:
-            self.dump.read(file)
+        with self._file:  # closed when we know enough: nobody need wait for the end of what is damaged
+            try:
+                self.dump.read(self._file)
+            except Truncated:
+                self._check_unpacked()
+                raise
+            self._check_unpacked()
+
+    def _check_unpacked(self) -> None:
+        if self._ended():
+            raise self.dump.damaged("a block of it cannot be uncompressed")
 
 
 @contextmanager
-def following(name: str) -> Iterator[Follower]:
-    """What reads along a dump, the image `name`; what fails meanwhile gets the cause that it knows."""
-    with ThreadPoolExecutor(1) as thread:
-        follower = Follower(name, thread)
+def following(name: str, plain: int | None = None) -> Iterator[Follower]:
+    """Yield a reader of the dump of image `name`, which runs beside restore. It explains failures inside.
+
+    `plain` is an open file with the dump as dump(8) made it; without it the dump comes by the follower's stages.
+    """
+    with ExitStack() as stack:
+        follower = Follower(name, plain, stack)
         try:
             yield follower
         except Failure as failure:
             if follower.dump.packed and "does not fit" not in str(failure):
                 raise _too_new(name, failure) from None
             raise
-        finally:
-            follower.close()
 
 
 def check_untouched(path: str, directory: str) -> None:
-    """Failure if something is where the dump `path` is to go, but for an empty lost+found and mounts."""
+    """Fail if `directory` holds more than mounts and an empty lost+found: something of another dump is in the way."""
     for name in os.listdir(directory):
         place = f"{directory}/{name}"
         is_own = name == "lost+found" and not os.path.islink(place) and not os.listdir(place)
@@ -181,11 +194,13 @@ def check_untouched(path: str, directory: str) -> None:
 
 
 def watch(path: str) -> Callable[[str], None]:
-    """What listens to restore, and ends it with a Failure when it will not end by itself: 3 of 100 truncated dumps."""
-    lines = itertools.count(1)
+    """Return a listener to restore that fails on a damaged dump: with 3 of 100 truncated ones, restore never ends."""
+    lines = said = 0
 
     def listen(line: str) -> None:
-        if LOST.search(line) or next(lines) > MOST_LINES:
+        nonlocal lines, said
+        lines, said = lines + 1, said + len(line)
+        if LOST.search(line) or lines > MOST_LINES or said > MOST_SAID:
             raise Failure(f"image {path} is damaged or truncated: {line}")
 
     return listen
@@ -193,17 +208,18 @@ def watch(path: str) -> Callable[[str], None]:
 
 def judge(image: Image, directory: str, finished: Sequence[Finished], follower: Follower) -> None:
     """Fail unless restore, the last of the stages `finished`, has put everything of the image into `directory`."""
-    *upstream, tee, restore = finished
+    *upstream, restore = finished
+    tee = upstream.pop() if follower.stages else None
     said = [line for line in restore.stderr.splitlines() if line.strip() and not HARMLESS.search(line)]
     if is_full(directory) or any("No space left" in line and "EA set" not in line for line in said):
         raise too_large(image, directory)
     damage = [line for line in said if DAMAGE.search(line)]
-    if tee.status not in (0, -signal.SIGPIPE):
+    if tee and tee.status not in (0, -signal.SIGPIPE):
         raise damaged(image, tee)
     failure = follower.failure()
     # where restore ended before the dump did, it has to say why
-    if failure and not (isinstance(failure, Truncated) and tee.status == -signal.SIGPIPE):
-        check_stages(image, [*upstream, replace(tee, status=0), replace(restore, status=0)])
+    if failure and not (isinstance(failure, Truncated) and tee and tee.status == -signal.SIGPIPE):
+        check_stages(image, [*upstream, replace(restore, status=0)])
         failure.details = (*failure.details, *damage[:10])
         raise failure
     check_stages(image, finished)
@@ -229,6 +245,6 @@ def _too_new(name: str, failure: Failure) -> Failure:
 def version(program: str) -> int | None:
     """49 of dump or restore 0.4b49; None if it cannot be told."""
     with suppress(Failure):
-        found = VERSION.search(pipeline([[program]], timeout=10)[0].stderr)
+        found = VERSION.search(pipeline(Command([program]), timeout=10)[0].stderr)
         return int(found[1]) if found else None
     return None

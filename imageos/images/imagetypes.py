@@ -1,91 +1,209 @@
-"""Images: found by name, checked before the disk is touched, deployed. One table of their types."""
+"""Find images by name, and check them before the disk is touched. One table of their types."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from urllib.parse import quote, urlsplit
 
+from imageos import log
 from imageos.errors import Failure
-from imageos.images import diskimage, dump, tarball
+from imageos.images import diskimage, dump, tarball, wholeness
 from imageos.images.imagefile import Image, open_image
-from imageos.settings import Settings
+from imageos.images.urls import CHECKSUMS, cleaned, shown
+from imageos.node import linux
+from imageos.node.programs import require
+from imageos.settings import Settings, is_pin
+
+WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class ImageType:
-    """What IMAGE_TYPE stands for."""
+    """One type of image, by its name in IMAGE_TYPE."""
 
     suffixes: tuple[str, ...]  # behind NAME-ARCH, in the order in which they are looked for
+    url_ends: tuple[str, ...]  # behind a dot, before that of a compression, at the end of the URL of one image
     check: Callable[[Image], None]
+    programs: Callable[[Image | None], Sequence[str]]  # that deploy it; of a file not seen yet, those that are certain
     deploy: Callable[[Image, str], None] | None = None  # into a directory; None: it is a whole disk
+    boot_path: Callable[[str], str] | None = None  # path -> that of the image of /boot which belongs to it
 
 
 IMAGE_TYPES = {
-    "tarball": ImageType(tarball.SUFFIXES, tarball.check, tarball.deploy),
-    "dump": ImageType(dump.SUFFIXES, dump.check, dump.deploy),
-    "qemu": ImageType(diskimage.ANY_SUFFIXES, diskimage.check),
-    "qcow2": ImageType(diskimage.QCOW2_SUFFIXES, diskimage.check_qcow2),
-    "raw": ImageType(diskimage.RAW_SUFFIXES, diskimage.check_raw),
+    "tarball": ImageType(tarball.SUFFIXES, ("tar", "tgz", "txz"), tarball.check, lambda _: ["tar"], tarball.deploy),
+    "dump": ImageType(dump.SUFFIXES, ("dump",), dump.check, lambda _: dump.RESTORE[:1], dump.deploy, dump.boot_path),
+    "qemu": ImageType(
+        diskimage.suffixes(diskimage.ANY_SUFFIXES, diskimage.OTHERS),
+        diskimage.URL_ENDS,
+        diskimage.check,
+        diskimage.programs,
+    ),
+    "qcow2": ImageType(
+        diskimage.suffixes(diskimage.QCOW2_SUFFIXES, diskimage.ARCHIVES),
+        diskimage.URL_ENDS,
+        diskimage.check_qcow2,
+        lambda _: ["qemu-img"],
+    ),
+    "raw": ImageType(
+        diskimage.suffixes(diskimage.RAW_SUFFIXES, diskimage.ARCHIVES),
+        diskimage.URL_ENDS,
+        diskimage.check_raw,
+        lambda _: ["dd"],
+    ),
 }
+# A URL that ends so is one image; any other is the directory of the images.
+ONE_IMAGE = re.compile(
+    rf"\.({'|'.join(end for image_type in IMAGE_TYPES.values() for end in image_type.url_ends)})"
+    r"(\.(gz|zst|xz|bz2|lz4))?$",
+    re.IGNORECASE,
+)
 
 
-def find(settings: Settings, with_boot: bool = True) -> Image:
-    """The image that the settings name, opened; Failure says which files were looked for.
+def find(settings: Settings, with_boot: bool = True, disk_size: int | None = None) -> Image:
+    """Return the image that the settings name, opened; Failure says which files were looked for.
 
-    `with_boot`: of a dump, the file for /boot too, if there is one.
+    `with_boot`: with the image of /boot, if there is one. `disk_size`: do not download what is seen to be larger.
     """
     if settings.image_url:
-        return _find_at_url(settings, with_boot)
+        return _find_at_url(settings, with_boot, disk_size)
     _require_name(settings)
-    suffixes = IMAGE_TYPES[settings.image_type].suffixes
-    stem = f"{settings.image_dir}/{settings.image_name}-{settings.arch}"
-    path = next((stem + suffix for suffix in suffixes if os.path.lexists(stem + suffix)), None)
+    image_type = IMAGE_TYPES[settings.image_type]
+    paths = [f"{settings.image_dir}/{name}" for name in _names(settings)]
+    path = next((path for path in paths if os.path.lexists(path)), None)
     if path is None:
-        raise Failure(
-            f"cannot find image {stem}{suffixes[0]} (nor {', '.join(suffixes[1:])})",
-            hint=_others(settings),
-        )
+        others = log.few(image_type.suffixes[1:])
+        raise Failure(f"cannot find image {paths[0]} (nor {others})", hint=_others(settings))
     image = open_image(path)
-    boot_path = dump.boot_path(path)
-    if settings.image_type == "dump" and with_boot and os.path.lexists(boot_path):
+    boot_path = image_type.boot_path(path) if image_type.boot_path and with_boot else ""
+    if os.path.lexists(boot_path):
         image = dataclasses.replace(image, boot=open_image(boot_path))
     return image
 
 
-def _find_at_url(settings: Settings, with_boot: bool) -> Image:
-    from imageos.images import fetch, web  # bring http and TLS, which an image in IMAGE_DIR does not need
+def check(image_type: ImageType, image: Image) -> None:
+    """Fail unless an image is of its type and whole, as far as can be seen without unpacking it."""
+    require(*image.decompress[:1])
+    wholeness.check_packed(image)
+    image_type.check(image)
+    wholeness.check(image)
+    if not image_type.deploy:
+        diskimage.check_readable(image)
+    if image.boot:
+        check(image_type, image.boot)
 
-    if not fetch.is_one_image(settings.image_url):
+
+def verify(settings: Settings, image: Image) -> None:
+    """Fail if an image of IMAGE_DIR has another checksum than it must have. Reads all of it, if it has to have one."""
+    if settings.image_url:
+        return  # it was verified when it was downloaded
+    if image.boot and is_pin(settings.image_checksum):
+        raise _one_of_two()
+    for file in (image, image.boot) if image.boot else (image,):
+        if settings.image_checksum or _has_checksum(file.path):
+            from imageos.images import checksums  # late: most images have none
+
+            checksums.verify_file(settings, file.path, file.descriptor)
+
+
+def _has_checksum(path: str) -> bool:
+    directory, name = os.path.split(path)
+    return any(os.path.lexists(f"{directory}/{pattern.format(name)}") for pattern, _ in CHECKSUMS)
+
+
+def _one_of_two() -> Failure:
+    return Failure(
+        "IMAGE_CHECKSUM is of one file, but a dump consists of two", hint="put a SHA256SUMS beside them instead"
+    )
+
+
+def ready(settings: Settings, image: Image, disk_size: int) -> Image:
+    """Return an image checked, and as it is deployed: a disk image that has to be unpacked before is unpacked."""
+    image_type = IMAGE_TYPES[settings.image_type]
+    check(image_type, image)
+    verify(settings, image)
+    plain = image if image_type.deploy else diskimage.ready(image, settings.cache_dir, disk_size)
+    if plain is not image:
+        check(image_type, plain)
+    return plain
+
+
+def _find_at_url(settings: Settings, with_boot: bool, disk_size: int | None) -> Image:
+    from imageos.images import curl, fetch  # what an image in IMAGE_DIR does not need
+
+    if not ONE_IMAGE.search(urlsplit(cleaned(settings.image_url)).path):
         _require_name(settings)
-    image = open_image(*fetch.fetched(settings, _names(settings)))
-    if settings.image_type == "dump" and with_boot:
-        with suppress(web.Missing):
-            boot = fetch.fetched(settings, [dump.boot_path(name) for name in _names(settings)])
+
+    def judge(url: str, beginning: bytes, size: int) -> None:
+        check_beginning(IMAGE_TYPES[settings.image_type], url, beginning, size, disk_size)
+
+    candidates = urls(settings)
+    image = open_image(*fetch.fetched(settings, candidates, judge))
+    boot_path = IMAGE_TYPES[settings.image_type].boot_path
+    # the URL of one dump need not say that it is of the root: then nothing tells where that of /boot is
+    of_boot = [url for url in urls(settings, boot_path) if url not in candidates] if boot_path and with_boot else []
+    if of_boot:
+        with suppress(curl.Missing):
+            boot = fetch.fetched(settings, of_boot, judge)
             image = dataclasses.replace(image, boot=open_image(*boot))
     return image
 
 
+def check_beginning(image_type: ImageType, url: str, beginning: bytes, size: int, disk_size: int | None) -> None:
+    """Fail if an image that begins so, and has at least `size` bytes, is known not to be what it should."""
+    if WEB_PAGE.match(beginning):
+        raise Failure(f"image {url} is a web page", hint="a server may send its error page as if it were the image")
+    with linux.closing(os.memfd_create("imageos", os.MFD_CLOEXEC)) as descriptor:
+        os.pwrite(descriptor, beginning, 0)
+        image = dataclasses.replace(open_image(url, descriptor), size=size, whole=False)
+        if image.compression and image_type.deploy:
+            return  # its beginning cannot be unpacked alone
+        image_type.check(image)
+        if disk_size is not None and not image_type.deploy:
+            diskimage.check_size(image, disk_size)
+
+
 def why_unreachable(settings: Settings) -> str | None:
-    """What stands in the way of a download from IMAGE_URL now; None if the server has the image."""
-    from imageos.images import fetch, web
+    """Return what prevents a download from IMAGE_URL now; None if the server has the image."""
+    from imageos.images import curl, web
 
     server = web.Web(settings.unknown)
-    for url in fetch.urls(settings, _names(settings)):
+    for url in urls(settings):
         try:
             server.headers(url)
             return None
-        except web.Missing as missing:
+        except curl.Missing as missing:
             reason = str(missing)
         except Failure as failure:
             return str(failure)
     return reason
 
 
+def urls(settings: Settings, changed: Callable[[str], str] = str) -> list[str]:
+    """Return where the image may be; `changed` is applied to what its path or name is."""
+    image_type, url = IMAGE_TYPES[settings.image_type], urlsplit(cleaned(settings.image_url))
+    if image_type.boot_path and is_pin(settings.image_checksum):
+        raise _one_of_two()
+    one = ONE_IMAGE.search(url.path)
+    if not one:
+        directory = url.path.rstrip("/")
+        return [url._replace(path=f"{directory}/{quote(changed(name))}").geturl() for name in _names(settings)]
+    end = one[1].lower()
+    if end not in image_type.url_ends:
+        fitting = next(name for name, other in IMAGE_TYPES.items() if end in other.url_ends)
+        raise Failure(
+            f"IMAGE_URL {shown(settings.image_url)} does not fit IMAGE_TYPE={settings.image_type}",
+            hint=f"set IMAGE_TYPE={fitting}",
+        )
+    return [url._replace(path=changed(url.path)).geturl()]
+
+
 def _names(settings: Settings) -> list[str]:
-    """The files in which the image may be."""
+    """Return the names of the files in which the image may be."""
     suffixes = IMAGE_TYPES[settings.image_type].suffixes
     return [f"{settings.image_name}-{settings.arch}{suffix}" for suffix in suffixes]
 
@@ -96,14 +214,10 @@ def _require_name(settings: Settings) -> None:
 
 
 def _others(settings: Settings) -> str:
-    """A hint that lists what is there instead."""
+    """Return a hint that lists the files in IMAGE_DIR."""
     try:
         names: list[str] = sorted(os.listdir(settings.image_dir))
     except OSError as error:
         return f"IMAGE_DIR {settings.image_dir}: {error.strerror}"
-    there = ", ".join(_shown(names)) or "no image"
+    there = log.few(names) or "no image"
     return f"copy it there, or set IMAGE_NAME, ARCH, IMAGE_TYPE or IMAGE_DIR; {settings.image_dir} holds {there}"
-
-
-def _shown(names: list[str], most: int = 8) -> tuple[str, ...]:
-    return (*names[:most], f"and {len(names) - most} more") if len(names) > most else tuple(names)

@@ -1,4 +1,4 @@
-"""Whether restore(8) has made what the dump says, which its status does not tell.
+"""Compare the files that restore(8) made with the dump: its status does not report all differences.
 
 Before 0.4b48 it drops attributes of directories, and leaves zeroes of what an inode itself holds (inline_data); 0.4b49
 sets attributes before owners, and the kernel takes a file's capabilities when it gets a new owner. So every name in the
@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from imageos import log
 from imageos.errors import Failure
 from imageos.guests import target
-from imageos.guests.sandbox import GuestDisk
 from imageos.guests.target import Directory, Target
 from imageos.images.dumpfile import ACL_NAMED, FIXED, ROOT, Dump, Facts
 
@@ -26,7 +25,7 @@ SHOWN = 5  # of what there may be thousands of
 
 def complete(dump: Dump, directory: str) -> None:
     """Failure unless all of `dump` is in `directory`, where it was restored; lost attributes are set again."""
-    with target.opened(directory, "", GuestDisk([], []), 0) as root:
+    with target.opened(directory) as root:
         check = _Check(dump, root)
         check.visit_all()
     if check.mended:
@@ -50,8 +49,8 @@ class _Check:
             with target.directory_of(self._root, path or "/") as place:
                 if directory == ROOT:
                     found += self._visit(place, ".", "/", ROOT, self._dump.facts(ROOT))
-                for one, number in self._dump.names(directory):
-                    name, facts = os.fsdecode(one), self._dump.facts(number)
+                for entry, number in self._dump.names(directory):
+                    name, facts = os.fsdecode(entry), self._dump.facts(number)
                     below = f"{path}/{name}"
                     found += self._visit(place, name, below, number, facts)
                     if facts and stat.S_ISDIR(facts.mode):

@@ -1,9 +1,9 @@
-"""What the guest's network interfaces shall be: a plan from Ganeti's NICs, the site's files and the DNS settings. Pure.
+"""Plan the guest's network interfaces from Ganeti's NICs, the site's files and the DNS settings. Pure.
 
-The first NIC is static if the site's files give it an address. Else a NIC with an address in a gnt-network is static; a
-routed one with an address alone has that address and finds everything else on the link (the node answers for it, proxy
-ARP); all others use DHCP. IPv6: Ganeti has no addresses, so where a gnt-network has a /64 and a gateway the address is
-made of the MAC (EUI-64), which is what a node can foresee; elsewhere routers advertise.
+The first NIC is static if the site's files give it an address; any NIC is static if it has an address in a gnt-network.
+A routed NIC with an address only gets that address, and the link as default route (the node answers: proxy ARP). Other
+NICs use DHCP. IPv6: Ganeti has no addresses, so in a gnt-network with a /64 and a gateway the address is made of the
+MAC (EUI-64), which the node can predict; elsewhere the guest uses router advertisements.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from imageos.ganeti import Instance, Nic
 from imageos.settings import Settings
 
 DNS_TAG = "dns:"  # a tag of a gnt-network that names a DNS server
+RESOLV_CONF = "/etc/resolv.conf"  # may be a link to a file that only a running guest has
 NO_FILES: Mapping[str, str] = {}
 
 Address = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
@@ -27,20 +28,21 @@ Address = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 
 @dataclass(frozen=True)
 class Interface:
-    """One interface of the guest. Every text is an address, a MAC or a domain: safe in any configuration file."""
+    """One interface of the guest. Every text is a checked address, MAC or domain: safe in any configuration file."""
 
-    name: str  # eth0, eth1, ...: in the order of the NICs
+    name: str  # eth0, eth1, ... in the order of the NICs
     mac: str  # lower case
-    dhcp: bool  # IPv4 by DHCP; otherwise `address`
+    dhcp: bool  # IPv4 comes from DHCP; otherwise from `address`
     address: str = ""  # with its prefix: 192.0.2.10/24
-    gateway: str = ""  # the default route's, on one interface only
-    on_link: bool = False  # the gateway is outside the address's network; without one: the default route is the link
+    gateway: str = ""  # of the default route; only one interface has it
+    on_link: bool = False  # the gateway is outside the address's network; no gateway: the link is the default route
     dns: tuple[str, ...] = ()
     search: tuple[str, ...] = ()
-    address6: str = ""  # with its prefix; otherwise router advertisements
+    address6: str = ""  # with its prefix; empty: router advertisements
     gateway6: str = ""
-    takes_gateway: bool = True  # one that DHCP offers: not if another interface has the default route
-    takes_gateway6: bool = True  # one that a router advertises: likewise
+    takes_gateway: bool = True  # use the gateway that DHCP offers; False if another interface has the default route
+    takes_gateway6: bool = True  # the same for the gateway that a router advertises
+    takes_dns: bool = True  # use the DNS servers that DHCP or a router offers; False if any are set
 
 
 @dataclass(frozen=True)
@@ -48,52 +50,54 @@ class Route:
     """A default route."""
 
     version: int  # 4 or 6
-    gateway: str  # none: the link itself
-    on_link: bool  # the gateway is not in the address's network
+    gateway: str  # empty: the link itself
+    on_link: bool  # the gateway is outside the address's network
 
 
 def plan(instance: Instance, settings: Settings, files: Mapping[str, str] = NO_FILES) -> tuple[Interface, ...]:
-    """The interfaces of `instance`; `files` is what the site's files say of the first (see network.files).
+    """Return the interfaces of `instance`; `files`: the site's variables for the first one (see network.files).
 
-    Failure names a NIC or setting whose address is none.
+    Fail if an address in a NIC or setting is not valid, and name it.
     """
     planned: list[Interface] = []
     for position, nic in enumerate(instance.nics):
-        routed = any(one.gateway or one.on_link for one in planned)
-        routed6 = any(one.gateway6 for one in planned)
-        given = _from_files(nic, files) if position == 0 and files else _from_ganeti(nic)
-        planned.append(_interface(nic, given, settings, position == 0, not routed, not routed6))
-    has_default = any(one.gateway or one.on_link for one in planned)
-    has_default6 = any(one.gateway6 for one in planned)
-    first_dhcp = next((one for one in planned if one.dhcp), None)
+        routed = any(interface.gateway or interface.on_link for interface in planned)
+        routed6 = any(interface.gateway6 for interface in planned)
+        addresses = _from_files(nic, files) if position == 0 and files else _from_ganeti(nic)
+        planned.append(_interface(nic, addresses, settings, position == 0, not routed, not routed6))
+    has_default = any(interface.gateway or interface.on_link for interface in planned)
+    has_default6 = any(interface.gateway6 for interface in planned)
+    has_dns = any(interface.dns for interface in planned)
+    first_dhcp = next((interface for interface in planned if interface.dhcp), None)
     return tuple(
         replace(
-            one,
-            takes_gateway=not one.dhcp or (one is first_dhcp and not has_default),
-            takes_gateway6=bool(one.gateway6) or not has_default6,
+            interface,
+            takes_gateway=not interface.dhcp or (interface is first_dhcp and not has_default),
+            takes_gateway6=bool(interface.gateway6) or not has_default6,
+            takes_dns=not has_dns,
         )
-        for one in planned
+        for interface in planned
     )
 
 
 def routes(interface: Interface) -> list[Route]:
-    """The default routes that `interface` has of its own."""
-    found = []
+    """Return the default routes that `interface` sets itself."""
+    default = []
     if interface.gateway or interface.on_link:
-        found.append(Route(4, interface.gateway, interface.on_link))
+        default.append(Route(4, interface.gateway, interface.on_link))
     if interface.gateway6:
         gateway = ipaddress.IPv6Address(interface.gateway6)
-        near = gateway.is_link_local or gateway in ipaddress.IPv6Interface(interface.address6).network
-        found.append(Route(6, interface.gateway6, not near))
-    return found
+        is_reachable = gateway.is_link_local or gateway in ipaddress.IPv6Interface(interface.address6).network
+        default.append(Route(6, interface.gateway6, not is_reachable))
+    return default
 
 
-# --- where addresses come from ----------------------------------------------------------------------------
+# --- sources of addresses -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What is known of a NIC's addresses, as it was checked."""
+class _Addresses:
+    """The checked addresses of a NIC; `dns` and `search` are not checked yet."""
 
     address: Address | None
     gateway: str
@@ -101,14 +105,14 @@ class _Given:
     gateway6: str
     dns: Sequence[str]
     search: Sequence[str] = ()
-    link: bool = False  # everything is on the link
+    link: bool = False  # the link is the default route
 
 
-def _from_files(nic: Nic, files: Mapping[str, str]) -> _Given:
-    """Names as in ganeti-instance-image's files, and those of the settings."""
+def _from_files(nic: Nic, files: Mapping[str, str]) -> _Addresses:
+    """The names are those of ganeti-instance-image's files and of the settings."""
     where = f"NIC {nic.index} (files in NETWORKS_DIR)"
     address6 = files.get("ADDRESS6", "")
-    return _Given(
+    return _Addresses(
         _address(4, where, files.get("ADDRESS", ""), files.get("NETMASK", "")),
         _gateway(4, where, files.get("GATEWAY", "")),
         _address(6, where, address6, files.get("NETMASK6", "64")) if address6 else None,
@@ -118,7 +122,7 @@ def _from_files(nic: Nic, files: Mapping[str, str]) -> _Given:
     )
 
 
-def _from_ganeti(nic: Nic) -> _Given:
+def _from_ganeti(nic: Nic) -> _Addresses:
     where = f"NIC {nic.index}"
     tags = [tag[len(DNS_TAG) :] for tag in nic.network.get("TAGS", "").split() if tag.startswith(DNS_TAG)]
     subnet, gateway6 = nic.network.get("SUBNET", ""), nic.network.get("GATEWAY6", "")
@@ -131,26 +135,27 @@ def _from_ganeti(nic: Nic) -> _Given:
         gateway = _gateway(4, where, nic.network.get("GATEWAY", ""))
     elif nic.ip and nic.mode == "routed":
         address, link = _address(4, where, nic.ip, "32"), True
-    return _Given(address, gateway, address6, _gateway(6, where, gateway6) if address6 else "", tags, link=link)
+    return _Addresses(address, gateway, address6, _gateway(6, where, gateway6) if address6 else "", tags, link=link)
 
 
 def _interface(
-    nic: Nic, given: _Given, settings: Settings, first: bool, may_route: bool, may_route6: bool
+    nic: Nic, addresses: _Addresses, settings: Settings, first: bool, may_route: bool, may_route6: bool
 ) -> Interface:
-    gateway = given.gateway if may_route else ""
-    outside = bool(gateway) and given.address is not None and ipaddress.ip_address(gateway) not in given.address.network
-    search = (settings.dns_search or settings.dns_domain).split() or given.search
+    address, gateway = addresses.address, addresses.gateway if may_route else ""
+    outside = bool(gateway) and address is not None and ipaddress.ip_address(gateway) not in address.network
+    servers = addresses.dns if not settings.dns_servers else settings.dns_servers.split() if first else []
+    search = (settings.dns_search or settings.dns_domain).split() or addresses.search
     return Interface(
         name=f"eth{nic.index}",
         mac=_mac(nic),
-        dhcp=given.address is None,
-        address=str(given.address or ""),
+        dhcp=address is None,
+        address=str(address or ""),
         gateway=gateway,
-        on_link=outside or (given.link and may_route),
-        dns=_dns_servers(nic, given.dns if not settings.dns_servers else settings.dns_servers.split() if first else []),
+        on_link=outside or (addresses.link and may_route),
+        dns=_dns_servers(nic, servers),
         search=_domains(search) if first else (),
-        address6=str(given.address6 or ""),
-        gateway6=given.gateway6 if may_route6 else "",
+        address6=str(addresses.address6 or ""),
+        gateway6=addresses.gateway6 if may_route6 else "",
     )
 
 
@@ -189,13 +194,13 @@ def _is_ipv6(text: str) -> bool:
 
 
 def _without_scope(text: str) -> str:
-    if "%" in text:  # behind it, Python takes anything
+    if "%" in text:  # Python accepts any text after it
         raise ValueError("scope")
     return text
 
 
 def _eui64(nic: Nic, subnet: str) -> Address | None:
-    """The address that the MAC makes in a /64 (RFC 4291, appendix A); none in any other network."""
+    """Return the address that the MAC gives in a /64 (RFC 4291, appendix A); None in any other network."""
     try:
         network = ipaddress.IPv6Network(subnet)
     except ValueError:

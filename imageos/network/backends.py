@@ -1,74 +1,104 @@
-"""The programs that may rule a guest's network: how each is recognised, what it is given, what would contradict it."""
+"""The programs that may configure a guest's network: does one do so, which files does it get, how is it kept away?"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from imageos import log
-from imageos.guests import cloudinit
+from imageos.guests import cloudboot, cloudinit, yaml
+from imageos.guests.services import OWN_UNITS, has_generator, init, is_enabled, is_masked, unit_file
 from imageos.guests.target import Target
-from imageos.network import Interface, render
+from imageos.network import Interface, existing, render, resolver
 
 Interfaces = Sequence[Interface]
 Files = Callable[[Target, Interfaces], Mapping[str, str]]
 
-UNITS = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
-NETWORKD = "systemd-networkd.service"
-RESOLVED = "/etc/systemd/resolved.conf.d/imageos.conf"
+NETWORKD = "systemd-networkd"
+NETWORKD_UNIT = f"{NETWORKD}.service"
 UDEV = ("/lib/udev", "/usr/lib/udev")
-DHCLIENT_HOOK = "/etc/dhcp/dhclient-enter-hooks.d/imageos"
 NAMES = ("/etc/udev/rules.d/70-persistent-net.rules", "/etc/udev/rules.d/70-imageos-net.rules")
-# A guest's text: no pattern may have two ways to match the same blanks, or it takes hours
-CLOUD_INIT_OFF = r"^network:[ \t\r]*(\{\s*|\n\s+)[\"']?config[\"']?:\s*disabled"
-ETHERNET = r"^[ \t]*(auto|allow-hotplug|iface)[ \t]+e(th|n)"  # in ifupdown's files
+# It reads a guest's text: a pattern that can match the same blanks in two ways may take hours
 SOURCES = r"^[ \t]*(source(?:-directory)?[ \t]+/etc/network/interfaces\.d\b.*)$"
-ETHERNET_KEYFILE = r"^[ \t]*type[ \t]*=[ \t]*(802-3-)?ethernet"
-ETHERNET_IFCFG = r"^[ \t]*TYPE=[\"']?Ethernet"
-ETHERNET_NETWORK = r"^[ \t]*Name[ \t]*=.*\be(n|th)"
-DHCPCD = "/etc/dhcpcd.conf"
+DHCPCD, DHCPCD_HOOK = "/etc/dhcpcd.conf", "/etc/dhcpcd.exit-hook"
+CONNMAN = "/etc/connman/main.conf"
+NETWORK_SCRIPTS = tuple((f"{render.IFCFG}/{kind}-e*", "") for kind in ("ifcfg", "route", "route6"))
+# How cloud-init calls those that it can write for, in the order in which it prefers them
+CLOUD_INIT_WRITES = {
+    "ifupdown": "eni",
+    "ifcfg": "sysconfig",
+    "wicked": "sysconfig",
+    "netplan": "netplan",
+    "NetworkManager": "network-manager",
+    "networkd": "networkd",
+}
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One program; what differs between them."""
+    """One program, with all that differs between them."""
 
-    files: Files  # what it is given
-    # What the image has for NICs of its own, and is removed: a pattern of paths, and of what is in the file
-    contradicts: tuple[tuple[str, str], ...] = ()
-    links: Files = lambda _target, _interfaces: {}  # what starts it: path -> content of the link
-    # In files that hold other things, too: path -> variable -> value, or nothing to remove it
+    is_enabled: Callable[[Target], bool]  # it may configure the network when the guest boots
+    files: Files  # its configuration: path -> text
+    # Removes what the image says about its own NICs, and returns the names of that
+    clear: Callable[[Target, Interfaces], list[str]] = lambda _target, _interfaces: []
+    # What tells it to care for our NICs whatever the image says, or to leave them alone: path -> text
+    tell: Callable[[Target, Interfaces, bool], Mapping[str, str]] = lambda _target, _interfaces, _is_ours: {}
+    may_act: Callable[[Target], bool] = lambda _target: False  # although it is not enabled
+    can_be_enabled: Callable[[Target], bool] = lambda _target: False  # by `links`
+    links: Files = lambda _target, _interfaces: {}  # these start it: path -> content of the link
+    # Variables in files with other content: path -> variable -> value; an empty value removes the variable
     variables: Callable[[Interfaces], Mapping[str, Mapping[str, str]]] = lambda _interfaces: {}
+    state: tuple[str, ...] = ()  # what it remembers of the image's NICs: patterns of paths
     mode: int = 0o644
-    by_name: bool = False  # it cannot match a MAC: udev gives the names
-    makes_resolv_conf: Callable[[Target], bool] = lambda _target: True
+    by_name: bool = False  # it cannot match a MAC, so udev names the interfaces by MAC
+    tells_dns: Callable[[Target], bool] = lambda _target: True
+    writes_resolv_conf: bool = True
 
 
-def configure(target: Target, backend: Backend, interfaces: Interfaces) -> None:
-    """Give a backend what it needs for these interfaces, and nothing else of the kind; again with the same result."""
-    files = backend.files(target, interfaces)  # first: it may look at what is removed
-    for pattern, content in backend.contradicts:
-        for path in target.glob(pattern):
-            if path not in files and (not content or _holds(target, path, content)):
+def configure(target: Target, name: str, interfaces: Interfaces) -> list[str]:
+    """Write the backend's files for these interfaces, and have all others leave them alone. Idempotent.
+
+    Return what is disabled by that: "ifupdown's eth0".
+    """
+    backend, ruling = BACKENDS[name], chain(target, name)
+    files = backend.files(target, interfaces)  # first: it may read files that are removed below
+    ours = {path.rpartition("/")[2].partition(".nmconnection")[0] for path in files}
+    disabled = []
+    for other, program in BACKENDS.items():
+        is_ours = other in ruling
+        if is_ours or program.is_enabled(target) or program.may_act(target):
+            found = [label for label in program.clear(target, interfaces) if label not in ours]
+            for path in program.state:
                 target.remove(path)
-    for path, text in files.items():
-        target.write(path, text, mode=backend.mode)
-    for path, text in backend.links(target, interfaces).items():
-        target.symlink(text, path)
+            told = program.tell(target, interfaces, is_ours)
+            write(target, told, 0o644)
+            if found or (any(told.values()) and not is_ours):
+                disabled.append(f"{other}'s {', '.join(found)}" if found else other)
     for path, values in backend.variables(interfaces).items():
-        target.write(path, assigned(target.read(path) or "", values))
-    name_interfaces(target, interfaces if backend.by_name else ())
-    if not backend.makes_resolv_conf(target):
-        write_resolv_conf(target, interfaces)
+        target.write(path, assign(target.read(path) or "", values))
+    write(target, files, backend.mode)
+    for one in ruling:
+        for path, text in BACKENDS[one].links(target, interfaces).items():
+            target.symlink(text, path)
+    name_interfaces(target, interfaces if any(BACKENDS[one].by_name for one in ruling) else ())
+    last = BACKENDS[ruling[-1]]
+    resolver.settle(target, interfaces, last.tells_dns(target), last.writes_resolv_conf)
+    return disabled
 
 
-def _holds(target: Target, path: str, pattern: str) -> bool:
-    return target.is_file(path) and re.search(pattern, target.read(path) or "", re.MULTILINE) is not None
+def write(target: Target, files: Mapping[str, str], mode: int) -> None:
+    """Write files; remove one that would be empty."""
+    for path, text in files.items():
+        if text:
+            target.write(path, text, mode=mode)
+        else:
+            target.remove(path)
 
 
 def name_interfaces(target: Target, interfaces: Interfaces) -> None:
-    """eth0, eth1, ... by MAC, and no names for NICs of the image."""
+    """Name the interfaces eth0, eth1, ... by MAC, and remove the image's names."""
     for path in NAMES:
         target.remove(path)
     if interfaces and any(target.is_dir(path) for path in UDEV):
@@ -76,132 +106,231 @@ def name_interfaces(target: Target, interfaces: Interfaces) -> None:
             target.write(path, text)
 
 
-def write_resolv_conf(target: Target, interfaces: Interfaces) -> None:
-    """For a backend that does not; through resolved where the guest has it, since it then owns resolv.conf."""
-    if not any(render.dns(interfaces)):
-        return
-    if has_resolved(target):
-        target.write(RESOLVED, render.resolved_conf(interfaces))
-    else:
-        target.remove("/etc/resolv.conf")  # it may be a link to what will not be there
-        target.write("/etc/resolv.conf", render.resolv_conf(interfaces))
-
-
-def assigned(text: str, values: Mapping[str, str]) -> str:
-    """A text of shell assignments with other values; without a variable whose value is empty."""
-    kept = [line for line in text.splitlines() if line.partition("=")[0].strip() not in values]
-    return "".join(f"{line}\n" for line in [*kept, *(f'{name}="{value}"' for name, value in values.items() if value)])
+def assign(text: str, values: Mapping[str, str]) -> str:
+    """Return the shell assignments `text` with these values; drop a variable whose value is empty."""
+    others = [line for line in text.splitlines() if line.partition("=")[0].strip() not in values]
+    return "".join(f"{line}\n" for line in [*others, *(f'{name}="{value}"' for name, value in values.items() if value)])
 
 
 # --- recognising ------------------------------------------------------------------------------------------
 
 
-def used(target: Target) -> str:
-    """The name of the backend that rules the guest's network; empty if there is none."""
-    return next((name for name, holds in RECOGNISED if holds(target)), "")
+def find(target: Target) -> str:
+    """Return the name of the backend that configures the guest's network; empty if there is none."""
+    return "cloud-init" if BACKENDS["cloud-init"].is_enabled(target) else find_inner(target)
 
 
-def enabled(target: Target, service: str) -> bool:
-    """Whether the guest starts a service when it boots: systemd's, or OpenRC's of the same name."""
-    links = [f"{units}/multi-user.target.wants/{service}.service" for units in UNITS]
-    links += [f"/etc/runlevels/{level}/{service}" for level in ("boot", "default")]
-    return any(target.glob(link) for link in links)
+def find_inner(target: Target) -> str:
+    """Return the program that is enabled, or can be, without cloud-init, which only writes its configuration.
+
+    The last resort is one that may be started in a way that we do not know: by busybox's rcS, runit, Upstart.
+    """
+    others = [(name, backend) for name, backend in BACKENDS.items() if name != "cloud-init"]
+    ways = ("is_enabled", "can_be_enabled", "may_act")
+    return next((name for way in ways for name, backend in others if getattr(backend, way)(target)), "")
 
 
-def has_resolved(target: Target) -> bool:
-    return any(
-        target.glob(f"{units}/{wants}.target.wants/systemd-resolved.service")
-        for units in UNITS
-        for wants in ("multi-user", "sysinit")
-    )
+def is_started(target: Target, name: str) -> bool:
+    """Return whether the guest's init starts a backend, or will: not of a last resort."""
+    return BACKENDS[name].is_enabled(target) or BACKENDS[name].can_be_enabled(target)
 
 
-def rules_network(target: Target) -> bool:
-    """Whether cloud-init does, which it can be forbidden."""
-    if not cloudinit.present(target) or target.exists("/etc/cloud/cloud-init.disabled"):
-        return False
-    paths = ("/etc/cloud/cloud.cfg", *target.glob("/etc/cloud/cloud.cfg.d/*.cfg"))
-    return not any(_holds(target, path, CLOUD_INIT_OFF) for path in paths)
+def chain(target: Target, name: str) -> tuple[str, ...]:
+    """Return the programs by which a backend configures the network: it, and those that it writes for."""
+    if name == "cloud-init":
+        inner = find_inner(target)
+        return (name, *(chain(target, inner) if inner else ()))
+    if name == "netplan":
+        return (name, _renderer(target) or "networkd")
+    if name == "ifcfg" and _has_network_manager(target):  # which reads these files
+        return (name, "NetworkManager")
+    return (name,)
 
 
 def is_old_red_hat(target: Target) -> bool:
-    """Network scripts, or a NetworkManager that writes their files; Fedora 33 and RHEL 9 are beyond that."""
+    """Return True if it has network scripts, or a NetworkManager that writes them: before Fedora 33 and RHEL 9."""
     if not target.is_dir(render.IFCFG):
         return False
     version = re.search(r"^VERSION_ID=\"?([0-9]{1,4})", target.read("/etc/os-release") or "", re.MULTILINE)
     return version is None or int(version[1]) <= 8
 
 
-RECOGNISED: tuple[tuple[str, Callable[[Target], bool]], ...] = (
-    ("cloud-init", rules_network),
-    ("netplan", lambda target: target.which("netplan") is not None),
-    ("ifcfg", is_old_red_hat),
-    ("NetworkManager", lambda target: any(enabled(target, name) for name in ("NetworkManager", "networkmanager"))),
-    ("networkd", lambda target: enabled(target, "systemd-networkd")),
-    ("wicked", lambda target: target.is_dir(render.IFCFG_SUSE)),
-    ("netifrc", lambda target: target.exists("/etc/init.d/net.lo")),
-    ("ifupdown", lambda target: target.which("ifup") is not None and target.is_dir("/etc/network")),
-    # nothing is enabled, but this is part of systemd
-    ("networkd", lambda target: _networkd_unit(target) is not None),
-)
+def _cloud_init_acts(target: Target) -> bool:
+    return cloudboot.runs(target) and cloudboot.may_configure_network(target)
 
 
-# --- what each is given -----------------------------------------------------------------------------------
+def _cloud_init_rules(target: Target) -> bool:
+    inner = find_inner(target) if _cloud_init_acts(target) else None
+    return inner is not None and (not inner or _cloud_init_writes_for(target, inner))
 
 
-def _seed(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
-    if not target.is_file(f"{cloudinit.SEED}/meta-data"):
-        log.warning(f"cloud-init has no seed in {cloudinit.SEED}: the guest's network is left as it is")
-        return {}
-    return {f"{cloudinit.SEED}/network-config": cloudinit.network_config(target, interfaces)}
+def _cloud_init_writes_for(target: Target, name: str) -> bool:
+    """Return whether the guest's cloud-init can: one that is told to use what it does not know configures nothing."""
+    return name in CLOUD_INIT_WRITES and cloudboot.has_renderer(target, CLOUD_INIT_WRITES[name].replace("-", "_"))
+
+
+def _has_network_manager(target: Target) -> bool:
+    return any(is_enabled(target, name) for name in ("NetworkManager", "networkmanager"))
+
+
+def _has_networkd(target: Target) -> bool:
+    return unit_file(target, NETWORKD_UNIT) is not None and not is_masked(target, NETWORKD_UNIT)
+
+
+def _has_ifupdown(target: Target) -> bool:
+    return target.which("ifup") is not None and target.is_dir("/etc/network")
+
+
+def _is_openrc(target: Target, script: str) -> bool:
+    return init(target) in ("openrc", "") and target.exists(f"/etc/init.d/{script}")
+
+
+# --- cloud-init -------------------------------------------------------------------------------------------
+
+
+def _cloud_init(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
+    return cloudinit.network_files(target, interfaces, find_inner(target))
+
+
+def _tell_cloud_init(target: Target, _interfaces: Interfaces, is_ours: bool) -> Mapping[str, str]:
+    """Choose for cloud-init: of a list, which may be the image's own, it takes the first that is installed."""
+    if not is_ours:
+        return {cloudboot.OURS: render.HEADER + "network: {config: disabled}\n"}
+    inner = find_inner(target)
+    first = next((name for name in CLOUD_INIT_WRITES if _is_installed(target, name)), "")
+    if not inner or (inner == first and not cloudboot.lists_renderers(target)):
+        return {cloudboot.OURS: ""}
+    config = {"system_info": {"network": {"renderers": [CLOUD_INIT_WRITES[inner]]}}}
+    return {cloudboot.OURS: render.HEADER + json.dumps(config) + "\n"}
+
+
+def _is_installed(target: Target, name: str) -> bool:
+    """Return whether cloud-init would write for it."""
+    return {
+        "ifupdown": target.which("ifup") is not None,
+        "ifcfg": target.is_dir(render.IFCFG),
+        "wicked": target.is_dir(render.IFCFG_SUSE),
+        "netplan": target.which("netplan") is not None,
+        "NetworkManager": target.which("NetworkManager") is not None,
+        "networkd": unit_file(target, NETWORKD_UNIT) is not None,
+    }[name]
+
+
+# --- netplan, networkd, NetworkManager --------------------------------------------------------------------
 
 
 def _netplan(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
-    return render.netplan(interfaces, _renderer(target))
+    renderer = _renderer(target)
+    return render.netplan(interfaces, renderer if renderer != "networkd" or _chosen_renderer(target) else "")
 
 
 def _renderer(target: Target) -> str:
-    """What the files of netplan choose."""
-    renderer = ""
-    for path in target.glob("/etc/netplan/*.yaml"):
-        found = re.findall(r"renderer[\"']?:\s*[\"']?(networkd|NetworkManager)", target.read(path) or "")
-        renderer = found[-1] if found else renderer
-    return renderer
+    """Return for which program netplan can write: the one that its files choose, else one that is there."""
+    able = {"networkd": _has_networkd(target), "NetworkManager": _has_network_manager(target)}
+    chosen = _chosen_renderer(target) or "networkd"
+    return chosen if able.get(chosen) else next((name for name in able if able[name]), "")
 
 
-def _networkd_unit(target: Target) -> str | None:
-    paths = (f"{units}/{NETWORKD}" for units in UNITS[1:])
-    return next((path for path in paths if target.is_file(path)), None)
+def _chosen_renderer(target: Target) -> str:
+    """Return the renderer that netplan's files choose, for all or for ethernet; empty if none."""
+    chosen = ""
+    for path in existing.netplan_files(target):
+        keys = yaml.scalars(target.read(path) or "")
+        for key in (("network", "renderer"), ("network", "ethernets", "renderer")):
+            chosen = keys.get(key, "") or chosen
+    return chosen
+
+
+def _tell_networkd(_target: Target, interfaces: Interfaces, is_ours: bool) -> Mapping[str, str]:
+    return {render.NETWORKD_WAIT: ""} if is_ours else render.networkd_unmanaged(interfaces)
 
 
 def _networkd_links(target: Target, _interfaces: Interfaces) -> Mapping[str, str]:
-    unit = _networkd_unit(target)
-    if enabled(target, "systemd-networkd") or not unit:
+    return _systemd_link(target, NETWORKD)
+
+
+def _systemd_link(target: Target, service: str) -> Mapping[str, str]:
+    """Return what enables a service that is not; nothing if there is none, or no systemd."""
+    unit = unit_file(target, f"{service}.service")
+    if is_enabled(target, service) or not unit or init(target) not in ("systemd", ""):
         return {}
-    return {f"{UNITS[0]}/multi-user.target.wants/{NETWORKD}": unit}
+    return {f"{OWN_UNITS}/multi-user.target.wants/{service}.service": unit}
+
+
+def _tell_network_manager(target: Target, interfaces: Interfaces, is_ours: bool) -> Mapping[str, str]:
+    """Contradict the image only where it says something: a list of nothing but exceptions is all other devices."""
+    paths = _network_manager_conf(target)
+    is_limited = any(
+        existing.ini_section(target.read(path) or "", "keyfile").get(key)
+        for path in paths
+        for key in ("unmanaged-devices", "unmanaged-devices+")
+    )
+    if not is_ours:
+        return render.network_manager_conf("dns=none", interfaces)
+    # resolved has a resolvconf, which NetworkManager prefers to the file, and which fails without it
+    is_file = resolver.has_only_resolvectl(target) and not is_enabled(target, resolver.RESOLVED)
+    return render.network_manager_conf("rc-manager=file" if is_file else "", interfaces if is_limited else (), True)
+
+
+def _network_manager_tells_dns(target: Target) -> bool:
+    """Return False if NetworkManager is forbidden to touch resolv.conf."""
+    main: dict[str, str] = {}
+    for path in _network_manager_conf(target):
+        main.update(existing.ini_section(target.read(path) or "", "main"))
+    return main.get("dns") != "none" and main.get("rc-manager") != "unmanaged"
+
+
+def _network_manager_conf(target: Target) -> list[str]:
+    """Return the image's files; of two with one name, that of a package does not count."""
+    directories = ("/usr/lib/NetworkManager/conf.d", "/etc/NetworkManager/conf.d")
+    by_name = {
+        path.rpartition("/")[2]: path for directory in directories for path in target.glob(f"{directory}/*.conf")
+    }
+    paths = ["/etc/NetworkManager/NetworkManager.conf", *(by_name[name] for name in sorted(by_name))]
+    return [path for path in paths if path != render.NETWORK_MANAGER_CONF and target.is_file(path)]
+
+
+# --- the others -------------------------------------------------------------------------------------------
 
 
 def _netifrc_links(_target: Target, interfaces: Interfaces) -> Mapping[str, str]:
-    names = [f"net.{one.name}" for one in interfaces]
+    names = [f"net.{interface.name}" for interface in interfaces]
     services = {f"/etc/init.d/{name}": "net.lo" for name in names}
     return {**services, **{f"/etc/runlevels/default/{name}": f"/etc/init.d/{name}" for name in names}}
 
 
+def _tell_connman(target: Target, _interfaces: Interfaces, is_ours: bool) -> Mapping[str, str]:
+    return {CONNMAN: render.connman_main(target.read(CONNMAN) or "", denied=not is_ours)}
+
+
+def _dhcpcd(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
+    conf = render.dhcpcd_conf(target.read(DHCPCD) or "", render.dhcpcd(interfaces))
+    return {DHCPCD: conf, DHCPCD_HOOK: render.dhcpcd_hook(interfaces)}
+
+
+def _tell_dhcpcd(target: Target, _interfaces: Interfaces, is_ours: bool) -> Mapping[str, str]:
+    if is_ours:
+        return {}
+    return {DHCPCD: render.dhcpcd_conf(target.read(DHCPCD) or "", [], deny=True), DHCPCD_HOOK: ""}
+
+
 def _ifupdown(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
-    """With what its DHCP clients must leave alone: DNS servers that are given, another interface's default route."""
-    sources = re.findall(SOURCES, target.read("/etc/network/interfaces") or "", re.MULTILINE)
-    there = target.is_dir("/etc/network/interfaces.d")  # else ifup of busybox refuses the whole file
-    files = render.interfaces_file(interfaces, _tells_dns(target), sources if there else ())
+    """Also keep the DHCP clients from replacing configured DNS servers or another interface's default route."""
+    sources = re.findall(SOURCES, target.read(existing.INTERFACES) or "", re.MULTILINE)
+    if not target.is_dir(f"{existing.INTERFACES}.d"):
+        sources = []  # busybox's ifup would refuse the whole file
+    files = render.interfaces_file(interfaces, _tells_dns(target), sources)
     keep_dns = any(render.dns(interfaces)) and not _tells_dns(target)
-    no_gateway = [one.name for one in interfaces if not one.takes_gateway]
-    if any(one.dhcp for one in interfaces) and (keep_dns or no_gateway):
+    no_gateway = [interface.name for interface in interfaces if not interface.takes_gateway]
+    if any(interface.dhcp for interface in interfaces) and (keep_dns or no_gateway):
         if target.which("dhclient"):
-            files[DHCLIENT_HOOK] = render.dhclient_hook(keep_dns, no_gateway)
+            files[existing.DHCLIENT_HOOK] = render.dhclient_hook(keep_dns, no_gateway)
         if target.which("udhcpc"):
             files["/etc/udhcpc/udhcpc.conf"] = render.udhcpc_conf(keep_dns, no_gateway)
     if target.which("dhcpcd"):
-        dhcp = [one.name for one in interfaces if one.dhcp]
-        files[DHCPCD] = render.dhcpcd_conf(target.read(DHCPCD) or "", dhcp, keep_dns, no_gateway)
+        dhcp = [interface.name for interface in interfaces if interface.dhcp]
+        sections = render.dhcpcd_client(dhcp, keep_dns, no_gateway)
+        files[DHCPCD] = render.dhcpcd_conf(target.read(DHCPCD) or "", sections)
     return files
 
 
@@ -211,69 +340,109 @@ def _ifupdown_links(target: Target, _interfaces: Interfaces) -> Mapping[str, str
 
 
 def _tells_dns(target: Target) -> bool:
-    """Whether ifupdown passes dns-nameservers on, to resolvconf or to resolved."""
-    scripts = "/etc/network/if-up.d"
-    return target.exists(f"{scripts}/000resolvconf") or (target.exists(f"{scripts}/resolved") and has_resolved(target))
+    """Return True if ifupdown passes dns-nameservers on to resolvconf, and that to the resolver.
+
+    Not to resolved: that script of Debian 12 passes a word on that is no address, and resolved refuses all.
+    """
+    return target.exists("/etc/network/if-up.d/000resolvconf") and resolver.is_of_resolvconf(target)
 
 
-# Of NetworkManager, with any name: one without an interface is for every NIC
-OTHER_PROFILES = ((f"{render.KEYFILES}/*", ETHERNET_KEYFILE), (f"{render.IFCFG}/ifcfg-*", ETHERNET_IFCFG))
-
+# The first that is enabled counts.
 BACKENDS = {
-    "cloud-init": Backend(_seed, mode=0o600),
-    "netplan": Backend(
-        _netplan,
-        contradicts=(("/etc/netplan/*", "ethernets"),),
+    "cloud-init": Backend(
+        _cloud_init_rules,
+        _cloud_init,
+        clear=existing.cloud_init,
+        tell=_tell_cloud_init,
+        may_act=_cloud_init_acts,
         mode=0o600,
-        makes_resolv_conf=lambda target: _renderer(target) == "NetworkManager" or has_resolved(target),
+    ),
+    "netplan": Backend(
+        lambda target: has_generator(target, "netplan") and _renderer(target) != "",
+        _netplan,
+        clear=existing.netplan,
+        mode=0o600,
     ),
     "ifcfg": Backend(
+        lambda target: is_old_red_hat(target) and (is_enabled(target, "network") or _has_network_manager(target)),
         lambda _target, interfaces: render.ifcfg(interfaces),
-        contradicts=(
-            *((f"{render.IFCFG}/{kind}-e*", "") for kind in ("ifcfg", "route", "route6")),
-            *OTHER_PROFILES,
-        ),
+        clear=lambda target, _: existing.remove_each(target, (*NETWORK_SCRIPTS, *existing.OTHER_SCRIPTS)),
         variables=lambda _interfaces: {render.IFCFG_SUSE: {"GATEWAY": "", "GATEWAYDEV": "", "NETWORKING": "yes"}},
         by_name=True,
     ),
     "NetworkManager": Backend(
+        _has_network_manager,
         lambda _target, interfaces: render.keyfiles(interfaces),
-        contradicts=(
-            *OTHER_PROFILES,
-            (f"{render.IFCFG}/ifcfg-e*", ""),
-            ("/etc/network/interfaces", ETHERNET),  # it would leave these alone
-            ("/etc/network/interfaces.d/*", ETHERNET),
-        ),
+        clear=existing.profiles,
+        tell=_tell_network_manager,
+        # of profiles with the same priority, the one that was used last wins; the state may be "off"
+        state=tuple(f"/var/lib/NetworkManager/{name}" for name in ("timestamps", "NetworkManager.state", "*.lease")),
         mode=0o600,
+        tells_dns=_network_manager_tells_dns,
     ),
     "networkd": Backend(
+        lambda target: is_enabled(target, NETWORKD),
         lambda _target, interfaces: render.networkd(interfaces),
-        # the first that matches counts
-        contradicts=(("/etc/systemd/network/00-imageos-*", ""), ("/etc/systemd/network/0*.network", ETHERNET_NETWORK)),
+        clear=existing.networks,
+        tell=_tell_networkd,
+        can_be_enabled=lambda target: _has_networkd(target) and init(target) in ("systemd", ""),
         links=_networkd_links,
-        makes_resolv_conf=lambda target: has_resolved(target),
+        tells_dns=lambda target: is_enabled(target, resolver.RESOLVED),
+        writes_resolv_conf=False,
     ),
     "wicked": Backend(
+        lambda target: (
+            target.is_dir(render.IFCFG_SUSE) and (is_enabled(target, "wicked") or is_enabled(target, "network"))
+        ),
         lambda _target, interfaces: render.wicked(interfaces),
-        contradicts=(
-            (f"{render.IFCFG_SUSE}/ifcfg-e*", ""),
-            (f"{render.IFCFG_SUSE}/ifroute-e*", ""),
-            (f"{render.IFCFG_SUSE}/routes", "^default"),
+        clear=lambda target, _: existing.remove_each(
+            target,
+            [
+                *((f"{render.IFCFG_SUSE}/{kind}-e*", "") for kind in ("ifcfg", "ifroute")),
+                (f"{render.IFCFG_SUSE}/routes", "^default"),
+            ],
         ),
         variables=lambda interfaces: {f"{render.IFCFG_SUSE}/config": render.wicked_dns(interfaces)},
+        state=("/var/lib/wicked/lease-*",),
+        by_name=True,
+    ),
+    "connman": Backend(
+        lambda target: is_enabled(target, "connman"),
+        lambda _target, interfaces: render.connman(interfaces),
+        tell=_tell_connman,
+        state=("/var/lib/connman/ethernet_*", "/var/lib/connman/imageos.config"),
+        mode=0o600,
+    ),
+    "dhcpcd": Backend(
+        lambda target: is_enabled(target, "dhcpcd"),
+        _dhcpcd,
+        clear=existing.dhcpcd_instances,
+        tell=_tell_dhcpcd,
+        may_act=lambda target: bool(existing.dhcpcd_links(target)),
+        links=lambda target, _interfaces: _systemd_link(target, "dhcpcd"),
+        state=("/var/lib/dhcpcd/*",),
         by_name=True,
     ),
     "netifrc": Backend(
+        lambda target: _is_openrc(target, "net.lo") and bool(target.glob("/etc/runlevels/default/net.e*")),
         lambda _target, interfaces: render.netifrc(interfaces),
-        contradicts=(("/etc/init.d/net.e*", ""), ("/etc/runlevels/default/net.e*", "")),
+        clear=lambda target, _: existing.remove_each(
+            target, [("/etc/init.d/net.e*", ""), ("/etc/runlevels/default/net.e*", "")]
+        ),
+        can_be_enabled=lambda target: _is_openrc(target, "net.lo"),
         links=_netifrc_links,
         by_name=True,
     ),
     "ifupdown": Backend(
+        lambda target: _has_ifupdown(target) and is_enabled(target, "networking"),
         _ifupdown,
-        contradicts=(("/etc/network/interfaces.d/*", ETHERNET), (DHCLIENT_HOOK, "")),
+        clear=existing.ifupdown,
+        may_act=_has_ifupdown,  # udev starts it for `allow-hotplug`
+        can_be_enabled=lambda target: _has_ifupdown(target) and _is_openrc(target, "networking"),
         links=_ifupdown_links,
+        state=("/var/lib/dhcp/*.leases",),
         by_name=True,
-        makes_resolv_conf=_tells_dns,
+        tells_dns=_tells_dns,
+        writes_resolv_conf=False,
     ),
 }

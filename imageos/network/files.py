@@ -1,21 +1,25 @@
-"""The addresses that the site wrote down itself, in the files of ganeti-instance-image, which are shell."""
+"""Read the site's own addresses from the shell files of ganeti-instance-image."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from imageos import shellfiles
+from imageos import log, shellfiles
 from imageos.errors import Failure
 from imageos.ganeti import Instance
 from imageos.settings import Settings
 
+READ = ("ADDRESS", "SUBNET", "NETMASK", "GATEWAY", "ADDRESS6", "NETMASK6", "GATEWAY6")
+READ_TOO = ("DNS_SERVERS", "DNS_SEARCH", "DNS_DOMAIN")
+ALIKE = 0.8  # NETWORK, which a site's own hook may read, is no mistake for NETMASK
+
 
 def read(instance: Instance, settings: Settings) -> Mapping[str, str]:
-    """What the instance's file, and the file of the subnet that it names, set; nothing if the instance has none.
+    """Return the variables that the instance's file and its subnet's file set; none if the instance has no file.
 
-    The names of instances are host names: no path is made of anything else that is not the site's own.
+    The path is safe: it consists of the site's own text and the instance's name, which is a checked host name.
     """
     path = f"{settings.networks_dir}/instances/{instance.name}"
     if not os.path.lexists(path):
@@ -28,7 +32,19 @@ def read(instance: Instance, settings: Settings) -> Mapping[str, str]:
             f"network file {path} names a subnet that has no file: {missing.path}",
             hint=f"SUBNET must name a file in {settings.networks_dir}/subnets, which sets NETMASK and GATEWAY",
         ) from None
-    found = {name: value for _, variables in layers for name, value in variables.items()}
-    if not found.get("ADDRESS"):
+    for file, variables in layers:
+        warn_of_misspelt(file, variables)
+    values = {name: value for _, variables in layers for name, value in variables.items()}
+    if not values.get("ADDRESS"):
         raise Failure(f"network file {path} does not set ADDRESS")
-    return found
+    return values
+
+
+def warn_of_misspelt(file: str, names: Iterable[str]) -> None:
+    """Name variables that nearly are those that we read. Others are the site's own."""
+    import difflib  # late: few instances have files
+
+    for name in names:
+        near = difflib.get_close_matches(name, (*READ, *READ_TOO), 1, ALIKE)
+        if near and name != near[0]:
+            log.warning(f"unknown variable {name} in {file} (did you mean {near[0]}?)")

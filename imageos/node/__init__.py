@@ -1,1 +1,1 @@
-"""The node: its kernel, its mounts, and what is kept apart from them."""
+"""The node: its kernel, its mounts, and the isolation from them."""

@@ -1,8 +1,9 @@
 """A root of its own for every program of the node that may read what a stranger has made.
 
 In it are programs and libraries, read-only; a /dev with what is harmless and its own disk; what it is given, read-only;
-one directory that it works in, if it is given one, and a small /tmp. It has no network, no process but its own, few
-capabilities, no way to gain more, and writes only where Landlock lets it. Who takes such a program over has no more.
+one directory that it works in, if it is given one, and a small /tmp. It has no network unless it downloads, no
+process but its own, few capabilities, no way to gain more, and writes only where Landlock lets it. Who takes such a
+program over has no more.
 
 bubblewrap does most of this, but not all, and what it leaves open is open to root. It shows the node's own /dev/null,
 whose mode root may change without any capability; it moves the root (pivot_root) where a chroot has the kernel refuse
@@ -21,15 +22,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from imageos.node import linux, seccomp
+from imageos.node import limits, linux, seccomp
 
 MEMORY = 4 << 30  # bytes of address space that a program may take, whatever an archive claims
 TEMPORARY = "/tmp"  # in there
 TEMPORARY_LIMITS = "mode=0700,size=1g,nr_inodes=1k"  # restore keeps all directories of a dump there
 # Directories of programs and libraries; of those at the top, most are links on most nodes
 PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
-# What the loader needs, what programs are links through, and what mkfs.ext4 takes its defaults from
+# For the loader, for programs that are links, and for the defaults of mkfs.ext4
 CONFIGURATION = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/mke2fs.conf")
+# To find a server by its name and judge its certificate: of Debian, then of Fedora. No private key is in there.
+NETWORK = (
+    *("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/host.conf", "/etc/gai.conf"),
+    *("/etc/ssl/certs", "/etc/ssl/openssl.cnf"),
+    *("/etc/pki/tls/certs", "/etc/pki/tls/cert.pem", "/etc/pki/tls/openssl.cnf", "/etc/pki/tls/openssl.d"),
+    *("/etc/pki/ca-trust/extracted", "/etc/crypto-policies"),
+)
 PASSWD = "root:x:0:0:root:/root:/bin/sh\n"  # ssh-keygen asks who it is
 # Name -> major, minor (Documentation/admin-guide/devices.txt)
 DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9)}
@@ -54,47 +62,51 @@ UNPACKING = (
 
 @dataclass(frozen=True)
 class Room:
-    """What a program has besides programs and libraries."""
+    """The surroundings of a program, in addition to programs and libraries."""
 
     sees: Sequence[str] = ()  # block devices, to read and to write; files and directories, to read
     mount: str = ""  # of its filesystem, which it is to grow: to be found in /proc, and writable
     work: str = ""  # the directory that it works in, which has no `..`, and where it may write
     capabilities: Sequence[int] = ()
     memory: int = MEMORY
+    network: bool = False  # that of the node, and what NETWORK names
+
+
+NOTHING = Room()  # but programs and libraries
 
 
 def unpacking(directory: str) -> Room:
-    """For a program that makes the guest's files in `directory`, where one of its filesystems is mounted."""
+    """Return a room to make the guest's files in `directory`, where one of its filesystems is mounted."""
     return Room(work=directory, capabilities=UNPACKING)
 
 
 def entering(room: Room, path: str, kept: Iterable[int] = ()) -> Callable[[], None]:
-    """What a child, process 1 of a PID namespace (linux.children_apart), does before it becomes a program in `room`.
+    """Return the function by which a child, process 1 of a PID namespace (linux.children_apart), enters `room`.
 
     `path` is its PATH: what that names outside /usr is there, too. `kept` are descriptors that it is handed.
     """
     if os.geteuid() != 0:  # doctor may be anybody's: nothing that root alone could do is done
-        return lambda: _limit_memory(room.memory)
+        return lambda: limits.lower(resource.RLIMIT_AS, room.memory)
     # Looked up here: the child must not depend on the state of its parent's /dev.
     nodes = {f"/dev/{name}": (stat.S_IFCHR | 0o666, os.makedev(*number)) for name, number in DEVICES.items()}
     shown = [*_programs(path), *filter(os.path.exists, CONFIGURATION)]
-    for seen in room.sees:
+    for seen in (*room.sees, *(filter(os.path.exists, NETWORK) if room.network else ())):
         status = os.stat(seen)
         if stat.S_ISBLK(status.st_mode):
             nodes[seen] = (stat.S_IFBLK | 0o600, status.st_rdev)
         else:
-            # what is a link within what is shown leads on
-            shown += [one for one in (seen, os.path.realpath(seen)) if not _is_beneath(one, shown)]
+            # a link needs the file that it leads to
+            shown += [place for place in dict.fromkeys((seen, os.path.realpath(seen))) if not _is_beneath(place, shown)]
     if room.mount:
         shown.append(room.mount)
-    calls = seccomp.helper()
-    files = [one for one in kept if stat.S_ISREG(os.fstat(one).st_mode)]
+    calls = seccomp.helper(room.network)
+    files = [descriptor for descriptor in kept if stat.S_ISREG(os.fstat(descriptor).st_mode)]
 
     def enter() -> None:
         try:
             work = _enter(room, shown, nodes)
-            _leave_first_process_behind()
-            _limit_memory(room.memory)
+            leave_first_process_behind()
+            limits.lower(resource.RLIMIT_AS, room.memory)
             linux.limit_capabilities(room.capabilities)
             linux.forbid_writing(_writable(work, files))
             linux.load_filter(calls)  # last: nothing of the above is allowed any more
@@ -107,7 +119,7 @@ def entering(room: Room, path: str, kept: Iterable[int] = ()) -> Callable[[], No
 
 
 def _programs(path: str) -> Iterator[str]:
-    """The directories of programs and libraries that are no links, and those of PATH that lie elsewhere."""
+    """Yield the directories of programs and libraries that are no links, and those of PATH that lie elsewhere."""
     yield from (place for place in PROGRAMS if os.path.isdir(place) and not os.path.islink(place))
     for place in dict.fromkeys(path.split(":")):
         is_other = place.startswith("/") and os.path.normpath(place) != "/" and not _is_beneath(place, PROGRAMS)
@@ -116,25 +128,26 @@ def _programs(path: str) -> Iterator[str]:
 
 
 def _is_beneath(path: str, places: Iterable[str]) -> bool:
-    """Whether `path` is in one of `places`, or one of them itself."""
+    """Return True if `path` is in one of `places`, or one of them itself."""
     return f"{os.path.normpath(path)}/".startswith(tuple(f"{os.path.normpath(place)}/" for place in places))
 
 
 def _enter(room: Room, shown: Iterable[str], nodes: dict[str, tuple[int, int]]) -> int | None:
-    """Make the room and go there; a descriptor of the directory to work in."""
-    # What is mounted nowhere has nothing above it: restore(8) follows a `..` that a hostile dump has for a name
+    """Make the room and go there; return a descriptor of the directory to work in."""
+    # A copy that is mounted nowhere has nothing above it: restore(8) follows a `..` that a hostile dump has for a name
     working = linux.copy_mounts(room.work) if room.work else None
     with_below = linux.can_restrict_all()
     copies = [(place, linux.copy_mounts(place, with_below)) for place in shown]
     take_own_null()
     os.setsid()  # no terminal of the node's
     linux.leave_session_keyring()
-    linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS)
+    network = 0 if room.network else linux.CLONE_NEWNET
+    linux.unshare(linux.CLONE_NEWNS | network | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS)
     umask = os.umask(0o022)
-    # /proc is a mount even where the root is none; nobody but us sees what is put over it
+    # /proc is a mount even where the root is none; nobody but us sees the mount over it
     linux.mount(None, "/proc", None, linux.MS_PRIVATE)
     top = linux.new_tmpfs(linux.MS_NOSUID | linux.MS_NOEXEC, mode="0755", size="1m", nr_inodes="1k")
-    linux.place_mounts(top, os.open("/proc", os.O_PATH | os.O_CLOEXEC))
+    linux.place_mounts(top, os.open("/proc", os.O_PATH))
     os.fchdir(top)
     os.mkdir("room")
     os.chdir("room")
@@ -180,8 +193,8 @@ def _furnish(copies: Iterable[tuple[str, int]], nodes: dict[str, tuple[int, int]
         if stat.S_ISDIR(os.fstat(copy).st_mode):
             os.makedirs(place, exist_ok=True)
         else:
-            os.close(os.open(place, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-        directory = os.open(place, os.O_PATH | os.O_CLOEXEC)
+            os.close(os.open(place, os.O_CREAT | os.O_WRONLY, 0o600))
+        directory = os.open(place, os.O_PATH)
         linux.place_mounts(copy, directory)
         os.close(directory)
 
@@ -208,8 +221,12 @@ def take_own_null() -> None:
         os.close(read)
 
 
-def _leave_first_process_behind() -> None:
-    """Continue in a child: process 1 could not be ended by a signal of its own, which is how many programs end."""
+def leave_first_process_behind() -> None:
+    """Continue in a child, so that process 1 stays ours.
+
+    A program that is process 1 cannot end by a signal of its own, as many do; and it could prevent its end with its
+    parent's (prctl). It can do nothing to our process 1, which has more capabilities.
+    """
     linux.die_with_parent()
     linux.forbid_dumps()
     child = os.fork()
@@ -226,14 +243,10 @@ def exit_as(child: int) -> NoReturn:
             os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 
-def _limit_memory(memory: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-
-
 def _writable(work: int | None, files: Iterable[int]) -> Iterator[tuple[int, bool]]:
-    """Where to write, for linux.forbid_writing."""
-    yield os.open(TEMPORARY, os.O_PATH | os.O_CLOEXEC), True
-    yield os.open("/dev", os.O_PATH | os.O_CLOEXEC), False
+    """Yield the exceptions for linux.forbid_writing."""
+    yield os.open(TEMPORARY, os.O_PATH), True
+    yield os.open("/dev", os.O_PATH), False
     yield from ((file, False) for file in files)  # opened again by way of /proc
     if work is not None:
         yield work, True

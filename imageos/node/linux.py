@@ -1,7 +1,7 @@
-"""Linux system calls that the standard library of Python 3.9 lacks, through ctypes and ioctl.
+"""Linux system calls that the standard library of Python 3.9 lacks, by ctypes and ioctl.
 
-Numbers and structures are the kernel's user API (include/uapi/linux/*.h), the same on every
-architecture that Ganeti runs on. Every function raises OSError.
+Numbers and structures are from the kernel's user API (include/uapi/linux/*.h), and are the same on
+every architecture that Ganeti runs on. Every function raises OSError.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from imageos.errors import Failure
 
@@ -22,7 +23,7 @@ CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 CLONE_NEWCGROUP, CLONE_NEWUSER = 0x02000000, 0x10000000
 NAMESPACES = (
     CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP | CLONE_NEWUSER
-)  # a process in new ones; CLONE_NEWTIME is for unshare and clone3 alone
+)  # all that clone accepts; CLONE_NEWTIME is for unshare and clone3 only
 # mount.h
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 4096, 16384, 1 << 18, 1 << 19
@@ -34,21 +35,21 @@ MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 # openat2.h
-RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x02, 0x04, 0x10
-# one number on all architectures (scripts/syscall.tbl)
+RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x01, 0x02, 0x04, 0x10
+# the same number on all architectures (scripts/syscall.tbl)
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 428, 429, 430, 431, 432
 SYS_CLOSE_RANGE, SYS_OPENAT2, SYS_MOUNT_SETATTR = 436, 437, 442
 SYS_LANDLOCK_CREATE_RULESET, SYS_LANDLOCK_ADD_RULE, SYS_LANDLOCK_RESTRICT_SELF = 444, 445, 446
 # landlock.h
 LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
 LANDLOCK_WRITE_FILE, LANDLOCK_REFER, LANDLOCK_TRUNCATE = 1 << 1, 1 << 13, 1 << 14
-LANDLOCK_REMOVE_AND_MAKE = 0x1FF0  # remove_dir to make_sym
+LANDLOCK_REMOVE_AND_MAKE = 0x1FF0  # all rights from REMOVE_DIR to MAKE_SYM
 LANDLOCK_ALL_WRITING = LANDLOCK_WRITE_FILE | LANDLOCK_REMOVE_AND_MAKE | LANDLOCK_REFER | LANDLOCK_TRUNCATE
-LANDLOCK_SINCE = {LANDLOCK_REFER: 2, LANDLOCK_TRUNCATE: 3}  # version that knows it (Linux 5.19, 6.2)
-# keyctl is older than that; of 64-bit programs (asm/unistd.h)
+LANDLOCK_SINCE = {LANDLOCK_REFER: 2, LANDLOCK_TRUNCATE: 3}  # first Landlock version with it (Linux 5.19, 6.2)
+# keyctl is older and has a number per architecture; for 64-bit programs (asm/unistd.h)
 SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}
 KEYCTL_JOIN_SESSION_KEYRING = 1  # keyctl.h
-# A rename or mount by anybody on the node meanwhile makes openat2 give up on a path with `..` (EAGAIN): try again
+# openat2 fails with EAGAIN on a path with `..` if any process on the node renames or mounts meanwhile: try again
 OPEN_ATTEMPTS = 1000
 # capability.h
 CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1, 2, 3, 4
@@ -62,13 +63,15 @@ FS_IOC_SHUTDOWN, SHUTDOWN_NO_LOG_FLUSH = 0x8004587D, 2
 FITRIM = 0xC0185879
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_FIXED_FL = 0x80086601, 0x40086602, 0x30  # immutable, append-only
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10  # falloc.h
-F_SETPIPE_SZ = 1031  # fcntl.h; in Python's fcntl since 3.10
+F_OFD_SETLK = 37  # fcntl.h
+F_SETPIPE_SZ = 1031  # fcntl.h; Python's fcntl has it since 3.10
 LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LOOP_GET_STATUS64, LOOP_SET_STATUS64 = 0x4C82, 0x4C0A, 0x4C05, 0x4C04
 LOOP_SET_DIRECT_IO = 0x4C08
 LOOP_INFO = "=5Q4I64s64s32s2Q"  # struct loop_info64
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN, LO_FLAGS_DIRECT_IO = 1, 4, 8, 16
 # btrfs.h
-BTRFS_IOC_FORGET_DEV = 0x50009405
+BTRFS_IOC_SCAN_DEV, BTRFS_IOC_FORGET_DEV = 0x50009404, 0x50009405
+BTRFS_IOC_SUBVOL_GETFLAGS, BTRFS_IOC_SUBVOL_SETFLAGS, BTRFS_SUBVOL_RDONLY = 0x80089419, 0x4008941A, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -80,12 +83,35 @@ def _check(result: int, what: str = "") -> int:
     return result
 
 
+def _syscall(what: str, number: int, *arguments: object) -> int:
+    """Make a system call that libc has no function for; pass each unsigned number as a c_uint."""
+    return _check(_libc.syscall(ctypes.c_long(number), *arguments), what)
+
+
+@contextlib.contextmanager
+def closing(descriptor: int) -> Iterator[int]:
+    """Yield an open descriptor, and close it on exit."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes | memoryview, offset: int | None = None) -> None:
+    """Write `data`, at `offset` if given; the kernel may take it in parts."""
+    left = memoryview(data)
+    while left:
+        count = os.write(descriptor, left) if offset is None else os.pwrite(descriptor, left, offset)
+        left = left[count:]
+        offset = None if offset is None else offset + count
+
+
 def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "unshare")
 
 
 def mount(source: str | None, path: str, kind: str | None, flags: int = 0, data: str = "") -> None:
-    """mount(2). `path` may be `/proc/self/fd/N` of a directory that was resolved with care."""
+    """mount(2). `path` may be `/proc/self/fd/N` of a directory that was opened safely."""
     _check(_libc.mount(_bytes(source), _bytes(path), _bytes(kind), ctypes.c_ulong(flags), _bytes(data or None)), path)
 
 
@@ -93,56 +119,45 @@ def umount(path: str, flags: int = 0) -> None:
     _check(_libc.umount2(_bytes(path), flags), path)
 
 
-class _OpenHow(ctypes.Structure):
-    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
-
-
-def open_in_root(root: int, path: str, flags: int, mode: int = 0, resolve: int = 0) -> int:
-    """Open `path` as a process whose root directory is the descriptor `root` would (openat2, Linux 5.6)."""
-    if "\0" in path:  # the kernel would take it for the end
+def open_in_root(root: int, path: str, flags: int, resolve: int = 0) -> int:
+    """Open `path` as if the descriptor `root` were our root directory (openat2, Linux 5.6)."""
+    if "\0" in path:  # the kernel would take NUL for the end
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
-    how = _OpenHow(flags | os.O_CLOEXEC, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | resolve)
-    for attempt in range(OPEN_ATTEMPTS, 0, -1):
+    # struct open_how; its mode is for new files
+    how = struct.pack("=3Q", flags | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | resolve)
+    attempts = OPEN_ATTEMPTS
+    while True:
         try:
-            return _check(
-                _libc.syscall(
-                    ctypes.c_long(SYS_OPENAT2),
-                    ctypes.c_int(root),
-                    _bytes(path or "."),
-                    ctypes.byref(how),
-                    ctypes.c_size_t(ctypes.sizeof(how)),
-                ),
-                path,
-            )
+            return _syscall(path, SYS_OPENAT2, root, _bytes(path or "."), how, ctypes.c_size_t(len(how)))
         except OSError as error:
+            attempts -= 1
             if error.errno == errno.ENOSYS:
                 raise Failure("this kernel has no openat2: imageos needs Linux 5.8 or newer") from None
-            if error.errno != errno.EAGAIN or attempt == 1:
+            if error.errno != errno.EAGAIN or not attempts:
                 raise
-    raise AssertionError("not reached")
 
 
 def copy_mounts(path: str, with_below: bool = True) -> int:
-    """A descriptor of a copy of the mount at `path` and all below it, which nobody sees yet (Linux 5.2)."""
+    """Return a descriptor of a detached copy of the mount at `path` and of all mounts below it (Linux 5.2)."""
     flags = OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if with_below else 0)
-    return _check(_libc.syscall(ctypes.c_long(SYS_OPEN_TREE), AT_FDCWD, _bytes(path), ctypes.c_uint(flags)), path)
+    return _syscall(path, SYS_OPEN_TREE, AT_FDCWD, _bytes(path), ctypes.c_uint(flags))
 
 
 def place_mounts(mounts: int, directory: int) -> None:
-    """Put what `copy_mounts` gave over an open directory, all at once (Linux 5.2)."""
+    """Mount the copy from `copy_mounts` on an open directory, in one step (Linux 5.2)."""
     flags = ctypes.c_uint(MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH)
-    _check(_libc.syscall(ctypes.c_long(SYS_MOVE_MOUNT), mounts, b"", directory, b"", flags), "move_mount")
+    _syscall("move_mount", SYS_MOVE_MOUNT, mounts, b"", directory, b"", flags)
 
 
 def restrict_mounts(path: str, flags: int) -> None:
-    """Have `flags` (MS_RDONLY, MS_NOSUID, MS_NODEV) for the mount at `path` and all below it.
+    """Set `flags` (MS_RDONLY, MS_NOSUID, MS_NODEV) for the mount at `path` and all mounts below it.
 
-    Before Linux 5.12 for that mount alone.
+    Before Linux 5.12, set them for that mount only.
     """
     attributes = struct.pack("=4Q", flags, 0, 0, 0)  # struct mount_attr; its numbers are those of mount.h
-    number, recursive = ctypes.c_long(SYS_MOUNT_SETATTR), ctypes.c_uint(AT_RECURSIVE)
+    length = ctypes.c_size_t(len(attributes))
     try:
-        _check(_libc.syscall(number, AT_FDCWD, _bytes(path), recursive, attributes, len(attributes)), path)
+        _syscall(path, SYS_MOUNT_SETATTR, AT_FDCWD, _bytes(path), ctypes.c_uint(AT_RECURSIVE), attributes, length)
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
@@ -150,24 +165,18 @@ def restrict_mounts(path: str, flags: int) -> None:
 
 
 def can_restrict_all() -> bool:
-    """Whether `restrict_mounts` reaches what is mounted below, too (Linux 5.12)."""
+    """Return True if `restrict_mounts` includes the mounts below its path (Linux 5.12)."""
     result = _libc.syscall(ctypes.c_long(SYS_MOUNT_SETATTR), -1, b"", ctypes.c_uint(0), None, ctypes.c_size_t(0))
     return result == 0 or ctypes.get_errno() != errno.ENOSYS
 
 
 def new_tmpfs(flags: int, **options: str) -> int:
-    """A descriptor of an empty tmpfs that is mounted nowhere yet (Linux 5.2)."""
-    context = _check(_libc.syscall(ctypes.c_long(SYS_FSOPEN), b"tmpfs", ctypes.c_uint(FSOPEN_CLOEXEC)), "fsopen")
-    try:
-        number = ctypes.c_long(SYS_FSCONFIG)
+    """Return a descriptor of an empty, detached tmpfs (Linux 5.2)."""
+    with closing(_syscall("fsopen", SYS_FSOPEN, b"tmpfs", ctypes.c_uint(FSOPEN_CLOEXEC))) as context:
         for key, value in options.items():
-            _check(_libc.syscall(number, context, FSCONFIG_SET_STRING, _bytes(key), _bytes(value), 0), key)
-        _check(_libc.syscall(number, context, FSCONFIG_CMD_CREATE, None, None, 0), "fsconfig")
-        return _check(
-            _libc.syscall(ctypes.c_long(SYS_FSMOUNT), context, ctypes.c_uint(FSMOUNT_CLOEXEC), ctypes.c_uint(flags))
-        )
-    finally:
-        os.close(context)
+            _syscall(key, SYS_FSCONFIG, context, FSCONFIG_SET_STRING, _bytes(key), _bytes(value), 0)
+        _syscall("fsconfig", SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+        return _syscall("fsmount", SYS_FSMOUNT, context, ctypes.c_uint(FSMOUNT_CLOEXEC), ctypes.c_uint(flags))
 
 
 def pivot_root(new: str, old: str) -> None:
@@ -176,16 +185,13 @@ def pivot_root(new: str, old: str) -> None:
 
 @contextlib.contextmanager
 def children_apart() -> Iterator[None]:
-    """Meanwhile, the one child of this thread is process 1 of its own PID namespace: what it starts ends with it."""
-    ours = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    """Make the child that this thread starts inside process 1 of a PID namespace: all that it starts ends with it."""
+    with closing(os.open("/proc/self/ns/pid", os.O_RDONLY)) as namespace:
         unshare(CLONE_NEWPID)
         try:
             yield
         finally:
-            _check(_libc.setns(ours, CLONE_NEWPID), "setns")
-    finally:
-        os.close(ours)
+            _check(_libc.setns(namespace, CLONE_NEWPID), "setns")
 
 
 def close_all(first: int = 0) -> None:
@@ -196,12 +202,12 @@ def close_all(first: int = 0) -> None:
 
 
 def mount_view() -> tuple[int, int]:
-    """What this process sees of mounts, for `enter_mount_view`: descriptors of its mount namespace and of its root."""
-    return os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), os.open("/", os.O_PATH | os.O_CLOEXEC)
+    """Return descriptors of our mount namespace and root directory, for `enter_mount_view`."""
+    return os.open("/proc/self/ns/mnt", os.O_RDONLY), os.open("/", os.O_PATH)
 
 
 def enter_mount_view(view: tuple[int, int]) -> None:
-    """Go to a mount namespace and, as root and working directory, to a root in it; setns(2) alone leaves a chroot."""
+    """Enter a mount namespace and change root and working directory there; setns(2) alone would leave a chroot."""
     namespace, root = view
     _check(_libc.setns(namespace, CLONE_NEWNS), "setns")
     os.fchdir(root)
@@ -209,12 +215,12 @@ def enter_mount_view(view: tuple[int, int]) -> None:
 
 
 def leave_session_keyring() -> None:
-    """Have an empty session keyring from now on, instead of that of who called us."""
+    """Use a new, empty session keyring instead of the caller's."""
     number = SYS_KEYCTL.get(os.uname().machine)
     if number is None or struct.calcsize("P") != 8:
         return
     try:
-        _check(_libc.syscall(ctypes.c_long(number), KEYCTL_JOIN_SESSION_KEYRING, None), "keyctl")
+        _syscall("keyctl", number, KEYCTL_JOIN_SESSION_KEYRING, None)
     except OSError as error:
         if error.errno != errno.ENOSYS:  # a kernel without keys
             raise
@@ -225,16 +231,16 @@ def die_with_parent() -> None:
 
 
 def forbid_dumps() -> None:
-    """Keep what this process has in memory from every process that may not trace all (CAP_SYS_PTRACE)."""
+    """Hide the memory of this process from all processes without CAP_SYS_PTRACE."""
     _check(_libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
 
 
 def limit_capabilities(keep: Iterable[int]) -> None:
-    """Keep only the capabilities `keep`, as far as we have them, in every set and for every program started later."""
+    """Drop all capabilities except `keep` from every set, also for all programs started later."""
     keep = frozenset(keep)
     for capability in range(64):
         if capability not in keep and _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
-            break  # EINVAL: beyond the last one that this kernel knows
+            break  # EINVAL: beyond the last capability of this kernel
     _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     header = ctypes.create_string_buffer(struct.pack("=Ii", CAPABILITY_VERSION_3, 0))
     # effective, permitted, inheritable of the low 32, then of the high 32 capabilities
@@ -247,114 +253,160 @@ def limit_capabilities(keep: Iterable[int]) -> None:
     _check(_libc.capset(header, data), "capset")
 
 
-class _FilterProgram(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
-
-
 def load_filter(program: bytes) -> None:
-    """Have this process and all that it starts ask `program` (an array of struct sock_filter) about each system call.
+    """Filter each system call of this process and its children by `program` (an array of struct sock_filter).
 
-    For good, beside those that are loaded already. An empty one is none. Needs no_new_privs or CAP_SYS_ADMIN.
+    It stays for ever, beside filters already loaded. An empty program is none. Needs no_new_privs or CAP_SYS_ADMIN.
     """
     if program:
-        argument = _FilterProgram(len(program) // 8, program)
-        _check(_libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(argument), 0, 0), "seccomp")
+        instructions = ctypes.create_string_buffer(program)
+        argument = struct.pack("@HP", len(program) // 8, ctypes.addressof(instructions))  # struct sock_fprog
+        _check(_libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, argument, 0, 0), "seccomp")
 
 
 def forbid_writing(but: Iterable[tuple[int, bool]]) -> None:
-    """Have this process and its children write, make, rename and remove nothing any more but in the open directories
-    and files `but` (of which True goes with those where all of that is allowed, False with writing only), and never
-    mount or unmount again, whatever capabilities they have.
+    """Forbid this process and its children to write, make, rename or remove files, and to mount or unmount, whatever
+    capabilities they have. `but` lists the exceptions: (open directory or file, True to allow all but mounting below
+    it, False to allow only writing).
 
-    It is Landlock that forbids (Documentation/userspace-api/landlock.rst). Version 2 (Linux 5.19) is the first that
-    lets files be renamed and linked to other directories; an older kernel does nothing.
+    This is Landlock (Documentation/userspace-api/landlock.rst). Do nothing if the kernel has no version 2 (Linux 5.19),
+    the first that allows to rename and link files to other directories.
     """
-    create = ctypes.c_long(SYS_LANDLOCK_CREATE_RULESET)
-    version = _libc.syscall(create, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    create = SYS_LANDLOCK_CREATE_RULESET
+    version = _libc.syscall(ctypes.c_long(create), None, ctypes.c_size_t(0), LANDLOCK_CREATE_RULESET_VERSION)
     if version < 2:
         return
     unknown = sum(right for right, since in LANDLOCK_SINCE.items() if since > version)
     handled = LANDLOCK_ALL_WRITING & ~unknown
     access = struct.pack("=Q", handled)
-    rules = _check(_libc.syscall(create, access, len(access), 0), "landlock")
+    rules = _syscall("landlock", create, access, ctypes.c_size_t(len(access)), 0)
     for descriptor, everything in but:
         allowed = handled if everything else handled & (LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE)
         rule = struct.pack("=Qi", allowed, descriptor)
-        add = ctypes.c_long(SYS_LANDLOCK_ADD_RULE)
-        _check(_libc.syscall(add, rules, LANDLOCK_RULE_PATH_BENEATH, rule, 0), "landlock")
-    _check(_libc.syscall(ctypes.c_long(SYS_LANDLOCK_RESTRICT_SELF), rules, 0), "landlock")
+        _syscall("landlock", SYS_LANDLOCK_ADD_RULE, rules, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
+    _syscall("landlock", SYS_LANDLOCK_RESTRICT_SELF, rules, 0)
     os.close(rules)
 
 
 def free_loop() -> int:
-    """The number of a loop device that is free now; somebody else may take it before us."""
-    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-    try:
+    """Return the number of a free loop device; another process may take it before us."""
+    with closing(os.open("/dev/loop-control", os.O_RDWR)) as control:
         return fcntl.ioctl(control, LOOP_CTL_GET_FREE)
-    finally:
-        os.close(control)
 
 
-def configure_loop(loop: int, backing: int, flags: int, block_size: int = 512) -> None:
-    """Put the loop device `loop` over the file `backing` (LOOP_CONFIGURE, Linux 5.8); EBUSY if taken."""
-    fcntl.ioctl(loop, LOOP_CONFIGURE, struct.pack("=II", backing, block_size) + _loop_info(flags) + bytes(64))
+def configure_loop(loop: int, backing: int, flags: int, start: int = 0, size: int = 0) -> None:
+    """Attach the loop device `loop` to the file `backing` (LOOP_CONFIGURE, Linux 5.8); EBUSY if it is in use.
 
-
-def restore_loop(loop: int) -> None:
-    """Make an open loop device what it was again: over all of its file, gone with its last user.
-
-    Whoever may write to it may change that, without any capability (lo_ioctl in drivers/block/loop.c).
+    `start` and `size` in bytes limit it to a part of the file; size 0: to its end.
     """
-    info = struct.unpack(LOOP_INFO, fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(struct.calcsize(LOOP_INFO))))
-    offset, limit, flags = info[3], info[4], info[8]
-    if offset or limit or not flags & LO_FLAGS_AUTOCLEAR:
-        fcntl.ioctl(loop, LOOP_SET_STATUS64, _loop_info(flags | LO_FLAGS_AUTOCLEAR))
+    information = _loop_info(flags, start, size)
+    fcntl.ioctl(loop, LOOP_CONFIGURE, struct.pack("=II", backing, 512) + information + bytes(64))
+
+
+def set_loop_range(loop: int, start: int, size: int) -> None:
+    """Make an open loop device cover this part of its file, as in `configure_loop`, and detach after its last user.
+
+    Any process that may write to it can change that, without a capability (lo_ioctl in drivers/block/loop.c).
+    """
+    info = _loop_values(loop)
+    flags = info[8]
+    if info[3:5] != (start, size) or not flags & LO_FLAGS_AUTOCLEAR:
+        fcntl.ioctl(loop, LOOP_SET_STATUS64, _loop_info(flags | LO_FLAGS_AUTOCLEAR, start, size))
 
 
 def end_trace(device: int) -> None:
-    """Give back what a trace of a disk has (BLKTRACESETUP), which outlives who made it; EINVAL if there is none."""
+    """Remove a trace of a disk (BLKTRACESETUP), which outlives the process that made it; EINVAL if there is none."""
     fcntl.ioctl(device, BLKTRACETEARDOWN)
 
 
-def _loop_info(flags: int) -> bytes:
-    return struct.pack(LOOP_INFO, 0, 0, 0, 0, 0, 0, 0, 0, flags, b"", b"", b"", 0, 0)
+def _loop_info(flags: int, start: int, size: int) -> bytes:
+    return struct.pack(LOOP_INFO, 0, 0, 0, start, size, 0, 0, 0, flags, b"", b"", b"", 0, 0)
 
 
 def use_cache(loop: int) -> None:
-    """Have an open loop device use the cache of what it is over, and no longer direct I/O."""
+    """Make an open loop device use the page cache of its file instead of direct I/O."""
     fcntl.ioctl(loop, LOOP_SET_DIRECT_IO, 0)
 
 
-def loop_backing(loop: int) -> tuple[int, int, int]:
-    """st_dev, st_ino and st_rdev of the file that an open loop device is over; ENXIO if it is over none."""
-    device, inode, rdevice = struct.unpack_from(
-        "=3Q", fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(struct.calcsize(LOOP_INFO)))
-    )
-    return device, inode, rdevice
+class LoopStatus(NamedTuple):
+    """The part of a file that a loop device covers; the file by its st_dev, st_ino and st_rdev."""
+
+    device: int
+    inode: int
+    number: int
+    covers_all: bool
+
+
+def loop_status(loop: int) -> LoopStatus:
+    """Return what an open loop device covers; ENXIO if that is nothing."""
+    device, inode, number, start, size = _loop_values(loop)[:5]
+    return LoopStatus(device, inode, number, not (start or size))
+
+
+def _loop_values(loop: int) -> tuple[int, ...]:
+    return struct.unpack(LOOP_INFO, fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(struct.calcsize(LOOP_INFO))))
 
 
 def add_partition(disk: int, number: int, start: int, length: int) -> None:
-    """Tell the kernel of a partition; `start` and `length` in bytes."""
+    """Tell the kernel about a partition; `start` and `length` in bytes."""
     _blkpg(disk, BLKPG_ADD_PARTITION, number, start, length)
 
 
 def resize_partition(disk: int, number: int, start: int, length: int) -> None:
-    """Tell the kernel of the new length of a partition, which may be in use; `start` is as it was (Linux 3.6)."""
+    """Tell the kernel the new length of a partition, which may be in use; `start` cannot change (Linux 3.6)."""
     _blkpg(disk, BLKPG_RESIZE_PARTITION, number, start, length)
 
 
-def forget_btrfs(device: str) -> None:
-    """Have the kernel forget a btrfs device that is not mounted: its name and UUID will be another's."""
+def lock_btrfs(control: int, number: int) -> bool:
+    """Lock `number`, of 62 bits, among all processes that have /dev/btrfs-control open; False if another one has it.
+
+    The lock is released when the descriptor `control` is closed.
+    """
+    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0)
     try:
-        with open("/dev/btrfs-control", "rb") as control:
-            argument = struct.pack("=q4088s", 0, os.fsencode(device))  # struct btrfs_ioctl_vol_args
-            fcntl.ioctl(control, BTRFS_IOC_FORGET_DEV, bytearray(argument))  # bytes may have 1024 at most
-    except OSError:
-        pass  # another of its subvolumes is still mounted, or this kernel (before 5.4) remembers
+        fcntl.fcntl(control, F_OFD_SETLK, lock)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def scan_btrfs(device: str) -> None:
+    """Make a device known to the kernel as one of a btrfs; EEXIST if it knows another one, mounted or more recent."""
+    _ask_btrfs(BTRFS_IOC_SCAN_DEV, device)
+
+
+def forget_btrfs(device: str) -> None:
+    """Make the kernel forget an unmounted btrfs device, as another one will have its name or UUID; if empty, all."""
+    with contextlib.suppress(OSError):  # one of its subvolumes is still mounted, or the kernel is older than 5.4
+        _ask_btrfs(BTRFS_IOC_FORGET_DEV, device)
+
+
+def _ask_btrfs(request: int, device: str) -> None:
+    argument = struct.pack("=q4088s", 0, os.fsencode(device))  # struct btrfs_ioctl_vol_args
+    with open("/dev/btrfs-control", "rb") as control:
+        fcntl.ioctl(control, request, bytearray(argument))  # fcntl.ioctl limits bytes to 1024
+
+
+@contextlib.contextmanager
+def writable_subvolume(directory: int) -> Iterator[bool]:
+    """Clear the read-only property of a btrfs subvolume, restore it on exit, and yield whether it had that."""
+    try:
+        (flags,) = struct.unpack("=Q", fcntl.ioctl(directory, BTRFS_IOC_SUBVOL_GETFLAGS, bytes(8)))
+    except OSError:  # it is a directory of a subvolume
+        flags = 0
+    if not flags & BTRFS_SUBVOL_RDONLY:
+        yield False
+        return
+    fcntl.ioctl(directory, BTRFS_IOC_SUBVOL_SETFLAGS, struct.pack("=Q", flags & ~BTRFS_SUBVOL_RDONLY))
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):  # nothing can be written any more, as will be reported
+            fcntl.ioctl(directory, BTRFS_IOC_SUBVOL_SETFLAGS, struct.pack("=Q", flags))
 
 
 def delete_partition(disk: int, number: int) -> None:
-    """Have the kernel forget a partition; EBUSY while anybody has it open."""
+    """Make the kernel forget a partition; EBUSY while any process has it open."""
     _blkpg(disk, BLKPG_DEL_PARTITION, number, 0, 0)
 
 
@@ -366,29 +418,26 @@ def _blkpg(disk: int, operation: int, number: int, start: int, length: int) -> N
 
 
 def shut_down_filesystem(path: str) -> None:
-    """Stop the ext or xfs filesystem that is mounted at `path` at once, without writing back what it has not written
-    yet. OSError for others: btrfs cannot, and writes everything back."""
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    """Stop the ext or xfs filesystem mounted at `path` at once, without writing back pending data. OSError for other
+    filesystems: btrfs always writes everything back."""
+    with closing(os.open(path, os.O_RDONLY | os.O_DIRECTORY)) as directory:
         fcntl.ioctl(directory, FS_IOC_SHUTDOWN, struct.pack("=I", SHUTDOWN_NO_LOG_FLUSH))
-    finally:
-        os.close(directory)
 
 
 def sync_filesystem(directory: int) -> None:
-    """Write everything of a filesystem to its device; OSError also for what could not be written before, since the
-    directory was opened or, if nobody has been told of it, since the mount (syncfs(2), Linux 5.8)."""
+    """Write everything of a filesystem to its device. OSError also for earlier failures: since the directory was
+    opened, or since the mount if they were never reported (syncfs(2), Linux 5.8)."""
     _check(_libc.syncfs(directory), "syncfs")
 
 
 def trim(directory: int) -> None:
-    """Tell the device below a mounted filesystem which blocks are free; EOPNOTSUPP if one of them cannot."""
+    """Tell the device of a mounted filesystem which blocks are free; EOPNOTSUPP if either does not support it."""
     fcntl.ioctl(directory, FITRIM, bytearray(struct.pack("=3Q", 0, (1 << 64) - 1, 0)))
 
 
 @contextlib.contextmanager
 def changeable(descriptor: int) -> Iterator[None]:
-    """A file that is immutable or append-only is neither for a moment."""
+    """Clear the immutable and append-only flags of a file; restore them on exit."""
     flags = struct.unpack("l", fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytes(struct.calcsize("l"))))[0]
     fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, struct.pack("l", flags & ~FS_FIXED_FL))
     try:
@@ -398,12 +447,12 @@ def changeable(descriptor: int) -> Iterator[None]:
 
 
 def punch_hole(descriptor: int, start: int, length: int) -> None:
-    """Make a range of a file or block device read as zero without storing zeroes; EOPNOTSUPP if it cannot."""
+    """Make a range of a file or block device read as zero by freeing it; EOPNOTSUPP if that is impossible."""
     _fallocate(descriptor, FALLOC_FL_PUNCH_HOLE, start, length)
 
 
 def zero_device(device: int, start: int, length: int) -> None:
-    """Make a range of a block device read as zero, if need be by writing zeroes."""
+    """Make a range of a block device read as zero, if necessary by writing zeroes."""
     _fallocate(device, FALLOC_FL_ZERO_RANGE, start, length)
 
 
@@ -413,22 +462,22 @@ def _fallocate(descriptor: int, mode: int, start: int, length: int) -> None:
 
 
 def device_size(device: int) -> int:
-    """Bytes of an open block device."""
+    """Return the size of an open block device in bytes."""
     return int(struct.unpack("=Q", fcntl.ioctl(device, BLKGETSIZE64, bytes(8)))[0])
 
 
 def is_read_only(device: int) -> bool:
-    """Whether an open block device refuses to be written, though it could be opened for it."""
+    """Return True if a block device is read-only, which does not keep open(2) from opening it for writing."""
     return bool(struct.unpack("=i", fcntl.ioctl(device, BLKROGET, bytes(4)))[0])
 
 
 def flush_buffers(device: int) -> None:
-    """Write back and forget what the page cache holds of a block device."""
+    """Write back and drop the page cache of a block device."""
     fcntl.ioctl(device, BLKFLSBUF)
 
 
 def enlarge_pipe(descriptor: int, size: int) -> None:
-    """Let a pipe hold `size` bytes, if it is one and the system allows it."""
+    """Let a pipe hold `size` bytes, if the descriptor is a pipe and the system allows it."""
     with contextlib.suppress(OSError):
         fcntl.fcntl(descriptor, F_SETPIPE_SZ, size)
 

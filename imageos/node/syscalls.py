@@ -1,15 +1,15 @@
-"""The system calls that programs which we do not trust have: their names and numbers.
+"""The system calls that untrusted programs may use: names and numbers.
 
-What is not named here does not exist for them, also what a kernel has that is newer than this list.
+Any other call fails for them as if it did not exist, also a call of a kernel newer than this list.
 """
 
 from __future__ import annotations
 
-ABIS = ("x86_64", "i386", "aarch64", "arm")  # of the columns
-# NAME and its number in each ABI (-: has none), or the one number of all (since 424). From the kernel:
+ABIS = ("x86_64", "i386", "aarch64", "arm")  # in the order of the columns
+# NAME and its number in each ABI (-: none), or one number for all ABIs (from 424 on). From the kernel:
 # arch/x86/entry/syscalls/syscall_{64,32}.tbl, arch/arm/tools/syscall.tbl, include/uapi/asm-generic/unistd.h
-# Left out with a thought: inotify and asynchronous I/O (io_setup), which use up what the whole node shares; clone3,
-# whose flags are in memory, where no filter sees them (libc then takes clone).
+# Left out on purpose: inotify and asynchronous I/O (io_setup), which exhaust limits of the whole node; clone3, because
+# its flags are in memory, where no filter sees them (libc then uses clone).
 _TABLE = """
 # files and directories
 read 0 3 63 3, write 1 4 64 4, readv 19 145 65 145, writev 20 146 66 146, pread64 17 180 67 180,
@@ -106,12 +106,12 @@ setxattrat 463, getxattrat 464, listxattrat 465, removexattrat 466, file_getattr
 
 
 def numbers(abi: str) -> dict[str, int]:
-    """Name -> number of the calls that `abi` has."""
+    """Return name -> number of the allowed calls of `abi`."""
     column = ABIS.index(abi)
-    found = {}
+    by_name = {}
     for entry in " ".join(line for line in _TABLE.splitlines() if line[:1] != "#").strip(" ,").split(","):
         name, *columns = entry.split()
         number = columns[column] if len(columns) > 1 else columns[0]
         if number != "-":
-            found[name] = int(number)
-    return found
+            by_name[name] = int(number)
+    return by_name

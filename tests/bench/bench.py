@@ -1,8 +1,8 @@
-"""How fast imageos is, as a ratio to the same work done by hand. `./build.py bench [NAME...]`.
+"""Measure the time of imageos as a ratio to the same work by hand. `./build.py bench [NAME...]`.
 
-Both sides run in turn on the same disk, a sparse file behind a loop device, and end when the data is on it. Ratios
-are what counts: seconds tell about the machine. Nothing is asserted; the guard against creeping cost is
-tests/disk/test_cost.py.
+Both sides run in turn on the same disk, a sparse file behind a loop device, and end when the data is on it. Only the
+ratios count, as seconds depend on the machine. This asserts nothing; tests/disk/test_cost.py guards against growing
+cost.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Row:
     goal: float
 
     def __str__(self) -> str:
-        one = self.measured
-        met = "" if one.ratio <= self.goal else "  missed"
+        measured = self.measured
+        missed = "" if measured.ratio <= self.goal else "  missed"
         return (
-            f"{self.operation:24} {self.against:24} {one.other:8.2f} s {one.ours:8.2f} s"
-            f"   {one.ratio:5.2f}   {self.goal:5.2f}   {one.peak / (1 << 20):5.0f} MiB{met}"
+            f"{self.operation:24} {self.against:24} {measured.other:8.2f} s {measured.ours:8.2f} s"
+            f"   {measured.ratio:5.2f}   {self.goal:5.2f}   {measured.peak / (1 << 20):5.0f} MiB{missed}"
         )
 
 
@@ -72,7 +72,7 @@ class Bench:
         return by_hand(self.work, hand.ATTACH + script, disk=disk(self.work, size), **variables)
 
     def settings(self, suffix: str, kind: str) -> dict[str, str]:
-        """How `suffix` of the Debian is asked for: a directory with this one file."""
+        """Return settings that select the image with this suffix, from a directory with only this file."""
         directory = self.work / "images" / suffix.strip("-.")
         if not directory.exists():
             directory.mkdir(parents=True)
@@ -112,7 +112,7 @@ class Bench:
         yield Row("--version", "an empty shiv zipapp", measured, 1.2)
 
     def backups(self) -> Iterator[Row]:
-        """A disk of 2 GiB, half of it full of noise; neither side finds it in the cache."""
+        """A disk of 2 GiB, half of it random data; neither side finds it in the cache."""
         used = self.work / "used"
         with used.open("wb") as file:
             for _ in range(1024):
@@ -154,7 +154,7 @@ class Bench:
             path.unlink()
 
     def ancestor(self) -> Iterator[Row]:
-        """Against what ganeti-instance-image did; to be 2.5 times faster is a ratio of 0.4."""
+        """Compare with ganeti-instance-image; a ratio of 0.4 means 2.5 times as fast."""
         gzip, dump = self.images.path(".tar.gz"), self.images.path("-root.dump")
         for operation, suffix, kind, script, image in (
             ("create tar.gz", ".tar.gz", "tarball", hand.ANCESTOR_TARBALL, gzip),
@@ -170,7 +170,7 @@ class Bench:
             yield Row(operation, f"ancestor's way, {image.name.partition(NAME)[2]}", measured, 0.4)
 
     def disk_sizes(self) -> Iterator[Row]:
-        """The same image, and its backup, on ever larger disks: cost must follow used bytes."""
+        """Deploy and export the same image on larger disks: the cost must depend on the used bytes only."""
         self.node.defaults(f"IMAGE_DIR={self.images.directory}\nPARTITION_TABLE=gpt\nIMAGE_NAME=empty")
 
         def export(size: int) -> float:
@@ -189,7 +189,7 @@ class Bench:
             path.unlink()
 
     def several_at_once(self) -> Iterator[Row]:
-        """N creates at once against N in a row."""
+        """Compare N creates at once with N in a row."""
         settings = self.settings(".tar.zst", "tarball")
 
         def many(count: int) -> float:

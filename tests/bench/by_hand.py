@@ -1,12 +1,12 @@
-"""The same work as a careful administrator would do it in a shell: what imageos is measured against.
+"""The same work in shell, as a careful administrator does it, to compare imageos with.
 
-Each script gets `image` and, attached at $loop, a new disk; it ends when everything is on the disk.
+Each script gets `image` and a new disk, attached at $loop. It ends when everything is on the disk.
 """
 
 from __future__ import annotations
 
 EXT4 = "none,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file,has_journal,extent,huge_file,flex_bg,"
-EXT4 += "metadata_csum,64bit,dir_nlink,extra_isize"  # what imageos makes, so that both write the same
+EXT4 += "metadata_csum,64bit,dir_nlink,extra_isize"  # as imageos makes it, so that both write the same
 
 ATTACH = f"""
 mkfs() {{ mkfs.ext4 -F -q -O {EXT4} "$1"; }}
@@ -71,8 +71,8 @@ sync "$loop" "$disk"
 READ = 'dd if="$used" bs=1M status=none | cat >/dev/null'
 WRITE = 'dd if="$used" of="$loop" bs=1M conv=notrunc,fsync status=none; sync "$disk"'
 
-# What ganeti-instance-image did, step by step, its sleep and its syncs of the whole machine included; partx in the
-# place of kpartx, which needs device-mapper.
+# The steps of ganeti-instance-image, with its sleep and its syncs of the whole machine, but with partx instead of
+# kpartx, which needs device-mapper.
 ANCESTOR = """
 sfdisk --quiet --no-reread --no-tell-kernel "$loop" <<END
 label: dos

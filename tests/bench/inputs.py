@@ -1,4 +1,4 @@
-"""What the benchmark deploys: one Debian in every type of image, kept between runs."""
+"""The images for the benchmark: one Debian in every type of image, kept between runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from debian import CACHE, debian
 from support import Node, attached, mounted, partitions, run
 
-DISK = 3 << 30  # bytes of the disk that images are made for
+DISK = 3 << 30  # bytes; size of the disk in the images
 NAME = "bench-x86_64"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """IMAGE_DIR with `bench-x86_64.*`, and an image of next to nothing under the name `empty`."""
+    """IMAGE_DIR with `bench-x86_64.*`, and an almost empty image named `empty`."""
 
     directory: Path
     tree_size: int  # bytes of the files in the Debian
@@ -27,7 +27,7 @@ class Inputs:
 
 
 def inputs(node: Node) -> Inputs:
-    """Those in the cache, made first where they are missing."""
+    """Return the images in the cache; make them first if they are missing."""
     source = debian("bookworm", "large").tarball
     directory = CACHE / f"bench-{source.parent.name}"
     if not directory.is_dir():

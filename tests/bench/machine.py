@@ -1,4 +1,4 @@
-"""Where the benchmark runs: a node of its own, fresh disks, and commands that are timed."""
+"""The environment of the benchmark: its own node, new disks, and timed commands."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 from support import Call, Node, private_mounts, run
 
 GIB = 1 << 30
-Step = Callable[[], float]  # does it once; seconds
+Step = Callable[[], float]  # does the work once; returns seconds
 
 
 @contextmanager
 def own_node(imageos: Path, work: Path) -> Iterator[Node]:
-    """A node with imageos installed; its /etc is seen by this process and its children only."""
+    """Yield a node with imageos installed. Only this process and its children see its /etc."""
     private_mounts()
     root, layer = work / "root", work / "etc"
     run(imageos, "install", "--root", root)
@@ -38,7 +38,7 @@ def own_node(imageos: Path, work: Path) -> Iterator[Node]:
 
 
 def disk(work: Path, size: int) -> Path:
-    """A new sparse file as the disk, in the place of the one before; what was written before is on its device."""
+    """Replace the disk by a new sparse file, and sync, so that earlier writes do not disturb the measurement."""
     path = work / "disk"
     path.unlink(missing_ok=True)
     with path.open("xb") as file:
@@ -53,7 +53,7 @@ def forget_cache() -> None:
 
 
 def by_hand(work: Path, script: str, **variables: object) -> float:
-    """Seconds that a shell script takes, started as Ganeti would start it; `disk` is attached at $loop."""
+    """Return the seconds of a shell script, started as Ganeti starts it; `disk` is attached at $loop."""
     path = work / "by-hand"
     path.write_text(f"#!/bin/bash\nset -euo pipefail\n{script}\n")
     path.chmod(0o755)
@@ -67,7 +67,7 @@ def seconds(call: Call) -> float:
 
 
 def pipe(argv: Sequence[str], environment: dict[str, str], source: Path, sink: Path) -> float:
-    """Seconds of export or import, with files (or /dev/null) as their stream."""
+    """Return the seconds of export or import, with files (or /dev/null) as their streams."""
     start = time.monotonic()
     with source.open("rb") as stdin, sink.open("wb") as stdout:
         done = subprocess.run(argv, env=environment, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, check=False)
@@ -82,7 +82,7 @@ def pipe(argv: Sequence[str], environment: dict[str, str], source: Path, sink: P
 class Measured:
     ours: float  # seconds, median
     other: float
-    peak: int  # bytes, of one of our own processes; its children are other people's programs
+    peak: int  # bytes, of the largest process of imageos itself, without other programs
 
     @property
     def ratio(self) -> float:
@@ -90,7 +90,7 @@ class Measured:
 
 
 def compare(ours: Step, other: Step, rounds: int) -> Measured:
-    """Medians of interleaved rounds. The first is not counted: it warms what may be warm, and memory is watched."""
+    """Return medians of interleaved rounds. An extra first round warms the caches and measures memory."""
     with peak_memory() as peak:
         ours()
     other()
@@ -101,7 +101,7 @@ def compare(ours: Step, other: Step, rounds: int) -> Measured:
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Watch the processes of imageos; [bytes of the largest so far]."""
+    """Watch the processes of imageos; yield [bytes of the largest so far]."""
     peak, done = [0], threading.Event()
 
     def watch() -> None:
@@ -118,14 +118,14 @@ def peak_memory() -> Iterator[list[int]]:
 
 
 def _ours() -> list[int]:
-    found = []
+    pids = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             if b"-IS\0" in Path("/proc", name, "cmdline").read_bytes():
-                found.append(int(name))
+                pids.append(int(name))
         except OSError:
             continue  # it has ended
-    return found
+    return pids
 
 
 def _resident(process: int) -> int:

@@ -1,4 +1,4 @@
-"""A Debian instance becomes a sealed disk image, that becomes another instance, which boots as one of its own."""
+"""A Debian instance becomes a sealed disk image, which becomes another instance, which boots with its own identity."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
-"""Disk images and dumps of real systems: deployed as Ganeti does it, grown to the disk, booted, asked from inside."""
+"""Disk images and dumps of real systems: deployed as by Ganeti, grown, booted, checked from inside."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from bootdisks import BootDisk, boot_disks
 from debian import Debian, debian
 from qemu import Facts, booting
-from support import DEFAULTS, MIB, SITE, Node, recorded, run, table_of
+from support import DEFAULTS, MIB, SITE, Node, left_dirty, mounted, partitions, recorded, run, table_of
 
 DISK_SIZE = 2048  # MiB; the images have half of it
 PROMPT = r"^inst1 login: "
@@ -21,7 +21,7 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKqT3FmJ0vSEGlKqVYZ0GfhCmLl0p2vWqEJbX
 HASH = "$6$imageosTest$vOKKOO/xQ8QnDAVcKbLFZZVQ0PX.0OXQBkdhzIYdTYeDTHc2JAPGYHsTBcq/2H7DI0VuqaJ6ueNcJT/Fr1FAp1"
 USER_DATA = "#cloud-config\nwrite_files:\n- path: /etc/from-user-data\n  content: hello\n"
 
-# A hook that makes the guest say more about itself; bullseye's cloud-init has its checker in another place.
+# A hook that makes the guest report more; bullseye's cloud-init has its checker at another path.
 MORE_FACTS = r"""#!/bin/sh
 sed -i "/^  echo FACTS-END/e cat $0.facts" $TARGET/usr/local/sbin/report-facts
 """
@@ -40,7 +40,7 @@ CLOUD_FACTS = rf"""
 
 @dataclass(frozen=True)
 class Guest:
-    """A disk, as what it is deployed, and what must come out of it."""
+    """A disk, how it is deployed, and the expected result."""
 
     disk: str  # a key of DISKS
     image_type: str
@@ -57,9 +57,11 @@ DISKS = {
     "mbr": ("mbr", "bookworm", ""),
     "xfs": ("xfs", "bookworm", ""),
     "btrfs": ("btrfs", "bookworm", ""),
+    "lvm": ("lvm", "bookworm", "lvm"),
+    "lvm-xfs": ("lvm-xfs", "bookworm", "lvm"),
     "ancestor": ("ancestor", "bookworm", ""),
 }
-CLOUD = Guest("cloud", "qemu", ".img", "ext4")  # qcow2, whatever its name says, as Ubuntu's
+CLOUD = Guest("cloud", "qemu", ".img", "ext4")  # qcow2 under another suffix, as Ubuntu's
 PAIRS = [
     (Guest("mbr", "raw", ".raw.zst", "ext4"), Guest("xfs", "qcow2", ".qcow2", "xfs")),
     (Guest("btrfs", "qemu", ".raw", "btrfs"), Guest("ancestor", "qemu", ".qcow2", "ext3", swap=2)),
@@ -74,15 +76,17 @@ def disks() -> Disks:
 
 @pytest.fixture
 def node(disks: Disks, node: Node) -> Node:
-    """The settings are as shipped."""
+    """Return a node with the shipped settings."""
     shipped = (node.root / DEFAULTS.relative_to("/")).read_text()
     node.write(DEFAULTS, f"{shipped}\nIMAGE_DIR={node.images}\n")
     return node
 
 
 def make_image(source: Path, path: Path) -> Path:
-    """The raw disk `source` in the format that is usual for the name `path`."""
-    if path.suffix in (".img", ".qcow2"):
+    """Convert the raw disk `source` to the usual format for the name `path`."""
+    if path.suffix == ".vmdk":
+        run("qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", source, path)
+    elif path.suffix in (".img", ".qcow2"):
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", source, path)
     elif path.suffix == ".zst":
         run("zstd", "-q", "-1", "-T0", source, "-o", path)
@@ -103,7 +107,7 @@ def create(node: Node, target: Path, **parameters: str | None) -> str:
 
 
 def boot(disks: Sequence[tuple[Path, str]], macs: Sequence[str] = ()) -> list[Facts]:
-    """What the guests on these disks report, each booted by its firmware, all of them at a time."""
+    """Boot the guests on these disks at the same time, each by its firmware; return their reports."""
     with ExitStack() as stack:
         consoles = [
             stack.enter_context(booting(disk, disk.with_suffix(f".{firmware}"), firmware, macs))
@@ -115,7 +119,7 @@ def boot(disks: Sequence[tuple[Path, str]], macs: Sequence[str] = ()) -> list[Fa
 
 
 def check_identity(facts: Facts, image: Debian) -> None:
-    """It is up, whole, and nobody's clone."""
+    """Fail unless the guest is up, complete, and has its own identity."""
     assert facts.failed == []
     assert facts["state"] == "running"
     assert facts["hostname"] == "inst1"
@@ -128,13 +132,13 @@ def check_identity(facts: Facts, image: Debian) -> None:
 
 
 def check_grown(guest: Guest, facts: Facts, target: Path, source: BootDisk) -> None:
-    """The root fills the disk, and all that a boot loader goes by is as in the image."""
+    """Fail unless the root fills the disk, and all that a boot loader uses is as in the image."""
     root = facts.mounts["/"]
     node = f"/dev/vda{source.layout.root}"
-    assert (root.source.partition("[")[0], root.fstype) == (node, guest.filesystem)  # [/@]: a btrfs' subvolume
+    assert (root.source.partition("[")[0], root.fstype) == (node, guest.filesystem)  # [/@]: the subvolume of a btrfs
     before, after = table_of(source.path), table_of(target)
     assert (after["label"], after["id"]) == (before["label"], before["id"])
-    old, new = ({_number(one): one for one in table["partitions"]} for table in (before, after))
+    old, new = ({_number(entry): entry for entry in table["partitions"]} for table in (before, after))
     assert list(old) == list(new)
     grown = new[source.layout.root]
     assert DISK_SIZE * MIB - 2 * MIB <= (grown["start"] + grown["size"]) * 512 <= DISK_SIZE * MIB
@@ -147,20 +151,20 @@ def check_grown(guest: Guest, facts: Facts, target: Path, source: BootDisk) -> N
 
 
 def _number(entry: dict[str, object]) -> int:
-    """Of a partition, at the end of its node: /var/cache/.../disk15."""
+    """Return the number at the end of a partition's node: /var/cache/.../disk15."""
     digits = re.search(r"\d+$", str(entry["node"]))
     assert digits
     return int(digits[0])
 
 
 def cloud_facts(node: Node) -> None:
-    """Have the guest say what cloud-init did."""
+    """Make the guest report what cloud-init did."""
     hook = node.hook("more-facts", MORE_FACTS)
     node.write(hook.with_name("more-facts.facts"), CLOUD_FACTS)
 
 
 def check_cloud_init(facts: Facts, user_data: str) -> None:
-    """cloud-init has done everything, without a complaint, and has told nobody the secrets."""
+    """Fail unless cloud-init has finished without a complaint, and kept the secrets."""
     assert "status: done" in facts["cloud-status"]
     assert "degraded" not in facts["cloud-status"]
     assert facts["cloud-schema"] == "valid"
@@ -169,11 +173,30 @@ def check_cloud_init(facts: Facts, user_data: str) -> None:
     assert facts["readable"] == ""
 
 
+def test_an_image_of_a_guest_that_crashed(node: Node, disks: Disks, tmp_path: Path) -> None:
+    """Its /etc is only in the journal."""
+    source, image = disks["mbr"], tmp_path / "image"
+    run("cp", "--sparse=always", source.path, image)
+    part = partitions(image)[0]
+    with mounted(image, tmp_path / "whole", part, "rw") as root:
+        run("mv", root / "etc", root / "root/etc")
+    with left_dirty(image, tmp_path / "crashing", part, below="etc") as root:
+        run("mv", root / "root/etc", root / "etc")
+    with mounted(image, tmp_path / "look", part, "ro,noload") as root:
+        assert not (root / "etc").exists()
+    target = tmp_path / "disk"
+    guest = Guest("crashed", "raw", ".raw", "ext4")
+    deploy(node, guest, replace(source, path=image), target)
+    (report,) = boot([(target, "bios")])
+    check_identity(report, source.image)
+    check_grown(guest, report, target, source)
+
+
 SECRETS = {"OSP_ROOT_PASSWORD_HASH": HASH, "OSP_SSH_AUTHORIZED_KEYS": KEY}
 
 
 def test_a_cloud_image_boots_by_bios_and_by_uefi(node: Node, disks: Disks, tmp_path: Path) -> None:
-    """With cloud-init: the first NIC as Ganeti's network has it, the second by DHCP."""
+    """With cloud-init: the first NIC has its address from Ganeti's network, the second uses DHCP."""
     target, source = tmp_path / "disk", disks["cloud"]
     cloud_facts(node)
     log = deploy(node, CLOUD, source, target, NIC_1_IP=None, OSP_USER_DATA=USER_DATA, **SECRETS)
@@ -197,11 +220,32 @@ def test_a_cloud_image_boots_by_bios_and_by_uefi(node: Node, disks: Disks, tmp_p
     assert reports[0]["machine-id"] != reports[1]["machine-id"]  # each made its own
 
 
+@pytest.mark.parametrize("name, kind, firmwares", [("lvm", "ext4", ["bios", "uefi"]), ("lvm-xfs", "xfs", ["bios"])])
+def test_a_root_on_lvm_boots_by_bios_and_by_uefi(
+    name: str, kind: str, firmwares: list[str], node: Node, disks: Disks, tmp_path: Path
+) -> None:
+    """The hook adds to its menu, which goes on naming the logical volume."""
+    (SITE / "hooks/grub").chmod(0o755)
+    target, source = tmp_path / "disk", disks[name]
+    log = deploy(node, Guest(name, "qcow2", ".qcow2", kind), source, target, OSP_KERNEL_ARGS="quiet loglevel=3")
+    assert f"/ on logical volume vg-main/root ({kind}), /boot on partition 2 (ext4)" in log
+    for report in boot([(target, firmware) for firmware in firmwares]):
+        check_identity(report, source.image)
+        root = report.mounts["/"]
+        assert (root.source, root.fstype) == ("/dev/mapper/vg--main-root", kind)
+        assert report.mounts["/boot"].source == "/dev/vda2"
+        assert report.sizes["/dev/mapper/vg--main-root"] > (DISK_SIZE - 320) * MIB
+        assert root.size > 0.9 * report.sizes["/dev/mapper/vg--main-root"]
+        assert len(report.swaps) == 1
+        assert " root=/dev/mapper/vg--main-root " in report["cmdline"]
+        assert report["cmdline"].endswith("quiet loglevel=3")
+
+
 def test_cloud_init_on_a_routed_nic(node: Node, disks: Disks, tmp_path: Path) -> None:
-    """An address alone: everything is on the link, with netplan in Debian 13 and with ifupdown in Debian 11."""
+    """An address only: the link is the default route, with netplan in Debian 13 and with ifupdown in Debian 11."""
     cloud_facts(node)
     nics = {"NIC_COUNT": "1", "NIC_0_IP": "192.0.2.60", "NIC_0_NETWORK_SUBNET": None, "NIC_0_NETWORK_GATEWAY": None}
-    # user-data has the last word
+    # user-data has precedence
     own = {"trixie": USER_DATA + "users:\n- default\n", "bullseye": USER_DATA}
     for name, user_data in own.items():
         guest = Guest(name, "qcow2", ".qcow2", "ext4")
@@ -234,8 +278,17 @@ def test_boots(node: Node, disks: Disks, tmp_path: Path, guests: tuple[Guest, Gu
     assert reports[0]["machine-id"] != reports[1]["machine-id"]
 
 
+def test_an_image_of_another_maker_boots(node: Node, disks: Disks, tmp_path: Path) -> None:
+    """A VMDK as it is in an OVA."""
+    guest, target = Guest("mbr", "qemu", ".vmdk", "ext4"), tmp_path / "disk"
+    deploy(node, guest, disks[guest.disk], target)
+    (report,) = boot([(target, "bios")])
+    check_identity(report, disks[guest.disk].image)
+    check_grown(guest, report, target, disks[guest.disk])
+
+
 def test_a_pair_of_dumps_boots(node: Node, disks: Disks, tmp_path: Path) -> None:
-    """What ganeti-instance-image captured, deployed with today's GRUB on what the settings ask for."""
+    """Captured by ganeti-instance-image, deployed with today's GRUB on the requested layout."""
     source, target = disks["ancestor"], tmp_path / "disk"
     for name, dump in source.dumps.items():
         (node.images / f"dump-x86_64-{name}.dump").symlink_to(dump)

@@ -1,4 +1,4 @@
-"""What the hook `grub` makes boots from BIOS and from UEFI, with the command line that was asked for."""
+"""Disks made with the hook `grub` boot from BIOS and from UEFI, with the requested command line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_one_disk_boots_from_bios_and_from_uefi(node: Node, images: dict[str, De
         check(BOTH, facts, disk, images[BOTH.suite])
 
 
-# Everything that a boot depends on, by content; the times on the ESP are its own.
+# All files for booting, by content; the times on the ESP may differ.
 LOOK = """#!/bin/sh
 cd "$TARGET" && find boot etc -type f -exec sha256sum {} + | sort -k 2 | sed 's/^/content /'
 scratch=$(mktemp -d) && MTOOLS_SKIP_CHECK=1 mcopy -s -n -i "${DISK_DEV}p2" '::*' "$scratch" 2>/dev/null
@@ -46,7 +46,7 @@ rm -r "$scratch"
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_twice_is_as_once(suite: str, node: Node, images: dict[str, Debian], tmp_path: Path) -> None:
-    """With the real programs of each suite; nothing is booted."""
+    """With the real programs of each suite; nothing boots."""
     for name in ("h-look", "j-look"):
         node.hook(name, LOOK)
     (SITE / "hooks/i-again").symlink_to("grub")
@@ -58,7 +58,7 @@ def test_twice_is_as_once(suite: str, node: Node, images: dict[str, Debian], tmp
 
 
 def test_boots_from_uefi(node: Node, images: dict[str, Debian], tmp_path: Path) -> None:
-    """Two guests at a time; a core image that grub-mkimage made, and the distribution's signed loaders."""
+    """Two guests at a time: with a core image by grub-mkimage, and with the distribution's signed loaders."""
     images = {**images, "signed": debian("bookworm", "signed")}
     (node.images / "signed-x86_64.tar.zst").symlink_to(images["signed"].tarball)
     disks = [make_disk(tmp_path / f"disk-{guest}") for guest in PAIR]

@@ -1,4 +1,4 @@
-"""Guests of every kind of network configuration, booted: what they were given is what they have."""
+"""Boot guests with every kind of network configuration, and compare their network with the plan."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def check(facts: Facts) -> None:
     default = [re.match(r"default via (\S+) dev (\S+)", route) for route in facts.routes if "default" in route]
     assert [route and route.groups() for route in default] == [("10.0.0.2", first), ("2001:db8:1::2", first)]
     assert "10.0.0.3" in facts.dns
-    assert facts.mounts["/"].fstype == "ext2"  # which no other test boots
+    assert facts.mounts["/"].fstype == "ext2"  # no other test boots it
     assert facts["state"] == "running"
     assert facts.failed == []
 
@@ -84,6 +84,6 @@ def test_network(pair: tuple[str, ...], node: Node, work: Path) -> None:
             consoles.append(stack.enter_context(booting(disk, work / f"{flavour}.console", macs=MACS)))
         reports = [console.facts() for console in consoles]
     for flavour, facts in zip(pair, reports):
-        print(flavour, facts)  # what a failed test shows
+        print(flavour, facts)  # shown if the test fails
     for facts in reports:
         check(facts)

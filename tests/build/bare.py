@@ -1,7 +1,7 @@
-"""Bare machines: a Debian with python3, sudo and nothing else, kept between runs, and commands in it.
+"""Bare machines: a Debian with only python3 and sudo, kept between runs, and a way to run commands in it.
 
-No venv module, no pip, no compiler, no git, no certificates. A command in there has namespaces, a root directory and an
-environment of its own; of this machine it has the kernel, the devices and the way to the network.
+It has no venv module, pip, compiler, git or certificates. A command inside has its own namespaces, root directory and
+environment; it shares this machine's kernel, devices and network.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from checkouts import CHECKOUT
 PACKAGES = "python3,sudo"
 MIRROR = "http://deb.debian.org/debian"
 CLEAN = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
-# How this machine reaches the network, if it says so
+# This machine's settings for the network, if it has any
 NETWORK = ("http_proxy", "https_proxy", "no_proxy", "PIP_INDEX_URL")
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 INSIDE = """
@@ -35,7 +35,7 @@ exec "$@"
 
 
 def unpack_bare(root: Path, work: Path, suite: str = "bookworm", cache: Path = CHECKOUT / ".cache") -> Path:
-    """That Debian in the directory `root`; `work` is for making it the first time."""
+    """Unpack the Debian into the directory `root`; the first time, make it in `work`."""
     packed = cache / f"bare-{suite}-{PACKAGES.replace(',', '-')}.tar.zst"
     if not packed.exists():
         make_bare(suite, work, packed)
@@ -43,10 +43,10 @@ def unpack_bare(root: Path, work: Path, suite: str = "bookworm", cache: Path = C
     root.chmod(0o755)
     shutil.copyfile("/etc/resolv.conf", root / "etc/resolv.conf")
     (root / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
-    # Not where the package ca-certificates would replace them
+    # not at the usual path, where the package ca-certificates would replace them
     shutil.copyfile(CERTIFICATES, root / "etc/certificates.crt")
     (root / "etc/pip.conf").write_text("[global]\ncert = /etc/certificates.crt\n")
-    # A mirror of sid may be a few weeks old
+    # a mirror of sid may be a few weeks old
     (root / "etc/apt/apt.conf.d/mirror").write_text('Acquire::Check-Valid-Until "false";\n')
     return root
 
@@ -63,7 +63,7 @@ def make_bare(suite: str, work: Path, packed: Path) -> None:
 
 
 def command_inside(root: Path, *command: str, enter: str = INSIDE) -> list[str]:
-    """What runs `command` in there, and ends with whoever runs it."""
+    """Return a command line that runs `command` inside, and ends with its parent."""
     namespaces = ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
     return ["setpriv", "--pdeathsig", "KILL", *namespaces, "sh", "-ec", enter, "sh", str(root), *command]
 

@@ -1,4 +1,4 @@
-"""Copies of the checkout to build in, so that no test touches the one that it runs from."""
+"""Copy the checkout for builds, so that no test changes the one that it runs from."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-SOURCES = ("build.py", "imageos", "hooks.d", "defaults", "tests/env")
+SOURCES = ("build.py", "manual.py", "imageos", "hooks.d", "defaults", "tests")
 
 
 def copied(place: Path, with_tools: bool = True, umask: int = 0o022) -> Path:
-    """A second checkout; its .venv is a copy too, or not there."""
+    """Make a second checkout; with_tools: copy .venv, too."""
     before = os.umask(umask)
     try:
         for name in [*SOURCES, *([".venv"] if with_tools else [])]:
@@ -30,26 +30,26 @@ def copy(source: Path, target: Path, modes: bool) -> None:
         shutil.copyfile(source, target)
         return
     function = shutil.copy2 if modes else shutil.copyfile
-    # what Python is just writing beside a module has gone when it would be copied
+    # skip files that Python is writing now, which would vanish during the copy
     ignore = shutil.ignore_patterns("*.pyc.*" if modes else "__pycache__")
     shutil.copytree(source, target, symlinks=True, copy_function=function, ignore=ignore)
 
 
 def pythons() -> list[str]:
-    """One Python of each usable version on this machine; our own is the first."""
-    found = {sys.version_info[:2]: sys.executable}
+    """Return one Python of each usable version on this machine, our own first."""
+    by_version = {sys.version_info[:2]: sys.executable}
     names = [f"python3.{minor}" for minor in range(9, 20)]
-    places = [*os.get_exec_path(), "/usr/local/bin", "/usr/bin"]
-    places += [str(path) for path in Path.home().glob(".pyenv/versions/*/bin")]
-    for path in (Path(place, name) for place in places for name in names):
+    directories = [*os.get_exec_path(), "/usr/local/bin", "/usr/bin"]
+    directories += [str(path) for path in Path.home().glob(".pyenv/versions/*/bin")]
+    for path in (Path(directory, name) for directory in directories for name in names):
         version = version_of(path)
         if version is not None:
-            found.setdefault(version, str(path))
-    return list(found.values())
+            by_version.setdefault(version, str(path))
+    return list(by_version.values())
 
 
 def version_of(python: Path) -> tuple[int, int] | None:
-    """Its version; None if it is no Python, or one that cannot make a virtual environment."""
+    """Return the version; None if it is no Python or cannot make a virtual environment."""
     if not python.exists():
         return None
     check = "import sys, ensurepip, zipfile; print(*sys.version_info[:2])"

@@ -1,4 +1,4 @@
-"""The built file: runs anywhere under any name, for anybody, and leaves nothing."""
+"""The built file runs anywhere, under any name, for any user, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AS_NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--n
 
 
 def output(*command: str | Path, **options: object) -> str:
-    """stdout of a command that must succeed and say nothing on stderr."""
+    """Return the stdout of a command that must succeed and print nothing on stderr."""
     options = {"env": GANETI_PATH, "stdin": subprocess.DEVNULL, **options}
     done = subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
@@ -34,25 +34,25 @@ def version(imageos: Path) -> str:
 
 @pytest.fixture
 def public(imageos: Path, tmp_path: Path) -> Path:
-    """The file where an ordinary user reaches it: basetemp is root's alone."""
-    place = Path("/var/tmp", f"imageos-public-{os.getpid()}")
-    place.mkdir(mode=0o755)
-    shutil.copy2(imageos, place / "imageos")
-    yield place / "imageos"
-    shutil.rmtree(place)
+    """Copy the file to where an ordinary user can reach it: basetemp is for root only."""
+    directory = Path("/var/tmp", f"imageos-public-{os.getpid()}")
+    directory.mkdir(mode=0o755)
+    shutil.copy2(imageos, directory / "imageos")
+    yield directory / "imageos"
+    shutil.rmtree(directory)
 
 
-# Where and under which name
+# Paths and names
 
 
 def test_any_place_and_name(imageos: Path, version: str, tmp_path: Path) -> None:
     for name in ("imageos", "renamed.pyz", "odd näme, with 'quotes'"):
-        place = tmp_path / f"in {name}"
-        place.mkdir()
-        shutil.copy2(imageos, place / name)
-        assert output(place / name, "--version") == version
-        assert output(f"./{name}", "--version", cwd=place) == version
-        shutil.rmtree(place)
+        directory = tmp_path / f"in {name}"
+        directory.mkdir()
+        shutil.copy2(imageos, directory / name)
+        assert output(directory / name, "--version") == version
+        assert output(f"./{name}", "--version", cwd=directory) == version
+        shutil.rmtree(directory)
 
 
 def test_found_in_path(imageos: Path, version: str) -> None:
@@ -70,7 +70,7 @@ def test_symlinks(imageos: Path, version: str, tmp_path: Path) -> None:
 
 
 def test_survives_a_change_of_directory(imageos: Path, tmp_path: Path) -> None:
-    """Called by a relative name, it imports by an absolute one."""
+    """Called by a relative name, it imports by an absolute path."""
     (tmp_path / "link").symlink_to(imageos)
     script = """
 import runpy, sys
@@ -86,7 +86,7 @@ except SystemExit:
 
 @pytest.mark.parametrize("command", ["create", "verify"])
 def test_symlink_is_the_command(imageos: Path, tmp_path: Path, command: str) -> None:
-    """The same as with the command as argument, whatever that says without Ganeti's variables."""
+    """The result is the same as with the command as argument, including errors without Ganeti's variables."""
     (tmp_path / command).symlink_to(imageos)
     results = [
         subprocess.run(argv, env=GANETI_PATH, capture_output=True, text=True, cwd=tmp_path)
@@ -98,7 +98,7 @@ def test_symlink_is_the_command(imageos: Path, tmp_path: Path, command: str) -> 
     assert "Traceback" not in results[0].stderr
 
 
-# For whom
+# Users
 
 
 @pytest.mark.parametrize("option", ["--version", "--help"])
@@ -109,7 +109,7 @@ def test_ordinary_user(public: Path, option: str, home: str | None) -> None:
 
 
 def test_read_only_machine(imageos: Path, version: str) -> None:
-    """Nothing can be written anywhere."""
+    """No directory is writable."""
     script = (
         "for place in $(findmnt --noheadings --raw --output TARGET); do"
         ' mount -o remount,bind,ro "$place" 2>/dev/null || :; done;'
@@ -130,7 +130,7 @@ def test_writes_no_file(imageos: Path, version: str, tmp_path: Path) -> None:
 
 
 def test_deaf_to_the_surroundings(imageos: Path, version: str, tmp_path: Path) -> None:
-    """Neither the current directory nor PYTHON* variables nor shiv's own alter what runs."""
+    """The current directory, PYTHON* variables and shiv's own variables have no effect."""
     (tmp_path / "imageos").mkdir()
     for name in ("imageos/__init__.py", "os.py", "sitecustomize.py", "argparse.py", "re.py"):
         (tmp_path / name).write_text("raise SystemExit('taken over')\n")
@@ -149,7 +149,7 @@ def test_runs_under_every_python(imageos: Path, version: str) -> None:
 
 
 def test_old_python_is_told(imageos: Path) -> None:
-    """The start, executed under a version that only claims to be old."""
+    """Run the start code under a version that only claims to be old."""
     script = f"""
 import runpy, sys
 sys.version_info = (3, 8, 2)
@@ -160,7 +160,7 @@ runpy.run_path({str(imageos)!r}, run_name="__main__")
     assert done.stderr == "imageos: needs Python 3.9 or later; python3 in PATH is 3.8\n"
 
 
-# What is inside
+# Content
 
 
 def sources(name: str) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""`sudo ./build.py demo`: what the README promises, and nothing left of it."""
+"""`sudo ./build.py demo` does what README says, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from checkouts import CHECKOUT, copied
+from debian import INSIDE, cached
 from support import listing
 
 
@@ -22,7 +23,7 @@ def checkout(imageos: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def scratch(tmp_path: Path) -> Iterator[Path]:
-    """Where the demonstration keeps its files; it must be empty afterwards. /etc is as it was."""
+    """Return the directory for the demonstration's files, which must be empty afterwards. /etc must not change."""
     place = tmp_path / "scratch"
     place.mkdir()
     etc = listing(Path("/etc"))
@@ -69,9 +70,17 @@ def test_demo_debian_boots(checkout: Path, scratch: Path) -> None:
     assert re.search(r"^build: login prompt after [0-9]+ s$", shown, re.MULTILINE)
 
 
+def test_recipe_sees_no_space(tmp_path: Path) -> None:
+    """debootstrap fails in a checkout with a space in its path."""
+    cache = tmp_path / "a checkout/.cache"
+    made = cached(cache / "systems/thing-1", 'echo "$@" >"$1/seen"', f"{cache}/image.tar", "word")
+    scratch, image, word = (made / "seen").read_text().split()
+    assert (Path(scratch).parent, image, word) == (Path(INSIDE, "systems"), f"{INSIDE}/image.tar", "word")
+
+
 def test_failed_create_fails_the_demo(checkout: Path, scratch: Path) -> None:
     with open(checkout / "imageos/commands/create.py", "a") as module:
-        module.write("\nraise SystemExit(7)\n")
+        module.write("\n\ndef main(arguments):\n    raise SystemExit(7)\n")
     shown = finished(start(checkout, scratch, "demo"), status=1)
     assert shown.splitlines()[-1] == "build: create ended with status 7"
 

@@ -1,14 +1,16 @@
-"""The packages: built, judged, installed in a Debian, in the place of the ancestor's, removed."""
+"""The packages: build, check, install in a Debian, replace ganeti-instance-image's, remove."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import readme
 from bare import inside, unpack_bare
 from checkouts import CHECKOUT
 
@@ -18,7 +20,7 @@ SITE = "etc/ganeti/instance-image"
 DEFAULTS = "etc/default/ganeti-instance-image"
 SCRIPTS = ("create", "import", "export", "rename", "verify")
 TOOLS = ("mount-disks", "umount-disks", "make-dump", "make-qemu-img", "ganeti-image")
-APT = ("apt-get", "--yes", "--no-install-recommends", "-o", "Dpkg::Options::=--force-confold")
+PACKAGE = "/root/ganeti-instance-image.deb"  # as README names it
 
 
 def output(*argv: object) -> str:
@@ -27,15 +29,22 @@ def output(*argv: object) -> str:
     return done.stdout + done.stderr
 
 
+def readme_install(root: Path) -> str:
+    """Install or upgrade by the command of README, as `gnt-cluster command` runs it: without a terminal."""
+    (command,) = re.findall(r"gnt-cluster command (apt-get .*)", readme.block("./build.py deb"))
+    assert command.endswith(PACKAGE) and "Dpkg" not in command
+    return done(root, "sh", "-c", command)
+
+
 def done(root: Path, *command: str) -> str:
-    ended = inside(root, "env", "DEBIAN_FRONTEND=noninteractive", *command)
+    ended = inside(root, *command)
     assert ended.returncode == 0, ended.stdout
     return ended.stdout
 
 
 @pytest.fixture(scope="module")
 def packages(imageos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both packages, by kind."""
+    """Build both packages; return them by kind."""
     place = tmp_path_factory.mktemp("packages")
     for kind in ("deb", "rpm"):
         output(sys.executable, CHECKOUT / "build.py", kind)
@@ -46,9 +55,11 @@ def packages(imageos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.fixture(scope="module")
 def bare(packages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Debian that can install the package, which is /new.deb there."""
+    """Return a Debian that can install the package, which is there where README says."""
     root = unpack_bare(tmp_path_factory.mktemp("bare"), tmp_path_factory.mktemp("debootstrap"))
-    shutil.copy(packages["deb"], root / "new.deb")
+    shutil.copy(packages["deb"], root / PACKAGE[1:])
+    # not this test's: half of Debian
+    (root / "etc/apt/apt.conf.d/small").write_text('APT::Install-Recommends "false";\n')
     done(root, "apt-get", "update")
     return root
 
@@ -60,7 +71,7 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 def listing(tree: Path) -> dict[str, object]:
-    """Every file and link below `tree`, and the empty directories."""
+    """Return every file and link below `tree`, and the empty directories."""
     found: dict[str, object] = {}
     for directory, directories, names in os.walk(tree):
         for name in names + [one for one in directories if os.path.islink(os.path.join(directory, one))]:
@@ -73,36 +84,40 @@ def listing(tree: Path) -> dict[str, object]:
 
 
 def test_lintian_has_nothing_to_say(packages: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # it leaves files in there
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # dpkg-deb leaves files there
     assert output("lintian", "--allow-root", packages["deb"]) == ""
 
 
 def test_what_is_in_both_is_what_install_puts_in_place(
     packages: dict[str, Path], imageos: Path, tmp_path: Path
 ) -> None:
-    wanted, deb, rpm = tmp_path / "wanted", tmp_path / "deb", tmp_path / "rpm"
-    for directory in (wanted, rpm):
+    tree, deb, rpm = tmp_path / "wanted", tmp_path / "deb", tmp_path / "rpm"
+    for directory in (tree, rpm):
         directory.mkdir()
-    output(imageos, "install", "--root", wanted, "--bin-dir", "/usr/sbin")
+    output(imageos, "install", "--root", tree, "--bin-dir", "/usr/sbin")
     output("dpkg-deb", "--extract", packages["deb"], deb)
     output("rpm", "--root", rpm, "--nodeps", "--noscripts", "--install", packages["rpm"])
-    for link in (wanted / "usr/sbin").iterdir():
+    for link in (tree / "usr/sbin").iterdir():
         link.unlink()
         link.symlink_to("../share/ganeti/os/image/imageos")
-    (wanted / OS_DIR / "installed.json").write_text(f'{{"package": "{NAME}"}}\n')
-    everything = listing(wanted)
+    (tree / OS_DIR / "installed.json").write_text(f'{{"package": "{NAME}"}}\n')
+    everything = {path: what for path, what in listing(tree).items() if not path.startswith("etc/")}
     for tree in (deb, rpm):
         assert {path: what for path, what in listing(tree).items() if path in everything} == everything
     extra = {path for path in listing(deb) if path not in everything}
     assert {path.split("/")[2] for path in extra} == {"bash-completion", "doc", "lintian", "man", "zsh"}
 
 
-def test_configuration_is_marked_as_such(packages: dict[str, Path]) -> None:
-    conffiles = output("dpkg-deb", "--info", packages["deb"], "conffiles").split()
+def test_the_sites_files_are_the_package_managers_to_know_only(packages: dict[str, Path]) -> None:
+    """dpkg would ask about them; rpm would make those anew that are only enabled."""
+    assert "conffiles" not in output("dpkg-deb", "--info", packages["deb"])
+    assert "./etc" not in output("dpkg-deb", "--contents", packages["deb"])
+    known = output("rpm", "-qp", "--configfiles", packages["rpm"]).split()
     assert {f"/{DEFAULTS}", f"/{SITE}/variants.list", f"/{SITE}/variants/default.conf", f"/{SITE}/hooks/grub"} <= {
-        *conffiles
+        *known
     }
-    assert output("rpm", "-qp", "--configfiles", packages["rpm"]).split() == conffiles
+    flags = output("rpm", "-qp", "--qf", "[%{FILENAMES} %{FILEFLAGS:fflags}\n]", packages["rpm"]).splitlines()
+    assert {f"{path} cng" for path in known} <= {*flags}
 
 
 def test_same_bytes_again(packages: dict[str, Path]) -> None:
@@ -113,24 +128,29 @@ def test_same_bytes_again(packages: dict[str, Path]) -> None:
 
 
 def test_installed_by_apt(bare: Path) -> None:
-    """With what it depends on; where automation that was written for the ancestor looks for it; until it is purged."""
-    done(bare, *APT, "install", "/new.deb")
+    """With its dependencies, and with all paths that automation for ganeti-instance-image uses; until it is purged."""
+    readme_install(bare)
     assert done(bare, "imageos", "--version").startswith("imageos ")
     for program in ("sfdisk", "mkfs.ext4", "mkswap", "tar"):
         done(bare, "which", program)
     for directory in ("variants", "hooks", "overlays", "networks/instances", "networks/subnets"):
         assert (bare / SITE / directory).is_dir()
     assert (bare / SITE / "variants.list").read_text() == "default\n"
+    assert "FILESYSTEM" in (bare / DEFAULTS).read_text()
     assert done(bare, "dpkg", "--verify", NAME) == ""
     for command in ("install", "uninstall"):
         refused = inside(bare, "imageos", command)
         assert refused.returncode == 1
         assert refused.stdout.splitlines()[-1].endswith(f"belongs to the package {NAME}")
     (bare / SITE / "variants/debian.conf").write_text("IMAGE_NAME=debian\n")
+    (bare / DEFAULTS).write_text("SWAP=no\n")
+    readme_install(bare)  # again
+    assert (bare / DEFAULTS).read_text() == "SWAP=no\n"
     done(bare, "apt-get", "--yes", "purge", NAME)
     left = [path for top in ("etc/ganeti", "usr/share/ganeti") for path in listing(bare / top)]
     assert left == ["instance-image/variants/debian.conf"]
-    assert not (bare / DEFAULTS).exists()
+    assert not list((bare / "etc/default").glob(f"{NAME}*"))
+    assert not (bare / "var/lib" / NAME).exists()
     shutil.rmtree(bare / SITE)
 
 
@@ -144,7 +164,7 @@ Description: the ancestor
 
 
 def ancestor(place: Path) -> Path:
-    """A package as the ancestor's is: scripts, links into /etc, configuration files."""
+    """Make a package like ganeti-instance-image's: scripts, links into /etc, configuration files."""
     tree = place / "ancestor"
     write(
         tree,
@@ -174,7 +194,7 @@ def ancestor(place: Path) -> Path:
 
 
 def test_upgrade_of_the_ancestors_package(bare: Path, tmp_path: Path) -> None:
-    """Files that the admin changed stay as they are, those that nobody changed become the new ones."""
+    """Files that the administrator changed stay unchanged; all others are replaced."""
     shutil.copy(ancestor(tmp_path), bare / "old.deb")
     done(bare, "dpkg", "--install", "/old.deb")
     site = {
@@ -186,10 +206,12 @@ def test_upgrade_of_the_ancestors_package(bare: Path, tmp_path: Path) -> None:
     }
     write(bare, site)
     (bare / SITE / "hooks/grub").chmod(0o755)
-    done(bare, *APT, "install", "/new.deb")
+    readme_install(bare)
     assert "Status: install ok installed" in done(bare, "dpkg", "--status", NAME)
     for path, text in site.items():
         assert (bare / path).read_text() == text, path
+    for path in (DEFAULTS, f"{SITE}/hooks/interfaces"):
+        assert "imageos" in (bare / f"{path}.new").read_text()
     grub = bare / SITE / "hooks/grub"
     assert "ancestor" not in grub.read_text()
     assert os.access(grub, os.X_OK), "it was enabled"
@@ -201,3 +223,94 @@ def test_upgrade_of_the_ancestors_package(bare: Path, tmp_path: Path) -> None:
     done(bare, "apt-get", "--yes", "remove", NAME)
     for path, text in site.items():
         assert (bare / path).read_text() == text, path
+    done(bare, "apt-get", "--yes", "purge", NAME)
+    shutil.rmtree(bare / SITE)
+
+
+CONTROL = f"""\
+Package: {NAME}
+Version: 1.0
+Architecture: all
+Maintainer: Somebody <somebody@example.org>
+Description: with conffiles
+"""
+SPEC = f"""\
+Name: {NAME}
+Version: 1.0
+Release: 1
+Summary: with config files
+License: none
+BuildArch: noarch
+AutoReqProv: no
+%description
+The same.
+%install
+cp -a {{tree}}/. %{{{{buildroot}}}}
+%files
+%defattr(-,root,root,-)
+/usr
+%config(noreplace) /etc
+"""
+
+
+def version_1(kind: str, imageos: Path, place: Path) -> Path:
+    """Make a package as 1.0 was: with the site's files in it, each somewhat different from ours."""
+    tree = place / kind
+    output(imageos, "install", "--root", tree, "--bin-dir", "/usr/sbin")
+    shutil.rmtree(tree / "var")
+    shutil.rmtree(tree / SITE / "overlays")
+    shutil.rmtree(tree / SITE / "networks")
+    write(tree, {f"{OS_DIR}/installed.json": f'{{"package": "{NAME}"}}\n'})
+    files = [path for path in (tree / "etc").rglob("*") if path.is_file()]
+    for path in files:
+        path.write_text(path.read_text() + "# of 1.0\n")
+        os.utime(path, (315532800, 315532800))
+    if kind == "deb":
+        write(tree, {"DEBIAN/control": CONTROL})
+        (tree / "DEBIAN/conffiles").write_text("".join(f"/{path.relative_to(tree)}\n" for path in files))
+        output("dpkg-deb", "--root-owner-group", "--build", tree, place / "old.deb")
+        return place / "old.deb"
+    (place / "spec").write_text(SPEC.format(tree=tree))
+    defines = [f"--define={name} {place}" for name in ("_topdir", "_rpmdir")]
+    output("rpmbuild", "-bb", *defines, "--define=__os_install_post %{nil}", place / "spec")
+    (built,) = place.rglob("*.rpm")
+    return built
+
+
+@pytest.mark.parametrize("kind", ["deb", "rpm"])
+def test_upgrade_of_version_1(kind: str, bare: Path, packages: dict[str, Path], imageos: Path, tmp_path: Path) -> None:
+    """From a package with conffiles: what nobody has changed is renewed, enabled or not; the rest is kept."""
+    rpm = ("rpm", "--root", bare, "--nodeps", "--define=_dbpath /rpm")
+    old = version_1(kind, imageos, tmp_path)
+    if kind == "deb":
+        shutil.copy(old, bare / "old.deb")
+        done(bare, "dpkg", "--install", "/old.deb")
+    else:
+        output(*rpm, "--install", old)
+    site = {DEFAULTS: "SWAP=no\n", f"{SITE}/variants.list": "default\nmine\n", f"{SITE}/hooks/ssh": "#!/bin/sh\n"}
+    write(bare, site)
+    for name in ("grub", "ssh"):
+        (bare / SITE / "hooks" / name).chmod(0o755)
+    if kind == "deb":
+        readme_install(bare)
+    else:
+        output(*rpm, "--upgrade", packages["rpm"])
+    for path, text in site.items():
+        assert (bare / path).read_text() == text, path
+    assert sorted(str(path.relative_to(bare)) for path in (bare / "etc").rglob(f"{NAME}*") if path.is_file()) == [
+        DEFAULTS,
+        f"{DEFAULTS}.new",
+    ]
+    hooks = {path.name: path for path in (bare / SITE / "hooks").iterdir()}
+    assert set(hooks) == {"cloud-init", "grub", "interfaces", "overlays", "ssh", "ssh.new", "zz_ddns"}
+    assert not [name for name, path in hooks.items() if "of 1.0" in path.read_text()]
+    assert [name for name, path in sorted(hooks.items()) if os.access(path, os.X_OK)] == ["grub", "ssh"]
+    if kind == "deb":
+        done(bare, "apt-get", "--yes", "purge", NAME)
+        assert not (bare / SITE).exists()
+    else:
+        output(*rpm, "--erase", NAME)
+        assert [path for path in site if (bare / path).exists()] == [*site]
+        assert not (bare / SITE / "hooks/grub").exists()
+        assert not (bare / OS_DIR).exists()
+        shutil.rmtree(bare / SITE)

@@ -1,4 +1,4 @@
-"""Two builds are byte-identical, and need no network where everything is installed."""
+"""Two builds are byte-identical, and need no network if everything is installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_another_umask_and_directory(imageos: Path, tmp_path: Path) -> None:
 
 
 def test_executable_sources_and_strays(imageos: Path, tmp_path: Path) -> None:
-    """Modes, times and what editors leave behind do not get in."""
+    """Modes, times and files of editors have no effect."""
     checkout = copied(tmp_path / "checkout", umask=0)
     for path in checkout.glob("hooks.d/*"):
         path.chmod(0o755)
@@ -46,7 +46,7 @@ def test_other_environments(imageos: Path, tmp_path: Path, zone: str, monkeypatc
 
 
 def test_every_python_of_this_machine(imageos: Path, tmp_path: Path) -> None:
-    """From nothing: .venv is made by that Python too."""
+    """From nothing: this Python also makes .venv."""
     for number, python in enumerate(pythons()):
         checkout = copied(tmp_path / str(number), with_tools=False)
         assert built(checkout, python) == imageos.read_bytes(), python
@@ -67,7 +67,7 @@ def test_without_network(imageos: Path, tmp_path: Path) -> None:
 
 
 def test_broken_environment_is_made_anew(imageos: Path, tmp_path: Path) -> None:
-    """As after an upgrade of the distribution: the Python that .venv was made from is gone."""
+    """As after an upgrade of the distribution: the Python of .venv is gone."""
     checkout = copied(tmp_path / "checkout")
     for name in ("python3", "python"):
         (checkout / ".venv/bin" / name).unlink()

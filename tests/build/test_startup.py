@@ -23,7 +23,7 @@ def empty(tmp_path: Path) -> Path:
 
 
 def empty_zipapp(directory: Path) -> Path:
-    """What shiv makes of nothing, started by the same interpreter with the same options."""
+    """Return an empty zipapp by shiv, which the same interpreter starts with the same options."""
     (directory / "site").mkdir()
     (directory / "site/empty.py").write_text("def main():\n    pass\n")
     zipapp = directory / "empty"
@@ -41,7 +41,7 @@ def seconds_of(*command: str | Path) -> float:
 
 
 def test_start_up(imageos: Path, empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Interleaved, because other load comes and goes; the first round is not warm."""
+    """Interleaved, because other load varies; the first round only warms the caches."""
     rounds = [(seconds_of(imageos, "--version"), seconds_of(empty)) for _ in range(ROUNDS + 1)][1:]
     ours, theirs = (statistics.median(times) for times in zip(*rounds))
     with capsys.disabled():

@@ -1,4 +1,4 @@
-"""export and import called as Ganeti calls them: the stream in a pipe, the size in another."""
+"""Call export and import as Ganeti does: with a pipe for the stream, and another for the size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARKER = b"deleted, but still on the disk\n"
 class Export:
     result: Result
     stream: Path
-    announced: str  # what came through EXP_SIZE_FD
+    announced: str  # text from EXP_SIZE_FD
 
     @property
     def size(self) -> int:
@@ -28,7 +28,7 @@ class Export:
 
 
 class Running(Call):
-    """A call whose stream the test has in its hand, and with the pipe that the size is announced in."""
+    """A call whose stream the test controls, with a pipe for the announced size."""
 
     def __init__(self, node: Node, command: str, environment: dict[str, str], stdin: Stream, stdout: Stream) -> None:
         node.calls += 1
@@ -39,7 +39,7 @@ class Running(Call):
         os.close(writer)
 
     def announced(self) -> str:
-        """Read to its end: as long as anybody has it open, Ganeti waits."""
+        """Return the announced size. Read to the end, as Ganeti does: it waits until no process has the pipe open."""
         with open(self.size_reader, "rb") as reader:
             return reader.read().decode()
 
@@ -63,7 +63,7 @@ def export(node: Node, disk: Name, index: int = 0, **more: object) -> Export:
 
 
 def exported(node: Node, disk: Name, index: int = 0, **more: object) -> Path:
-    """The stream of an export that went well, of exactly the size that was announced."""
+    """Return the stream of a successful export. Fail unless it has the announced size."""
     done = export(node, disk, index, **more)
     done.result.ok()
     assert done.announced == f"{done.size}\n"
@@ -71,7 +71,7 @@ def exported(node: Node, disk: Name, index: int = 0, **more: object) -> Path:
 
 
 def restore(node: Node, source: Path | bytes, disk: Name, index: int = 0, **more: object) -> Result:
-    """import, its stdin a pipe that somebody else writes to."""
+    """Call import with a pipe as stdin, to which another process writes."""
     values = environment(node, "import", disk, index, **more)
     writer = subprocess.Popen(
         ["cat"] if isinstance(source, bytes) else ["cat", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -89,7 +89,7 @@ def restore(node: Node, source: Path | bytes, disk: Name, index: int = 0, **more
 
 @contextmanager
 def read_only(disk: Path) -> Iterator[Path]:
-    """A block device that cannot be written, as a snapshot may be."""
+    """Attach a read-only block device, like a snapshot."""
     device = run("losetup", "--find", "--show", "--read-only", disk).strip()
     try:
         yield Path(device)
@@ -98,7 +98,7 @@ def read_only(disk: Path) -> Iterator[Path]:
 
 
 def use(top: Path, mib: int = 24) -> None:
-    """Files in a filesystem, and the remains of others in its free blocks."""
+    """Write files to a filesystem, and leave deleted data in its free blocks."""
     block = MARKER * (MIB // len(MARKER))
     for number in range(mib):
         (top / f"deleted{number}").write_bytes(block)
@@ -117,7 +117,7 @@ def use(top: Path, mib: int = 24) -> None:
 
 
 def free_ranges(filesystem: Path, offset: int, size: int) -> Iterator[tuple[int, int]]:
-    """The bytes (start, end) of the disk that an ext filesystem calls free, as dumpe2fs(8) says."""
+    """Yield the free ranges (start, end) of an ext filesystem, in bytes of the disk, from dumpe2fs(8)."""
     part = filesystem.with_name("part")
     with filesystem.open("rb") as disk, part.open("wb") as copy:
         disk.seek(offset)
@@ -137,7 +137,7 @@ def free_ranges(filesystem: Path, offset: int, size: int) -> Iterator[tuple[int,
 
 
 def without(disk: Path, ranges: Iterator[tuple[int, int]], copy: Path) -> Path:
-    """A copy of a disk whose `ranges` are zero."""
+    """Return a copy of a disk with `ranges` set to zero."""
     run("cp", "--sparse=always", disk, copy)
     with copy.open("r+b") as file:
         for start, end in ranges:
@@ -147,7 +147,7 @@ def without(disk: Path, ranges: Iterator[tuple[int, int]], copy: Path) -> Path:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two disks are equal up to the end of the first, and the rest of the other is zero."""
+    """Return True if two disks are equal up to the end of the first, and the rest of the other is zero."""
     with one.open("rb") as left, other.open("rb") as right:
         while True:
             data = left.read(MIB)
@@ -164,7 +164,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 def is_disarmed(disk: Path, places: list[tuple[int, int]]) -> bool:
-    """Whether both ends of a disk and of these partitions (start, size) are zero."""
+    """Return True if both ends of a disk and of these partitions (start, size) are zero."""
     with disk.open("rb") as file:
         for start, size in [(0, file.seek(0, os.SEEK_END)), *places]:
             for offset in (start, start + max(0, size - MIB)):

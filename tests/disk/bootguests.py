@@ -1,7 +1,7 @@
-"""Guests of many distributions as far as booting goes: their files as they really are, their programs as stand-ins.
+"""Boot files of guests of many distributions, with stand-ins for their programs.
 
-A stand-in writes down in /var/log/calls how it was called, and does what the next one relies on. Nothing but their
-programs is made up: where configuration, modules, loaders and menus are, and what is in them.
+A stand-in logs its command line to /var/log/calls, and makes what the next one needs. Only the programs are invented:
+configuration, modules, loaders and menus have their real paths and contents.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import trees
 OLD = "11111111-2222-4333-8444-555555555555"  # UUID of the root that the image was taken from
 MACHINE = "0123456789abcdef0123456789abcdef"
 RECORD = '#!/bin/sh\necho "${0##*/} $*" >>/var/log/calls\n'
-# Finds the new root where a real one would ask the kernel: its UUID is in the fstab that imageos wrote.
+# Takes the UUID of the new root from the fstab that imageos wrote; a real one asks the kernel.
 MKCONFIG = (
     RECORD
     + r"""
@@ -55,7 +55,7 @@ printf 'SERIAL %s %s\nLABEL lts\n  LINUX vmlinuz-lts\n  APPEND root=%s modules=%
 
 
 def programs(name: str, *, snippets: bool = False) -> dict[str, str]:
-    """grub-install and the like, whose names begin with `name`."""
+    """Return grub-install and its relatives, with names that begin with `name`."""
     return {
         f"usr/sbin/{name}-install": RECORD,
         f"usr/sbin/{name}-mkconfig": MKCONFIG.replace("SNIPPETS", SNIPPETS if snippets else ""),
@@ -73,7 +73,7 @@ def loaders(directory: str, *, shim: str = "shimx64.efi", grub: str = "grubx64.e
 
 
 def entry(options: str, boot: str = "") -> dict[str, str]:
-    """What kernel-install makes: /boot as a partition, or a directory of the root."""
+    """Return an entry as kernel-install makes it; `boot` is /boot if that is a directory of the root."""
     return {
         f"boot/loader/entries/{MACHINE}-5.14.0.conf": "title Linux (5.14.0)\nversion 5.14.0\n"
         f"linux {boot}/vmlinuz-5.14.0\ninitrd {boot}/initramfs-5.14.0.img $tuned_initrd\noptions {options}\n"
@@ -88,7 +88,7 @@ GUESTS: dict[str, dict[str, str]] = {
         "etc/default/grub": "GRUB_DEFAULT=0\nGRUB_TIMEOUT=5\nGRUB_DISTRIBUTOR=`lsb_release -i -s 2> /dev/null || echo "
         'Debian`\nGRUB_CMDLINE_LINUX_DEFAULT="quiet"\nGRUB_CMDLINE_LINUX=""\n',
     },
-    # a cloud image, unpacked: its snippets have the last word over /etc/default/grub
+    # an unpacked cloud image: its snippets override /etc/default/grub
     "ubuntu": {
         **programs("grub", snippets=True),
         **modules("usr/lib/grub", "i386-pc", "x86_64-efi"),
@@ -177,13 +177,13 @@ GUESTS: dict[str, dict[str, str]] = {
 
 
 def guest(top: Path, name: str) -> Path:
-    made = trees.guest(top, trees.SYSTEMD, GUESTS[name])
+    root = trees.guest(top, trees.SYSTEMD, GUESTS[name])
     for applet in ("awk", "cat", "cp", "dd", "sync", "rm", "ln"):
-        (made / "bin" / applet).symlink_to("busybox")
-    for path in (*made.glob("usr/*bin/*"), *made.glob("sbin/*extlinux")):
+        (root / "bin" / applet).symlink_to("busybox")
+    for path in (*root.glob("usr/*bin/*"), *root.glob("sbin/*extlinux")):
         path.chmod(0o755)
-    (made / "var/log").mkdir(exist_ok=True)
+    (root / "var/log").mkdir(exist_ok=True)
     if name == "rhel8":
-        (made / "boot/grub2").mkdir()
-        (made / "boot/grub2/grubenv").symlink_to("../efi/EFI/redhat/grubenv")
-    return made
+        (root / "boot/grub2").mkdir()
+        (root / "boot/grub2/grubenv").symlink_to("../efi/EFI/redhat/grubenv")
+    return root

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import trees
 from debian import flavours
+from http_server import Server, serving
 from support import MIB, Node, run
+
+from imageos.images import web
 
 SIZE = 160  # MiB: enough for 8 of swap, 24 of /boot and the tree
 
 
 @pytest.fixture(scope="session")
 def small_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A systemd guest of a few files."""
+    """Return a systemd guest with a few files."""
     return trees.guest(tmp_path_factory.mktemp("trees") / "small", trees.SYSTEMD)
 
 
@@ -27,19 +30,19 @@ def odd_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def images(small_tree: Path, odd_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """small.tar[.COMPRESSION] and odd.tar[.COMPRESSION]"""
-    made = tmp_path_factory.mktemp("images")
+    """Return a directory with small.tar[.COMPRESSION] and odd.tar[.COMPRESSION]."""
+    directory = tmp_path_factory.mktemp("images")
     for name, tree in (("small", small_tree), ("odd", odd_tree)):
-        plain = trees.tarball(tree, made / f"{name}.tar", "tar")
+        plain = trees.tarball(tree, directory / f"{name}.tar", "tar")
         for compression, suffix in trees.SUFFIXES.items():
             if compression != "tar":
-                trees.compress(plain, made / f"{name}.{suffix}", compression)
-    return made
+                trees.compress(plain, directory / f"{name}.{suffix}", compression)
+    return directory
 
 
 @pytest.fixture(scope="session")
 def debians(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """Trees of Debian with the program of that name, without kernel."""
+    """Return a function that gives the tree of a Debian flavour, without a kernel."""
     top = tmp_path_factory.mktemp("debians")
 
     def unpacked(flavour: str) -> Path:
@@ -55,15 +58,23 @@ def debians(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
 
 @pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Yield a server of images. What fails is asked for again at once."""
+    monkeypatch.setattr(web, "PAUSES", (0.01, 0.01, 0.01))
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
 def node(node: Node, images: Path) -> Node:
-    """The small image is there under the name that every call asks for."""
+    """Return a node that has the small image under the name that every call uses."""
     node.image(images / "small.tar.gz", f"tiny-{trees.ARCH}.tar.gz")
     return node
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Callable[..., Path]:
-    """Make a sparse file: `disk()`, `disk(512)`."""
+    """Return a function that makes a sparse file: `disk()`, `disk(512)` (MiB)."""
 
     def make(mib: int = SIZE) -> Path:
         path = tmp_path / f"disk{len(list(tmp_path.glob('disk*')))}"
@@ -76,7 +87,7 @@ def disk(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def block_disk(disk: Callable[..., Path]) -> Iterator[Callable[..., Path]]:
-    """Make a block device that is a disk, as an LVM volume is one."""
+    """Return a function that makes a block device, like an LVM volume."""
     devices: list[str] = []
 
     def make(mib: int = SIZE) -> Path:

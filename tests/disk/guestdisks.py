@@ -1,4 +1,4 @@
-"""Disk images of small guests, in the layouts that are met, made with sfdisk and mkfs."""
+"""Make disk images of small guests, in common layouts, with sfdisk and mkfs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import lvmdisks
 from support import MIB, Partition, attached, mounted, partitions, run
 
 BIOS = "21686148-6449-6E6F-744E-656564454649"
 ESP = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 ROOT = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"
 DATA = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
-# Of the filesystem on a partition, by its number; another run has others: the kernel knows btrfs by it alone,
-# and in two containers processes have the same numbers
+# For the filesystem on a partition, by its number. Random, because the kernel identifies a btrfs by its UUID alone,
+# and runs in two containers may have the same PIDs.
 UUID = f"{secrets.token_hex(4)}-9e1b-4c5c-{secrets.token_hex(2)}-{{:012}}"
 MAKE = {
     "ext2": ["mkfs.ext2", "-q", "-F", "-U", "{uuid}", "-L", "{label}"],
@@ -38,10 +39,10 @@ label-id: 11111111-2222-3333-4444-555555555555
 
 @dataclass(frozen=True)
 class Guest:
-    """A disk image, raw, and what is known of it."""
+    """A raw disk image of a guest."""
 
     path: Path
-    root: int  # number of its partition, 0 without a table
+    root: int | str  # number of the root's partition, or GROUP/NAME of its logical volume; 0 without a table
     subvolume: str = ""
 
     @property
@@ -49,12 +50,15 @@ class Guest:
         return self.path.with_suffix(".fstab").read_text()
 
 
-def place(disk: Path, number: int) -> Partition | None:
+def place(disk: Path, number: int | str) -> Partition | None:
+    """Return where a partition or a logical volume is; None for the whole disk."""
+    if isinstance(number, str):
+        return lvmdisks.volumes(disk)[number]
     return next(part for part in by_number(disk) if part.number == number) if number else None
 
 
 def by_number(disk: Path) -> list[Partition]:
-    """As `partitions`, but with the numbers of the table, which may have gaps."""
+    """Like `partitions`, but with the numbers in the table, which may have gaps."""
     import dataclasses
 
     from support import table_of
@@ -71,15 +75,16 @@ def blank(path: Path, mib: int, script: str = "") -> Path:
     return path
 
 
-def make(disk: Path, number: int, kind: str, label: str = "") -> None:
+def make(disk: Path, number: int | str, kind: str, label: str = "") -> None:
     part = place(disk, number)
-    words = [word.format(uuid=UUID.format(number), label=label or f"l{number}") for word in MAKE[kind]]
+    identity = number if isinstance(number, int) else sum(number.encode())
+    words = [word.format(uuid=UUID.format(identity), label=label or f"l{identity}") for word in MAKE[kind]]
     with attached(disk, part.start if part else 0, part.size if part else 0) as device:
         run(*words, device)
 
 
-def fill(disk: Path, number: int, tree: Path, work: Path, fstab: str | None = None, options: str = "rw") -> None:
-    """Copy `tree` to a filesystem."""
+def fill(disk: Path, number: int | str, tree: Path, work: Path, fstab: str | None = None, options: str = "rw") -> None:
+    """Copy `tree` to the filesystem on a partition."""
     with mounted(disk, work / "fill", place(disk, number), options) as where:
         run("cp", "--archive", f"{tree}/.", where)
         if fstab is not None:
@@ -88,7 +93,7 @@ def fill(disk: Path, number: int, tree: Path, work: Path, fstab: str | None = No
 
 
 def cloud(path: Path, tree: Path, work: Path) -> Guest:
-    """Debian's and Ubuntu's: 14 BIOS boot, 15 ESP, and 1, physically the last, is the root."""
+    """As Debian and Ubuntu: 14 is BIOS boot, 15 the ESP, and 1, at the end of the disk, the root."""
     blank(path, 106, CLOUD)
     make(path, 15, "vfat", "UEFI")
     make(path, 1, "ext4", "cloudimg-rootfs")
@@ -105,7 +110,7 @@ def mbr(path: Path, tree: Path, work: Path) -> Guest:
 
 
 def xfs(path: Path, tree: Path, work: Path) -> Guest:
-    """Red Hat's: /boot on ext4, the root on xfs."""
+    """As Red Hat: /boot on ext4, the root on xfs."""
     blank(path, 402, f"label: gpt\n1 : size=4M, type={BIOS}\n2 : size=40M, type={DATA}\n3 : size=352M, type={DATA}\n")
     make(path, 2, "ext4", "boot")
     make(path, 3, "xfs", "root")
@@ -131,7 +136,7 @@ def _with_entries(disk: Path) -> list[Partition]:
 
 
 def btrfs(path: Path, tree: Path, work: Path) -> Guest:
-    """openSUSE's and others': everything on subvolumes."""
+    """As openSUSE and others: everything on subvolumes."""
     blank(path, 262, f"label: gpt\n1 : size=4M, type={BIOS}\n2 : size=252M, type={ROOT}\n")
     make(path, 2, "btrfs")
     with mounted(path, work / "fill", place(path, 2), "rw") as where:
@@ -147,7 +152,7 @@ def btrfs(path: Path, tree: Path, work: Path) -> Guest:
 
 
 def ancestor(path: Path, tree: Path, work: Path) -> Guest:
-    """What ganeti-instance-image made: /boot, swap, root, and no more than that in the fstab."""
+    """As ganeti-instance-image: /boot, swap and root, and nothing else in the fstab."""
     blank(path, 130, "label: dos\n1 : start=1M, size=24M, type=83, bootable\n2 : size=16M, type=82\n3 : size=80M\n")
     make(path, 1, "ext3")
     make(path, 2, "swap")
@@ -163,8 +168,40 @@ def ancestor(path: Path, tree: Path, work: Path) -> Guest:
     return Guest(path, 3)
 
 
+def lvm(path: Path, tree: Path, work: Path) -> Guest:
+    """As the installers of Red Hat and Ubuntu: /boot on a partition, all else in a volume group."""
+    blank(path, 240, f"label: gpt\n1 : size=2M, type={BIOS}\n2 : size=40M, type={DATA}\n"
+                     f"3 : size=194M, type={lvmdisks.LVM}\n")  # fmt: skip
+    make(path, 2, "ext4", "boot")
+    volume_group(path, 3, "vg-main", {"swap": 16, "home-1": 32, "root": 88})
+    for name, kind in {"swap": "swap", "home-1": "ext4", "root": "ext4"}.items():
+        make(path, f"vg-main/{name}", kind)
+    bare = work / "bare"
+    run("cp", "--archive", tree, bare)
+    shutil.rmtree(bare / "boot")
+    (bare / "boot").mkdir()
+    fstab = (
+        "/dev/mapper/vg--main-root / ext4 defaults 0 1\nLABEL=boot /boot ext4 defaults 0 2\n"
+        "/dev/vg-main/home-1 /home ext4 defaults 0 2\n/dev/mapper/vg--main-swap none swap sw 0 0\n"
+    )
+    fill(path, "vg-main/root", bare, work, fstab)
+    fill(path, 2, tree / "boot", work)
+    shutil.rmtree(bare)
+    return Guest(path, "vg-main/root")
+
+
+def volume_group(path: Path, number: int, name: str, sizes: dict[str, int]) -> None:
+    """Make a volume group on a partition, or with number 0 on the whole disk, of logical volumes (name -> MiB)."""
+    part = place(path, number)
+    with attached(path, part.start if part else 0, part.size if part else 0) as device:
+        lvmdisks.lvm([device], "pvcreate", device)
+        lvmdisks.lvm([device], "vgcreate", name, device)
+        for volume, mib in sizes.items():
+            lvmdisks.lvm([device], "lvcreate", *lvmdisks.NEW, "-L", f"{mib}M", "-n", volume, name)
+
+
 def bare(path: Path, tree: Path, work: Path) -> Guest:
-    """A filesystem, and no partition table."""
+    """A filesystem without a partition table."""
     blank(path, 80)
     make(path, 0, "ext4")
     fill(path, 0, tree, work, "/dev/vda / ext4 defaults 0 1\n")
@@ -172,12 +209,12 @@ def bare(path: Path, tree: Path, work: Path) -> Guest:
 
 
 LAYOUTS: dict[str, Callable[[Path, Path, Path], Guest]] = {
-    one.__name__: one for one in (cloud, mbr, xfs, btrfs, ancestor, bare)
+    layout.__name__: layout for layout in (cloud, mbr, xfs, btrfs, lvm, ancestor, bare)
 }
 
 
 def best_compression(directory: Path) -> str:
-    """Of qcow2: zstd if this qemu-img was built with it, as Debian 11's was not."""
+    """Return zstd if this qemu-img supports it for qcow2 (that of Debian 11 does not), otherwise zlib."""
     trial = directory / "trial.qcow2"
     options = ["-q", "-f", "qcow2", "-o", "compression_type=zstd"]
     done = subprocess.run(["qemu-img", "create", *options, trial, "1M"], capture_output=True)
@@ -191,7 +228,7 @@ def qcow2(source: Path, path: Path, *options: str) -> Path:
 
 
 def soiled(disk: Path, mib: int) -> Path:
-    """A disk of the last tenant: partitions, filesystems, and every block of it written."""
+    """Fill a disk as a last tenant may leave it: with partitions, filesystems, and data in every block."""
     pattern = b"secret of the last tenant\n".ljust(4096, b"\xa5")
     with disk.open("wb") as file:
         for _ in range(mib):

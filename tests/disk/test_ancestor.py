@@ -1,4 +1,4 @@
-"""A node of ganeti-instance-image 0.7.3 as a site has it becomes one of imageos, with what README.rst says to do."""
+"""Turn a site's node with ganeti-instance-image 0.7.3 into one with imageos, by the steps in README.rst."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support import DEFAULTS, SITE, Node, attached, mounted, partitions, run
 
 MakeDisk = Callable[..., Path]
 OS_DIR = "usr/share/ganeti/os/image"
-# Every setting of its defaults file with the value shown there; in the file that it came with, all are comments.
+# All settings of its defaults file, with the values shown there; the original file has them as comments.
 SHIPPED = {
     "CDINSTALL": "no",
     "SWAP": "yes",
@@ -53,7 +53,7 @@ def defaults(images: Path, comments: bool) -> str:
 
 @pytest.fixture
 def ancestors(imageos: Path, etc: Path, read_only_root: None, tmp_path: Path) -> Node:
-    """A node with its files, where the site has changed some: nothing of imageos yet."""
+    """Return a node with its files, some changed by the site, and without imageos."""
     root, work = tmp_path / "root", tmp_path / "node"
     work.mkdir()
     for name in ("create", "import", "export", "rename", "verify", "tools/mount-disks", "common.sh"):
@@ -77,7 +77,7 @@ def ancestors(imageos: Path, etc: Path, read_only_root: None, tmp_path: Path) ->
 
 @pytest.fixture
 def dumps(ancestors: Node, small_tree: Path, tmp_path: Path) -> None:
-    """The site's images, made by its tools: root and /boot."""
+    """Make the site's images with its tools: dumps of root and /boot."""
     disk = guestdisks.ancestor(tmp_path / "captured", small_tree, tmp_path).path
     for part, number in (("boot", 1), ("root", 3)):
         place = guestdisks.place(disk, number)

@@ -1,4 +1,4 @@
-"""In a chroot as it is made by hand: a directory like any other, in which something is mounted."""
+"""Run in a chroot made by hand: an ordinary directory with some mounts in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOUNTS = ("proc", "sys", "dev", "etc", "usr", "bin", "sbin", "lib", "lib64", "va
 
 @pytest.fixture
 def chroot(node: Node, tmp_path: Path) -> Iterator[Path]:
-    """A directory in which everything of this machine is."""
+    """Make a directory that contains everything of this machine."""
     root = tmp_path / "root"
     places = [root / name for name in MOUNTS if Path("/", name).is_dir()]
     try:
@@ -43,7 +43,7 @@ def call(root: Path, *command: str, **environment: str) -> subprocess.CompletedP
 
 
 def test_plain(node: Node, chroot: Path, disk: MakeDisk, images: Path) -> None:
-    """Its root is no mount point: what create mounts is seen by nobody all the same."""
+    """Its root is no mount point, but still nobody sees the mounts of create."""
     node.image(images / "small.tar.gz", "tiny-x86_64.tar.gz")
     target = disk()
     before = mounts()

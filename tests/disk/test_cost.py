@@ -1,4 +1,4 @@
-"""What one create costs in processes, syncs and sleeps: it must not creep back. `./build.py bench` has the seconds."""
+"""The processes, syncs and sleeps of one create, which must not grow. `./build.py bench` measures seconds."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ MakeDisk = Callable[..., Path]
 PROGRAMS = {
     "create": 1,
     "python3": 1,
-    "bash": 3,  # the settings: one evaluates both files, and has the syntax of each looked at before
-    "env": 2,  # what each of the files has set
-    "pigz": 2,  # one looks at the beginning of the image, one unpacks it
+    "bash": 3,  # for the settings: one evaluates both files, and another checks the syntax of each first
+    "pigz": 2,  # one reads the beginning of the image, one unpacks it
     "tar": 1,
     "sfdisk": 1,
     "mkfs.ext4": 2,
     "mkswap": 1,
-    "ssh-keygen": 1,  # makes the key that takes longest while the rest goes on
-    "sync": 1,  # begins to write back what was unpacked
+    "ssh-keygen": 1,  # makes the slowest key in the background
+    "sync": 1,  # starts to write back the unpacked files
 }
 SYNCS = {
-    "fsync": 5,  # old signatures wiped; both partitions, the loop device and the disk
-    "syncfs": 2,  # / and /boot: unmounting does not tell of what could not be written
+    "fsync": 5,  # after wiping old signatures; for both partitions, the loop device and the disk
+    "syncfs": 2,  # / and /boot: unmounting does not report write errors
 }
 SYNCING = ("sync", "syncfs", "fsync", "fdatasync", "msync")
 SLEEPING = ("nanosleep", "clock_nanosleep", "select", "pselect6")  # before 3.11, Python sleeps by select
@@ -37,7 +36,7 @@ CALLS = ",".join(["execve", *SYNCING, *(f"?{call}" for call in SLEEPING)])  # no
 
 def test_processes_syncs_and_sleeps_of_one_create(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
     trace, create = tmp_path / "trace", node.os_dir / "create"
-    started = time.time() - time.monotonic()  # of the machine
+    started = time.time() - time.monotonic()  # boot time of the machine
     subprocess.run(
         ["strace", "--follow-forks", "--output-separately", "-ttt", "--output", trace, "--trace", CALLS, create],
         env=node.environment(disk()),
@@ -47,8 +46,8 @@ def test_processes_syncs_and_sleeps_of_one_create(node: Node, disk: MakeDisk, tm
         check=True,
     )
     programs: Counter[str] = Counter()
-    ours: Counter[str] = Counter()  # calls of our own processes; what mkfs does is its own business
-    others = set()  # processes that have become another program
+    ours: Counter[str] = Counter()  # calls of our own processes; those of mkfs do not count
+    others = set()  # processes that run another program now
     sleeps = []  # seconds
     lines = [
         (file.suffix, *found)
@@ -65,7 +64,7 @@ def test_processes_syncs_and_sleeps_of_one_create(node: Node, disk: MakeDisk, tm
             for seconds, unit, fraction in re.findall(r"tv_sec=(\d+), tv_([nu])sec=(\d+)", rest)[:1]:
                 since = float(moment) - started if "TIMER_ABSTIME" in rest else 0
                 sleeps.append(int(seconds) + int(fraction) / {"n": 1e9, "u": 1e6}[unit] - since)
-        elif process not in others and call in SYNCING:  # old straces show calls that they do not know, too
+        elif process not in others and call in SYNCING:  # old versions of strace also show unknown calls
             ours[call] += 1
     assert programs == PROGRAMS
     assert ours == SYNCS

@@ -1,4 +1,4 @@
-"""The kinds of disks that Ganeti hands over, and what was on them before."""
+"""The kinds of disks that Ganeti passes, and their earlier contents."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def test_block_device(node: Node, block_disk: MakeDisk, tmp_path: Path) -> None:
     target = block_disk()
     node.create(target).ok()
     assert_deployed(target, tmp_path)
-    # free at once, as Ganeti deactivates it next; and what was written is below, not only in its cache
+    # it is free at once, because Ganeti deactivates it next; and the data is on the device, not only in its cache
     os.close(os.open(target, os.O_RDWR | os.O_EXCL))
     assert digest(target) == digest_direct(target)
 
 
 @pytest.mark.parametrize("sector", [512, 4096])
 def test_cache_is_used_once(sector: int, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """The loop device over the disk writes past the cache, where it can; the partitions are the same."""
+    """The loop device over the disk bypasses the cache if possible; so do the partitions."""
     node.hook("look", f"#!/bin/sh\ncat /sys/block/$(basename $DISK_DEV)/loop/dio >{tmp_path}/direct\n")
     target = disk()
     device = run("losetup", "--find", "--show", "--sector-size", str(sector), target).strip()
@@ -55,7 +55,7 @@ def test_cache_is_used_once(sector: int, node: Node, disk: MakeDisk, tmp_path: P
 
 
 def digest_direct(device: Path) -> str:
-    """The hash of what a reader gets who does not use the page cache, as a guest with cache=none."""
+    """Return the hash of the disk as a reader without page cache sees it, such as a guest with cache=none."""
     copy = run("sh", "-c", f"dd if={device} iflag=direct bs=1M status=none | sha256sum")
     cached = run("sh", "-c", f"dd if={device} bs=1M status=none | sha256sum")
     assert copy == cached
@@ -63,7 +63,7 @@ def digest_direct(device: Path) -> str:
 
 
 def test_link_to_a_block_device(node: Node, block_disk: MakeDisk, tmp_path: Path) -> None:
-    """Ganeti names disks of most storage types by a link (/run/ganeti/instance-disks, /dev/vg/lv)."""
+    """Ganeti passes a link for disks of most storage types (/run/ganeti/instance-disks, /dev/vg/lv)."""
     device = block_disk()
     link = tmp_path / "inst1.example.org:0"
     link.symlink_to(device)
@@ -92,14 +92,14 @@ def test_second_disk_is_not_touched(node: Node, disk: MakeDisk, block_disk: Make
 
 @pytest.mark.parametrize("count", [None, "1"])
 def test_more_disks_named_than_counted(count: object, node: Node, disk: MakeDisk) -> None:
-    """DISK_1_PATH without being counted, and a second disk that is not there, concern nobody."""
+    """A DISK_1_PATH beyond DISK_COUNT and a missing second disk are ignored."""
     first = disk()
     node.create(first, DISK_COUNT=count or "2", DISK_1_PATH="/nonexistent", DISK_1_SIZE="10").ok()
     assert len(partitions(first)) == 3
 
 
 def lvm_label() -> bytes:
-    """A physical volume's label sector, as pvcreate writes it (format: lib/format_text/layout.h of LVM2)."""
+    """Return a physical volume's label sector as pvcreate writes it (format: lib/format_text/layout.h of LVM2)."""
     body = struct.pack("<I8s", 32, b"LVM2 001") + b"uuid-of-a-physical-volume-000000" + bytes(448)
     sector = struct.pack("<8sQI", b"LABELONE", 1, 0) + body
     crc = binascii.crc32(sector[20:512], 0xF597A6CF ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
@@ -107,7 +107,7 @@ def lvm_label() -> bytes:
 
 
 def raid_superblock(sector: int) -> bytes:
-    """Version 1.0 of Linux RAID for a place on the disk (struct mdp_superblock_1 in md_p.h)."""
+    """Return a superblock of Linux RAID, version 1.0, for an offset on the disk (struct mdp_superblock_1 in md_p.h)."""
     block = bytearray(256)
     struct.pack_into("<4I16s32s", block, 0, 0xA92B4EFC, 1, 0, 0, b"identifier of it", b"node:0")
     struct.pack_into("<Q", block, 144, sector)
@@ -165,7 +165,7 @@ def assert_only_the_new(target: Path, table: str) -> None:
 
 
 def test_signatures_inside_the_new_partitions(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """The last tenant's volumes began and ended exactly where the new partitions do."""
+    """The last tenant's volumes began and ended exactly at the borders of the new partitions."""
     target = disk(256)
     node.create(target).ok()
     for part in partitions(target):
@@ -216,7 +216,7 @@ def test_cdinstall_leaves_the_disk_alone(node: Node, disk: MakeDisk) -> None:
 
 
 def test_what_ganeti_has_written_itself_is_left_alone(node: Node, disk: MakeDisk) -> None:
-    """It has when it reinstalls; where it creates and still calls, the parameter is one of the OS, which it ignores."""
+    """Ganeti writes the disk when it reinstalls. When it creates, it ignores the parameter of the OS and calls us."""
     target = disk()
     before = digest(target)
     log = node.create(target, OSP_OS_IMAGE="/srv/x.img", INSTANCE_REINSTALL=1).ok().log

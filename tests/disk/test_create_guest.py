@@ -1,4 +1,4 @@
-"""What makes a deployed tree an instance of its own: names, identity, console."""
+"""The changes that make a deployed tree a separate instance: names, identity, console."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MakeDisk = Callable[..., Path]
 
 @pytest.fixture
 def deploy(node: Node, disk: MakeDisk, tmp_path: Path) -> Callable[..., Path]:
-    """Deploy a tree, and give the deployed one (a copy to look at)."""
+    """Deploy a tree, and return the result (a copy to look at)."""
     count = iter(range(100))
 
     def make(tree: Path, **overrides: object) -> Path:
@@ -65,14 +65,14 @@ def test_identity_of_the_image_is_gone(deploy: Callable[..., Path], small_tree: 
 
 @pytest.mark.parametrize("node_can", [True, False])
 def test_host_keys_are_new(node_can: bool, node: Node, deploy: Callable[..., Path], tmp_path: Path) -> None:
-    """RSA is of the node, if it can make one; what is missing then is of the guest's own ssh-keygen."""
+    """The node makes the RSA key if it can; the guest's own ssh-keygen makes the missing ones."""
     tree = with_program(guest(tmp_path), "ssh-keygen")
     ahead = tmp_path / "asked/ssh-keygen"
     real = "exec /usr/bin/ssh-keygen" if node_can else "false"
     node.write(ahead, f'#!/bin/sh\n{real} "$@"\n')
     ahead.chmod(0o755)
     made = deploy(tree, PATH=f"{ahead.parent}:{PATH}") / "etc/ssh"
-    # the node's are PEM, which every OpenSSH reads
+    # the node's keys are PEM, which every OpenSSH reads
     assert ("BEGIN RSA" in (made / "ssh_host_rsa_key").read_text()) == node_can
     for kind in ("rsa", "ecdsa", "ed25519"):
         key = made / f"ssh_host_{kind}_key"
@@ -81,16 +81,16 @@ def test_host_keys_are_new(node_can: bool, node: Node, deploy: Callable[..., Pat
         assert text[2] == "root@inst1"
         assert (key.stat().st_mode & 0o777, Path(f"{key}.pub").stat().st_mode & 0o777) == (0o600, 0o644)
     assert run("ssh-keygen", "-l", "-f", made / "ssh_host_rsa_key").startswith("3072 ")
-    kind = "RSA" if node_can else "OPENSSH"  # the guest's are of its own format
+    kind = "RSA" if node_can else "OPENSSH"  # the guest's ssh-keygen uses its own format
     assert (made / "ssh_host_rsa_key").read_text().startswith(f"-----BEGIN {kind} PRIVATE KEY-----")
     assert not [path for path in made.glob("ssh_host_*") if "of the image" in path.read_text()]
 
 
 def with_program(tree: Path, name: str) -> Path:
-    """The tree with a program of this machine, and the libraries that it wants."""
+    """Return the tree with a program of this machine and its libraries."""
     program = run("which", name).strip()
     libraries = re.findall(r"/\S+", run("ldd", program))
-    # how glibc before 2.34 finds out who it is that runs it, loaded while it runs
+    # glibc before 2.34 loads this at run time to look up the user
     names = [path.replace("/libc.so.6", "/libnss_files.so.2") for path in libraries if path.endswith("/libc.so.6")]
     for path in (program, *libraries, *names):
         place = tree / path[1:]
@@ -100,7 +100,7 @@ def with_program(tree: Path, name: str) -> Path:
 
 
 def test_guest_without_any_of_the_identity_files(deploy: Callable[..., Path], tmp_path: Path) -> None:
-    """An image that has none of them is no error, and no machine-id is invented for a guest without systemd."""
+    """An image may have none of them; a guest without systemd does not get a machine-id."""
     tree = guest(tmp_path)
     for name in ("etc/hostname", "etc/hosts", "etc/machine-id", "etc/fstab"):
         (tree / name).unlink()
@@ -148,13 +148,13 @@ def test_serial_console_of_inittab(
 
 
 def test_serial_console_again_over_one_that_is_there(deploy: Callable[..., Path], tmp_path: Path) -> None:
-    """An image that was captured from a deployed instance: no second getty."""
+    """The image was captured from a deployed instance: there is no second getty."""
     tree = guest(tmp_path, {**trees.SYSVINIT, "etc/inittab": trees.SYSVINIT["etc/inittab"].replace("#T0", "T0")})
     assert len(getty_lines(deploy(tree, INSTANCE_HV_serial_console="True"))) == 1
 
 
 def test_console_files_of_another_init_do_not_matter(deploy: Callable[..., Path], tmp_path: Path) -> None:
-    """A systemd guest may have a leftover inittab; a guest without any init is no error."""
+    """A systemd guest may have an old inittab; a guest without init is no error."""
     made = deploy(guest(tmp_path, trees.SYSTEMD), INSTANCE_HV_serial_console="True")
     assert os.path.lexists(made / "etc/systemd/system/getty.target.wants/serial-getty@ttyS0.service")
 
@@ -206,7 +206,7 @@ def make_strange(file: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fifo", "device"])
 def test_something_else_where_a_file_is_written(kind: str, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """A file that we own is replaced."""
+    """A file that imageos owns is replaced."""
     names = ("etc/hostname", "etc/fstab", "etc/machine-id")
     tree = guest(tmp_path, trees.SYSTEMD)
     for name in names:
@@ -224,11 +224,11 @@ def test_something_else_where_a_file_is_written(kind: str, node: Node, disk: Mak
     [
         *(("directory", name) for name in ("etc/hostname", "etc/hosts", "etc/fstab", "etc/machine-id")),
         *(("loop of links", name) for name in ("etc/hosts", "etc/fstab")),
-        *((kind, "etc/hosts") for kind in ("fifo", "device")),  # which is read before it is written
+        *((kind, "etc/hosts") for kind in ("fifo", "device")),  # it is read before it is written
     ],
 )
 def test_something_else_that_stays(kind: str, name: str, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """Neither hangs nor a traceback: what cannot be read or replaced is named."""
+    """The call neither hangs nor shows a traceback: it names what it cannot read or replace."""
     tree = guest(tmp_path, trees.SYSTEMD)
     make_strange(tree / name, kind)
     trees.tarball(tree, node.images / f"strange-{trees.ARCH}.tar.gz")

@@ -1,4 +1,4 @@
-"""The partition layouts of the contract, their filesystems and what the guest is told about them."""
+"""The partition layouts of the contract, their filesystems, and the guest's fstab."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GIB = 1024
 
 
 def roles(table: str, swap: bool, kernel: bool) -> list[str]:
-    """The contract's words: msdos as listed there; gpt: BIOS boot, ESP, then the same roles in the same order."""
+    """Return the contract's roles: for msdos as listed there; for gpt BIOS boot, ESP, then the same in order."""
     msdos = {
         (True, False): ["boot", "swap", "root"],
         (False, False): ["boot", "root"],
@@ -49,54 +49,54 @@ def test_layout(table: str, swap: bool, kernel: bool, node: Node, disk: MakeDisk
         INSTANCE_HV_kernel_path="/boot/vmlinuz" if kernel else "",
     ).ok()
     expected = roles(table, swap, kernel)
-    found = dict(zip(expected, partitions(target)))
+    by_role = dict(zip(expected, partitions(target)))
     assert len(partitions(target)) == len(expected)
-    check_table(table, target, found)
-    check_contents(found)
-    with mounted(target, tmp_path / "root", found["root"]) as guest:
-        check_fstab(guest, found)
+    check_table(table, target, by_role)
+    check_contents(by_role)
+    with mounted(target, tmp_path / "root", by_role["root"]) as guest:
+        check_fstab(guest, by_role)
 
 
-def check_table(table: str, target: Path, found: dict) -> None:
+def check_table(table: str, target: Path, by_role: dict) -> None:
     head = table_of(target)
     assert head["label"] == {"msdos": "dos", "gpt": "gpt"}[table]
-    parts = list(found.values())
+    parts = list(by_role.values())
     assert [part for part in parts if part.start % MIB or part.size % MIB] == (
         [parts[-1]] if parts[-1].size % MIB else []
     )
-    assert all(one.start + one.size <= other.start for one, other in zip(parts, parts[1:])), "not in order"
+    assert all(part.start + part.size <= other.start for part, other in zip(parts, parts[1:])), "not in order"
     end = target.stat().st_size - (parts[-1].start + parts[-1].size)
     assert 0 <= end <= MIB, f"{end} bytes behind root"
-    if "swap" in found:
-        assert found["swap"].size == 8 * MIB
-    if "boot" in found:
-        assert found["boot"].size == 24 * MIB
+    if "swap" in by_role:
+        assert by_role["swap"].size == 8 * MIB
+    if "boot" in by_role:
+        assert by_role["boot"].size == 24 * MIB
     if table == "msdos":
         types = {"boot": "83", "swap": "82", "root": "83"}
-        assert {role: part.type for role, part in found.items()} == {role: types[role] for role in found}
-        assert [role for role, part in found.items() if part.bootable] == [("boot" if "boot" in found else "root")]
+        assert {role: part.type for role, part in by_role.items()} == {role: types[role] for role in by_role}
+        assert [role for role, part in by_role.items() if part.bootable] == [("boot" if "boot" in by_role else "root")]
         assert signatures(target) == ["dos"]
     else:
-        assert found["bios"].type == BIOS_BOOT and found["esp"].type == ESP
-        assert found["bios"].size >= MIB
-        assert all(found[role].type in LINUX for role in ("boot", "root") if role in found)
-        assert "swap" not in found or found["swap"].type == LINUX_SWAP
+        assert by_role["bios"].type == BIOS_BOOT and by_role["esp"].type == ESP
+        assert by_role["bios"].size >= MIB
+        assert all(by_role[role].type in LINUX for role in ("boot", "root") if role in by_role)
+        assert "swap" not in by_role or by_role["swap"].type == LINUX_SWAP
         assert sorted(signatures(target)) == ["PMBR", "gpt", "gpt"]
 
 
-def check_contents(found: dict) -> None:
+def check_contents(by_role: dict) -> None:
     types = {"boot": "ext4", "root": "ext4", "swap": "swap", "esp": "vfat", "bios": None}
-    assert {role: part.content.get("TYPE") for role, part in found.items()} == {role: types[role] for role in found}
-    identifiers = [part.content["UUID"] for part in found.values() if "UUID" in part.content]
+    assert {role: part.content.get("TYPE") for role, part in by_role.items()} == {role: types[role] for role in by_role}
+    identifiers = [part.content["UUID"] for part in by_role.values() if "UUID" in part.content]
     assert len(set(identifiers)) == len(identifiers)
 
 
-def check_fstab(guest: Path, found: dict) -> None:
+def check_fstab(guest: Path, by_role: dict) -> None:
     places = {"root": "/", "boot": "/boot", "swap": "none", "esp": "/boot/efi"}
     entries = {(source, place, kind) for source, place, kind, *_ in fstab(guest) if source.startswith("UUID=")}
     expected = {
-        (f"UUID={found[role].content['UUID']}", places[role], found[role].content["TYPE"])
-        for role in found
+        (f"UUID={by_role[role].content['UUID']}", places[role], by_role[role].content["TYPE"])
+        for role in by_role
         if role in places
     }
     assert entries == expected
@@ -123,7 +123,7 @@ def test_filesystem(filesystem: str, size: int, node: Node, disk: MakeDisk, tmp_
 
 @pytest.mark.parametrize("table, boot_size", [("msdos", 100), ("gpt", 512)])
 def test_built_in_sizes(table: str, boot_size: int, node: Node, disk: MakeDisk) -> None:
-    """Swap as large as the memory (256 MiB in the recorded environment), /boot by the table's default."""
+    """Swap has the size of the memory (256 MiB in the recorded environment), /boot the default of the table."""
     node.defaults("SWAP_SIZE=\nBOOT_SIZE=")
     target = disk(1200)
     node.create(target, OSP_PARTITION_TABLE=table).ok()
@@ -135,7 +135,7 @@ def test_built_in_sizes(table: str, boot_size: int, node: Node, disk: MakeDisk) 
 FEATURES = {
     "ext4": (["dumpe2fs", "-h"], r"has_journal", r"metadata_csum_seed|orphan_file"),
     "xfs": (["xfs_info"], r"\bcrc *=1", r"\b(bigtime|inobtcount|nrext64|exchange|parent|metadir|rmapbt) *=1"),
-    "btrfs": (["btrfs", "inspect-internal", "dump-super"], r"SKINNY_METADATA", r"BLOCK_GROUP_TREE"),
+    "btrfs": (["btrfs", "inspect-internal", "dump-super"], r"SKINNY_METADATA", r"\w+_TREE(?<!FREE_SPACE_TREE)\b|QUOTA"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Where settings come from, what a file may contain, and what is said about a wrong one."""
+"""Sources of settings, allowed content of files, and messages about wrong settings."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_precedence(node: Node, swap_size: Callable[..., int]) -> None:
 
 
 def test_no_variant_at_all(node: Node, swap_size: Callable[..., int]) -> None:
-    """API 10 knows no variants; API 15 and 20 give an empty one where the OS has none."""
+    """API 10 has no variants; API 15 and 20 pass an empty one if the OS has none."""
     node.variant("default", "SWAP_SIZE=12\n")
     assert swap_size(OS_VARIANT=None) == 8
     assert swap_size(OS_VARIANT="") == 8
@@ -59,7 +59,7 @@ def test_memory_of_old_ganeti(node: Node, swap_size: Callable[..., int]) -> None
 
 @pytest.mark.parametrize("version", ["10", "15", "20"])
 def test_api_versions(version: str, node: Node, swap_size: Callable[..., int]) -> None:
-    """OS parameters exist since 20, variants since 15."""
+    """OS parameters exist since API 20, variants since 15."""
     node.variant("default", "SWAP_SIZE=12\nIMAGE_NAME=tiny\n")
     less: dict[str, object] = {"OS_API_VERSION": version}
     if version != "20":
@@ -90,7 +90,7 @@ def test_api_versions(version: str, node: Node, swap_size: Callable[..., int]) -
 def test_files_are_shell(text: str, size: int, node: Node, disk: MakeDisk) -> None:
     node.write(Path("/etc/default/more"), "SWAP_SIZE=17\n")
     node.defaults(text)
-    assert settings.load(node.environment(disk())).swap_size == size
+    assert settings.load_settings(node.environment(disk())).swap_size == size
 
 
 def test_variant_sees_the_defaults(node: Node, swap_size: Callable[..., int]) -> None:
@@ -100,7 +100,7 @@ def test_variant_sees_the_defaults(node: Node, swap_size: Callable[..., int]) ->
 
 
 def test_ganetis_variables_win(node: Node, disk: MakeDisk) -> None:
-    """A file that sets Ganeti's own variables does not make us write to another disk."""
+    """A file that sets Ganeti's own variables cannot make us write to another disk."""
     first, other = disk(), disk()
     before = digest(other)
     node.defaults(f"DISK_0_PATH={other}\nINSTANCE_NAME=evil\nDISK_COUNT=0")
@@ -129,7 +129,7 @@ def test_known_settings_are_not_warned_about(node: Node, disk: MakeDisk) -> None
 
 
 def test_unknown_os_parameter(node: Node, disk: MakeDisk) -> None:
-    """The recorded environment has one: OSP_ROOT_PASSWORD."""
+    """The recorded environment contains one: OSP_ROOT_PASSWORD."""
     result = node.create(disk(), OSP_ROOT_PASSWORD="hunter2").ok()
     assert "root_password" in result.log.lower()
     assert "hunter2" not in result.log
@@ -171,7 +171,7 @@ def test_wrong_value(setting: str, value: str, accepted: str, where: str, node: 
         overrides["OSP_IMAGE_NAME"] = None
     target = disk()
     with pytest.raises(Failure) as raised:
-        settings.load(node.environment(target, **overrides))
+        settings.load_settings(node.environment(target, **overrides))
     for word in (setting, value.splitlines()[0], source, accepted):
         assert word in str(raised.value)
     if setting == "SWAP":
@@ -198,7 +198,7 @@ def test_wrong_value(setting: str, value: str, accepted: str, where: str, node: 
 )
 def test_settings_of_the_node_are_no_os_parameters(setting: str, node: Node, disk: MakeDisk) -> None:
     with pytest.raises(Failure, match=setting):
-        settings.load(node.environment(disk(), **{f"OSP_{setting}": "/tmp"}))
+        settings.load_settings(node.environment(disk(), **{f"OSP_{setting}": "/tmp"}))
 
 
 def test_os_parameters_are_values_not_shell(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
@@ -207,5 +207,5 @@ def test_os_parameters_are_values_not_shell(node: Node, disk: MakeDisk, tmp_path
     nasty = f"$(touch {witness}) `touch {witness}` ; touch {witness} \" ' \\ %s *"
     result = node.create(disk(), OSP_KERNEL_ARGS=nasty, OSP_USER_DATA=nasty).ok()
     assert result.log.count(f"<{nasty}>") == 2
-    node.create(disk(), OSP_DNS_SEARCH=nasty).failed("DNS_SEARCH", "is not a domain")
+    node.create(disk(), OSP_DNS_SEARCH=nasty).failed("DNS_SEARCH", "is not accepted: it must be DNS domains")
     assert not witness.exists()

@@ -1,4 +1,4 @@
-"""A tarball becomes the guest's tree, with everything that a tree can have."""
+"""A tarball becomes the guest's tree, with all that a tree can contain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import trees
 from support import MIB, Node, describe, mounted, partitions
 
 MakeDisk = Callable[..., Path]
-# What create itself changes in a systemd guest. Everything else must be as it is in the image.
+# create changes these files of a systemd guest. All others must be as in the image.
 CHANGED = {b"etc/fstab", b"etc/hostname", b"etc/hosts", b"etc/machine-id"}
 REMOVED = {b"var/lib/dbus/machine-id"}
 REMOVED_BELOW = (b"etc/ssh/ssh_host_", b"var/lib/cloud/instance", b"var/lib/cloud/data")
@@ -81,7 +81,7 @@ def test_compression_is_recognised_by_content(
 
 
 def test_zstd_that_begins_with_a_skippable_frame(node: Node, disk: MakeDisk, images: Path) -> None:
-    """As pzstd writes it (RFC 8878)."""
+    """pzstd writes such files (RFC 8878)."""
     frame = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"
     path = node.images / f"tiny-{trees.ARCH}.tar.gz"
     path.unlink()

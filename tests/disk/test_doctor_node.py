@@ -1,4 +1,4 @@
-"""doctor on a node: every failing check provoked for real."""
+"""doctor on a node: every check fails once for a real reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Doctor:
         self.node = node
 
     def __call__(self, *arguments: str, silent: bool = True, **environment: str) -> tuple[int, str]:
-        """Its status and report; it writes nothing to the node's /etc, and the rest is read-only for it."""
+        """Return its status and report. It must not write to the node's /etc; all else is read-only for it."""
         before = listing(self.node.layer)
         argv = [str(self.node.imageos), "doctor", "--os-dir", str(self.node.os_dir), *arguments]
         done = subprocess.run(
@@ -52,7 +52,7 @@ def unwrapped(text: str) -> str:
 
 @pytest.fixture
 def doctor(node: Node, etc: Path) -> Doctor:
-    # what the ganeti on this machine, if any, has there
+    # files of this machine's ganeti, if it has one
     shutil.rmtree(SITE / "hooks", ignore_errors=True)
     (SITE / "hooks").mkdir()
     return Doctor(node)
@@ -60,7 +60,7 @@ def doctor(node: Node, etc: Path) -> Doctor:
 
 @pytest.fixture
 def image(node: Node, tmp_path: Path) -> Path:
-    """An image, and the variant `mine` that deploys it."""
+    """Make an image, and the variant `mine` that deploys it."""
     tree = tmp_path / "tree/etc"
     tree.mkdir(parents=True)
     (tree / "noise").write_bytes(os.urandom(1 << 20))
@@ -72,15 +72,15 @@ def image(node: Node, tmp_path: Path) -> Path:
 
 @contextmanager
 def hidden(program: str, tmp_path: Path) -> Iterator[None]:
-    """Nobody in our view of the machine can run `program`."""
-    place = shutil.which(program, path=PATH)
+    """Hide `program` from our view of the machine."""
+    executable = shutil.which(program, path=PATH)
     nothing = tmp_path / "nothing"
     nothing.touch(0o644)
-    run("mount", "--bind", nothing, place)
+    run("mount", "--bind", nothing, executable)
     try:
         yield
     finally:
-        run("umount", place)
+        run("umount", executable)
 
 
 def test_healthy_node(doctor: Doctor, image: Path) -> None:
@@ -143,14 +143,14 @@ def test_truncated_image(compression: str, doctor: Doctor, image: Path, tmp_path
     doctor.well()
     content = image.read_bytes()
     size = len(content) * 2 // 3
-    while int.from_bytes(content[size - 4 : size], "little") % 512 == 0:  # as if a whole tar archive ended there (gzip)
+    while int.from_bytes(content[size - 4 : size], "little") % 512 == 0:  # it must not look whole (gzip)
         size -= 1
     os.truncate(image, size)
     doctor.ill(str(image), "truncated")
 
 
 def test_truncated_disk_images(doctor: Doctor, node: Node) -> None:
-    node.variant("disk", "IMAGE_NAME=disk\nIMAGE_TYPE=qemu\n")
+    node.variant("disk", "IMAGE_NAME=disk\nIMAGE_TYPE=qemu\nNOMOUNT=yes\n")
     raw, qcow2 = node.images / "disk-x86_64.raw", node.images / "disk-x86_64.qcow2"
     raw.write_bytes(os.urandom(8 << 20))
     run("sfdisk", "--quiet", "--wipe", "always", raw, text="start=2048\n")
@@ -163,7 +163,7 @@ def test_truncated_disk_images(doctor: Doctor, node: Node) -> None:
 
 
 def test_missing_program(doctor: Doctor, image: Path, tmp_path: Path) -> None:
-    """An error if a variant needs it, else a note."""
+    """An error if a variant needs it, otherwise a note."""
     with hidden("zstd", tmp_path):
         text = doctor.ill("zstd is missing: needed by variant mine")
         assert f"note   variant mine: {image} cannot be looked at without zstd" in unwrapped(text)
@@ -174,13 +174,13 @@ def test_missing_program(doctor: Doctor, image: Path, tmp_path: Path) -> None:
 
 
 def test_program_where_ganeti_does_not_look(doctor: Doctor, image: Path, tmp_path: Path) -> None:
-    place = tmp_path / "local"
-    place.mkdir()
-    shutil.copy2(str(shutil.which("mkswap", path=PATH)), place / "mkswap")
+    directory = tmp_path / "local"
+    directory.mkdir()
+    shutil.copy2(str(shutil.which("mkswap", path=PATH)), directory / "mkswap")
     with hidden("mkswap", tmp_path):
-        status, text = doctor(PATH=f"{place}:{PATH}")
+        status, text = doctor(PATH=f"{directory}:{PATH}")
     assert status == 1
-    assert f"mkswap is in {place}, where Ganeti does not look" in unwrapped(text)
+    assert f"mkswap is in {directory}, where Ganeti does not look" in unwrapped(text)
 
 
 def test_no_os_definition(doctor: Doctor, node: Node) -> None:
@@ -218,8 +218,8 @@ def test_no_space_for_a_download(doctor: Doctor, node: Node, tmp_path: Path) -> 
 
 
 def test_raw_image_where_files_are_not_endless(doctor: Doctor, node: Node, tmp_path: Path) -> None:
-    """ext3 with blocks of 4 KiB: 2 TiB."""
-    node.variant("raw", "IMAGE_NAME=raw\nIMAGE_TYPE=raw\n")
+    """ext3 with blocks of 4 KiB limits files to 2 TiB."""
+    node.variant("raw", "IMAGE_NAME=raw\nIMAGE_TYPE=raw\nNOMOUNT=yes\n")
     with (node.images / "raw-x86_64.raw").open("wb") as image:
         image.truncate(8 << 20)
     run("sfdisk", "--quiet", image.name, text="label: gpt\n1 : start=1M, size=4M\n")
@@ -241,16 +241,16 @@ def test_leftover_loop_and_mount(doctor: Doctor, tmp_path: Path) -> None:
         assert f"{loop} is attached to {disk}, and not used" in text
         assert f"-> losetup -d {loop}" in text
         run("mkfs.ext2", "-q", loop)
-        place = Path("/tmp/tmp.AbCdEf1234")
-        place.mkdir()
-        run("mount", loop, place)
+        mount_point = Path("/tmp/tmp.AbCdEf1234")
+        mount_point.mkdir()
+        run("mount", loop, mount_point)
         try:
             text = unwrapped(doctor.well())
-            assert f"{loop} is mounted at {place}\n -> umount -R {place} && rmdir {place}" in text
+            assert f"{loop} is mounted at {mount_point}\n -> umount -R {mount_point} && rmdir {mount_point}" in text
             assert f"losetup -d {loop} " not in text, "in use"
         finally:
-            run("umount", place)
-            place.rmdir()
+            run("umount", mount_point)
+            mount_point.rmdir()
 
 
 def test_json(doctor: Doctor, image: Path) -> None:
@@ -274,13 +274,13 @@ def test_colour_on_a_terminal_only(doctor: Doctor, node: Node) -> None:
 
 
 def test_without_root(doctor: Doctor, node: Node) -> None:
-    """It says what it could not look at, and is content with the rest."""
-    place = Path("/var/tmp/doctor")
+    """It names the checks that it could not make, and reports no error otherwise."""
+    root = Path("/var/tmp/doctor")
     try:
-        run(node.imageos, "install", "--root", place)
-        run("chmod", "-R", "go+rX", place, "/etc/ganeti/instance-image")
+        run(node.imageos, "install", "--root", root)
+        run("chmod", "-R", "go+rX", root, "/etc/ganeti/instance-image")
         argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]
-        os_dir = place / "usr/share/ganeti/os/image"
+        os_dir = root / "usr/share/ganeti/os/image"
         done = subprocess.run(
             [*argv, os_dir / "imageos", "doctor", "--os-dir", os_dir],
             env={"PATH": "/usr/local/bin:/usr/bin:/bin"},
@@ -292,4 +292,26 @@ def test_without_root(doctor: Doctor, node: Node) -> None:
         assert "mkfs.ext4" in done.stdout
         assert done.stdout.endswith("as far as could be seen\n")
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def test_without_sys(doctor: Doctor, tmp_path: Path) -> None:
+    """As in some chroots: a finding, and all the others."""
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    run("mount", "--bind", nothing, "/sys")
+    try:
+        status, text = doctor()
+    finally:
+        run("umount", "/sys")
+    assert status == 1
+    assert "there is no /sys/block: /sys is not mounted -> mount -t sysfs sysfs /sys" in text.replace(
+        "\n         ", " "
+    )
+    assert "leftovers\n  ?      /sys/block: No such file or directory" in text
+    assert "mkfs.ext4" in text
+
+
+def test_path_of_cron(doctor: Doctor, image: Path) -> None:
+    """Ganeti's counts: without sbin nothing is missing that create would find."""
+    assert "mkfs.ext4" in doctor.well(PATH="/usr/bin:/bin")

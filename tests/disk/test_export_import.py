@@ -1,4 +1,4 @@
-"""Backups: every kind of disk there and back, and every kind of stream that must not become a disk."""
+"""Backups: export and import every kind of disk, and refuse every kind of stream that must not become a disk."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ EXT = {
 
 
 def soil(disk: Path) -> Path:
-    """Fill a disk with what must not come back."""
+    """Fill a disk with data that must not remain."""
     with disk.open("r+b") as file:
         for _ in range(disk.stat().st_size // MIB):
             file.write((MARKER * (MIB // len(MARKER) + 1))[:MIB])
@@ -73,19 +73,19 @@ def make_ext(disk: Path, number: int, words: list[str]) -> None:
         run("mke2fs", "-q", "-F", "-E", "nodiscard", *known, *([] if "DEVICE" in words else [device]))
 
 
-# --- there and back --------------------------------------------------------------------------------------
+# --- export and import ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", EXT)
 def test_ext(kind: str, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """The used blocks come back bit by bit, the free ones do not even leave."""
+    """The used blocks come back bit by bit; the free ones are not even sent."""
     source = soil(disk(160))
     with source.open("r+b") as file:
         file.write(bytes(MIB))
     run("sfdisk", "--quiet", source, text="1 : start=2048, size=300000\n")
     make_ext(source, 1, EXT[kind])
     part = partitions(source)[0]
-    if kind == "ext2-old":  # which mke2fs has forgotten how to make
+    if kind == "ext2-old":  # mke2fs can no longer make revision 0
         run("debugfs", "-w", "-R", "set_super_value rev_level 0", f"{source}?offset={part.start}")
         assert probe(source, part.start, part.size)["VERSION"] == "0.0"
     with mounted(source, tmp_path / "mnt", part, "rw") as top:
@@ -116,7 +116,7 @@ def test_ext(kind: str, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
     ],
 )
 def test_ext_that_cannot_be_trusted(change: str, why: str, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """Then everything is sent."""
+    """All blocks are sent."""
     source = disk(64)
     make_ext(source, 0, ["-t", "ext4", "-O", "^metadata_csum,^uninit_bg", "-b", "1024"])
     with mounted(source, tmp_path / "mnt", None, "rw") as top:
@@ -132,7 +132,7 @@ def test_ext_that_cannot_be_trusted(change: str, why: str, node: Node, disk: Mak
 
 @pytest.mark.parametrize("layout", guestdisks.LAYOUTS)
 def test_guests(layout: str, node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
-    """xfs, btrfs, vfat, swap, msdos and gpt: what is on the disk is there again."""
+    """xfs, btrfs, vfat, swap, msdos and gpt: import restores the whole content."""
     guest = guestdisks.LAYOUTS[layout](tmp_path / f"{layout}.img", small_tree, tmp_path)
     stream = exported(node, guest.path)
     target = disk(guest.path.stat().st_size // MIB)
@@ -159,7 +159,7 @@ def test_swap(node: Node, disk: MakeDisk) -> None:
             file.seek(part.start + MIB)
             file.write(MARKER * 9000)
         make(source, part.number, "swap")
-    with source.open("r+b") as file:  # a guest sleeps in the second
+    with source.open("r+b") as file:  # a guest is hibernated in the second partition
         file.seek(partitions(source)[1].start + 4096 - 10)
         file.write(b"S1SUSPEND\0")
     target = disk(64)
@@ -177,7 +177,7 @@ def test_swap(node: Node, disk: MakeDisk) -> None:
 
 @pytest.mark.parametrize("size", [1, 513, 4 * MIB - 1, 33 * MIB + 512])
 def test_anything(size: int, node: Node, tmp_path: Path) -> None:
-    """LVM, encrypted, no table: bytes."""
+    """Any bytes: LVM, encrypted data, no partition table."""
     source, target = tmp_path / "source", tmp_path / "target"
     data = bytearray(os.urandom(size))
     data[size // 3 : size // 2] = bytes(size // 2 - size // 3)
@@ -221,7 +221,7 @@ def test_logical_partitions(node: Node, disk: MakeDisk) -> None:
 
 
 def test_table_that_cannot_be_trusted(node: Node, disk: MakeDisk) -> None:
-    """Partitions that overlap: nothing is left out for their sake."""
+    """If partitions overlap, all blocks are sent."""
     source = disk(64)
     run(
         "sfdisk",
@@ -244,7 +244,7 @@ def test_table_that_cannot_be_trusted(node: Node, disk: MakeDisk) -> None:
 
 
 def test_read_only_block_device(node: Node, disk: MakeDisk, block_disk: MakeDisk, tmp_path: Path) -> None:
-    """A snapshot as source; as target a volume on which somebody else has been."""
+    """A snapshot as source; a used volume as target."""
     source = disk(64)
     run("sfdisk", "--quiet", source, text="label: gpt\n,50M\n")
     make(source, 1, "ext4")
@@ -256,7 +256,7 @@ def test_read_only_block_device(node: Node, disk: MakeDisk, block_disk: MakeDisk
     with target.open("r+b") as device:
         device.write(MARKER * (70 * MIB // len(MARKER)))
     restore(node, stream, target, index=1).ok()
-    os.close(os.open(target, os.O_RDWR | os.O_EXCL))  # free at once
+    os.close(os.open(target, os.O_RDWR | os.O_EXCL))  # it is free at once
     part = partitions(source)[0]
     assert same(without(source, free_ranges(source, part.start, part.size), tmp_path / "expected"), target)
     direct = run("sh", "-c", f"dd if={target} iflag=direct bs=1M status=none | sha256sum")
@@ -264,7 +264,7 @@ def test_read_only_block_device(node: Node, disk: MakeDisk, block_disk: MakeDisk
 
 
 def test_device_of_the_snapshot_counts(node: Node, disk: MakeDisk) -> None:
-    """EXPORT_DEVICE may be another one than DISK_0_PATH, which is in use then."""
+    """EXPORT_DEVICE may differ from DISK_0_PATH, which is then in use."""
     source, snapshot = disk(8), disk(8)
     snapshot.write_bytes(b"snapshot" * MIB)
     values = backups.environment(node, "export", source)
@@ -295,7 +295,7 @@ def test_all_disks_at_once(node: Node, disk: MakeDisk) -> None:
 
 
 def test_memory_is_constant(node: Node, disk: MakeDisk) -> None:
-    """Whatever the disk: also for 8 TiB with data at its end, and for many small runs."""
+    """For any disk: also for 8 TiB with data at the end, and for many small ranges."""
     source = disk(1)
     with source.open("r+b") as file:
         file.truncate(8 << 40)
@@ -324,7 +324,7 @@ def test_memory_is_constant(node: Node, disk: MakeDisk) -> None:
         assert file.read(17) == b"the end of it all"
 
 
-# the largest resident size of any process that the command consisted of
+# the largest resident size of any process of the command
 MEASURE = (
     "import os, resource, subprocess, sys; status = subprocess.call(sys.argv[1:]); "
     'open("MEMORY", "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)); sys.exit(status)'
@@ -362,7 +362,8 @@ def test_other_disks_are_not_grown(
 ) -> None:
     guest = guestdisks.mbr(tmp_path / "mbr.img", small_tree, tmp_path)
     target = soil(disk(300))
-    restore(node, exported(node, guest.path, index), target, index, OSP_GROW=grow).ok()
+    stream = exported(node, guest.path, index)
+    restore(node, stream, target, index, OSP_GROW=grow, INSTANCE_NAME=recorded("export-disk0")["INSTANCE_NAME"]).ok()
     part = partitions(guest.path)[0]
     assert same(without(guest.path, free_ranges(guest.path, part.start, part.size), tmp_path / "expected"), target)
 
@@ -375,12 +376,12 @@ def test_smaller_disk_is_not_touched(node: Node, disk: MakeDisk) -> None:
     assert digest(target) == before
 
 
-# --- streams that are not whole --------------------------------------------------------------------------
+# --- incomplete streams ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def backup(node: Node, disk: MakeDisk, tmp_path: Path) -> tuple[bytes, list[tuple[int, int]]]:
-    """A small stream, and where the partitions are."""
+    """Make a small stream; return it with the ranges of the partitions."""
     source = disk(32)
     run("sfdisk", "--quiet", source, text="label: gpt\n,10M\n,15M\n")
     places = [(part.start, part.size) for part in partitions(source)]
@@ -426,7 +427,7 @@ def test_reordered(node: Node, disk: MakeDisk, backup: tuple[bytes, list[tuple[i
     assert is_disarmed(target, backup[1])
 
 
-FOREIGN = {
+GARBAGE = {
     "text": b"export failed: no such file\n",
     "noise": bytes(range(1, 256)) * 4000,
     "short": b"x",
@@ -434,11 +435,11 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("kind", GARBAGE)
 def test_foreign(kind: str, node: Node, disk: MakeDisk) -> None:
     target = soil(disk(32))
     before = digest(target)
-    restore(node, FOREIGN[kind], target).failed("byte 0", "no backup")
+    restore(node, GARBAGE[kind], target).failed("byte 0", "no backup")
     assert digest(target) == before
 
 
@@ -450,7 +451,7 @@ def test_foreign_archive(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
     assert digest(target) == before
 
 
-# --- streams of others -----------------------------------------------------------------------------------
+# --- streams of other programs ---------------------------------------------------------------------------
 
 
 def compressed(data: Path, *command: str) -> Path:
@@ -475,7 +476,7 @@ def test_bare_disk(command: list[str], node: Node, disk: MakeDisk, small_tree: P
 
 @pytest.mark.parametrize("command", [["zstd", "-q", "-c", "--check"], ["gzip", "-1", "-c"]], ids=lambda one: one[0])
 def test_checksum_of_the_compression(command: list[str], node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """It comes last: all was written, and must not stay."""
+    """The checksum comes last: everything is already written, and must not remain."""
     source = disk(32)
     make(source, 0, "ext4")
     stream = compressed(source, *command)
@@ -498,7 +499,7 @@ def test_compressed_backup(
 
 
 def test_compressed_again_and_again(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """A stream of few bytes could take a process for each of hundreds of layers."""
+    """A stream of few bytes could start a process for each of hundreds of layers."""
     stream, target = tmp_path / "backup", disk(32)
     stream.write_bytes(gzip.compress(gzip.compress(os.urandom(4096))))
     before = digest(target)
@@ -508,7 +509,7 @@ def test_compressed_again_and_again(node: Node, disk: MakeDisk, tmp_path: Path) 
 
 @pytest.mark.parametrize("count", [512, 1000, 10240, MIB - 1])
 def test_backup_of_nothing(count: int, node: Node, disk: MakeDisk) -> None:
-    """What tar writes of no file at all; not a disk of zeroes."""
+    """tar writes this for no files; it must not become a disk of zeroes."""
     target = disk(32)
     target.write_bytes(b"a system" + bytes(32 * MIB - 8))
     restore(node, bytes(count), target, index=1).failed("holds nothing", f"{count} bytes")
@@ -536,7 +537,7 @@ def test_bare_filesystem(kind: str, node: Node, tmp_path: Path) -> None:
 
 def test_bare_disk_that_turns_out_larger(node: Node, disk: MakeDisk) -> None:
     source = disk(40)
-    make(source, 0, "ext4")
+    run("sfdisk", "--quiet", source, text="label: dos\n,20M\n")
     with source.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
@@ -547,7 +548,7 @@ def test_bare_disk_that_turns_out_larger(node: Node, disk: MakeDisk) -> None:
 
 @pytest.fixture
 def ancestor(small_tree: Path, tmp_path: Path) -> Path:
-    """A directory as ganeti-instance-image staged it: dumps of both filesystems."""
+    """Make a directory as ganeti-instance-image staged it: with dumps of both filesystems."""
     guest = guestdisks.ancestor(tmp_path / "ancestor.img", small_tree, tmp_path)
     stage = tmp_path / "stage"
     stage.mkdir()
@@ -560,7 +561,7 @@ def ancestor(small_tree: Path, tmp_path: Path) -> Path:
 
 
 def archive(stage: Path, *names: str) -> Path:
-    """`tar -cf - .` with the members in this order."""
+    """Return the output of `tar -cf - .` with the members in this order."""
     path = stage.with_suffix(".tar")
     run(
         "tar", "--create", "--file", path, "--directory", stage, "--no-recursion", ".", *(f"./{name}" for name in names)
@@ -622,11 +623,11 @@ def test_disk_img(image_format: str, node: Node, disk: MakeDisk, small_tree: Pat
     assert digest(small) == before
     for end in (-10240, -200_000):
         restore(node, whole.read_bytes()[:end], target, index=1).failed("truncated")
-        assert is_disarmed(target, []) or image_format == "qcow2"  # which is written when all has come
+        assert is_disarmed(target, []) or image_format == "qcow2"  # qcow2 is written only after all data has arrived
 
 
 def test_disk_img_with_a_backing_file(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """It would have qemu-img copy files of the node into the guest."""
+    """It would make qemu-img copy files of the node into the guest."""
     stage = tmp_path / "stage"
     stage.mkdir()
     run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", "/etc/shadow", stage / "disk.img", "8M")
@@ -636,12 +637,12 @@ def test_disk_img_with_a_backing_file(node: Node, disk: MakeDisk, tmp_path: Path
     assert digest(target) == before
 
 
-# --- what goes wrong on the way --------------------------------------------------------------------------
+# --- failures on the way ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def large(disk: MakeDisk) -> Path:
-    """More than any pipe holds."""
+    """Return a disk with more data than any pipe holds."""
     path = disk(1)
     path.write_bytes(os.urandom(24 * MIB))
     return path
@@ -655,6 +656,40 @@ def test_nobody_reads(node: Node, large: Path) -> None:
     os.close(reader)
     call.result().failed("Broken pipe")
     call.announced()
+
+
+# what is piped into import -> what the message calls it, and a word of the hint
+FOREIGN: dict[str, tuple[list[str], str, str]] = {
+    "lzop": (["printf", r"\211LZO\0\r\n\032\n"], "compressed by lzop", "lzop -dc"),
+    "zip": (["printf", r"PK\3\4"], "a zip archive", "unzip"),
+    "dump": (["dump", "-0", "-q", "-f", "-", "{device}"], "a dump of one filesystem", "it is an image"),
+    "qcow2": (["cat", "{qcow2}"], "a disk image (qcow2)", "qemu-img convert -O raw"),
+    "qcow2, packed": (["gzip", "-c", "{qcow2}"], "a disk image (qcow2)", "qemu-img convert -O raw"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_what_is_no_backup(what: str, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    """It is named, with what to do, before anything is written."""
+    command, name, word = FOREIGN[what]
+    source, qcow2 = blank(tmp_path / "source", 32), tmp_path / "qcow2"
+    make(source, 0, "ext4")
+    run("qemu-img", "convert", "-O", "qcow2", source, qcow2)
+    with attached(source) as device:
+        argv = [word.format(device=device, qcow2=qcow2) for word in command]
+        stream = subprocess.run(argv, capture_output=True, check=True).stdout
+    target = disk()
+    before = digest(target)
+    result = restore(node, stream, target).failed("is no backup and no disk: it is", name)
+    assert word in result.lines[-2], result.log
+    assert digest(target) == before
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_disk_of_no_bytes(command: str, node: Node, disk: MakeDisk) -> None:
+    empty = disk(0)
+    done = backups.export(node, empty).result if command == "export" else restore(node, b"x" * 512, empty)
+    done.failed(f"disk {empty} has 0 bytes: that is no disk")
 
 
 def test_disk_that_cannot_be_read_on(node: Node, large: Path) -> None:
@@ -672,13 +707,13 @@ def test_disk_that_cannot_be_read_on(node: Node, large: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 def test_export_is_killed(number: signal.Signals, group: bool, node: Node, large: Path) -> None:
-    """Both pipes are closed at once: Ganeti waits for that, and for nothing else."""
+    """Both pipes are closed at once, as Ganeti waits only for that."""
     reader, writer = os.pipe()
     call = start_export(node, large, writer)
     os.close(writer)
     os.read(reader, 1000)
     (os.killpg if group else os.kill)(call.process.pid, number)
-    result = call.result()  # the full pipe holds it until the signal gets there
+    result = call.result()  # the full pipe blocks it until the signal arrives
     with open(reader, "rb") as stream:
         stream.read()
     call.announced()
@@ -689,7 +724,7 @@ def test_export_is_killed(number: signal.Signals, group: bool, node: Node, large
 def test_import_is_killed(
     number: signal.Signals, node: Node, disk: MakeDisk, backup: tuple[bytes, list[tuple[int, int]]]
 ) -> None:
-    """Whatever had been written: it does not look like a disk."""
+    """The partly written disk is not recognised as one."""
     target = soil(disk(32))
     reader, writer = os.pipe()
     call = backups.Running(node, "import", backups.environment(node, "import", target), reader, None)
@@ -714,14 +749,14 @@ def test_disk_in_use(node: Node, disk: MakeDisk, block_disk: MakeDisk) -> None:
     with locked(target):
         restore(node, stream, target).failed("in use", str(target))
     with source.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)  # another export
+        fcntl.flock(file, fcntl.LOCK_SH)  # like another export
         exported(node, source)
         node.create(source).failed("in use")
         restore(node, stream, source).failed("in use")
 
 
 def test_stray_prints(node: Node, large: Path) -> None:
-    """What a file of settings prints goes to the log."""
+    """Output of a settings file goes to the log."""
     node.defaults("echo stray print")
     done = backups.export(node, large)
     assert "stray print" not in done.stream.read_bytes().decode("latin-1")
@@ -752,7 +787,7 @@ HOOK = '#!/bin/sh\necho "$IMAGEOS_ACTION $IMPORT_SCRIPT $# $(cat $TARGET/etc/os-
 
 
 def test_hooks(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
-    """Those that IMPORT_HOOKS names, for the first disk, where there is a system."""
+    """Hooks in IMPORT_HOOKS run for the first disk, if that contains a system."""
     guest = guestdisks.mbr(tmp_path / "mbr.img", small_tree, tmp_path)
     stream = exported(node, guest.path)
     for name in ("chosen", "other"):
@@ -771,7 +806,7 @@ def test_hooks(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> 
     assert "no root filesystem" in restore(node, empty, disk(16)).ok().log
 
 
-# --- without imageos: as README.rst says -----------------------------------------------------------------
+# --- without imageos, by the steps in README.rst ---------------------------------------------------------
 
 
 def test_tar_lists_it(node: Node, backup: tuple[bytes, list[tuple[int, int]]], tmp_path: Path) -> None:
@@ -808,7 +843,7 @@ def test_checked_by_hand(node: Node, backup: tuple[bytes, list[tuple[int, int]]]
 
 
 def test_create_waits_for_nobody(node: Node, disk: MakeDisk) -> None:
-    """An export that was stopped leaves the disk free."""
+    """A stopped export leaves the disk free."""
     source = disk(160)
     source.write_bytes(os.urandom(8 * MIB))
     os.truncate(source, 160 * MIB)

@@ -1,4 +1,4 @@
-"""The hook `grub` on guests of many distributions: what is called, what is written, and that twice is as once."""
+"""The hook `grub` on guests of many distributions: its calls and files; a second run changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARGUMENTS = 'mitigations=off dyndbg="file drivers/x.c +p" quiet'
 CONSOLE = "console=tty0 console=ttyS0,38400n8"
 ADDED = f"{CONSOLE} {ARGUMENTS}"
 GPT = {"OSP_PARTITION_TABLE": "gpt"}
-# Run before, between and after two runs of the hook: what the guest has by then.
+# Save the guest's files before, between and after two runs of the hook.
 LOOK = """#!/bin/sh
 cd "$TARGET" && echo "state $(find etc boot -type f -exec sha256sum {} + | sort | sha256sum)"
 export MTOOLS_SKIP_CHECK=1
@@ -30,10 +30,10 @@ export MTOOLS_SKIP_CHECK=1
 
 @dataclass
 class Guest:
-    """What create made of a guest: files that the tests are about, by path."""
+    """A guest after create: the files that the tests check, by path."""
 
     log: str
-    files: dict[str, str]  # of the guest; of its ESP as EFI/...
+    files: dict[str, str]  # of the guest, and of its ESP as EFI/...
     uuid: str  # of its root
     boot_uuid: str
 
@@ -41,7 +41,7 @@ class Guest:
         return self.files.get("var/log/calls", "").splitlines()
 
     def once(self) -> list[str]:
-        """The calls of the first of the two runs."""
+        """Return the calls of the first run."""
         calls = self.calls()
         assert calls[: len(calls) // 2] == calls[len(calls) // 2 :]
         return [re.sub(r"/dev/loop\d+", "DISK", call) for call in calls[: len(calls) // 2]]
@@ -52,7 +52,7 @@ Deploy = Callable[..., Guest]
 
 @pytest.fixture
 def deploy(node: Node, disk: MakeDisk, tmp_path: Path) -> Deploy:
-    """Create an instance from the guest `name`, `extra` files in its tree, with the hook run twice."""
+    """Create an instance from the guest `name` with `extra` files in its tree, and run the hook twice."""
 
     def make(name: str, extra: dict[str, str] | None = None, **settings: object) -> Guest:
         target = disk(300)
@@ -109,7 +109,7 @@ def read_tree(top: Path, directories: tuple[str, ...]) -> dict[str, str]:
 
 
 def command_line(menu: str, word: str = "linux\t") -> str:
-    """The one command line in a menu, without the kernel's name."""
+    """Return the only command line in a menu, without the kernel's name."""
     (line,) = re.findall(rf"^\s*{word}.*?(root=.*)$", menu, re.MULTILINE)
     return str(line)
 
@@ -141,7 +141,7 @@ def test_menu_of_mkconfig(name: str, home: str, line: str, table: str, deploy: D
 
 
 def test_snippet_or_not(deploy: Deploy) -> None:
-    """Where grub-mkconfig reads grub.d, the package's own file stays as it was."""
+    """If grub-mkconfig reads grub.d, the package's own file is not changed."""
     guest = deploy("debian")
     kept = bootguests.GUESTS["debian"]["etc/default/grub"].replace('"quiet"', '""')
     assert guest.files["etc/default/grub"] == kept
@@ -151,7 +151,7 @@ def test_snippet_or_not(deploy: Deploy) -> None:
 def test_no_snippet_where_nobody_reads_it(deploy: Deploy) -> None:
     guest = deploy("gentoo")
     assert "etc/default/grub.d/90-imageos.cfg" not in guest.files
-    assert guest.files["etc/default/grub"].count("GRUB_CMDLINE_LINUX=") == 2  # theirs is a comment
+    assert guest.files["etc/default/grub"].count("GRUB_CMDLINE_LINUX=") == 2  # the guest's own one is a comment
     assert '\n#GRUB_CMDLINE_LINUX=""\n' in guest.files["etc/default/grub"]
 
 
@@ -203,7 +203,7 @@ def test_fedora(deploy: Deploy) -> None:
 
 
 def test_rhel_8(deploy: Deploy) -> None:
-    """The entries point to a variable in GRUB's environment, which was on the ESP of the image."""
+    """The entries use a variable in GRUB's environment, which was on the ESP of the image."""
     guest = deploy("rhel8", **GPT)
     assert "\noptions $kernelopts $tuned_params\n" in guest.files[ENTRY]
     block = guest.files["boot/grub2/grubenv"]
@@ -214,7 +214,7 @@ def test_rhel_8(deploy: Deploy) -> None:
 
 
 def test_rhel_9(deploy: Deploy) -> None:
-    """/boot was a directory of the root, and is a partition now; the console is there at another speed."""
+    """/boot was a directory of the root, and is a partition now; the menu has the console at another speed."""
     guest = deploy("rhel9")
     entry = guest.files[ENTRY]
     assert "\nlinux /vmlinuz-5.14.0\ninitrd /initramfs-5.14.0.img $tuned_initrd\n" in entry
@@ -260,7 +260,7 @@ def test_grub_legacy(deploy: Deploy) -> None:
     assert calls[1:] == ["device (hd0) /dev/sda", "root (hd0,0)", "setup (hd0)", "quit"]
 
 
-# --- what a guest has -------------------------------------------------------------------------------------
+# --- files of a guest -------------------------------------------------------------------------------------
 
 
 def test_bios_only(deploy: Deploy) -> None:
@@ -303,14 +303,14 @@ def test_arguments_that_no_boot_loader_passes_on(arguments: str, node: Node, dis
 
 
 def test_hostile_loader(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """A loader larger than any, or none at all but a FIFO: the node reads neither."""
+    """A loader larger than any real one, or a FIFO instead: the node does not read it."""
     target = disk(300)
     create(node, target, tmp_path, "fedora", {"boot/efi/EFI/fedora/mmx64.efi": "x" * (17 << 20)}, **GPT).failed(
         "/boot/efi/EFI/fedora/mmx64.efi", "bytes"
     )
 
 
-# --- disks that were not made here ------------------------------------------------------------------------
+# --- disks made elsewhere ---------------------------------------------------------------------------------
 
 IMAGE = {"OSP_IMAGE_TYPE": "raw", "OSP_IMAGE_NAME": "image", "env": "create-kvm-network"}
 
@@ -318,7 +318,7 @@ IMAGE = {"OSP_IMAGE_TYPE": "raw", "OSP_IMAGE_NAME": "image", "env": "create-kvm-
 def disk_image(
     node: Node, tmp_path: Path, layout: str, name: str, menu: str
 ) -> tuple[guestdisks.Guest, Callable[[Path], str]]:
-    """A disk image of the guest `name`, and a function that reads the menu of a disk made from it."""
+    """Return a disk image of the guest `name`, and a function that reads the menu of a disk made from it."""
     tree = bootguests.guest(tmp_path / "tree", name)
     (tree / menu).parent.mkdir(parents=True, exist_ok=True)
     if not (tree / menu).exists():
@@ -337,7 +337,7 @@ def disk_image(
 
 @pytest.mark.parametrize("arguments", ["", "x=1"])
 def test_disk_image(arguments: str, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """The console is in its menu already; what is not gets there by its own mkconfig."""
+    """The menu already has the console; the guest's own mkconfig adds the rest."""
     made, menu = disk_image(node, tmp_path, "cloud", "debian", "boot/grub/grub.cfg")
     target = disk(160)
     node.create(target, OSP_KERNEL_ARGS=arguments, **IMAGE).ok()
@@ -365,7 +365,7 @@ def test_disk_image_with_entries(node: Node, disk: MakeDisk, tmp_path: Path) -> 
 
 
 def test_import_of_dumps(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """ganeti-instance-image left the boot loader out of its backups."""
+    """Backups of ganeti-instance-image contain no boot loader."""
     old = guestdisks.ancestor(tmp_path / "old.img", bootguests.guest(tmp_path / "tree", "gentoo"), tmp_path)
     stage = tmp_path / "stage"
     stage.mkdir()
@@ -386,7 +386,7 @@ def test_import_of_dumps(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
 
 
 def test_import_of_a_whole_disk(node: Node, disk: MakeDisk, tmp_path: Path, deploy: Deploy) -> None:
-    """It has its boot loader: nothing is run, whatever IMAGE_TYPE says and KERNEL_ARGS asks for."""
+    """The disk has its boot loader: no program runs, whatever IMAGE_TYPE and KERNEL_ARGS are."""
     before = deploy("gentoo").calls()
     (path,) = tmp_path.glob("disk*")
     stream = exported(node, path)

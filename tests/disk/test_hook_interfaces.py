@@ -1,4 +1,4 @@
-"""The hook `interfaces`: trees of the distributions after create; the files, read by the programs they are for."""
+"""The hook `interfaces`: trees of the distributions after create, and the real programs that read its files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,24 @@ X = "#!/bin/sh\n"
 # Distributions
 
 
-ENABLED = "etc/systemd/system/multi-user.target.wants"
-NM = {f"{ENABLED}/NetworkManager.service": UNIT, "usr/sbin/NetworkManager": X}
+def enabled(*services: str) -> dict[str, str]:
+    """Return units, and what `systemctl enable` adds."""
+    directories = ("usr/lib/systemd/system", "etc/systemd/system/multi-user.target.wants")
+    return {f"{directory}/{service}.service": UNIT for directory in directories for service in services}
+
+
+NM = {**enabled("NetworkManager"), "usr/sbin/NetworkManager": X}
 UDEV = {"usr/lib/udev/rules.d/80-net-setup-link.rules": ""}
 WIRED = "[connection]\nid=Wired\ntype=ethernet\ninterface-name=enp1s0\n"
+GENERATORS = "usr/lib/systemd/system-generators"
+NETPLAN = {"usr/sbin/netplan": X, f"{GENERATORS}/netplan": X}
+CLOUD_INIT = {
+    "usr/bin/cloud-init": X,
+    "etc/cloud/cloud.cfg": "users: [default]\n",
+    f"{GENERATORS}/cloud-init-generator": X,
+    "usr/lib/systemd/system/cloud-init-local.service": UNIT,
+    "etc/systemd/system/cloud-init.target.wants/cloud-init-local.service": UNIT,
+}
 DISTRIBUTIONS: dict[str, dict[str, str]] = {
     "fedora": {
         **trees.SYSTEMD, **NM, **UDEV,
@@ -48,6 +62,9 @@ DISTRIBUTIONS: dict[str, dict[str, str]] = {
         "etc/redhat-release": "CentOS release 6.10 (Final)\n",
         "etc/os-release": "",
         "etc/sysconfig/network": "NETWORKING=yes\nHOSTNAME=image.example.net\n",
+        "etc/init.d/network": X,
+        "etc/rc3.d/S10network": X,
+        "etc/rc2.d/S10network": X,
         "etc/sysconfig/network-scripts/ifcfg-eth0": "DEVICE=eth0\nHWADDR=52:54:00:12:34:56\nBOOTPROTO=dhcp\n",
         "etc/udev/rules.d/70-persistent-net.rules": "of the image\n",
     },
@@ -58,15 +75,13 @@ DISTRIBUTIONS: dict[str, dict[str, str]] = {
         "etc/sysconfig/network/ifcfg-eth0": "BOOTPROTO='dhcp'\nSTARTMODE='auto'\n",
         "etc/sysconfig/network/routes": "default 192.0.2.254 - -\n",
         "etc/sysconfig/network/config": '# a comment\nNETCONFIG_DNS_STATIC_SERVERS=""\nNETCONFIG_DNS_POLICY="auto"\n',
-        f"{ENABLED}/wicked.service": UNIT,
+        **enabled("wicked"),
         "usr/sbin/ifup": X,
     },
     "arch": {
         **trees.SYSTEMD, **UDEV,
         "etc/os-release": "ID=arch\n",
-        "usr/lib/systemd/system/systemd-networkd.service": UNIT,
-        f"{ENABLED}/systemd-networkd.service": UNIT,
-        "etc/systemd/system/sysinit.target.wants/systemd-resolved.service": UNIT,
+        **enabled("systemd-networkd", "systemd-resolved"),
         "etc/systemd/network/20-ethernet.network": "[Match]\nName=en*\n[Network]\nDHCP=yes\n",
     },
     "alpine": {
@@ -90,23 +105,19 @@ DISTRIBUTIONS: dict[str, dict[str, str]] = {
     "ubuntu": {
         **trees.SYSTEMD, **UDEV,
         "etc/os-release": 'ID=ubuntu\nID_LIKE=debian\nVERSION_ID="24.04"\n',
-        "usr/sbin/netplan": X,
-        f"{ENABLED}/systemd-networkd.service": UNIT,
+        **NETPLAN, **enabled("systemd-networkd", "systemd-resolved"),
         "etc/netplan/50-cloud-init.yaml": "network:\n  version: 2\n  ethernets:\n    ens3: {dhcp4: true}\n",
-        "etc/systemd/system/sysinit.target.wants/systemd-resolved.service": UNIT,
     },
     "ubuntu-cloud": {
         **trees.SYSTEMD, **UDEV,
         "etc/os-release": 'ID=ubuntu\nID_LIKE=debian\nVERSION_ID="24.04"\n',
-        "usr/sbin/netplan": X,
-        "usr/bin/cloud-init": X,
-        "etc/cloud/cloud.cfg": "users: [default]\n",
+        **NETPLAN, **CLOUD_INIT, **enabled("systemd-networkd", "systemd-resolved"),
         "etc/netplan/50-cloud-init.yaml": "network:\n  version: 2\n  ethernets:\n    ens3: {dhcp4: true}\n",
     },
 }  # fmt: skip
 # NIC 0 has an address in a gnt-network, NIC 1 uses DHCP
 NICS = {"NIC_1_IP": "", "NIC_1_MODE": "bridged", "OSP_DNS_SEARCH": "example.org"}
-# What create itself writes
+# Files that create itself writes
 NOT_OURS = re.compile(
     r"etc/(fstab|hosts|machine-id|inittab|securetty|shadow|ssh/.*|cloud/.*|default/.*)|boot/.*|lost\+found/.*"
     r"|etc/systemd/system/getty.*|var/lib/cloud/seed/nocloud/(meta|user|vendor)-data|.autorelabel"
@@ -121,7 +132,7 @@ def node(node: Node) -> Node:
 
 @pytest.fixture
 def deployed(node: Node, disk: MakeDisk, tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """Deploy a distribution; its files and links afterwards."""
+    """Deploy a distribution; return its files and links afterwards."""
 
     def make(name: str, **overrides: object) -> dict[str, str]:
         tree = tree_of(name, tmp_path / name)
@@ -152,7 +163,7 @@ def contents(top: Path) -> dict[str, str]:
 
 
 def changes(before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """What the hook made of a tree, as one text."""
+    """Return the changes of the hook to a tree as one text."""
     text = ""
     for path in sorted(before.keys() | after.keys()):
         if NOT_OURS.fullmatch(path) or path.startswith("var/") and "seed/nocloud/" not in path:
@@ -172,7 +183,7 @@ def test_distribution(name: str, deployed: Callable[..., dict[str, str]], tmp_pa
 
 
 def test_site_files(node: Node, deployed: Callable[..., dict[str, str]]) -> None:
-    """As for ganeti-instance-image: shell, the subnet's file after the instance's."""
+    """As with ganeti-instance-image: shell files, the subnet's after the instance's."""
     networks = SITE / "networks"
     node.write(networks / "instances/inst1.example.org", "ADDRESS=203.0.113.7\nSUBNET=vlan$((40 + 2))\n")
     node.write(networks / "subnets/vlan42", 'NETMASK=255.255.255.0\nGATEWAY=${ADDRESS%.*}.1\nDNS_SERVERS="192.0.2.1"\n')
@@ -199,6 +210,21 @@ def test_site_files_that_are_wrong(instance: str, message: str, node: Node, disk
     assert target.stat().st_blocks == 0, "found before the first write"
 
 
+@pytest.mark.parametrize("mistake", ["file", "tag"])
+def test_a_mistake_fails_only_what_needs_it(mistake: str, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    """Here the hook is off: a guest with cloud-init gets its network by the seed, any other from nobody."""
+    (SITE / "hooks/interfaces").chmod(0o644)
+    tags = {"NIC_0_NETWORK_TAGS": "dns:nonsense"} if mistake == "tag" else {}
+    if mistake == "file":
+        node.write(SITE / "networks/instances/inst1.example.org", "ADDRESS=203.0.113.700\nSUBNET=lan\n")
+        node.write(SITE / "networks/subnets/lan", "NETMASK=24\n")
+    said = "203.0.113.700/24 is not an IPv4 address" if mistake == "file" else "DNS server 'nonsense'"
+    result = node.create(disk(), env="create-kvm-network", **tags).ok()
+    assert [line for line in result.lines if "warning" in line and said in line and "is off" in line], result.log
+    trees.tarball(tree_of("ubuntu-cloud", tmp_path / "tree"), node.images / f"cloud-{trees.ARCH}.tar.gz")
+    node.create(disk(), env="create-kvm-network", OSP_IMAGE_NAME="cloud", **tags).failed(said)
+
+
 def test_guest_without_any_network_program(node: Node, disk: MakeDisk) -> None:
     node.create(disk(), env="create-kvm-network").failed("interfaces", "nothing that could configure its network")
 
@@ -208,7 +234,7 @@ def test_instance_without_nics(node: Node, disk: MakeDisk) -> None:
 
 
 def test_rename_and_once_more(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """Named in RENAME_HOOKS: the files of the new name count; the same again changes nothing."""
+    """RENAME_HOOKS names the hook: it uses the files of the new name; a second run changes nothing."""
     node.defaults("RENAME_HOOKS=interfaces")
     trees.tarball(tree_of("ubuntu-cloud", tmp_path / "tree"), node.images / f"cloud-{trees.ARCH}.tar.gz")
     target = disk()
@@ -226,10 +252,10 @@ def test_rename_and_once_more(node: Node, disk: MakeDisk, tmp_path: Path) -> Non
     assert seen[0] == seen[1]
 
 
-# The programs that read the files
+# Programs that read the files
 
 
-# What comes out of the golden plans: addresses of eth0, and its default routes
+# Results of the golden plans: addresses of eth0, and its default routes
 OUTCOME = {
     "static-and-dhcp": ({"192.0.2.10/24"}, {"via 192.0.2.1"}),
     "routed": ({"192.0.2.10/32"}, {"scope link"}),
@@ -238,7 +264,7 @@ OUTCOME = {
     "ipv6-on-link": ({"192.0.2.10/24", "2001:db8::9/128"}, {"via 192.0.2.1", "via 2001:db8:f::1"}),
     "ipv6-link-local": ({"192.0.2.10/24", "2001:db8::a800:ff:fe00:1/64"}, {"via 192.0.2.1", "via fe80::1"}),
 }
-# A namespace with the first NIC; $1 the tree of a Debian, then the commands that configure it
+# A namespace with the first NIC; $1 is the tree of a Debian, the commands that configure the NIC follow
 NAMESPACE = """
 set -e
 exec 2>&1
@@ -280,7 +306,7 @@ PROGRAMS = {
 
 
 def golden(backend: str, plan: str) -> dict[str, str]:
-    """path -> text, of one plan in the golden files."""
+    """Return path -> text of one plan in the golden files."""
     text = (TESTS / "unit/golden" / backend).read_text()
     return dict(re.findall(rf"^#### {plan}: (\S+)\n(.*?)(?=^####|\Z)", text, re.MULTILINE | re.DOTALL))
 
@@ -325,7 +351,7 @@ def test_the_program_does_what_was_planned(backend: str, plan: str, debians: Cal
 
 @pytest.mark.parametrize("plan", OUTCOME)
 def test_network_manager_reads_its_files(plan: str, debians: Callable[[str], Path]) -> None:
-    """nmcli takes a keyfile and prints it as it understood it: nothing may be lost."""
+    """nmcli loads a keyfile and prints how it understood it: nothing may be lost."""
     files = golden("NetworkManager", plan)
     assert files
     for path, text in files.items():

@@ -14,12 +14,12 @@ import backups
 import pytest
 import readme
 import trees
+from credentials import HASH, public_key
 from support import SITE, Node, Result, describe, digest, mounted, partitions, run, signatures
 from test_installed import verify
 
 MakeDisk = Callable[..., Path]
-HASH = "$6$salt$" + "TheHash" * 12
-KEYS = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5 first@site\nssh-rsa AAAAB3NzaC1yc2E second@site\n"
+KEYS = f"{public_key('first@site')}\n{public_key('second@site', 'ssh-rsa')}\n"
 OVERLAYS = SITE / "overlays"
 SELINUX = {"etc/selinux/config": "# policy\nSELINUX=enforcing\nSELINUXTYPE=targeted\n"}
 
@@ -36,7 +36,7 @@ def guest_of(disk: Path, where: Path, options: str = "ro") -> Iterator[Path]:
 
 
 def image_with(node: Node, tree: Path, files: dict[str, str], work: Path, modes: int = 0o644) -> None:
-    """Make the node's image one that has these files, too."""
+    """Add these files to the node's image."""
     copy = work / "tree"
     run("cp", "--archive", tree, copy)
     for name, text in files.items():
@@ -47,8 +47,9 @@ def image_with(node: Node, tree: Path, files: dict[str, str], work: Path, modes:
 
 
 def imported(node: Node, disk: Path, **overrides: object) -> Result:
-    """Export `disk`, and restore it there."""
-    return backups.restore(node, backups.exported(node, disk), disk, **overrides)
+    """Export `disk`, and import it again."""
+    stream = backups.exported(node, disk, INSTANCE_NAME="inst1.example.org")
+    return backups.restore(node, stream, disk, **overrides)
 
 
 # ssh
@@ -57,7 +58,7 @@ def imported(node: Node, disk: Path, **overrides: object) -> Result:
 def test_ssh(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
     enable("ssh")
     target = disk()
-    for _ in range(2):  # a reinstall gives the same
+    for _ in range(2):  # a reinstall gives the same result
         result = node.create(target, OSP_SSH_AUTHORIZED_KEYS=KEYS, OSP_ROOT_PASSWORD_HASH=HASH, OSP_IMAGE_DEBUG="1")
         result.ok()
         assert HASH not in result.log and "AAAAC3" not in result.log
@@ -85,6 +86,25 @@ def test_ssh_on_import_replaces_host_keys(node: Node, disk: MakeDisk, tmp_path: 
         assert (top / "root/.ssh/authorized_keys").read_text() == KEYS
 
 
+@pytest.mark.parametrize("name", ["inst1.example.org", "clone.example.org"])
+def test_identity_of_a_clone(name: str, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    """A backup that is imported under another name is a clone; its original may be running."""
+    target = disk()
+    node.create(target, INSTANCE_NAME="inst1.example.org").ok()
+    own = {"etc/machine-id": trees.MACHINE_ID, "etc/ssh/ssh_host_rsa_key": "its own", "var/lib/dhcp/leases": "its own"}
+    with guest_of(target, tmp_path / "root", "rw") as top:
+        for path, text in own.items():
+            (top / path).parent.mkdir(exist_ok=True)
+            (top / path).unlink(missing_ok=True)
+            (top / path).write_text(text)
+    log = imported(node, target, INSTANCE_NAME=name).ok().log
+    is_clone = name.startswith("clone")
+    assert ("the backup is of inst1.example.org" in log) == is_clone
+    with guest_of(target, tmp_path / "root") as top:
+        found = {path: (top / path).read_text() for path in own if (top / path).exists()}
+    assert found == ({"etc/machine-id": ""} if is_clone else own)
+
+
 @pytest.mark.parametrize("value", ["plain text", "$6$salt$hash:0:0:", "$6$salt$hash\nroot::0:0:::::"])
 def test_ssh_password_that_is_none_is_refused_before_the_first_write(value: str, node: Node, disk: MakeDisk) -> None:
     enable("ssh")
@@ -100,7 +120,7 @@ def test_ssh_password_that_is_none_is_refused_before_the_first_write(value: str,
 
 @pytest.fixture
 def overlay(node: Node) -> Path:
-    """An overlay with all that a copy may lose, in a guest's linked directories, too."""
+    """Make an overlay with all that a copy may lose, also in linked directories of the guest."""
     top = OVERLAYS / "web"
     top.mkdir(parents=True)
     trees.odd(top)
@@ -203,7 +223,8 @@ def test_overlays_that_cannot_be_copied(kind: str, node: Node, disk: MakeDisk) -
 
 def test_cloud_init(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
     enable("cloud-init")
-    node.defaults("CINIT_USER=admin\nCINIT_SSH_KEY='ssh-ed25519 AAAA a'\nCINIT_MANAGE_RESOLV_CONF=yes")
+    key = public_key("a")
+    node.defaults(f"CINIT_USER=admin\nCINIT_SSH_KEY='{key}'\nCINIT_MANAGE_RESOLV_CONF=yes")
     target = disk()
     node.create(target).failed("cloud-init", "the guest has no cloud-init")
     image_with(
@@ -214,7 +235,7 @@ def test_cloud_init(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path
     with guest_of(target, tmp_path / "root") as top:
         config = json.loads((top / "etc/cloud/cloud.cfg.d/99_ganeti.cfg").read_text().partition("\n")[2])
         assert config["users"][0]["name"] == "admin"
-        assert config["users"][0]["ssh_authorized_keys"] == ["ssh-ed25519 AAAA a"]
+        assert config["users"][0]["ssh_authorized_keys"] == [key]
         assert config["resolv_conf"]["nameservers"] == ["192.0.2.1"]
         assert "datasource_list" not in config, "the seed is what cloud-init shall find"
 
@@ -234,7 +255,7 @@ def test_ddns_on_create_and_rename(node: Node, disk: MakeDisk, small_tree: Path,
         assert (top / "etc/dhcp/dhclient.conf").read_text() == 'send host-name "inst9";\n'
 
 
-# A DHCP server and the client of the guest, a Debian, alone in a network; both end with it
+# A DHCP server and the DHCP client of a guest (Debian), alone in a network; both end together
 ASK = """
 cd "$1"
 ip link set lo up
@@ -264,7 +285,7 @@ def test_ddns_gets_the_name_into_the_dns(
     assert answer.split()[-4:] == ["Name:", "inst1.example.org", "Address:", "192.0.2.100"]
 
 
-# What README.rst shows
+# The hook in README.rst
 
 
 def test_example_of_the_readme(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
@@ -279,11 +300,11 @@ def test_example_of_the_readme(node: Node, disk: MakeDisk, tmp_path: Path) -> No
     assert result.log.count("the instance has no network") == result.log.count("hint: ") == 1
 
 
-# SELinux: what was written has no label
+# SELinux: files that were written have no label
 
 
 def relabels(disk: Path, where: Path) -> bool:
-    """Whether the guest labels its files at the next boot; not at the one after that."""
+    """Return True if the guest labels its files at the next boot, but not at the boot after that."""
     with guest_of(disk, where, "rw") as top:
         found = (top / ".autorelabel").exists()
         (top / ".autorelabel").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Hooks as sites wrote them for ganeti-instance-image, in bash around `. common.sh`: they run as they are."""
+"""Hooks in bash with `. common.sh`, as sites wrote them for ganeti-instance-image, run unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support import SITE, Node, Result, mounted, partitions, run, signatures
 
 MakeDisk = Callable[..., Path]
 
-# How they all begin
+# The beginning of all hooks
 BEGIN = """\
 #!/bin/bash
 set -e
@@ -27,7 +27,7 @@ if [ -z "$TARGET" -o ! -d "$TARGET" ] ; then
 fi
 """
 
-# By distribution: a function for each OS_TYPE, called by name
+# By distribution: a function for each OS_TYPE, called by its name
 NETWORK = """
 FQDN="${INSTANCE_NAME}"
 SHORT="$(echo ${INSTANCE_NAME} | cut -d . -f 1)"
@@ -62,7 +62,7 @@ fi
 exit 0
 """
 
-# Mounts, undone in the reverse order by the trap that common.sh sets; the second element first
+# Mounts that the trap of common.sh undoes in reverse order, the second element first
 CLEANUP = """
 work=$(mktemp -d)
 CLEANUP+=("rmdir $work")
@@ -74,7 +74,7 @@ CLEANUP+=("echo elements ${#CLEANUP[@]}")
 touch $work/busy
 """
 
-# The file systems, by what common.sh calls the tools
+# Filesystems, with the names of tools in common.sh
 UUIDS = """
 root_uuid="$($VOL_ID $ROOT_DEV)"
 echo "kinds $($VOL_TYPE $ROOT_DEV) $($VOL_TYPE $BOOT_DEV)."
@@ -106,7 +106,7 @@ def guest_of(disk: Path, where: Path, number: int = -1) -> Iterator[Path]:
 
 @pytest.fixture
 def image(node: Node, small_tree: Path, tmp_path: Path) -> Callable[..., None]:
-    """Make the image one with these files, besides those that all tests here use."""
+    """Make the image one with these files, and with those that all tests here need."""
 
     def make(files: dict[str, str]) -> None:
         copy = tmp_path / "tree"
@@ -202,7 +202,7 @@ def test_filesystems_and_cleanup(node: Node, disk: MakeDisk, image: Callable[...
 
 @pytest.mark.parametrize("end", ["exit 3", "false", "kill -9 $$"])
 def test_cleanup_after_a_failure(end: str, node: Node, disk: MakeDisk, image: Callable[..., None]) -> None:
-    """The trap undoes what it can; what a killed hook left is gone with the command."""
+    """The trap undoes what it can; leftovers of a killed hook vanish with the command."""
     node.hook("bad", hook(f"{CLEANUP}\n{end}\n"))
     target = disk()
     result = node.create(target).failed("bad")
@@ -211,7 +211,7 @@ def test_cleanup_after_a_failure(end: str, node: Node, disk: MakeDisk, image: Ca
 
 
 def test_order_and_settings(node: Node, disk: MakeDisk, image: Callable[..., None]) -> None:
-    """What the files of the site set, exported or not; settings of ours under their names."""
+    """Hooks get variables of the site's files, exported or not, and our settings under their names."""
     node.defaults("PROXY=http://proxy:3128\nexport MIRROR=mirror.example.org\nCINIT_USER=admin")
     node.variant("default", "PROXY=http://other:3128\nKERNEL_ARGS='quiet splash'\n")
     for name in ("zz_last", "10-first", "Upper", "grub"):
@@ -228,7 +228,7 @@ def test_debug(node: Node, disk: MakeDisk, image: Callable[..., None]) -> None:
 
 
 def test_import(node: Node, disk: MakeDisk, image: Callable[..., None]) -> None:
-    """The hook grub, and no other, with IMPORT_SCRIPT."""
+    """Only the hook grub runs, with IMPORT_SCRIPT."""
     target = disk()
     node.create(target).ok()
     node.hook("grub", hook(f'echo "import=$IMPORT_SCRIPT mode=$IMAGEOS_ACTION args=$#."\n{UUIDS}'))
@@ -250,7 +250,7 @@ fi
 
 
 def test_rename(node: Node, disk: MakeDisk, image: Callable[..., None], tmp_path: Path) -> None:
-    """The hook zz_ddns, and no other, with -r."""
+    """Only the hook zz_ddns runs, with -r."""
     node.hook("zz_ddns", hook(DDNS))
     node.hook("interfaces", hook(NETWORK))
     target = disk()
@@ -275,7 +275,7 @@ echo "magic $(chroot $TARGET /bin/busybox dd if=/dev/vda bs=1 skip=510 count=2 2
 
 
 def test_chroot(node: Node, disk: MakeDisk, image: Callable[..., None], small_tree: Path, tmp_path: Path) -> None:
-    """Programs of the guest find devices, and those of the disk that the hook makes; the guest's /dev stays empty."""
+    """Programs of the guest find devices, also those of the disk; the guest's own /dev stays empty."""
     node.hook("grub", hook(CHROOT))
     target = disk()
     result = node.create(target).ok()

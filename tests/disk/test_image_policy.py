@@ -18,7 +18,7 @@ from http_server import Server, serving
 from support import run, wait_until
 
 from imageos.errors import Failure
-from imageos.images import fetch, web
+from imageos.images import curl, fetch, imagetypes
 from imageos.settings import Settings
 
 CONTENT = bytes(range(256)) * 256
@@ -27,19 +27,8 @@ SHA256, SHA512 = (hashlib.new(name, CONTENT).hexdigest() for name in ("sha256", 
 Gpg = Callable[..., bytes]
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "PAUSES", (0.01, 0.01))
-
-
 @pytest.fixture
-def server() -> Iterator[Server]:
-    with serving() as one:
-        yield one
-
-
-@pytest.fixture
-def known(server: Server, tmp_path: Path) -> Settings:
+def settings(server: Server, tmp_path: Path) -> Settings:
     """One image, at /a.tar; nothing else is there."""
     return Settings(image_url=server.put("/a.tar", CONTENT), image_type="tarball", cache_dir=str(tmp_path / "cache"))
 
@@ -72,18 +61,19 @@ def keyrings(gpg: Gpg, tmp_path: Path) -> dict[str, str]:
     return {name: str(tmp_path / f"{name}.gpg") for name in ("alice", "mallory")}
 
 
-def get(known: Settings, **others: object) -> bytes:
-    """What `fetched` gives to read."""
-    _, descriptor = fetch.fetched(replace(known, **others), ["ignored"])
+def get(settings: Settings, **others: object) -> bytes:
+    """Return the content of the file that `fetched` gives."""
+    settings = replace(settings, **others)
+    _, descriptor = fetch.fetched(settings, imagetypes.urls(settings))
     with open(descriptor, "rb") as file:
         return file.read()
 
 
-def outcome(known: Settings, **others: object) -> bytes | str:
-    """What is read, or why nothing is."""
+def outcome(settings: Settings, **others: object) -> bytes | str:
+    """Return the content, or why there is none."""
     try:
-        return get(known, **others)
-    except web.Unreachable:
+        return get(settings, **others)
+    except curl.Unreachable:
         return "unreachable"
     except Failure:
         return "refused"
@@ -103,8 +93,8 @@ def downloads(server: Server) -> int:
     return sum(1 for one in server.requests if (one.method, one.path, one.status) == ("GET", "/a.tar", 200))
 
 
-def copy_of(known: Settings) -> Path:
-    return Path(known.cache_dir) / fetch.cache_name(known.image_url)
+def copy_of(settings: Settings) -> Path:
+    return Path(settings.cache_dir) / fetch.cache_name(settings.image_url)
 
 
 # --- the table --------------------------------------------------------------------------------------------
@@ -121,8 +111,8 @@ POLICIES: dict[str, dict[str, object]] = {
     "alice and named": {"image_keyring": "alice", "image_checksum": "SHA256SUMS"},
     "mallory": {"image_keyring": "mallory"},
 }
-# With the server down: whose questions have been answered when somebody with such settings has had the image.
-# Nobody has to be asked for what is not verified, and a pin is compared on the spot.
+# Policy of the first user -> policies for which its copy suffices while the server is down. ANYWAY needs no server:
+# nothing is verified, or a pin is compared with the copy.
 ANYWAY = {"off", "no", "sha256", "sha512"}
 ANSWERED = {
     "beside": {"beside"},
@@ -157,13 +147,13 @@ def policies(keyrings: dict[str, str]) -> dict[str, dict[str, object]]:
 @pytest.mark.parametrize("beside", BESIDE)
 @pytest.mark.parametrize("first", POLICIES)
 def test_every_policy_after_every_other(
-    first: str, beside: str, server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg, tmp_path: Path
+    first: str, beside: str, server: Server, settings: Settings, keyrings: dict[str, str], gpg: Gpg, tmp_path: Path
 ) -> None:
     """With the server up it is as if the other had never been; with the server down what was asked for counts."""
     put_beside(server, beside, gpg)
     known_policies = policies(keyrings)
     for number, (second, policy) in enumerate(known_policies.items()):
-        here = replace(known, cache_dir=str(tmp_path / f"cache{number}"))
+        here = replace(settings, cache_dir=str(tmp_path / f"cache{number}"))
         alone = outcome(replace(here, cache_dir=str(tmp_path / f"alone{number}")), **policy)
         has_copy = outcome(here, **known_policies[first]) == CONTENT
         with gone(server):
@@ -179,13 +169,13 @@ def test_every_policy_after_every_other(
 
 @pytest.mark.parametrize("first", POLICIES)
 def test_every_policy_after_the_server_has_changed(
-    first: str, server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg, tmp_path: Path
+    first: str, server: Server, settings: Settings, keyrings: dict[str, str], gpg: Gpg, tmp_path: Path
 ) -> None:
     known_policies = policies(keyrings)
     for number, (second, policy) in enumerate(known_policies.items()):
         server.put("/a.tar", CONTENT)
         put_beside(server, "signed by both", gpg)
-        here = replace(known, cache_dir=str(tmp_path / f"cache{number}"))
+        here = replace(settings, cache_dir=str(tmp_path / f"cache{number}"))
         assert get(here, **known_policies[first]) == CONTENT
         server.put("/a.tar", OTHER)
         put_beside(server, "signed by both", gpg, OTHER)
@@ -195,7 +185,7 @@ def test_every_policy_after_the_server_has_changed(
 
 
 @pytest.mark.parametrize("beside", ["nothing", "checksum", "wrong"])
-def test_at_the_same_time(beside: str, server: Server, known: Settings, gpg: Gpg) -> None:
+def test_at_the_same_time(beside: str, server: Server, settings: Settings, gpg: Gpg) -> None:
     """One downloads it unverified, others wait for that: it is downloaded once, and each looks for itself."""
     put_beside(server, beside, gpg)
     server.put("/a.tar", CONTENT, rate=20_000)
@@ -203,11 +193,11 @@ def test_at_the_same_time(beside: str, server: Server, known: Settings, gpg: Gpg
     found: dict[int, bytes | str] = {}
 
     def start(number: int) -> Thread:
-        thread = Thread(target=lambda: found.update({number: outcome(known, **POLICIES[names[number]])}))
+        thread = Thread(target=lambda: found.update({number: outcome(settings, **POLICIES[names[number]])}))
         thread.start()
         return thread
 
-    part = Path(f"{copy_of(known)}.part")
+    part = Path(f"{copy_of(settings)}.part")
     threads = [start(0)]
     wait_until(lambda: part.exists() and part.stat().st_size > 0, "the first one downloads it")
     assert part.stat().st_mode & 0o777 == 0o600
@@ -224,68 +214,68 @@ def test_at_the_same_time(beside: str, server: Server, known: Settings, gpg: Gpg
     assert server.count("/SHA256SUMS") == (2 if wrong else 1), "asked once for all who ask the same"
 
 
-def test_unverified_copy_is_named(server: Server, known: Settings, capfd: pytest.CaptureFixture[str]) -> None:
-    get(known, image_checksum="no")
+def test_unverified_copy_is_named(server: Server, settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
+    get(settings, image_checksum="no")
     server.sums("/SHA256SUMS", "a.tar")
     with (
         gone(server),
-        pytest.raises(web.Unreachable, match="nobody has checked the copy in CACHE_DIR against a checksum"),
+        pytest.raises(curl.Unreachable, match="nobody has checked the copy in CACHE_DIR against a checksum"),
     ):
-        get(known)
-    assert get(known) == CONTENT
+        get(settings)
+    assert get(settings) == CONTENT
     assert f"verified: sha256 of {server.url}/SHA256SUMS" in capfd.readouterr().err
     assert downloads(server) == 1
     with gone(server):
-        assert get(known) == CONTENT
+        assert get(settings) == CONTENT
 
 
-def test_one_cannot_keep_a_copy_new_for_others(server: Server, known: Settings) -> None:
+def test_one_cannot_keep_a_copy_new_for_others(server: Server, settings: Settings) -> None:
     """A copy that matches a pin is not what the server has, as far as others are concerned."""
-    get(known)
-    before = fetch.load(str(copy_of(known)), known.image_url)
+    get(settings)
+    before = fetch.load(str(copy_of(settings)), settings.image_url)
     server.put("/a.tar", OTHER)
     server.put("/SHA256SUMS", f"{SHA256}  a.tar\n".encode())
-    get(known)
-    get(known, image_checksum=f"sha512:{SHA512}")
-    after = fetch.load(str(copy_of(known)), known.image_url)
+    get(settings)
+    get(settings, image_checksum=f"sha512:{SHA512}")
+    after = fetch.load(str(copy_of(settings)), settings.image_url)
     assert before and after and before.checked == after.checked
-    assert get(known, image_checksum="no") == OTHER
+    assert get(settings, image_checksum="no") == OTHER
 
 
-def test_clock_that_was_wrong(server: Server, known: Settings) -> None:
+def test_clock_that_was_wrong(server: Server, settings: Settings) -> None:
     """A copy that was made in the future is not new for ever."""
-    get(known)
-    record = Path(f"{copy_of(known)}.json")
+    get(settings)
+    record = Path(f"{copy_of(settings)}.json")
     notes = json.loads(record.read_text())
     notes["checked"] = notes["verdicts"]["beside"]["checked"] = 1e11
     record.write_text(json.dumps(notes))
     server.put("/a.tar", OTHER)
-    assert get(known, image_checksum="no") == OTHER
+    assert get(settings, image_checksum="no") == OTHER
 
 
 # --- a checksum file of one's own -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("line", ["{hex}  {name}\n", "{hex} *{name}\n", "SHA256 ({name}) = {hex}\n", "{hex}\n"])
-def test_named_file(line: str, server: Server, known: Settings, capfd: pytest.CaptureFixture[str]) -> None:
+def test_named_file(line: str, server: Server, settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
     """Beside the image, or elsewhere; only there."""
     server.put("/SHA256SUMS", f"{'0' * 64}  a.tar\n".encode())
     server.sums("/a sum?#%.txt", "a.tar", line=line)
     server.files["/a%20sum%3F%23%25.txt"] = server.files["/a sum?#%.txt"]
-    assert get(known, image_checksum="a sum?#%.txt", image_cleanup=True) == CONTENT
+    assert get(settings, image_checksum="a sum?#%.txt", image_cleanup=True) == CONTENT
     with serving() as other:
         url = other.put("/x/sums?token=t0ken", server.files["/a sum?#%.txt"].content)
         url = url.replace("http://", "http://user:s3cret@")
-        assert get(known, image_checksum=url) == CONTENT
+        assert get(settings, image_checksum=url) == CONTENT
     log = capfd.readouterr().err
     assert f"verified: sha256 of {server.url}/a%20sum%3F%23%25.txt" in log
     assert f"verified: sha256 of {other.url}/x/sums?..." in log
     assert "t0ken" not in log and "s3cret" not in log
-    record = Path(f"{copy_of(known)}.json").read_text()
+    record = Path(f"{copy_of(settings)}.json").read_text()
     assert "t0ken" not in record and "s3cret" not in record
-    assert get(known, image_checksum=url) == CONTENT, "nobody answers there, but it has been asked"
-    with pytest.raises(web.Unreachable, match="against http://127.0.0.1:9/sums, so it is not used"):
-        get(known, image_checksum="http://127.0.0.1:9/sums")
+    assert get(settings, image_checksum=url) == CONTENT, "nobody answers there, but it has been asked"
+    with pytest.raises(curl.Unreachable, match="against http://127.0.0.1:9/sums, so it is not used"):
+        get(settings, image_checksum="http://127.0.0.1:9/sums")
     assert server.count("/SHA256SUMS") == 0
 
 
@@ -301,51 +291,55 @@ def test_named_file(line: str, server: Server, known: Settings, capfd: pytest.Ca
         (f"{'0' * 64}\n".encode(), "wrong sha256"),
     ],
 )
-def test_named_file_that_does_not_do(content: bytes | None, words: str, server: Server, known: Settings) -> None:
+def test_named_file_that_does_not_do(content: bytes | None, words: str, server: Server, settings: Settings) -> None:
     """Whatever else there is."""
     server.sums("/SHA256SUMS", "a.tar")
-    get(known)
+    get(settings)
     if content is not None:
         server.put("/sums", content)
     for checksum in ("sums", f"{server.url}/sums"):
         with pytest.raises(Failure) as raised:
-            get(known, image_checksum=checksum)
+            get(settings, image_checksum=checksum)
         assert words in str(raised.value) and f"{server.url}/sums" in str(raised.value)
+        assert ("IMAGE_CHECKSUM=no skips" in str(raised.value.hint)) == ("wrong" not in words)
 
 
-def test_named_file_is_signed_where_it_is(server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg) -> None:
+def test_named_file_is_signed_where_it_is(
+    server: Server, settings: Settings, keyrings: dict[str, str], gpg: Gpg
+) -> None:
     put_signed(server, "/SHA256SUMS", f"{SHA256}  a.tar\n", gpg)
     with serving() as other:
         for path in ("/sums", "/sums?token=x"):
             url = other.put(path, f"{SHA256}  a.tar\n".encode())
             signature = path.replace("sums", "sums.gpg")
             signed = {"image_checksum": url, "image_keyring": keyrings["alice"], "image_cleanup": True}
-            with pytest.raises(Failure, match="/sums.* is not signed"):
-                get(known, **signed)
+            with pytest.raises(Failure, match="/sums.* is not signed") as raised:
+                get(settings, **signed)
+            assert raised.value.hint and "signed by a key of" in raised.value.hint, "no does not skip that"
             for content, text in ((CONTENT, "{}  a.tar\n"), (None, "{}  b.tar\n"), (None, "{}\n")):
                 put_signed(other, path, text.format(SHA256), gpg)
                 other.files[signature] = other.files[f"{path}.gpg"]
-                assert outcome(known, **signed) == (content or "refused")
+                assert outcome(settings, **signed) == (content or "refused")
             other.put(signature, gpg("mallory", other.files[path].content, "--detach-sign"))
-            assert outcome(known, **signed) == "refused"
+            assert outcome(settings, **signed) == "refused"
 
 
-def test_named_file_of_a_dump(server: Server, known: Settings) -> None:
-    known = replace(known, image_type="dump", image_url=server.url, image_checksum="sums")
+def test_named_file_of_a_dump(server: Server, settings: Settings) -> None:
+    settings = replace(settings, image_type="dump", image_url=server.url, image_checksum="sums")
     for name, content in (("x-root.dump", CONTENT), ("x-boot.dump", OTHER)):
         server.put(f"/{name}", content)
     server.sums("/sums", "x-root.dump", "x-boot.dump")
     for name, content in (("x-root.dump", CONTENT), ("x-boot.dump", OTHER)):
-        with open(fetch.fetched(known, [name])[1], "rb") as file:
+        with open(fetch.fetched(settings, [f"{server.url}/{name}"])[1], "rb") as file:
             assert file.read() == content
 
 
 # --- records of 1.0 ---------------------------------------------------------------------------------------
 
 
-def record_of_1_0(known: Settings, server: Server, verified_by: str, keyring: str = "", suffix: str = "") -> None:
+def record_of_1_0(settings: Settings, server: Server, verified_by: str, keyring: str = "", suffix: str = "") -> None:
     """A copy as imageos 1.0 has left it."""
-    path = Path(f"{copy_of(known)}{suffix}")
+    path = Path(f"{copy_of(settings)}{suffix}")
     path.parent.mkdir(exist_ok=True)
     path.touch(0o600)
     path.write_bytes(CONTENT[:1000] if suffix else CONTENT)
@@ -355,7 +349,7 @@ def record_of_1_0(known: Settings, server: Server, verified_by: str, keyring: st
     record.write_text(
         json.dumps(
             {
-                "url": known.image_url,
+                "url": settings.image_url,
                 "etag": server.files["/a.tar"].tag,
                 "last_modified": "",
                 "size": len(CONTENT),
@@ -370,26 +364,26 @@ def record_of_1_0(known: Settings, server: Server, verified_by: str, keyring: st
 
 
 @pytest.mark.parametrize("verified_by", ["", "nothing: no checksum was found", "IMAGE_CHECKSUM", "http://h/SHA256SUMS"])
-def test_copy_of_1_0(verified_by: str, server: Server, known: Settings, keyrings: dict[str, str]) -> None:
-    """Whatever it claims: its content is known, and nothing about checksums."""
+def test_copy_of_1_0(verified_by: str, server: Server, settings: Settings, keyrings: dict[str, str]) -> None:
+    """Whatever it claims: its content is settings, and nothing about checksums."""
     keyring = hashlib.sha256(Path(keyrings["alice"]).read_bytes()).hexdigest()
-    record_of_1_0(known, server, verified_by, keyring)
+    record_of_1_0(settings, server, verified_by, keyring)
     with gone(server):
         for name, policy in policies(keyrings).items():
-            assert outcome(known, **policy) == (CONTENT if name in ANYWAY else "unreachable"), name
+            assert outcome(settings, **policy) == (CONTENT if name in ANYWAY else "unreachable"), name
     server.put("/SHA256SUMS", f"{'0' * 64}  a.tar\n".encode())
-    assert outcome(known) == "refused"
+    assert outcome(settings) == "refused"
     server.sums("/SHA256SUMS", "a.tar")
     before = downloads(server)
-    assert get(known) == CONTENT
+    assert get(settings) == CONTENT
     assert downloads(server) == before
     with gone(server):
-        assert get(known) == CONTENT
+        assert get(settings) == CONTENT
 
 
-def test_unfinished_download_of_1_0(server: Server, known: Settings) -> None:
-    record_of_1_0(known, server, "", suffix=".part")
-    assert get(known) == CONTENT
+def test_unfinished_download_of_1_0(server: Server, settings: Settings) -> None:
+    record_of_1_0(settings, server, "", suffix=".part")
+    assert get(settings) == CONTENT
     asked = [one.headers.get("Range") for one in server.requests if (one.method, one.path) == ("GET", "/a.tar")]
     assert asked == ["bytes=1000-"]
 
@@ -397,10 +391,10 @@ def test_unfinished_download_of_1_0(server: Server, known: Settings) -> None:
 # --- whose files they are ---------------------------------------------------------------------------------
 
 
-def test_modes(server: Server, known: Settings) -> None:
+def test_modes(server: Server, settings: Settings) -> None:
     os.umask(0o022)
-    get(known)
-    directory = Path(known.cache_dir)
+    get(settings)
+    directory = Path(settings.cache_dir)
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()} == {0o600}
 
@@ -408,17 +402,17 @@ def test_modes(server: Server, known: Settings) -> None:
 @pytest.mark.parametrize("suffix", ["", ".json"])
 @pytest.mark.parametrize("how", [0o604, 0o640, 0o620, 0o602, 0o666, "owner", "link", "fifo"], ids=str)
 def test_what_others_may_have_written(
-    how: object, suffix: str, server: Server, known: Settings, tmp_path: Path
+    how: object, suffix: str, server: Server, settings: Settings, tmp_path: Path
 ) -> None:
     """It is downloaded anew, into files of our own."""
-    get(known)
-    path = Path(f"{copy_of(known)}{suffix}")
+    get(settings)
+    path = Path(f"{copy_of(settings)}{suffix}")
     spoil(path, how, tmp_path)
     with gone(server):
-        assert outcome(known, image_checksum="no") == "unreachable"
-    assert get(known) == CONTENT
+        assert outcome(settings, image_checksum="no") == "unreachable"
+    assert get(settings) == CONTENT
     assert downloads(server) == 2
-    for one in Path(known.cache_dir).iterdir():
+    for one in Path(settings.cache_dir).iterdir():
         status = one.lstat()
         assert (status.st_uid, stat.filemode(status.st_mode)) == (0, "-rw-------")
 
@@ -426,26 +420,26 @@ def test_what_others_may_have_written(
 @pytest.mark.parametrize("suffix", [".part", ".part.json"])
 @pytest.mark.parametrize("how", [0o666, "owner", "link", "fifo"], ids=str)
 def test_unfinished_download_of_others(
-    how: object, suffix: str, server: Server, known: Settings, tmp_path: Path
+    how: object, suffix: str, server: Server, settings: Settings, tmp_path: Path
 ) -> None:
     """It is not gone on with."""
-    server.put("/a.tar", CONTENT, cuts=[1000, 0, 0])
-    assert outcome(known) == "unreachable"
-    path = Path(f"{copy_of(known)}{suffix}")
+    server.put("/a.tar", CONTENT, cuts=[2000, 0, 0, 0])
+    assert outcome(settings) == "unreachable"
+    path = Path(f"{copy_of(settings)}{suffix}")
     spoil(path, how, tmp_path)
-    assert get(known) == CONTENT
+    assert get(settings) == CONTENT
     assert "Range" not in server.requests[-1].headers
-    assert all(stat.filemode(one.lstat().st_mode) == "-rw-------" for one in Path(known.cache_dir).iterdir())
+    assert all(stat.filemode(one.lstat().st_mode) == "-rw-------" for one in Path(settings.cache_dir).iterdir())
 
 
 @pytest.mark.parametrize("how", [0o666, "owner", "link", "fifo"], ids=str)
-def test_lock_of_others(how: object, server: Server, known: Settings, tmp_path: Path) -> None:
+def test_lock_of_others(how: object, server: Server, settings: Settings, tmp_path: Path) -> None:
     """They could hold it for ever."""
-    Path(known.cache_dir).mkdir()
-    path = Path(f"{copy_of(known)}.lock")
+    Path(settings.cache_dir).mkdir()
+    path = Path(f"{copy_of(settings)}.lock")
     path.touch(0o600)
     spoil(path, how, tmp_path)
-    assert get(known) == CONTENT
+    assert get(settings) == CONTENT
     assert not path.exists()
 
 
@@ -462,11 +456,11 @@ def spoil(path: Path, how: object, tmp_path: Path) -> None:
             os.mkfifo(path, 0o600)
 
 
-def test_exchanged_after_it_was_verified(server: Server, known: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exchanged_after_it_was_verified(server: Server, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """By who may write to the directory: what was verified is what is read."""
     server.sums("/SHA256SUMS", "a.tar")
-    get(known)
-    path = copy_of(known)
+    get(settings)
+    path = copy_of(settings)
     real = fetch._updated
 
     def exchanged(*arguments: object) -> object:
@@ -479,22 +473,22 @@ def test_exchanged_after_it_was_verified(server: Server, known: Settings, monkey
 
     monkeypatch.setattr(fetch, "_updated", exchanged)
     with pytest.raises(Failure, match="changed by somebody else"):
-        get(known)
+        get(settings)
 
 
-def test_names_that_collide(server: Server, known: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_collide(server: Server, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name holds half of a hash: who finds another URL with the same one gets that one's image, not ours."""
     monkeypatch.setattr(fetch, "cache_name", lambda _: "same-name")
     other = server.put("/b/a.tar", OTHER, etag=server.files["/a.tar"].tag)
     for _ in range(2):
-        assert get(known, image_checksum="no") == CONTENT
-        assert get(known, image_url=other, image_checksum="no") == OTHER
+        assert get(settings, image_checksum="no") == CONTENT
+        assert get(settings, image_url=other, image_checksum="no") == OTHER
     with gone(server):
-        assert outcome(known, image_checksum="no") == "unreachable"
-    get(known, image_url=other, image_cleanup=True)
-    server.files["/b/a.tar"].cuts = [1000, 0, 0]
-    assert outcome(known, image_url=other) == "unreachable"
-    assert get(known) == CONTENT, "nor is its download gone on with"
+        assert outcome(settings, image_checksum="no") == "unreachable"
+    get(settings, image_url=other, image_cleanup=True)
+    server.files["/b/a.tar"].cuts = [1000, 0, 0, 0]
+    assert outcome(settings, image_url=other) == "unreachable"
+    assert get(settings) == CONTENT, "nor is its download gone on with"
 
 
 # --- what is signed ---------------------------------------------------------------------------------------
@@ -522,74 +516,74 @@ NOT_NAMED = [
 @pytest.mark.parametrize("is_inline", [False, True], ids=["detached", "inline"])
 @pytest.mark.parametrize("file", ["a.tar.sha256", "SHA256SUMS"])
 def test_signed_with_its_name(
-    file: str, is_inline: bool, server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg
+    file: str, is_inline: bool, server: Server, settings: Settings, keyrings: dict[str, str], gpg: Gpg
 ) -> None:
     for line in NAMED:
         put_signed(server, f"/{file}", line.replace("{}", SHA256) + "\n", gpg, is_inline)
-        assert get(known, image_keyring=keyrings["alice"], image_cleanup=True) == CONTENT, line
+        assert get(settings, image_keyring=keyrings["alice"], image_cleanup=True) == CONTENT, line
 
 
 @pytest.mark.parametrize("is_inline", [False, True], ids=["detached", "inline"])
 @pytest.mark.parametrize("file", ["a.tar.sha256", "a.tar.sha512", "SHA256SUMS"])
 def test_signed_without_its_name(
-    file: str, is_inline: bool, server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg
+    file: str, is_inline: bool, server: Server, settings: Settings, keyrings: dict[str, str], gpg: Gpg
 ) -> None:
     """A mirror gives an old image the name of a new one, and that the publisher's word on the old one."""
     for line in NOT_NAMED:
         put_signed(server, f"/{file}", line.replace("{}", SHA256) + "\n", gpg, is_inline)
         with pytest.raises(Failure) as raised:
-            get(known, image_keyring=keyrings["alice"])
+            get(settings, image_keyring=keyrings["alice"])
         assert "a.tar: " in str(raised.value) and "IMAGE_KEYRING is set" in str(raised.value), line
         assert raised.value.hint and "sha256sum a.tar" in raised.value.hint
         assert downloads(server) == 0, line
     put_signed(server, "/a.tar.sha256", f"{SHA256}  old.tar\n", gpg)
     with pytest.raises(Failure, match=f"{server.url}/a.tar.sha256 does not name a.tar"):
-        get(known, image_keyring=keyrings["alice"])
+        get(settings, image_keyring=keyrings["alice"])
     server.files.pop(f"/{file}", None)
     server.put("/a.tar.sha256", f"{SHA256}  old.tar\n".encode())
-    assert get(known) == CONTENT, "without a keyring the file's name says what it is of"
+    assert get(settings) == CONTENT, "without a keyring the file's name says what it is of"
 
 
-def test_signed_name_is_that_of_the_url(server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg) -> None:
+def test_signed_name_is_that_of_the_url(server: Server, settings: Settings, keyrings: dict[str, str], gpg: Gpg) -> None:
     """Not that of what it leads to."""
-    known = replace(known, image_keyring=keyrings["alice"])
+    settings = replace(settings, image_keyring=keyrings["alice"])
     server.put("/old/b.tar", CONTENT)
     server.put("/a.tar", b"", status=302, location="/old/b.tar")
     put_signed(server, "/SHA256SUMS", f"{SHA256}  b.tar\n", gpg)
     put_signed(server, "/old/SHA256SUMS", f"{SHA256}  b.tar\n", gpg)
-    assert outcome(known) == "refused"
-    assert get(known, image_url=f"{server.url}/old/b.tar") == CONTENT
+    assert outcome(settings) == "refused"
+    assert get(settings, image_url=f"{server.url}/old/b.tar") == CONTENT
     put_signed(server, "/SHA256SUMS", f"{SHA256}  a.tar\n", gpg)
-    assert get(known) == CONTENT
+    assert get(settings) == CONTENT
     put_signed(server, "/SHA256SUMS", f"{SHA256}  \xe4 b.tar\n", gpg)
     server.put("/%C3%A4%20b.tar", CONTENT)
-    assert get(known, image_url=f"{server.url}/%C3%A4%20b.tar") == CONTENT
+    assert get(settings, image_url=f"{server.url}/%C3%A4%20b.tar") == CONTENT
 
 
-def test_signed_dump_of_boot(server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg) -> None:
-    """What is signed for the root is not for /boot."""
-    known = replace(known, image_type="dump", image_keyring=keyrings["alice"], image_url=server.url)
+def test_signed_dump_of_boot(server: Server, settings: Settings, keyrings: dict[str, str], gpg: Gpg) -> None:
+    """A signature for the root's dump does not cover that of /boot."""
+    settings = replace(settings, image_type="dump", image_keyring=keyrings["alice"], image_url=server.url)
     for name in ("x-root.dump", "x-boot.dump"):
         server.put(f"/{name}", CONTENT)
         put_signed(server, f"/{name}.sha256", f"{SHA256}  x-root.dump\n", gpg)
-    fetch.fetched(known, ["x-root.dump"])
+    fetch.fetched(settings, [f"{server.url}/x-root.dump"])
     with pytest.raises(Failure, match="x-boot.dump.sha256 does not name x-boot.dump"):
-        fetch.fetched(known, ["x-boot.dump"])
+        fetch.fetched(settings, [f"{server.url}/x-boot.dump"])
 
 
-def test_second_signed_file_names_it(server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg) -> None:
+def test_second_signed_file_names_it(server: Server, settings: Settings, keyrings: dict[str, str], gpg: Gpg) -> None:
     put_signed(server, "/a.tar.sha256", f"{SHA256}\n", gpg)
     put_signed(server, "/a.tar.sha512", f"{SHA512}  a.tar\n", gpg)
-    assert get(known, image_keyring=keyrings["alice"]) == CONTENT
+    assert get(settings, image_keyring=keyrings["alice"]) == CONTENT
 
 
 @pytest.mark.parametrize("order", [("alice", "mallory"), ("mallory", "alice")], ids=str)
 def test_two_signed_texts(
-    order: tuple[str, str], server: Server, known: Settings, keyrings: dict[str, str], gpg: Gpg
+    order: tuple[str, str], server: Server, settings: Settings, keyrings: dict[str, str], gpg: Gpg
 ) -> None:
     """A good signature is of one of them only."""
     server.put("/a.tar", OTHER)
     wrong = hashlib.sha256(OTHER).hexdigest()
     texts = {"alice": f"{SHA256}  b.tar\n", "mallory": f"{wrong}  a.tar\n"}
     server.put("/SHA256SUMS", b"\n".join(gpg(name, texts[name].encode(), "--clearsign") for name in order))
-    assert outcome(known, image_keyring=keyrings["alice"]) == "refused"
+    assert outcome(settings, image_keyring=keyrings["alice"]) == "refused"

@@ -1,4 +1,4 @@
-"""An image of every type, made of disks of every layout; deployed again it is the same system."""
+"""Capture an image of every type from disks of every layout; deployed again, it is the same system."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FILES = {
     "qemu-img": ["made-x86_64.qcow2", "made-x86_64.qcow2.sha256"],
 }
 BOOT = ["made-x86_64-boot.dump", "made-x86_64-boot.dump.sha256"]
-# What `create` changes in a system, or what belongs to the filesystem that it was on
+# Files that `create` changes in a system, or that belong to its old filesystem
 OTHERWISE = (b"etc/fstab", b"etc/host", b"etc/machine-id", b"etc/ssh", b"var/lib/dbus", b"var/lib/cloud", b"lost+found")
 SECRET = b"-- the key of this instance --"
 DELETED = b"-- what was deleted long ago --"
@@ -46,7 +46,7 @@ DELETED = b"-- what was deleted long ago --"
 
 @pytest.fixture(scope="module")
 def disks(odd_tree: Path, small_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, guestdisks.Guest]:
-    """One disk of each layout; `ancestor` holds what is hard to keep. Never written to."""
+    """Make one disk of each layout; `ancestor` contains files that are hard to keep. Tests must not write to them."""
     top = tmp_path_factory.mktemp("guests")
     tree = {"ancestor": odd_tree}
     return {name: make(top / name, tree.get(name, small_tree), top) for name, make in guestdisks.LAYOUTS.items()}
@@ -54,14 +54,14 @@ def disks(odd_tree: Path, small_tree: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def node(node: Node) -> Node:
-    """Without any image."""
+    """Return a node without images."""
     for path in node.images.iterdir():
         path.unlink()
     return node
 
 
 def start(node: Node, disk: Path, kind: str, *options: str, directory: Name = "", path: str = PATH) -> Call:
-    """The command as it runs on the node that has the disk, without a cluster."""
+    """Start the command on the node that has the disk, without a cluster."""
     node.calls += 1
     command = ["ganeti-image", "-i", "inst1.example.org", "--disk", str(disk), "-t", kind, "-n", "made"]
     command += ["-a", "x86_64", "-d", str(directory or node.images), *options]
@@ -80,7 +80,7 @@ def unchanged(*paths: Path) -> Iterator[None]:
 
 
 def system(disk: Path, layout: guestdisks.Guest, where: Path) -> dict[bytes, tuple]:
-    """Every file of the guest on a disk as it was made, /boot included."""
+    """Return every file of the guest on an original disk, /boot included."""
     options = f"ro,subvol={layout.subvolume}" if layout.subvolume else "ro"
     with mounted(disk, where, guestdisks.place(disk, layout.root), options) as root:
         found = describe(root)
@@ -92,7 +92,7 @@ def system(disk: Path, layout: guestdisks.Guest, where: Path) -> dict[bytes, tup
 
 
 def kept(found: dict[bytes, tuple]) -> dict[bytes, tuple]:
-    """Without what `create` may change; the first name of hard links is relative to the root."""
+    """Remove what `create` may change; make the first names of hard links relative to the root."""
     return {
         path: entry
         for path, entry in found.items()
@@ -101,7 +101,7 @@ def kept(found: dict[bytes, tuple]) -> dict[bytes, tuple]:
 
 
 def deployed(node: Node, disk: Path, kind: str, where: Path) -> dict[bytes, tuple]:
-    """The system that `create` makes of the image, on a blank disk."""
+    """Return the system that `create` makes of the image on a blank disk."""
     node.create(disk, OSP_IMAGE_NAME="made", OSP_IMAGE_TYPE=TYPES[kind], OSP_SWAP="no").ok()
     table = partitions(disk)
     with mounted(disk, where, table[-1]) as root:
@@ -119,13 +119,13 @@ def inodes_aside(found: dict[bytes, tuple]) -> dict[bytes, tuple]:
 def test_a_captured_system_is_deployed(
     kind: str, node: Node, disks: dict[str, guestdisks.Guest], disk: MakeDisk, tmp_path: Path
 ) -> None:
-    """Everything that is hard to keep, from / and /boot; the disk is only read."""
+    """All files that are hard to keep, from / and /boot; the disk is only read."""
     guest = disks["ancestor"]
     if kind == "dump":
         guest = dataclasses.replace(guest, path=tmp_path / "ancestor")
         shutil.copy2(disks["ancestor"].path, guest.path)
         with mounted(guest.path, tmp_path / "mnt", guestdisks.place(guest.path, guest.root), "rw") as root:
-            (root / "odd" / "block").unlink()  # dump(8) knows minor numbers up to 255
+            (root / "odd" / "block").unlink()  # dump(8) knows only minor numbers up to 255
             os.rename(root / "odd" / ("n" * 255), root / "odd" / ("n" * 254))
     with unchanged(guest.path):
         capture(node, guest.path, kind).ok()
@@ -175,7 +175,7 @@ def test_a_tarball_of_every_layout(
 
 
 def test_a_volume_of_data_is_part_of_a_tarball(node: Node, small_tree: Path, tmp_path: Path) -> None:
-    """Whatever the guest's fstab mounts from its disk, not only what it boots from."""
+    """All filesystems in the guest's fstab that are on its disk, not only those that it boots from."""
     disk = guestdisks.blank(tmp_path / "guest", 130, "label: dos\n1 : size=80M\n2 : size=40M\n")
     for number in (1, 2):
         guestdisks.make(disk, number, "ext4")
@@ -190,13 +190,13 @@ def test_a_volume_of_data_is_part_of_a_tarball(node: Node, small_tree: Path, tmp
     capture(node, disk, "dump").failed("/home", "dump")
 
 
-# What is in an image, and what is not
+# Content of an image
 
 
 def switched_off(running: Path, work: Path) -> str:
-    """Copy a disk to `off` while it has a file in its journal only; the name of that file.
+    """Copy a disk to `off` while a file is in its journal only; return the name of that file.
 
-    The kernel of a busy machine may write it back before it is copied: then once more.
+    The kernel of a busy machine may write it back before the copy; then try again.
     """
     for attempt in range(20):
         name = f"last-words-{attempt}"
@@ -216,7 +216,7 @@ def switched_off(running: Path, work: Path) -> str:
 def test_what_the_journal_holds_is_in_the_image(
     kind: str, node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path
 ) -> None:
-    """The guest was switched off: its last file is in the journal only."""
+    """The guest was switched off, so its last file is in the journal only."""
     last_words = switched_off(guestdisks.mbr(tmp_path / "running", small_tree, tmp_path).path, tmp_path)
     with unchanged(tmp_path / "off"):
         capture(node, tmp_path / "off", kind).ok()
@@ -233,7 +233,7 @@ def test_what_the_journal_holds_is_in_the_image(
 def test_deleted_files_are_not_in_a_disk_image(
     options: list[str], kind: str, node: Node, disks: dict[str, guestdisks.Guest], tmp_path: Path
 ) -> None:
-    """Neither what the guest had deleted, nor the keys that sealing has removed, nor what was swapped out."""
+    """It contains neither files that the guest had deleted, nor keys removed by sealing, nor swapped memory."""
     layout = {"ext4": "ancestor", "xfs": "xfs", "btrfs": "btrfs"}[kind]
     guest = disks[layout]
     disk = tmp_path / "guest"
@@ -292,7 +292,7 @@ KEPT = {
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_sealing(kind: str, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """In the image, not in the instance; what a link in /var/log leads to is left alone."""
+    """It changes the image, not the instance; the target of a link in /var/log is left alone."""
     tree = trees.guest(tmp_path / "tree", trees.SYSTEMD, PRIVATE, EMPTIED, KEPT)
     (tree / "var/log/link").symlink_to("/outside")
     (tree / "var/log/syslog").chmod(0o640)
@@ -321,7 +321,7 @@ def test_sealing(kind: str, node: Node, disk: MakeDisk, tmp_path: Path) -> None:
 
 @contextmanager
 def contents(node: Node, kind: str, tmp_path: Path) -> Iterator[Path]:
-    """The files in an image, without `create`."""
+    """Return the files in an image, without `create`."""
     root = tmp_path / "contents"
     root.mkdir()
     image = node.images / FILES[kind][0]
@@ -343,7 +343,7 @@ def contents(node: Node, kind: str, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("content", ["nothing", "ext4", "lvm"])
 def test_a_disk_without_a_system(content: str, node: Node, tmp_path: Path) -> None:
-    """As it is, as a disk image; there is nothing to make a tarball of, and nothing to seal."""
+    """It becomes a disk image without changes; a tarball or sealing is refused."""
     disk = guestdisks.blank(tmp_path / "guest", 64, "label: gpt\n1 : size=40M\n")
     if content != "nothing":
         guestdisks.make(disk, 1, content)
@@ -369,7 +369,7 @@ def test_a_dump_of_what_dump_does_not_know(
 
 @pytest.mark.parametrize("feature", ["inline_data", "ea_inode", "verity", "encrypt", "bigalloc"])
 def test_a_dump_that_would_lose_files(feature: str, node: Node, small_tree: Path, tmp_path: Path) -> None:
-    """Refused before anything is written; a disk image of the same disk is made."""
+    """It is refused before anything is written; a disk image of the same disk works."""
     disk = guestdisks.blank(tmp_path / "guest", 90)
     run("mkfs.ext4", "-q", "-F", "-I", "256", "-O", feature, disk)
     with mounted(disk, tmp_path / "mnt", options="rw") as root:
@@ -380,7 +380,7 @@ def test_a_dump_that_would_lose_files(feature: str, node: Node, small_tree: Path
 
 
 def test_a_dump_of_reserved_blocks(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
-    """dump 0.4b47 takes for a file's content what once was in blocks that are only reserved for it."""
+    """dump 0.4b47 takes old data in reserved blocks for a file's content."""
     guest = disk(100)
     with guest.open("r+b") as file:
         file.write(b"of a deleted file" * (90 * MIB // 17))
@@ -409,13 +409,35 @@ def test_a_dump_of_reserved_blocks(node: Node, disk: MakeDisk, small_tree: Path,
             assert after[name] == before[name]
 
 
+@pytest.mark.parametrize("kind", ["tarball", "dump"])
+def test_attributes_that_only_root_may_see(
+    kind: str, node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path
+) -> None:
+    guest, target = disk(100), disk(160)
+    run("mkfs.ext4", "-q", guest)
+    with mounted(guest, tmp_path / "guest", None, "rw") as top:
+        run("cp", "-a", f"{small_tree}/.", top)
+        os.setxattr(top / "etc", "trusted.overlay.opaque", b"y")
+        os.setxattr(top / "etc/passwd", "trusted.note\n", b"1")
+        os.setxattr(top / "etc/passwd", "user.note", b"2")
+    left_out = "which a dump would keep: trusted.note\\x0a, trusted.overlay.opaque"
+    assert (left_out in capture(node, guest, kind).ok().log) == (kind == "tarball")
+    settings = {"OSP_IMAGE_NAME": "made", "OSP_IMAGE_TYPE": TYPES[kind], "INSTANCE_HV_kernel_path": "/vmlinuz"}
+    result = node.create(target, **settings).ok()
+    assert "left out" not in result.log and "cannot be kept" not in result.log
+    with mounted(target, tmp_path / "made", partitions(target)[-1]) as top:
+        assert os.getxattr(top / "etc/passwd", "user.note") == b"2"
+        names = {name for path in ("etc", "etc/passwd") for name in os.listxattr(top / path)} - {"user.note"}
+    assert names == ({"trusted.overlay.opaque", "trusted.note\n"} if kind == "dump" else set())
+
+
 def test_a_dump_of_the_longest_name(node: Node, disks: dict[str, guestdisks.Guest]) -> None:
-    """restore(8) reads the rest of the directory wrongly then."""
+    """restore(8) then reads the rest of the directory wrongly."""
     capture(node, disks["ancestor"].path, "dump").failed("255", "dump(8)")
     assert os.listdir(node.images) == []
 
 
-# What is in the way
+# Files in the way
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -452,7 +474,7 @@ def test_the_directory_is_missing(node: Node, disks: dict[str, guestdisks.Guest]
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_block_device(kind: str, node: Node, disks: dict[str, guestdisks.Guest]) -> None:
-    """As LVM and DRBD give one."""
+    """Like those of LVM and DRBD."""
     disk = disks["mbr"].path
     with unchanged(disk), attached(disk) as device:
         capture(node, device, kind).ok()
@@ -465,7 +487,7 @@ def test_the_disk_is_in_use(node: Node, disks: dict[str, guestdisks.Guest]) -> N
 
 
 def test_the_instance_is_started_meanwhile(node: Node, small_tree: Path, tmp_path: Path) -> None:
-    """What was read before and after a write does not belong together."""
+    """Data read before and after a write is inconsistent."""
     disk = guestdisks.mbr(tmp_path / "guest", small_tree, tmp_path).path
     fake, gate = tmp_path / "fake/blkid", Gate(tmp_path / "fake/gate")
     real = run("sh", "-c", f"PATH={PATH} command -v blkid").strip()
@@ -494,7 +516,7 @@ def small(where: Path, mib: int) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def full_disk(small_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 MiB that cannot be compressed."""
+    """Return a disk with 40 MiB of data that cannot be compressed."""
     top = tmp_path_factory.mktemp("full")
     disk = guestdisks.mbr(top / "full", small_tree, top).path
     with mounted(disk, top / "mnt", guestdisks.place(disk, 1), "rw") as root:
@@ -505,15 +527,15 @@ def full_disk(small_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(
     "mib, words",
-    [(32, ["free", "takes"]), (80, ["is full", "free"]), (86, ["is full", "4.3 MiB have to stay free"])],
+    [(32, ["is full", "free"]), (80, ["is full", "free"]), (86, ["is full", "4.3 MiB have to stay free"])],
     ids=["copy", "image", "reserve"],
 )
 def test_no_room(mib: int, words: list[str], kind: str, node: Node, full_disk: Path, tmp_path: Path) -> None:
-    """Known beforehand for the copy, met on the way for the image; nothing is left of either."""
+    """For the copy it is known in advance, for the image found on the way; neither remains."""
     with small(tmp_path / "small", mib) as directory, unchanged(full_disk):
         capture(node, full_disk, kind, directory=directory).failed(str(directory), *words)
         assert os.listdir(directory) == []
-        # Landlock lets go of a file a moment after the program that it held has ended
+        # Landlock releases a file a moment after its program has ended
         wait_until(lambda: os.statvfs(directory).f_bfree == os.statvfs(directory).f_blocks, "nothing is left of it")
 
 
@@ -524,11 +546,11 @@ def test_no_room(mib: int, words: list[str], kind: str, node: Node, full_disk: P
 def test_killed(
     kind: str, tool: str, number: signal.Signals, node: Node, disks: dict[str, guestdisks.Guest], tmp_path: Path
 ) -> None:
-    """While it reads the disk, and while it writes the image: nothing is left, and it works the next time."""
+    """While it reads the disk, and while it writes the image: nothing remains, and the next call works."""
     gate = Gate(tmp_path / "fake/gate")
     fake = tmp_path / "fake" / tool
     real = run("sh", "-c", f"PATH={PATH} command -v {tool}").strip()
-    work = '[ "$1" = create ]' if tool == "qemu-img" else "false"  # a trial
+    work = '[ "$1" = create ]' if tool == "qemu-img" else "false"  # its trial run
     node.write(fake, f'#!/bin/sh\nif ! {work}; then {gate.shell}; fi\nexec {real} "$@"\n')
     fake.chmod(0o755)
     disk = disks["mbr"].path
@@ -543,7 +565,7 @@ def test_killed(
 
 
 def test_a_tool_that_fails(node: Node, disks: dict[str, guestdisks.Guest], tmp_path: Path) -> None:
-    """Wherever in the pipe: the last line says what, and there is no image."""
+    """At any position in the pipe: the last line says why, and there is no image."""
     for tool, kind in (("tar", "tarball"), ("zstd", "tarball"), ("dump", "dump"), ("qemu-img", "qemu-img")):
         fake = tmp_path / f"fake-{tool}" / tool
         node.write(fake, "#!/bin/sh\nhead -c 100 /dev/zero\necho out of order >&2\nexit 7\n")
@@ -553,7 +575,7 @@ def test_a_tool_that_fails(node: Node, disks: dict[str, guestdisks.Guest], tmp_p
 
 
 def test_without_zstd(node: Node, disks: dict[str, guestdisks.Guest], tmp_path: Path) -> None:
-    """gzip, then."""
+    """It uses gzip."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for directory in reversed(PATH.split(":")):
@@ -566,7 +588,34 @@ def test_without_zstd(node: Node, disks: dict[str, guestdisks.Guest], tmp_path: 
 
 
 def test_an_image_is_roots_alone(node: Node, disks: dict[str, guestdisks.Guest]) -> None:
-    """It holds password hashes and keys."""
+    """The image contains password hashes and keys."""
     capture(node, disks["mbr"].path, "tarball").ok()
     assert (node.images / FILES["tarball"][0]).stat().st_mode & 0o7777 == 0o600
     assert (node.images / FILES["tarball"][1]).stat().st_mode & 0o7777 == 0o644
+
+
+@pytest.mark.parametrize("options", [[], ["--force"]], ids=["new", "replaced"])
+def test_the_directory_is_a_users(
+    options: list[str], node: Node, disks: dict[str, guestdisks.Guest], tmp_path: Path
+) -> None:
+    """He puts a link to another directory in its place, meanwhile: nothing is made, replaced or removed there."""
+    own, other = tmp_path / "users", tmp_path / "other"
+    own.mkdir()
+    other.mkdir()
+    for name in (*FILES["dump"], *BOOT):
+        (other / name).write_text("of the node")
+    fake, gate = tmp_path / "fake/dump", Gate(tmp_path / "fake/gate")
+    real = run("sh", "-c", f"PATH={PATH} command -v dump").strip()
+    node.write(fake, f'#!/bin/sh\n{gate.shell}\nexec {real} "$@"\n')
+    fake.chmod(0o755)
+    disk = disks["mbr"].path
+    call = start(node, disk, "dump", *options, directory=own, path=f"{fake.parent}:{PATH}")
+    call.wait_for(gate.reached, "in dump")
+    own.rename(tmp_path / "moved")
+    own.symlink_to(other)
+    fake.unlink()
+    gate.open()
+    call.result().ok()
+    assert {path.read_text() for path in other.iterdir()} == {"of the node"}
+    assert sorted(os.listdir(other)) == sorted([*FILES["dump"], *BOOT])
+    assert sorted(os.listdir(tmp_path / "moved")) == FILES["dump"]

@@ -1,4 +1,4 @@
-"""Dumps, as the ancestor made them, are restored onto root and /boot."""
+"""Restore dumps, as ganeti-instance-image made them, onto root and /boot."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.chown(odd / "shared", 33, 44)
     (odd / "shared").chmod(0o2775)
     run("setfacl", "-m", "u:4321:rwx,d:u:4321:rwx", odd / "shared")
-    for number in range(9):  # more than an inode has room for
+    for number in range(9):  # more attributes than fit into an inode
         os.setxattr(odd / "shared", f"user.{number}", b"x" * 30)
     os.chown(odd / "*", 54321, 12345)
     (odd / "*").chmod(0o4755)
@@ -50,7 +50,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dumps(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """root.dump, boot.dump and, with compression inside, root.z and boot.z; whole.dump has both in one."""
+    """Make root.dump and boot.dump, also with compression inside as .z (zlib) and .y (LZO), and whole.dump of both."""
     top = tmp_path_factory.mktemp("dumps")
     disk = guestdisks.ancestor(top / "disk", tree, top).path
     for name, number in (("boot", 1), ("root", 3)):
@@ -59,6 +59,7 @@ def dumps(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         with attached(disk, part.start, part.size) as device:
             run("dump", "-0", "-q", "-f", top / f"{name}.dump", device)
             run("dump", "-0", "-z9", "-q", "-f", top / f"{name}.z", device)
+            run("dump", "-0", "-y", "-q", "-f", top / f"{name}.y", device)
     whole = guestdisks.mbr(top / "whole", tree, top).path
     part = guestdisks.place(whole, 1)
     assert part
@@ -79,7 +80,7 @@ def create(node: Node, target: Path, **settings: object) -> object:
 
 
 def check(target: Path, tree: Path, tmp_path: Path) -> None:
-    """Everything is there, /boot on its own partition if there is one."""
+    """Fail unless all files exist, those of /boot on its own partition if there is one."""
     parts = [part for part in partitions(target) if part.content.get("TYPE") in ("ext3", "ext4", "xfs")]
     boot, root = parts if len(parts) == 2 else (None, parts[0])
     with mounted(target, tmp_path / "root", root) as where:
@@ -95,15 +96,17 @@ def check(target: Path, tree: Path, tmp_path: Path) -> None:
     for path, expected in describe(tree).items():
         if path in CHANGED or path.startswith(REMOVED) or (boot and path.startswith(b"boot")):
             continue
-        if root.content["TYPE"] == "xfs":  # keeps meaningless fields of an ACL as restore writes them
+        if root.content["TYPE"] == "xfs":  # xfs keeps meaningless fields of an ACL as restore writes them
             for entry in (found[path], expected):
                 for attribute in ("system.posix_acl_access", "trusted.SGI_ACL_FILE"):
                     entry[5].pop(attribute, None)
         assert found[path] == expected, path
 
 
-@pytest.mark.parametrize("name", ["dump", "z"])
-@pytest.mark.parametrize("filesystem", ["ext3", "ext4", "xfs"])
+@pytest.mark.parametrize(
+    ("name", "filesystem"),
+    [*((name, filesystem) for name in ("dump", "z") for filesystem in ("ext3", "ext4", "xfs")), ("y", "ext4")],
+)
 def test_root_and_boot(name: str, filesystem: str, node: Node, disk: MakeDisk, dumps: Path, tree: Path,
                        tmp_path: Path) -> None:  # fmt: skip
     stock(node, dumps / f"root.{name}", dumps / f"boot.{name}")
@@ -124,7 +127,7 @@ def test_compressed(suffix: str, command: str, node: Node, disk: MakeDisk, dumps
 
 
 def test_without_a_boot_partition(node: Node, disk: MakeDisk, dumps: Path, tree: Path, tmp_path: Path) -> None:
-    """kernel_path is set: what belongs on /boot is not asked for."""
+    """kernel_path is set, so the image of /boot is not needed."""
     stock(node, dumps / "root.dump", None)
     target = disk()
     create(node, target, INSTANCE_HV_kernel_path="/boot/vmlinuz").ok()  # type: ignore
@@ -147,7 +150,7 @@ def test_boot_is_missing(node: Node, disk: MakeDisk, dumps: Path) -> None:
 
 
 def without_a_header(data: bytes) -> bytes:
-    """The last inode's is overwritten (the content of files has no checksum), or what is there in a compressed dump."""
+    """Overwrite the last inode's header (the content of files has no checksum), or that offset in a compressed dump."""
     headers = (at for at in range(0, len(data) - 1024, 1024) if struct.unpack_from("<i20xi", data, at) == (2, 60012))
     at = max(headers, default=len(data) - 60_000)
     return data[:at] + bytes(1024) + data[at + 1024 :]
@@ -180,7 +183,7 @@ def test_cut_off_anywhere(node: Node, disk: MakeDisk, dumps: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("text", ["not at beginning of a file", "anything"])
 def test_restore_that_never_ends(text: str, node: Node, disk: MakeDisk, dumps: Path, tmp_path: Path) -> None:
-    """At 3 of 100 places where a dump may be cut off, it looks for the next file for ever; where, depends on it."""
+    """Cut off at 3 of 100 offsets (which depend on the dump), it makes restore look for the next file for ever."""
     stock(node, dumps / "root.dump", dumps / "boot.dump")
     (tmp_path / "restore").write_text(f"#!/bin/sh\nexec yes '{text}' >&2\n")
     (tmp_path / "restore").chmod(0o755)
@@ -193,7 +196,7 @@ def test_incremental(node: Node, disk: MakeDisk, dumps: Path) -> None:
 
 
 def test_full_of_zeroes(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """Of an ext4 with inline_data, restore before 0.4b48 makes files full of zeroes: refused, or right."""
+    """From an ext4 with inline_data, restore before 0.4b48 makes files of zeroes: refuse, or be right."""
     inline = guestdisks.blank(tmp_path / "inline", 40)
     with attached(inline) as device:
         run("mkfs.ext4", "-q", "-O", "inline_data", "-I", "256", device)

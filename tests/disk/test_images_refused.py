@@ -1,4 +1,4 @@
-"""Images that would bring files of the node into the guest, or that nobody can deploy, made by qemu-img itself."""
+"""Images that would bring files of the node into the guest, or that nobody can deploy, made by qemu-img."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def unknown_feature(source: Path, path: Path) -> None:
 
 
 def unknown_compression(source: Path, path: Path) -> None:
-    """What Debian 11's qemu-img has against zstd: it was built without that."""
+    """Return the error of Debian 11's qemu-img, which was built without zstd."""
     guestdisks.qcow2(source, path)
     set_features(path, 8)
     with path.open("r+b") as file:
@@ -93,7 +93,7 @@ REFUSED = {
 
 
 def attempt(node: Node, target: Path, image_type: str = "qemu", **settings: object) -> str:
-    """The log of a create that must not touch the disk; its last line names the image."""
+    """Return the log of a create that must not change the disk; its last line names the image."""
     before = digest(target)
     result = node.create(target, OSP_IMAGE_NAME="bad", OSP_IMAGE_TYPE=image_type, OSP_NOMOUNT="yes", **settings)
     result.failed("bad-")
@@ -109,27 +109,15 @@ def test_header(how: Callable[[Path, Path], None], image_type: str, suffix: str,
     assert REFUSED[how] in attempt(node, disk(16), image_type).splitlines()[-1]
 
 
-@pytest.mark.parametrize("driver, options", [
-    ("vmdk", []), ("vmdk", ["-o", "subformat=monolithicFlat"]), ("vmdk", ["-o", "subformat=streamOptimized"]),
-    ("vdi", []), ("vhdx", []), ("vpc", []), ("vpc", ["-o", "subformat=fixed"]), ("qed", []),
-])  # fmt: skip
+@pytest.mark.parametrize("driver, options", [("vmdk", ["-o", "subformat=monolithicFlat"]), ("qed", [])])
 def test_other_formats(driver: str, options: list[str], node: Node, disk: MakeDisk, source: Path) -> None:
     path = node.images / f"bad-{trees.ARCH}.img"
     run("qemu-img", "convert", "-O", driver, *options, source, path)
     log = attempt(node, disk(16))
     command = next(line for line in log.splitlines() if "hint: qemu-img convert" in line).partition("hint: ")[2]
-    assert "only raw and qcow2" in log.splitlines()[-1]
-    if "subformat=streamOptimized" not in options:
-        run(*command.replace("NAME-ARCH.qcow2", str(node.images / f"good-{trees.ARCH}.qcow2")).split())
-        node.create(disk(16), OSP_IMAGE_NAME="good", OSP_IMAGE_TYPE="qcow2", OSP_NOMOUNT="yes").ok()
-
-
-@pytest.mark.parametrize("driver", ["vmdk", "vdi", "qcow2"])
-def test_compressed(driver: str, node: Node, disk: MakeDisk, source: Path) -> None:
-    inner = source.with_name("inner")
-    run("qemu-img", "convert", "-O", driver, source, inner)
-    guestdisks.compress(inner, node.images / f"bad-{trees.ARCH}.raw.gz", "gzip")
-    assert driver.upper() in attempt(node, disk(16), "raw").upper()
+    assert "only raw, qcow2, VMDK, VDI, VHDX, VHD are deployed" in log.splitlines()[-1]
+    run(*command.replace("NAME-ARCH.qcow2", str(node.images / f"good-{trees.ARCH}.qcow2")).split())
+    node.create(disk(16), OSP_IMAGE_NAME="good", OSP_IMAGE_TYPE="qcow2", OSP_NOMOUNT="yes").ok()
 
 
 @pytest.mark.parametrize("image_type, suffix, other", [("raw", "raw", "qcow2"), ("qcow2", "qcow2", "raw")])
@@ -140,7 +128,7 @@ def test_content_is_not_what_the_type_says(image_type: str, suffix: str, other: 
 
 
 def test_raw_image_that_becomes_a_qcow2(node: Node, disk: MakeDisk, source: Path) -> None:
-    """A guest may write a qcow2 header to its disk: an image made of that must not be taken for one."""
+    """A guest may write a qcow2 header to its disk: a raw image of it must stay raw."""
     secret = source.with_name("secret")
     secret.write_bytes(b"the node's secret" * 4096)
     backing(secret, node.images / f"bad-{trees.ARCH}.raw")
@@ -163,7 +151,7 @@ def test_empty(image_type: str, name: str, node: Node, disk: MakeDisk) -> None:
 
 
 def test_missing_program(node: Node, disk: MakeDisk, source: Path, tmp_path: Path) -> None:
-    """Known before the first write, and named with its package."""
+    """It is detected before the first write, and named with its package."""
     guestdisks.qcow2(source, node.images / f"bad-{trees.ARCH}.qcow2")
     tools = tmp_path / "tools"
     tools.mkdir()

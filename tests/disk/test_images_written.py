@@ -1,4 +1,4 @@
-"""What is on the disk afterwards is what is in the image, and zeroes; NOMOUNT shows it unaltered."""
+"""The disk then contains the image, and zeroes after it; NOMOUNT shows it without changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import trees
 from support import MIB, Node, run
 
-from imageos.disks import disk as disks
+from imageos.disks import blockdev
 
 MakeDisk = Callable[..., Path]
 SIZE, DISK = 24 * MIB + 512, 40  # bytes of the image, MiB of the disk
@@ -21,7 +21,7 @@ ODD = b"not a table, not a filesystem"
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holes, zeroes that are stored, and data, to the last sector."""
+    """Make an image with holes, stored zeroes and data, up to the last sector."""
     path = tmp_path_factory.mktemp("content") / "disk.raw"
     with path.open("wb") as file:
         file.write(ODD.ljust(512, b"\1") * 2)
@@ -127,7 +127,7 @@ def test_larger_than_the_disk(form: str, node: Node, disk: MakeDisk, content: Pa
 
 
 def test_larger_than_the_disk_is_seen_at_the_overflow(node: Node, disk: MakeDisk, content: Path) -> None:
-    """zstd does not know how long its input is when it reads a pipe."""
+    """zstd does not know the size of its output when it reads a pipe."""
     path = node.images / f"win-{trees.ARCH}.raw.zst"
     run("sh", "-c", 'cat "$0" | zstd -q -1 >"$1"', content, path)
     target = disk(24)
@@ -161,7 +161,7 @@ def test_damaged_qcow2(node: Node, disk: MakeDisk, content: Path) -> None:
     assert target.read_bytes()[:512] == bytes(512), "still armed"
 
 
-# Disks that cannot make themselves read as zero
+# Disks that cannot discard blocks to zero
 
 
 @pytest.mark.parametrize("kind", ["file", "block"])
@@ -173,9 +173,9 @@ def test_zeroes_are_written_where_no_hole_can_be_punched(
 
     monkeypatch.setattr("imageos.node.linux.punch_hole", refuse)
     target = guestdisks.soiled((disk if kind == "file" else block_disk)(DISK), DISK)
-    with disks.claimed(str(target)) as device, disks.attached(device) as attached:
+    with blockdev.claimed(str(target)) as device, blockdev.attached(device) as attached:
         os.pread(attached.descriptor, MIB, 0)
-        disks.clear(device, attached)
+        blockdev.clear(attached)
         assert os.pread(attached.descriptor, MIB, 0) == bytes(MIB)
-        disks.flush(device, attached.descriptor)
+        blockdev.flush(attached)
     assert target.read_bytes() == bytes(DISK * MIB)

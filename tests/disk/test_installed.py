@@ -1,4 +1,4 @@
-"""What `install` puts where, what Ganeti wants of it, and `verify`."""
+"""The files of `install`, Ganeti's demands on them, and `verify`."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ PARAMETERS = [
     "ROOT_PASSWORD_HASH",
     "USER_DATA",
     "IMAGE_DEBUG",
-    "os-image",  # these are Ganeti's own
+    "os-image",  # Ganeti's own
     "os-install-package",
     "os-package",
 ]
 
 
 def contents(top: Path) -> dict[str, tuple]:
-    """path -> what a change would change; inode and times included."""
+    """Return path -> attributes that a change alters, inode and times included."""
     found = {}
     for path in sorted(top.rglob("*")):
         entry = path.lstat()
@@ -80,7 +80,7 @@ def test_paths_of_the_contract(root: Path) -> None:
 
 
 def in_root(root: Path, link: Path) -> Path:
-    """Where a link leads when `root` is the root directory, as for a package that is being built."""
+    """Return the target of a link when `root` is the root directory, as for a package."""
     assert link.is_symlink(), link
     text = os.readlink(link)
     return Path(f"{root}{text}") if text.startswith("/") else link.parent / text
@@ -93,14 +93,14 @@ def test_standalone_command(root: Path) -> None:
 
 
 def test_modes_do_not_depend_on_the_umask(imageos: Path, tmp_path: Path) -> None:
-    """Ganeti's daemons and the operators' tools read them, whoever installed."""
+    """Ganeti's daemons and the operators' tools read them, whoever installed them."""
     made = tmp_path / "strict"
     run("sh", "-c", f"umask 077; {imageos} install --root {made}")
     for path in made.rglob("*"):
         if path.is_symlink():
             continue
         mode = path.stat().st_mode & 0o777
-        if path == made / "var/cache/ganeti-instance-image":  # no tenant sees another's images
+        if path == made / "var/cache/ganeti-instance-image":  # no tenant may see another's images
             assert mode == 0o700
         else:
             assert mode == (0o755 if path.is_dir() or path.name == "imageos" else 0o644), path
@@ -154,7 +154,7 @@ def test_other_directories(imageos: Path, tmp_path: Path) -> None:
 
 
 def test_without_root_the_site_is_in_etc(imageos: Path, etc: Path, tmp_path: Path) -> None:
-    """The real /etc, here a layer of the test's."""
+    """Use the real /etc, which is a layer of the test here."""
     run("rm", "-rf", SITE, DEFAULTS)
     cache = Path("/var/cache/ganeti-instance-image")
     was_there = cache.exists()
@@ -169,7 +169,7 @@ def test_without_root_the_site_is_in_etc(imageos: Path, etc: Path, tmp_path: Pat
 
 
 def test_shipped_defaults_deploy(node: Node, tmp_path: Path) -> None:
-    """The shipped defaults file, unchanged, says ext4; nothing in it is unknown or wrong."""
+    """The shipped defaults file sets ext4, and contains no unknown or wrong setting."""
     DEFAULTS.write_bytes((node.root / "etc/default/ganeti-instance-image").read_bytes())
     node.hook("show", "#!/bin/sh\necho filesystem $FILESYSTEM table $PARTITION_TABLE dir $IMAGE_DIR end\n")
     node.variant("default", f"IMAGE_TYPE=tarball\nIMAGE_DIR={node.images}\n")
@@ -190,30 +190,45 @@ def verify(node: Node, **overrides: object) -> Result:
     return node.call("verify", environment, "parameters")
 
 
+def test_verify_what_double_quotes_have_lost(node: Node) -> None:
+    """What the shell leaves has the form of user-data, and of a hash perhaps."""
+    node.defaults('USER_DATA="#!/bin/sh\necho $HOME"\n')
+    assert "single quotes" in verify(node).failed("USER_DATA", "double quotes", "$HOME").log
+    node.defaults('ROOT_PASSWORD_HASH="$6$salt$0123456789abc"\n')  # 0123456789abc may be one of DES
+    assert "single quotes" in verify(node).failed("ROOT_PASSWORD_HASH", "double quotes").log
+
+
 def test_verify_good(node: Node) -> None:
     assert "warning" not in verify(node).ok().log
     verify(node, OSP_IMAGE_NAME="tiny", OSP_FILESYSTEM="xfs", OSP_SWAP_SIZE="100").ok()
 
 
 def test_verify_of_settings_that_compute_with_the_instance(node: Node) -> None:
-    """Ganeti names no instance here."""
+    """Ganeti gives no instance here."""
     node.variant("computed", "SWAP_SIZE=$((INSTANCE_BE_maxmem / 2))\n")
     verify(node, OS_VARIANT="computed").ok()
 
 
 def test_verify_looks_for_the_image(node: Node) -> None:
-    """One that is not named may be given by a parameter later."""
+    """A parameter may name the image later."""
     image = node.images / f"tiny-{trees.ARCH}.tar.gz"
     image.write_bytes(b"garbage")
     verify(node, OSP_IMAGE_NAME="tiny").failed(str(image), "not a tarball")
     image.unlink()
     verify(node, OSP_IMAGE_NAME="tiny").failed("cannot find image", str(image))
     verify(node, OSP_IMAGE_NAME="tiny", OSP_CDINSTALL="yes").ok()
-    verify(node).ok()
+
+
+def test_verify_says_that_create_needs_an_image(node: Node) -> None:
+    """A parameter may name it later."""
+    said = "there is no IMAGE_NAME and no IMAGE_URL: create needs one"
+    assert said in verify(node).ok().log
+    for name, value in (("IMAGE_NAME", "tiny"), ("CDINSTALL", "yes"), ("OS_IMAGE", "/srv/x.img")):
+        assert said not in verify(node, **{f"OSP_{name}": value}).ok().log
 
 
 def test_verify_only_warns_of_a_server_that_is_down(node: Node) -> None:
-    url = "http://127.0.0.1:9"  # discard: nobody listens
+    url = "http://127.0.0.1:9"  # the discard port, on which nothing listens
     result = verify(node, OSP_IMAGE_NAME="tiny", OSP_IMAGE_URL=url).ok()
     assert [line for line in result.lines if "warning" in line and url in line], result.log
 
@@ -223,7 +238,7 @@ def test_verify_unknown_parameter(node: Node) -> None:
 
 
 def test_verify_of_what_ganeti_itself_reads(node: Node) -> None:
-    """Its own checks tell of a relative path only when it is too late."""
+    """Ganeti itself reports a relative path too late."""
     assert "warning" not in verify(node, OSP_OS_IMAGE="/srv/none.img", OSP_OS_PACKAGE="x").ok().log
     verify(node, OSP_OS_IMAGE="none.img").failed("os-image='none.img'", "an absolute path, or the URL of a file")
 

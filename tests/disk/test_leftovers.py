@@ -1,4 +1,4 @@
-"""The check after each test sees what a test leaves, and takes it away."""
+"""The check after each test finds what a test leaves, and removes it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_is_seen_and_removed(kind: str, machine: list[Path], before: Leftovers, 
         disk.truncate(MIB)
     if kind == "orphan":
         subprocess.run(["sh", "-c", "setsid sleep 1000 & exit 0"], check=True)
-        # and neither the shell that starts it, nor setsid
+        # wait until it is neither the shell that starts it nor setsid
         wait_until(
             lambda: str(Leftovers(machine, base).minus(before).describe()).endswith(": sleep 1000']"), "it is sleep"
         )

@@ -1,4 +1,4 @@
-"""Two at once: on one disk the second is refused and the first not harmed, elsewhere they do not meet."""
+"""Two calls at once: on one disk the second is refused and the first unharmed; on different disks both work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from support import Call, Node, Result, attached, mounted, partitions, run, wait_until
 from trees import ARCH
 
-from imageos.disks import filesystem
+from imageos.disks import btrfs
 
 MakeDisk = Callable[..., Path]
 NAME = "parallel.example.org"
@@ -31,7 +31,7 @@ def rename(node: Node, target: Path) -> Result:
     return node.call("rename", node.environment(target, env="rename", OLD_INSTANCE_NAME="old.example.org"))
 
 
-# All that a second one may be; those that only read, too: what they saw would contradict itself
+# All possible second calls, also those that only read, because they would read inconsistent data
 SECOND: dict[str, Callable[[Node, Path], Result]] = {
     "create": lambda node, target: node.create(target),
     "import": lambda node, target: backups.restore(node, b"a stream that is never read", target),
@@ -46,7 +46,7 @@ SECOND: dict[str, Callable[[Node, Path], Result]] = {
 
 @contextmanager
 def waiting(node: Node, target: Path, gate: Path) -> Iterator[Call]:
-    """A create that is about to be finished; it has to be when the context ends."""
+    """Start a create that waits before its end; let it finish at the end of the context."""
     node.hook("waits", f"#!/bin/sh\n: > {gate}\nwhile [ -e {gate} ]; do sleep 0.05; done\n")
     call = node.start("create", node.environment(target))
     call.wait_for(gate.exists, "its hook runs")
@@ -75,7 +75,7 @@ def test_nothing_else_during_create(
 def test_nothing_else_while_mounted(
     kind: str, node: Node, disk: MakeDisk, block_disk: MakeDisk, tmp_path: Path
 ) -> None:
-    """They say where; and what is written there afterwards is on the disk."""
+    """They name the mount point; files written there afterwards are on the disk."""
     target = disk() if kind == "file" else block_disk()
     node.create(target).ok()
     node.tool("mount-disks", NAME, "--disk", str(target)).ok()
@@ -94,7 +94,7 @@ def test_nothing_else_while_mounted(
 
 
 def test_install_during_create(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """A newer version takes the place of the file that a create runs from, which goes on with what it was."""
+    """A new version replaces the file that a create runs from; the create continues with the old one."""
     newer = another_version(node.imageos, tmp_path / "newer", "99.9")
     here = copy.copy(node)
     here.root = tmp_path / "own"
@@ -118,7 +118,7 @@ def test_install_during_create(node: Node, disk: MakeDisk, tmp_path: Path) -> No
 
 
 def another_version(imageos: Path, path: Path, version: str) -> Path:
-    """The same file with another version: no member of the archive is where it was."""
+    """Return the same file with another version: all offsets in the archive differ."""
     with zipfile.ZipFile(imageos) as old, path.open("wb") as file:
         file.write(imageos.read_bytes().partition(b"\n")[0] + b"\n")
         with zipfile.ZipFile(file, "w") as new:
@@ -189,7 +189,7 @@ def test_instances_of_one_btrfs_image(node: Node, disk: MakeDisk, small_tree: Pa
     ]
 
     def all_meet() -> bool:
-        """One has come to its hook, the others wait for it."""
+        """One waits in its hook, the others wait for it."""
         waiting = [call for call in calls if "waiting for another instance" in call.log()]
         return len(waiting) >= 2 and len(list(tmp_path.glob("gate.*"))) == 1
 
@@ -202,10 +202,10 @@ def test_instances_of_one_btrfs_image(node: Node, disk: MakeDisk, small_tree: Pa
 
 
 def test_btrfs_image_whose_instance_is_mounted(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
-    """By a user, who may take his time: an error that names the place."""
+    """The mount of a user may last: an error names the mount point."""
     guest = guestdisks.btrfs(tmp_path / "image", small_tree, tmp_path)
     node.image(guest.path, f"btrfs-{ARCH}.raw")
     with mounted(guest.path, tmp_path / "look", guestdisks.place(guest.path, 2), "ro,subvol=@"):
         result = node.create(disk(300), OSP_IMAGE_NAME="btrfs", OSP_IMAGE_TYPE="raw")
     result.failed("a btrfs with the same UUID is mounted from")
-    assert result.seconds < filesystem.TWIN_PATIENCE / 2, "waited for somebody who may take his time"
+    assert result.seconds < btrfs.TWIN_PATIENCE / 2, "waited for somebody who may take his time"

@@ -1,4 +1,4 @@
-"""rename: the guest gets the instance's new name where it had the old one."""
+"""rename: the guest gets the instance's new name wherever it had the old one."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_place(layout: str, node: Node, small_tree: Path, tmp_path: Path) 
 
 
 def test_after_create(node: Node, disk: Callable[..., Path], tmp_path: Path) -> None:
-    """What create wrote, rename finds."""
+    """rename finds everything that create wrote."""
     target = disk()
     node.create(target, INSTANCE_NAME=OLD).ok()
     rename(node, target).ok()
@@ -85,7 +85,7 @@ def test_modes_stay(node: Node, guest: guestdisks.Guest, tmp_path: Path) -> None
 
 
 def test_links_stay_inside(node: Node, guest: guestdisks.Guest, tmp_path: Path) -> None:
-    """An absolute link is one of the guest's."""
+    """Resolve an absolute link inside the guest."""
     write(guest, {"data/name": "inst2\n"}, tmp_path)
     with mounted(guest.path, tmp_path / "mnt", place(guest.path, 1), "rw") as top:
         (top / "etc/hostname").unlink()
@@ -120,9 +120,25 @@ def test_no_guest(node: Node, disk: Callable[..., Path]) -> None:
         assert digest(path) == before
 
 
+@pytest.mark.parametrize("directory", ["/etc", "/etc/cloud/cloud.cfg.d"])
+def test_damaged_directory(directory: str, node: Node, guest: guestdisks.Guest, tmp_path: Path) -> None:
+    """The first is read to find the system, the other later."""
+    write(
+        guest, {"etc/cloud/cloud.cfg.d/90-site.cfg": "fqdn: inst2.example.org\n", "etc/hostname": "inst2\n"}, tmp_path
+    )
+    part = place(guest.path, guest.root)
+    assert part
+    with attached(guest.path, part.start, part.size) as device:
+        block = int(run("debugfs", "-R", f"bmap {directory} 0", device))
+        size = int(run("blkid", "--probe", "-s", "BLOCK_SIZE", "-o", "value", device))
+        run("dd", "if=/dev/urandom", f"of={device}", f"bs={size}", f"seek={block}", "count=1", "conv=notrunc")
+    result = rename(node, guest.path).failed()
+    assert "hint: " in result.lines[-2] and "repair" in result.lines[-2], result.log
+
+
 def test_nomount(node: Node, guest: guestdisks.Guest) -> None:
     before = digest(guest.path)
-    with locked(guest.path):  # it does not even look
+    with locked(guest.path):  # it does not even read it
         assert "NOMOUNT=yes" in rename(node, guest.path, OSP_NOMOUNT="yes").ok().log
     assert digest(guest.path) == before
 
@@ -142,7 +158,7 @@ def test_old_name_is_missing(node: Node, guest: guestdisks.Guest) -> None:
 
 
 def test_hooks(node: Node, guest: guestdisks.Guest, tmp_path: Path) -> None:
-    """Those that RENAME_HOOKS names, with -r, after the name was changed; also for the same name."""
+    """RENAME_HOOKS run with -r after the change of the name; also for the same name."""
     write(guest, {"etc/hostname": "inst2\n"}, tmp_path)
     script = '#!/bin/sh\necho "$IMAGEOS_ACTION $* $OLD_INSTANCE_NAME $(cat $TARGET/etc/hostname)" >&2\n'
     node.hook("zz_ddns", script)
@@ -153,7 +169,7 @@ def test_hooks(node: Node, guest: guestdisks.Guest, tmp_path: Path) -> None:
 
 
 def test_hook_that_fails(node: Node, guest: guestdisks.Guest, tmp_path: Path) -> None:
-    """The guest lives on: what was done stays done, and nothing is left for a journal to replay."""
+    """The guest survives: finished changes stay, and no journal needs recovery."""
     write(guest, {"etc/hostname": "inst2\n"}, tmp_path)
     node.hook("zz_ddns", "#!/bin/sh\necho done >$TARGET/etc/by-hook\nexit 7\n")
     rename(node, guest.path).failed("zz_ddns", "status 7")

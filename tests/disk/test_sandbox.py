@@ -1,16 +1,21 @@
-"""What a program of the guest can reach: its own root and disk, nothing of the node."""
+"""A program of the guest can reach its own root and disk, and nothing of the node."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from readme import rights, rows
 from support import Node
 
+from imageos.node import linux
+
+CAPABILITIES = {name[len("CAP_") :]: number for name, number in vars(linux).items() if name.startswith("CAP_")}
 MakeDisk = Callable[..., Path]
 
-# Runs `hook.target.run` on /probe, a shell script in the image; what it prints is in the log as `guest: ...`.
+# Runs `hook.target.run` on /probe, a shell script in the image; its output is in the log as `guest: ...`.
 HOOK = """#!/usr/bin/env python3
 from imageos.hook import Hook
 
@@ -43,7 +48,7 @@ ATTEMPTS: dict[str, str] = {
 
 
 def probe(node: Node, disk: Path, script: str) -> list[str]:
-    """What the guest's script prints."""
+    """Return the facts that the guest's script prints."""
     path = node.work / "probe"
     path.write_text(script)
     node.hook("probe", HOOK.format(probe=path))
@@ -80,18 +85,33 @@ def test_a_guest_program_sees_only_its_own(node: Node, disk: MakeDisk) -> None:
     """,
     )
     facts = dict(line.split(" ", 1) for line in said)
-    assert facts["pid"] == "2"  # 1 is ours
+    assert facts["pid"] == "2"  # process 1 is ours
     assert facts["net"] == "lo"
     assert facts["hostname"] == "inst1"
     assert facts["stdin"].startswith("pipe:"), "the node's /dev/null could be given another mode through it"
-    assert facts["caps"].split()[-1].lstrip("0") == "fb"  # seven capabilities
+    (allowed,) = (row for row in rights(CAPABILITIES) if row.who.startswith("a guest's"))
+    assert int(facts["caps"].split()[-1], 16) == allowed.capabilities, "README says otherwise"
     disk_nodes = [name for name in facts["dev"].split() if name.startswith("loop")]
     whole = min(disk_nodes, key=len)
     assert sorted(disk_nodes) == [whole, f"{whole}p1", f"{whole}p2", f"{whole}p3"]
     others = set(facts["dev"].split()) - set(disk_nodes)
-    assert others == {"disk", "fd", "full", "null", "random", "stderr", "stdin", "stdout", "tty", "urandom", "zero"}
+    assert others - {"disk", "fd", "stderr", "stdin", "stdout"} == allowed.devices, "README says otherwise"
     assert {name.partition(":")[0] for name in facts["open"].split()} <= {"/dev/null", "/probe", "pipe"}
     assert set(facts["environment"].split()) <= {"DEBIAN_FRONTEND", "HOME", "LANG", "PATH", "PWD", "SHLVL", "TERM", "_"}
+
+
+def test_a_hook_has_all_that_root_has(node: Node, disk: MakeDisk) -> None:
+    """As the README's table says: it is the site's own."""
+    (hook,) = (row for row in rows("program") if row[0].startswith("a hook"))
+    assert hook[1:] == ["all that root has", "the node's"]
+    node.hook("own", "#!/bin/sh\necho caps $(grep CapEff /proc/self/status)\necho dev $(ls /dev)\n")
+    lines = [line.partition("own: ")[2] for line in node.create(disk()).ok().lines]
+    said = dict(line.split(" ", 1) for line in lines if " " in line)
+    with open("/proc/self/status", encoding="ascii") as file:
+        (ours,) = (line.split()[1] for line in file if line.startswith("CapEff:"))
+    assert said["caps"].split()[-1] == ours
+    devices = {name for name in os.listdir("/dev") if not name.startswith("loop")}
+    assert devices <= set(said["dev"].split())
 
 
 def test_a_guest_program_that_does_not_end_is_ended(node: Node, disk: MakeDisk) -> None:
@@ -106,7 +126,7 @@ def test_a_guest_program_that_does_not_end_is_ended(node: Node, disk: MakeDisk) 
 def test_a_link_in_the_place_of_a_mount_point_is_refused(
     node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path, name: str
 ) -> None:
-    """A mount that follows it would land on the node."""
+    """A mount that followed it would be on the node."""
     import shutil
 
     import trees

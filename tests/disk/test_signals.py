@@ -1,6 +1,6 @@
-"""A signal in any phase: the right status, soon; nothing is left by the kernel; the same call works then.
+"""A signal in any phase: the right status, soon; the kernel keeps nothing; the same call then works.
 
-That nothing is left is the check after each test; here the call is stopped in a phase by something that waits:
+The check after each test finds leftovers. These tests stop the call in a phase by something that waits:
 a settings file, a tool in PATH, a hook.
 """
 
@@ -11,17 +11,19 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trees
-from support import PATH, Call, Gate, Node, attached, digest, partitions, run, session, wait_until
+from hookfiles import CHECKOUT
+from support import HANGS, PATH, Call, Gate, Node, attached, digest, partitions, run, session, wait_until
 
 MakeDisk = Callable[..., Path]
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL]
-# phase -> program that waits before it does its work
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGKILL]
+# phase -> program that waits before its work
 TOOLS = {"table": "sfdisk", "filesystem": "mkfs.ext4", "swap": "mkswap", "deploy": "tar", "decompress": "zstd"}
 PHASES = ["settings", *TOOLS, "hook"]
 
@@ -35,7 +37,7 @@ def gate(tmp_path: Path) -> Gate:
 def stopped_in(
     node: Node, disk: MakeDisk, images: Path, tmp_path: Path, gate: Gate
 ) -> Callable[..., tuple[Call, Path, dict]]:
-    """Start a create that waits in a phase; gives the call, its disk and its environment."""
+    """Start a create that waits in a phase; return the call, its disk and its environment."""
 
     def start(phase: str, before_waiting: str = "") -> tuple[Call, Path, dict[str, str]]:
         wait = f"{before_waiting}\n{gate.shell}\n"
@@ -49,7 +51,7 @@ def stopped_in(
         else:
             fake = tmp_path / "fake" / TOOLS[phase]
             real = run("sh", "-c", f"PATH={PATH} command -v {fake.name}").strip()
-            # only when it works on the disk or the archive, not when asked for its version or a few bytes
+            # only when it works on the disk or archive, not for its version or for a few bytes
             node.write(fake, f'#!/bin/sh\n{wait}exec {real} "$@"\n')
             fake.chmod(0o755)
         call = node.start("create", environment)
@@ -60,14 +62,14 @@ def stopped_in(
 
 
 def assert_ended(call: Call, number: int) -> None:
-    """Ended with 128+n (a shell's view of SIGKILL) in time; and what it started is gone."""
+    """Fail unless it ends with 128+n (a shell's view of SIGKILL) in time, and its children are gone."""
     result = call.result()
     assert result.status == 128 + number, result.log
     wait_until(lambda: not session(call.process.pid), "all processes of the call are gone")
 
 
-# Every phase gets one that can be handled and the one that cannot; all of them, to the process or to its group, come
-# in one phase: the supervisor that answers does not know the phase.
+# Every phase gets SIGTERM and SIGKILL. One phase gets all signals, to the process and to its group, which suffices:
+# the supervisor that reacts does not know the phase.
 MOMENTS = [
     *((phase, number, False) for phase in PHASES for number in (signal.SIGTERM, signal.SIGKILL)),
     *(("deploy", number, group) for number in SIGNALS for group in (False, True)),
@@ -94,7 +96,7 @@ def test_signal(
         assert digest(target) == before, "written to before the settings were known"
     if number != signal.SIGKILL or group:
         return
-    # a new run finds nothing in its way
+    # a new run must succeed
     gate.open()
     run("rm", "-rf", tmp_path / "fake")
     node.variant("default")
@@ -126,19 +128,42 @@ def test_terminated_run_disarms(phase: str, stopped_in: Callable[..., tuple[Call
 
 
 def test_terminated_twice(stopped_in: Callable[..., tuple[Call, Path, dict[str, str]]]) -> None:
-    """An impatient operator, or Ganeti's SIGTERM to a whole group, which the supervisor passes on again."""
+    """An impatient operator, or Ganeti's SIGTERM to a whole group, which the supervisor forwards again."""
     call, _, _ = stopped_in("hook", "trap '' TERM")
     for _ in range(3):
         call.kill(signal.SIGTERM, group=True)
     assert_ended(call, signal.SIGTERM)
 
 
+MISSES_TWO = """
+import os, signal
+from imageos.node import isolation
+isolation.enter()
+came = []
+signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+os.write(1, b"ready")
+while len(came) < 3:
+    signal.pause()
+os._exit(7)
+"""
+
+
+def test_signal_that_was_missed_comes_again() -> None:
+    """One that comes just before a system call that blocks does not end that call."""
+    process = subprocess.Popen([sys.executable, "-c", MISSES_TWO], stdout=subprocess.PIPE, cwd=CHECKOUT)
+    Call.unburied.append(process)
+    assert process.stdout and process.stdout.read(5) == b"ready"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(HANGS) == 7
+    process.stdout.close()
+
+
 def test_signal_after_the_last_write(gate: Gate, stopped_in: Callable[..., tuple[Call, Path, dict[str, str]]]) -> None:
-    """Who is told that a create has failed must not find a disk that boots: such a signal comes too late."""
+    """After a reported failure the disk must not boot: such a signal comes too late to report one."""
     call, target, _ = stopped_in("hook")
-    with Path(loops_over(target)[0]).open("rb") as loop:  # while it has a user, the create waits for its end
+    with Path(loops_over(target)[0]).open("rb") as loop:  # create waits for this user
         gate.open()
-        fcntl.flock(loop, fcntl.LOCK_SH)  # had when the create has let go of it
+        fcntl.flock(loop, fcntl.LOCK_SH)  # we get this lock when the create has released its own
         call.kill(signal.SIGTERM)
         wait_until(lambda: not pending(call, signal.SIGTERM), "the supervisor has passed it on")
     result = call.result().ok()
@@ -151,7 +176,7 @@ def loops_over(disk: Path) -> list[str]:
 
 
 def pending(call: Call, number: signal.Signals) -> bool:
-    """Whether a process of the call has still to take such a signal (proc_pid_status(5))."""
+    """Return True if a process of the call has not handled such a signal yet (proc_pid_status(5))."""
     masks: list[str] = []
     for process in session(call.process.pid):
         with suppress(OSError):  # it has ended
@@ -161,7 +186,7 @@ def pending(call: Call, number: signal.Signals) -> bool:
 
 
 def test_block_device_is_free_after_kill(node: Node, disk: MakeDisk, gate: Gate) -> None:
-    """What Ganeti does next with the volume of a killed create must not find it busy."""
+    """Ganeti's next step with the volume of a killed create must not find it busy."""
     node.hook("waits", f"#!/bin/sh\n{gate.shell}\n")
     with attached(disk()) as device:
         call = node.start("create", node.environment(device))
@@ -181,7 +206,7 @@ def exclusively(device: Path) -> bool:
 
 @pytest.mark.parametrize("number", SIGNALS[:3], ids=lambda number: number.name)
 def test_signal_while_it_says_why_it_failed(number: signal.Signals, node: Node) -> None:
-    """Nobody has read its output for a while: the words are whole, and the status is theirs."""
+    """Nobody reads its output for a while: the messages are complete, and the status belongs to them."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with suppress(BlockingIOError):

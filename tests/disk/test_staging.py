@@ -14,11 +14,11 @@ from pathlib import Path
 
 import backups
 import pytest
-from http_server import Server, serving
+from http_server import Server
 from support import HANGS, MIB, Node, digest, run
 
 from imageos.errors import Failure
-from imageos.images import fetch, qcow2, web
+from imageos.images import curl, fetch, imagetypes, qcow2
 from imageos.node import space
 from imageos.settings import Settings
 
@@ -155,14 +155,14 @@ def test_room_that_goes_meanwhile(node: Node, disk: MakeDisk, small: Path) -> No
     call = backups.Running(node, "import", values, reader, None)
     os.close(reader)
     with open(writer, "wb", buffering=0) as stream, watched(small) as least:
-        stream.write(tar_header(40 * MIB) + qcow2_header(128 * MIB) + bytes(10 * MIB - 65536))
+        stream.write(tar_header(40 * MIB) + qcow2_header(128 * MIB) + b"\1" * (10 * MIB - 65536))
         deadline = time.monotonic() + HANGS
         while free(small) > 56 * MIB:
             assert time.monotonic() < deadline
         (small / "other").write_bytes(bytes(30 * MIB))
         with pytest.raises(BrokenPipeError):
             for _ in range(64):
-                stream.write(bytes(MIB))
+                stream.write(b"\1" * MIB)
         call.announced()
         call.result().failed(f"EXPORT_DIR {small}", "needed", "have to stay free")
     assert least[0] >= space.reserve(os.statvfs(small))
@@ -187,21 +187,16 @@ def test_the_largest_qcow2_of_a_disk(options: str, most: int, tmp_path: Path) ->
 # --- CACHE_DIR --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(web, "PAUSES", (0.01,))
-    with serving() as one:
-        yield one
-
-
 @pytest.mark.parametrize(
     "how", [{}, {"announced": 4 * EIB}, {"announced": -1}, {"chunked": True}],
     ids=["announced", "too much", "not announced", "chunked"],
 )  # fmt: skip
 def test_no_room_for_a_download(how: dict[str, object], server: Server, small: Path) -> None:
-    known = Settings(image_url=server.put("/a.tar", bytes(62 * MIB), **how), image_type="tarball", cache_dir=str(small))
+    settings = Settings(
+        image_url=server.put("/a.tar", bytes(62 * MIB), **how), image_type="tarball", cache_dir=str(small)
+    )
     with watched(small) as least, pytest.raises(Failure) as raised:
-        fetch.fetched(known, ["ignored"])
+        fetch.fetched(settings, [settings.image_url])
     assert f"CACHE_DIR {small} has no space left for image {server.url}/a.tar: " in str(raised.value)
     assert "needed" in str(raised.value) and "of which 3.2 MiB have to stay free" in str(raised.value)
     is_announced = how in ({}, {"announced": 4 * EIB})
@@ -210,19 +205,105 @@ def test_no_room_for_a_download(how: dict[str, object], server: Server, small: P
 
 
 def test_room_for_a_download_that_goes_meanwhile(server: Server, small: Path) -> None:
-    known = Settings(image_url=server.put("/a.tar", bytes(40 * MIB)), image_type="tarball", cache_dir=str(small))
-    server.files["/a.tar"].cuts = [20 * MIB, 0]
-    with pytest.raises(web.Unreachable):
-        fetch.fetched(known, ["ignored"])
+    settings = Settings(image_url=server.put("/a.tar", bytes(40 * MIB)), image_type="tarball", cache_dir=str(small))
+    server.files["/a.tar"].cuts = [20 * MIB, 0, 0, 0]
+    with pytest.raises(curl.Unreachable):
+        fetch.fetched(settings, [settings.image_url])
     assert free(small) < 45 * MIB, "it can be gone on with"
     (small / "other").write_bytes(bytes(30 * MIB))
     with watched(small) as least, pytest.raises(Failure, match="no space left"):
-        fetch.fetched(known, ["ignored"])
+        fetch.fetched(settings, [settings.image_url])
     assert least[0] >= space.reserve(os.statvfs(small))
     assert os.listdir(small) == ["other"]
     (small / "other").unlink()
-    with open(fetch.fetched(replace(known, image_cleanup=True), ["ignored"])[1], "rb") as file:
+    with open(fetch.fetched(replace(settings, image_cleanup=True), [settings.image_url])[1], "rb") as file:
         assert len(file.read()) == 40 * MIB
+
+
+def found(settings: Settings, disk_size: int | None = None) -> bytes:
+    with open(imagetypes.find(settings, disk_size=disk_size).descriptor, "rb") as file:
+        return file.read()
+
+
+def tar_of(name: str, size: int) -> bytes:
+    return tar_header(size, name.encode()) + bytes(-(-size // 512) * 512 + 1024)
+
+
+WEB_PAGE = b"\n<!DOCTYPE html><html><title>503</title>"
+NOT_WANTED: list[tuple[str, str, bytes, str]] = [
+    ("tarball", "a.tar.gz", WEB_PAGE, "is a web page"),
+    ("tarball", "a.tar", b"<HTML>", "is a web page"),
+    ("tarball", "a.tar", b"", "is not a tarball"),
+    ("tarball", "a.tar.zst", b"PK\3\4", "is not a tarball"),
+    ("tarball", "a.tar", qcow2_header(MIB), "is not a tarball"),
+    ("dump", "a-root.dump", b"", "is not a dump"),
+    ("dump", "a-root.dump.gz", tar_header(MIB), "is not a dump"),
+    ("qcow2", "a.qcow2", b"", "is not a qcow2 image"),
+    ("qcow2", "a.qcow2", WEB_PAGE, "is a web page"),
+    ("qcow2", "a.qcow2", b"BZ\x08\0", "is not a qcow2 image"),
+    ("qcow2", "a.qcow2", qcow2_header(MIB, backing=512), "backing file"),
+    ("qcow2", "a.qcow2", qcow2_header(4 * EIB), "header is damaged"),
+    ("qemu", "a.img", qcow2_header(EIB), "the instance's disk has 32 MiB"),
+    ("qemu", "a.img", qcow2_header(33 * MIB), "the instance's disk has 32 MiB"),
+    ("qemu", "a.img", qcow2_header(MIB, incompatible=qcow2.DATA_FILE), "external data file"),
+    ("qemu", "a.img", b"QED\0", "format QED"),
+    ("qemu", "a.img", WEB_PAGE, "is a web page"),
+    ("raw", "a.raw", qcow2_header(MIB), "is a qcow2 image, not raw"),
+    ("raw", "a.raw", b"", "the instance's disk has 32 MiB"),
+    ("raw", "a.raw.zst", b"\x28\xb5\x2f\xfd\xa0" + struct.pack("<I", 33 * MIB), "the instance's disk has 32 MiB"),
+]
+
+
+@pytest.mark.parametrize(("image_type", "name", "beginning", "words"), NOT_WANTED)
+def test_judged_before_the_first_byte_of_a_download(
+    image_type: str, name: str, beginning: bytes, words: str, server: Server, small: Path
+) -> None:
+    """Nobody waits for the rest: it would take a quarter of an hour."""
+    url = server.put(f"/{name}", beginning.ljust(34 * MIB, b"\0"), rate=40_000)
+    settings = Settings(image_url=url, image_type=image_type, cache_dir=str(small), image_checksum="no")
+    with watched(small) as least, pytest.raises(Failure) as raised:
+        imagetypes.find(settings, disk_size=32 * MIB)
+    assert words in str(raised.value) and url in str(raised.value)
+    assert server.count(f"/{name}") == 1
+    assert least[0] > 64 * MIB - 16384, "nothing but a lock was there"
+    assert os.listdir(small) == []
+
+
+def test_raw_image_that_does_not_end(server: Server, small: Path) -> None:
+    """The server has not said how much it sends: the disk is the limit."""
+    url = server.put("/a.raw", bytes(60 * MIB), chunked=True)
+    settings = Settings(image_url=url, image_type="raw", cache_dir=str(small), image_checksum="no")
+    with watched(small) as least, pytest.raises(Failure, match="the instance's disk has 16 MiB"):
+        imagetypes.find(settings, disk_size=16 * MIB)
+    assert 64 * MIB > least[0] > 46 * MIB
+    assert os.listdir(small) == []
+    settings = replace(settings, image_url=server.put("/b.raw", bytes(16 * MIB)))
+    assert len(found(settings, 16 * MIB)) == 16 * MIB
+
+
+@pytest.mark.parametrize(
+    "how", [{"cuts": [600]}, {"cuts": [1030]}, {"announced": -1}, {"chunked": True}, {"stalls_at": 3072}]
+)
+def test_small_tarball_is_judged(how: dict[str, object], server: Server, small: Path) -> None:
+    """Bit by bit, and when there is not more of it than its beginning."""
+    content = tar_of("a", 1024)
+    url = server.put("/a.tar", content, rate=20_000, **how)
+    settings = Settings(image_url=url, image_type="tarball", cache_dir=str(small), image_checksum="no")
+    assert found(settings) == content
+
+
+def test_what_is_there_is_judged_when_it_is_gone_on_with(server: Server, small: Path) -> None:
+    """By who goes on with it: another one may have begun, for another disk."""
+    url = server.put("/a.raw", bytes(20 * MIB), cuts=[10 * MIB, 0, 0, 0])
+    settings = Settings(image_url=url, image_type="raw", cache_dir=str(small), image_checksum="no")
+    with pytest.raises(curl.Unreachable):
+        imagetypes.find(settings, disk_size=20 * MIB)
+    with pytest.raises(Failure, match="the instance's disk has 19 MiB"):
+        imagetypes.find(settings, disk_size=19 * MIB)
+    with pytest.raises(Failure, match="not a qcow2 image"):
+        imagetypes.find(replace(settings, image_type="qcow2"), disk_size=20 * MIB)
+    assert os.listdir(small) == []
+    assert len(found(settings, 20 * MIB)) == 20 * MIB
 
 
 # --- IMAGE_DIR: see test_images_captured ------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Called wrongly, or by hand."""
+"""Wrong calls, and calls by hand."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_unknown_command_names_the_known(imageos: Path) -> None:
 
 
 def test_called_by_another_name(imageos: Path, tmp_path: Path) -> None:
-    """It runs from any place under any name."""
+    """It runs from any directory under any name."""
     for name in ("imageos-1.0", "image os", "-odd"):
         copy = tmp_path / name
         shutil.copy2(imageos, copy)

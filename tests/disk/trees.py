@@ -1,4 +1,4 @@
-"""Small trees that look like a guest, and images of them."""
+"""Make small trees that look like a guest, and images of them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ OPENRC = {
 
 
 def guest(top: Path, *more: dict[str, str]) -> Path:
-    """A tree of a few files with everything that create has an opinion about."""
+    """Make a tree with a few files: all that create changes or checks."""
     for directory in ("bin", "sbin", "dev", "proc", "sys", "run", "mnt", "home", "root", "tmp", "etc/ssh", "boot"):
         (top / directory).mkdir(parents=True)
     for files in (FILES, *more):
@@ -92,7 +92,7 @@ def guest(top: Path, *more: dict[str, str]) -> Path:
 
 
 def odd(top: Path) -> Path:
-    """What archives and copies lose or trip over, under /odd."""
+    """Make files under /odd that archives and copies may lose or fail on."""
     home = os.fsencode(top / "odd")
     os.mkdir(home)
 
@@ -159,7 +159,7 @@ def odd(top: Path) -> Path:
 
 
 def tarball(tree: Path, path: Path, compression: str = "gz") -> Path:
-    """An image as an operator would make it, everything kept."""
+    """Make an image as an operator does, with all attributes."""
     archive = path.with_name(path.name + ".plain")
     run(
         "tar",

@@ -1,6 +1,6 @@
-"""The commands that fail on purpose here: each can be called again and again, with a PATH and a disk of its own.
+"""The commands that these tests make fail. Each can be called many times, with its own PATH and disk.
 
-A new command joins the tables by an entry in CASES.
+A new command needs an entry in CASES.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import backups
 import guestdisks
 import standins
 import trees
+from http_server import serving
 from standins import Instance
 from support import MIB, Node, Result, attached, run
 
@@ -24,22 +25,22 @@ SIZE = 160  # MiB of most disks
 
 @dataclass(frozen=True)
 class Case:
-    """One command: how it is called, with which disk."""
+    """One command: how to call it, and with which disk."""
 
     call: Callable[[Node, Path, str], Result]  # node, disk, PATH
     mib: int = SIZE
-    source: str = ""  # what the disk is a copy of; empty: nothing but a mark in its first sector
+    source: str = ""  # the disk is a copy of this file; empty: only its first sector is marked
     reads_only: bool = False
-    mounts: bool = False  # its filesystems, to be written to: the disk never is as it was
-    blind: bool = False  # the partitions are not known before the whole disk is written
-    layout: str = ""  # of guestdisks: a disk of that name is among the sources
+    mounts: bool = False  # it mounts filesystems for writing, so that the disk always changes
+    blind: bool = False  # it learns the partitions only after it has written the whole disk
+    layout: str = ""  # of guestdisks; make_layout adds a disk of this name to the sources
     at_once: int = 3
-    only: tuple[str, ...] = ()  # the programs that fail here; empty: all
-    # a program, or one fault -> why the command goes on
+    only: tuple[str, ...] = ()  # let only these programs fail; empty: all
+    # program or fault -> reason why the command goes on
     tolerated: dict[str, str] = field(default_factory=dict)
 
     def make_layout(self, sources: Path, tree: Path, work: Path) -> None:
-        """Once: the sources are the same for all tests."""
+        """Make the disk once, as all tests share the sources."""
         if self.layout and not (sources / self.layout).exists():
             guestdisks.LAYOUTS[self.layout](sources / self.layout, tree, work)
 
@@ -63,6 +64,19 @@ def create(image: str, image_type: str, suffix: str, **settings: object) -> Call
     return call
 
 
+def download(node: Node, disk: Path, path: str) -> Result:
+    """create, of an image that is at a URL, with its checksum; nothing of it is kept."""
+    name = f"small-{trees.ARCH}.tar.gz"
+    node.variant("url", f"CACHE_DIR={node.work}/cache\nIMAGE_CLEANUP=yes")
+    with serving() as server:
+        server.put(f"/{name}", (node.images / name).read_bytes())
+        server.sums("/SHA256SUMS", name)
+        more = {"OSP_IMAGE_NAME": "small", "OSP_IMAGE_URL": server.url, "OS_VARIANT": "url", "PATH": path}
+        result = node.start("create", node.environment(disk, **more)).result()
+    assert not [name for name in os.listdir(node.work / "cache") if ".part" not in name], result.log
+    return result
+
+
 def export(node: Node, disk: Path, path: str) -> Result:
     done = backups.export(node, disk, PATH=path)
     assert done.result.status or done.announced == f"{done.size}\n"
@@ -79,19 +93,19 @@ def rename(node: Node, disk: Path, path: str) -> Result:
 
 
 def capture(kind: str, how: str = "--disk") -> Callable[[Node, Path, str], Result]:
-    """ganeti-image; it leaves a file if and only if it says so."""
+    """Call ganeti-image. Fail unless it leaves a file if and only if it says so."""
 
     def call(node: Node, disk: Path, path: str) -> Result:
         directory = node.work / "captured"
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
-        name, known = asked(how, node, disk)
+        name, instance = asked(how, node, disk)
         image = ["-n", "made", "-a", trees.ARCH, "-d", str(directory), "--seal"]
         result = node.tool("ganeti-image", "-t", kind, "-i", *name, *image, path=path)
         left = os.listdir(directory)
         assert bool(left) == ("imageos: made" in result.log) >= (result.status == 0), f"{left}\n{result.log}"
-        if known and known.left():
-            put_right(node, known, result)
+        if instance and instance.left():
+            put_right(node, instance, result)
             assert result.status, result.log
         return result
 
@@ -99,15 +113,15 @@ def capture(kind: str, how: str = "--disk") -> Callable[[Node, Path, str], Resul
 
 
 def mount_and_umount(how: str = "--disk") -> Callable[[Node, Path, str], Result]:
-    """Where mount-disks fails, it leaves nothing for umount-disks to do, or says so."""
+    """Call both. Fail if mount-disks fails and leaves something to undo without saying so."""
 
     def call(node: Node, disk: Path, path: str) -> Result:
-        name, known = asked(how, node, disk)
+        name, instance = asked(how, node, disk)
         place = Path(f"/tmp/{name[0]}_root")
         result = node.tool("mount-disks", *name, path=path)
-        if known:
+        if instance:
             assert result.status or place.is_mount(), result.log
-            put_right(node, known, result)
+            put_right(node, instance, result)
             return result
         assert place.exists() == (result.status == 0), result.log
         undone = node.tool("umount-disks", "--here", name[0]).ok()
@@ -118,72 +132,95 @@ def mount_and_umount(how: str = "--disk") -> Callable[[Node, Path, str], Result]
 
 
 def umount(how: str) -> Callable[[Node, Path, str], Result]:
-    """umount-disks, which may be called again."""
+    """Call umount-disks. Fail unless a second call completes it."""
 
     def call(node: Node, disk: Path, path: str) -> Result:
-        name, known = asked(how, node, disk)
-        assert known
+        name, instance = asked(how, node, disk)
+        assert instance
         node.tool("mount-disks", "--read-only", *name).ok()
-        assert len(known.left()) == 3
+        assert len(instance.left()) == 3
         result = node.tool("umount-disks", *name, path=path)
-        assert result.status or not known.left(), result.log
+        assert result.status or not instance.left(), result.log
         node.tool("umount-disks", *name).ok()
-        assert not known.left()
+        assert not instance.left()
+        return result
+
+    return call
+
+
+def grow(how: str = "--disk") -> Callable[[Node, Path, str], Result]:
+    """Call grow. Fail if it has left something to undo without saying so."""
+
+    def call(node: Node, disk: Path, path: str) -> Result:
+        name, instance = asked(how, node, disk)
+        result = node.tool("grow", *name, path=path)
+        if instance:
+            put_right(node, instance, result)
         return result
 
     return call
 
 
 def asked(how: str, node: Node, disk: Path) -> tuple[list[str], Instance | None]:
-    """How a tool is told about the disk: by `--disk`, or by asking Ganeti about an instance `here` or `elsewhere`."""
+    """Return a tool's arguments for the disk: `--disk`, or an instance `here` or `elsewhere` that Ganeti knows."""
     if how == "--disk":
         return [f"{node.work.name}.example.org", "--disk", str(disk)], None
-    known = standins.instance(node, disk, how == "elsewhere")
-    return [known.name], known
+    instance = standins.instance(node, disk, how == "elsewhere")
+    return [instance.name], instance
 
 
-def put_right(node: Node, known: Instance, result: Result) -> None:
-    """What a tool leaves, umount-disks takes away; and the tool has said so."""
-    if known.left():
-        assert f"umount-disks {known.name}" in result.log, f"{known.left()}\n{result.log}"
-        undone = node.tool("umount-disks", known.name).ok()
-        assert not known.left(), undone.log
+def put_right(node: Node, instance: Instance, result: Result) -> None:
+    """If a tool left something, fail unless it named umount-disks and this removes all."""
+    if instance.left():
+        assert f"umount-disks {instance.name}" in result.log, f"{instance.left()}\n{result.log}"
+        undone = node.tool("umount-disks", instance.name).ok()
+        assert not instance.left(), undone.log
 
 
-SURVEY = "a table that cannot be looked at is no reason not to make a backup: everything is sent"
-BEGINNING = "it has given the first bytes, which is all that was wanted; what becomes of it then does not matter"
-OTHERS = "there is another program that does the same"
-UNREADABLE = "sfdisk says 1 of a table that it cannot read; such a disk is left as it is"
-VERSION = "it is asked for its version, which is only told"
-NO_ZSTD = "it is asked whether it knows zstd; zlib is good, too"
-CHECKED = "e2fsck says 1 when it has corrected something"
-AHEAD = {  # what is begun early, and done in another way if that fails
-    "ssh-keygen": "the guest's own makes all keys",
+SURVEY = "a table that cannot be read must not prevent a backup: all blocks are sent"
+BEGINNING = "only its first bytes are needed; a later failure does not matter"
+ALL_THERE = "it has given all that the server announced; a later failure does not matter"
+OTHERS = "another program does the same"
+UNREADABLE = "sfdisk returns 1 for a table that it cannot read; such a disk is left unchanged"
+VERSION = "this call asks for its version, which is only shown"
+NO_ZSTD = "this call asks whether it knows zstd; zlib is good, too"
+CHECKED = "e2fsck returns 1 after it has corrected an error"
+NOT_GROWN = "a disk is worth more than its size: a warning says why it does not grow"
+AHEAD = {  # started early; if this fails, another way is used
+    "ssh-keygen": "the guest's ssh-keygen makes all keys",
+}
+GROWING = {
+    **dict.fromkeys(("e2fsck", "resize2fs", "xfs_growfs", "btrfs"), NOT_GROWN),
+    **dict.fromkeys(("sfdisk fails at call 2", "sfdisk killed at its end at call 2"), NOT_GROWN),
 }
 GANETI = ("gnt-cluster", "gnt-instance")
 SSH = ("gnt-cluster", "ssh")
 GUNZIP = {
-    **{f"{one} killed at its end at call 1": BEGINNING for one in ("gzip", "pigz")},
+    **{f"{program} killed at its end at call 1": BEGINNING for program in ("gzip", "pigz")},
     "pigz missing at call 0": OTHERS,
 }
 CASES = {
     "create tarball": Case(create("small", "tarball", ".tar.gz"), tolerated={**GUNZIP, **AHEAD}),
+    "create url": Case(download, only=("curl",), at_once=1, tolerated={
+        f"curl killed at its end at call {nth}": ALL_THERE for nth in (1, 2, 3)}),
     "create gpt": Case(create("plain", "tarball", ".tar", OSP_PARTITION_TABLE="gpt", OSP_FILESYSTEM="ext2"), mib=300,
                        only=("mkfs.vfat", "mkfs.ext2")),
     "create xfs": Case(create("plain", "tarball", ".tar", OSP_FILESYSTEM="xfs"), mib=400, only=("mkfs.xfs",)),
     "create btrfs": Case(create("plain", "tarball", ".tar", OSP_FILESYSTEM="btrfs"), mib=400, only=("mkfs.btrfs",)),
     "create raw": Case(create("guest", "raw", ".raw.zst"), tolerated={
-        **{f"zstd killed at its end at call {nth}": BEGINNING for nth in (1, 2, 3)},
-        "e2fsck fails at call 1": CHECKED, **AHEAD}, blind=True),
+        "zstd killed at its end at call 1": BEGINNING,
+        "e2fsck fails at call 1": CHECKED, **GROWING, **AHEAD}, blind=True),
     "create qcow2": Case(create("guest", "qcow2", ".qcow2"), blind=True, only=("qemu-img",)),
     "create dump": Case(create("guest", "dump", "-root.dump"), only=("restore", "tee")),
-    "grow xfs": Case(restore("xfs"), mib=430, layout="xfs", only=("xfs_growfs",)),
-    "grow btrfs": Case(restore("btrfs"), mib=300, layout="btrfs", only=("btrfs",), at_once=1),
+    "grow xfs": Case(restore("xfs"), mib=430, layout="xfs", only=("xfs_growfs",), tolerated=GROWING),
+    "grow btrfs": Case(restore("btrfs"), mib=300, layout="btrfs", only=("btrfs",), at_once=1, tolerated=GROWING),
+    "grow lvm": Case(restore("lvm"), mib=300, layout="lvm", only=("lvm",), tolerated={"lvm": NOT_GROWN}),
     "export": Case(export, source="guest.raw", reads_only=True, tolerated={"sfdisk": SURVEY, "blkid": SURVEY}),
     "import": Case(restore("stream"), tolerated={
-        "sfdisk fails at call 1": UNREADABLE, "e2fsck fails at call 1": CHECKED}),
+        "sfdisk fails at call 1": UNREADABLE, "e2fsck fails at call 1": CHECKED, **GROWING}),
     "import bare": Case(restore("disk.zst"), only=("cat", "zstd", "sfdisk", "blkid"), tolerated={
-        **{f"sfdisk fails at call {nth}": UNREADABLE for nth in (1, 2)}}),
+        **{f"sfdisk fails at call {nth}": UNREADABLE for nth in (1, 2)},
+        **dict.fromkeys(("sfdisk fails at call 3", "sfdisk killed at its end at call 3"), NOT_GROWN)}),
     "import dumps": Case(restore("dumps.tar"), only=("head", "restore", "tee")),
     "capture tarball": Case(capture("tarball"), source="guest.raw", reads_only=True, tolerated={
         "zstd missing at call 0": OTHERS}),
@@ -198,17 +235,20 @@ CASES = {
     "umount-disks elsewhere": Case(umount("elsewhere"), source="guest.raw", reads_only=True, only=SSH),
     "capture here": Case(capture("tarball", "here"), source="guest.raw", reads_only=True, only=GANETI),
     "capture elsewhere": Case(capture("tarball", "elsewhere"), source="guest.raw", reads_only=True, only=SSH),
+    "grow": Case(grow(), mib=300, source="guest.raw", mounts=True, tolerated={"e2fsck fails at call 1": CHECKED}),
+    "grow here": Case(grow("here"), mib=300, source="guest.raw", mounts=True, only=GANETI),
+    "grow elsewhere": Case(grow("elsewhere"), mib=300, source="guest.raw", mounts=True, only=SSH),
     "rename": Case(rename, source="guest.raw", tolerated={"sfdisk fails at call 1": UNREADABLE}),
 }  # fmt: skip
 
 
 def make_sources(top: Path, small: Path, tree: Path) -> Path:
-    """What the cases are about, in one directory: it is the node's IMAGE_DIR."""
+    """Make the images and streams of all cases in one directory, the node's IMAGE_DIR."""
     guest = guestdisks.mbr(top / "guest.raw", tree, top).path
     part = guestdisks.place(guest, 1)
     assert part
     with attached(guest, part.start, part.size) as device:
-        # or else resize2fs goes on without a check only if it was mounted in the second in which it was made
+        # without this, resize2fs demands a check unless the filesystem was mounted in the second in which it was made
         run("e2fsck", "-f", "-p", device)
     run("cp", small, top / "small.tar.gz")
     run("cp", small, top / f"small-{trees.ARCH}.tar.gz")
@@ -229,7 +269,7 @@ def make_sources(top: Path, small: Path, tree: Path) -> Path:
 
 
 def apart(node: Node, work: Path) -> Node:
-    """The same node, with a directory for the logs of one call: calls may run at once."""
+    """Return the same node with its own directory for logs, so that calls may run at once."""
     other = copy.copy(node)
     other.work = work
     work.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The fixtures of the disk tier, and a guest whose programs are hostile."""
+"""The fixtures of the disk tier, and the sources of the cases."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def all_sources(images: Path, small_tree: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def sources(node: Node, all_sources: Path) -> Path:
-    """What the cases are about, as the node's IMAGE_DIR."""
+    """Return the directory with the sources of the cases, which is the node's IMAGE_DIR."""
     import backups
 
     node.images = all_sources
@@ -39,6 +39,6 @@ def sources(node: Node, all_sources: Path) -> Path:
 
 @pytest.fixture
 def ganeti(node: Node, tmp_path: Path) -> Iterator[None]:
-    """Stand-ins for Ganeti's commands and ssh, for the directories of calls in `tmp_path`."""
+    """Replace Ganeti's commands and ssh by stand-ins for calls in directories of `tmp_path`."""
     with standins.ganeti(tmp_path / "ganeti"):
         yield

@@ -1,6 +1,6 @@
-"""Stand-ins for what the tools ask Ganeti: gnt-cluster, gnt-instance and ssh, in the places of the real ones.
+"""Stand-ins for gnt-cluster, gnt-instance and ssh, which the tools call, mounted over the real ones.
 
-Of each instance they know a directory: the path of its `disk`, its `node`, and `active` while its disks are.
+Each instance has a directory with these files: its `disk` (a path), its `node`, and `active` while its disks are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from support import PATH, Node, run
 
-# The last word is the instance or, of ssh, the command. Where ssh leads to is the test's view of the machine.
+# The last word is the instance or, for ssh, the command. ssh leads to the test's own view of the machine.
 SCRIPTS = {
     "gnt-cluster": "cat {top}/master",
     "gnt-instance": """
@@ -41,28 +41,28 @@ class Instance:
         return Path(f"/tmp/{self.name}_root")
 
     def left(self) -> list[Path]:
-        """What a tool has done to it and not undone."""
+        """Return what a tool has made and not removed."""
         traces = (self.state / "active", Path(f"/run/imageos-disks-{self.name}"), self.place)
         return [path for path in traces if path.exists()]
 
 
 def instance(node: Node, disk: Path, elsewhere: bool) -> Instance:
-    """One of this node, which is the master; or `elsewhere`, asked about on a third node."""
+    """Return an instance on this node, the master. If `elsewhere`: on a second node, with a third as master."""
     top = node.work.parent / "ganeti"
-    made = Instance(f"{node.work.name}.example.org", top / f"{node.work.name}.example.org")
-    made.state.mkdir(exist_ok=True)
-    (made.state / "disk").write_text(f"{disk}\n")
-    (made.state / "node").write_text("node2.example.org\n" if elsewhere else f"{os.uname().nodename}\n")
-    # in one step: a call that runs at the same time would find it empty
-    master = made.state / "master"
+    instance = Instance(f"{node.work.name}.example.org", top / f"{node.work.name}.example.org")
+    instance.state.mkdir(exist_ok=True)
+    (instance.state / "disk").write_text(f"{disk}\n")
+    (instance.state / "node").write_text("node2.example.org\n" if elsewhere else f"{os.uname().nodename}\n")
+    # replace it in one step, so that a call at the same time never finds it empty
+    master = instance.state / "master"
     master.write_text("node3.example.org\n" if elsewhere else f"{os.uname().nodename}\n")
     master.rename(top / "master")
-    return made
+    return instance
 
 
 @contextmanager
 def ganeti(top: Path) -> Iterator[None]:
-    """Mount them over the real ones, which wrappers and all else then take for real."""
+    """Mount the stand-ins over the real programs, so that wrappers, too, find them."""
     top.mkdir()
     (top / "namespaces").mkdir()
     with ExitStack() as stack:
@@ -74,7 +74,7 @@ def ganeti(top: Path) -> Iterator[None]:
             real = shutil.which(name, path=PATH)
             assert real, f"{name}: not found"
             mounts[file] = Path(real).resolve()
-        for source, place in mounts.items():
-            run("mount", "--bind", source, place)
-            stack.callback(run, "umount", place)
+        for source, path in mounts.items():
+            run("mount", "--bind", source, path)
+            stack.callback(run, "umount", path)
         yield

@@ -1,6 +1,7 @@
-"""What a program that reads a stranger's work may try once it is taken over; what succeeds is told to a socket here.
+"""Try what an attacker may do in a program that reads untrusted data; report each success to a socket here.
 
-Called as `takeover.py PROGRAM CANARY`, before the real program starts. Nothing of it does harm where it succeeds.
+Called as `takeover.py PROGRAM CANARY CAPABILITIES` (those that it may have), before the real program starts. No attempt
+does harm if it succeeds. The capabilities that it has, and what /dev has besides disks, are reported too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 libc = ctypes.CDLL(None, use_errno=True)
 X86 = os.uname().machine == "x86_64"
 BPF, PERF, FROM_HANDLE, TO_HANDLE = (321, 298, 304, 303) if X86 else (280, 241, 265, 264)
-program, canary = sys.argv[1:]
+program, canary, allowed = sys.argv[1:]
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 
 
@@ -25,7 +26,7 @@ def succeeded(result: int) -> None:
 
 
 def device_node(place: str) -> None:
-    """A disk of the node's, opened through a node of our own."""
+    """Open a disk of the node through a device node that we make."""
     path = f"{place}/other.{os.getpid()}"
     os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(7, 0))
     try:
@@ -54,7 +55,7 @@ def perf() -> None:
 
 
 def by_handle() -> None:
-    """A file by its number, wherever it lies in a filesystem that we have a part of."""
+    """Open a file by its number, anywhere in a filesystem of which we see a part."""
     handle = ctypes.create_string_buffer(struct.pack("<Ii", 128, 0).ljust(136, b"\0"), 136)
     mount = ctypes.c_int()
     succeeded(libc.syscall(TO_HANDLE, -100, b"/usr", handle, ctypes.byref(mount), 0))
@@ -64,7 +65,7 @@ def by_handle() -> None:
 def set_host_name() -> None:
     name = b"taken over"
     succeeded(libc.sethostname(name, len(name)))
-    raise OSError(0)  # of our own namespace: the test looks at the node's
+    raise OSError(0)  # only in our own namespace: the test checks the node's name
 
 
 def change_null(path: str) -> None:
@@ -99,25 +100,40 @@ def network() -> None:
         raise OSError(0)
 
 
+def open_socket(family: int, kind: int) -> None:
+    socket.socket(family, kind).close()
+
+
+def reach_daemons() -> None:
+    """In the node's network are its sockets of abstract names."""
+    socket.socket(socket.AF_INET, socket.SOCK_STREAM).close()
+    socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).close()
+
+
 def processes() -> None:
     if {name for name in os.listdir("/proc") if name.isdigit()} <= {"1", str(os.getpid()), str(os.getppid())}:
         raise OSError(0)
 
 
-def capabilities(allowed: int) -> None:
+def held() -> int:
     with open("/proc/self/status", encoding="ascii") as file:
         status = dict(line.split(":", 1) for line in file)
-    held = int(status["CapPrm"], 16) | int(status["CapBnd"], 16)
-    if not held & ~allowed and status["NoNewPrivs"].strip() == "1":
+    if status["NoNewPrivs"].strip() != "1":
+        return -1
+    return int(status["CapPrm"], 16) | int(status["CapBnd"], 16)
+
+
+def capabilities() -> None:
+    if not held() & ~int(allowed):
         raise OSError(0)
 
 
-# chown, dac_override, fowner, fsetid, linux_immutable, mknod, setfcap, mac_admin; sys_admin (linux/capability.h)
-UNPACKING, SYS_ADMIN = 0x28800021B, 1 << 21
-ALLOWED = {
-    **dict.fromkeys(("tar", "restore", "find", "qemu-img", "xz", "zstd", "gpgv"), UNPACKING),
-    **dict.fromkeys(("mkfs.xfs", "xfs_growfs", "btrfs"), SYS_ADMIN),
-}
+def devices() -> list[str]:
+    """Names in /dev but those of disks, and of links."""
+    entries = [entry for entry in os.scandir("/dev") if not entry.is_symlink()]
+    return sorted(entry.name for entry in entries if not stat.S_ISBLK(entry.stat().st_mode))
+
+
 WRITTEN = (
     "/",
     "/etc",
@@ -135,7 +151,7 @@ WRITTEN = (
 READ = ("/etc/shadow", "/etc/hosts", "/var/lib/ganeti/config.data", "/proc/kcore", "/dev/mem", "/dev/kmsg", canary)
 WRITTEN_TO = ("/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/sys/power/state", "/usr/bin/env", canary)
 ATTEMPTS = {
-    "had more capabilities": lambda: capabilities(ALLOWED.get(program, 0)),
+    "had more capabilities": capabilities,
     **{f"opened another disk in {p}": lambda p=p: device_node(p) for p in ("/dev", "/tmp", ".")},
     "saw another disk": other_disks,
     "set the host name": set_host_name,
@@ -152,6 +168,12 @@ ATTEMPTS = {
     "changed /dev/null": lambda: change_null("/dev/null"),
     "had a device of the node as stdin": change_stdin,
     "saw the network": network,
+    "reached daemons of the node": reach_daemons,
+    "had the kernel tell it of the network": lambda: open_socket(socket.AF_NETLINK, socket.SOCK_RAW),
+    "sent raw packets": lambda: open_socket(socket.AF_PACKET, socket.SOCK_RAW),
+    "sent forged packets": lambda: open_socket(socket.AF_INET, socket.SOCK_RAW),
+    "reached the hypervisor": lambda: open_socket(socket.AF_VSOCK, socket.SOCK_STREAM),
+    "saw private keys": lambda: os.listdir("/etc/ssl/private"),
     "saw other processes": processes,
     "read the memory of process 1": lambda: read("/proc/1/environ"),
     "saw the root of process 1": lambda: os.listdir("/proc/1/root/"),
@@ -159,12 +181,19 @@ ATTEMPTS = {
     **{f"wrote to {p}": lambda p=p: write_to(p) for p in WRITTEN_TO},
     **{f"read {p}": lambda p=p: read(p) for p in READ},
 }
-said = [program]
+said = [program, f"has {held()} {' '.join(devices())}"]
 for what, attempt in ATTEMPTS.items():
     try:
         attempt()
     except (OSError, ValueError):
         continue
     said.append(what)
-os.chdir(os.path.dirname(__file__))
-socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto("\n".join(said).encode(), "socket")
+if __name__ == "__main__":
+    os.chdir(os.path.dirname(__file__))
+    try:
+        told, place = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM), "socket"
+    except OSError:  # it has the network instead
+        told = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with open("port", encoding="ascii") as file:
+            place = ("127.0.0.1", int(file.read()))
+    told.sendto("\n".join(said).encode(), place)

@@ -1,4 +1,4 @@
-"""What common.sh tells a site's shell hooks of a guest, whatever the guest has put in place of its files."""
+"""The results of common.sh for a site's shell hooks, whatever a hostile guest puts at the paths that it reads."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def endless(root: Path) -> None:
 
 
 def outside(root: Path) -> None:
-    """The node's own /etc, from three places."""
+    """Make the guest's /etc a link to the node's."""
     shutil.rmtree(root / "etc")
     (root / "etc").symlink_to("/etc")
 
@@ -111,7 +111,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("make", HOSTILE, ids=lambda make: make.__name__)
 def test_hostile_guests(make: Callable[[Path], None], imageos: Path, root: Path) -> None:
-    """Nothing of the node's, at once, and no command."""
+    """common.sh returns at once, without data of the node, and runs no command."""
     make(root)
     assert told(imageos, root) == HOSTILE[make]
     assert not Path("/tmp/taken").exists()

@@ -1,6 +1,6 @@
-"""Programs of the node that may read what a stranger has made: who takes one over has no way out, nor root's rights.
+"""Programs of the node that read untrusted data: an attacker in one cannot get out, and does not have root's rights.
 
-Whatever a command of the fault table runs is taken over here, but for what run.OUTSIDE names.
+These tests take over all programs that the commands of the fault table run, except those in OUTSIDE.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import stat
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +20,23 @@ import pytest
 import trees
 import wrappers
 from cases import CASES
+from readme import Rights, rights
 from support import PATH, Node, mounted, partitions, run
 from test_fault_table import learn
 
-from imageos.run import OUTSIDE
+from imageos.errors import Failure
+from imageos.node import linux
+from imageos.run import OUTPUT_LIMIT, Command, output_of
 
 MakeDisk = Callable[..., Path]
 # The kernel asks these for CAP_SYS_ADMIN, which does more; they make a filesystem, or hand the wish to grow one on
+CAPABILITIES = {name[len("CAP_") :]: number for name, number in vars(linux).items() if name.startswith("CAP_")}
 ADMINISTRATORS = ("mkfs.xfs", "xfs_growfs", "btrfs")
-THEIRS = {"read the memory of process 1"}  # which is imageos itself as it was, in there
+OUTSIDE = {"gnt-cluster", "gnt-instance", "ssh"}  # see run.Outside
+THEIRS = {
+    **dict.fromkeys(ADMINISTRATORS, {"read the memory of process 1"}),  # which is imageos itself as it was, in there
+    "curl": {"read /etc/hosts"},  # where names are
+}
 ESP_HOOK = """#!/usr/bin/env python3
 from imageos.guests import esp
 from imageos.hook import Hook
@@ -42,17 +53,33 @@ Hook.run(main)
 
 @dataclass(frozen=True)
 class TakenOver:
-    """A PATH in which every program but those outside is taken over first; what each of them told."""
+    """A PATH in which every program except those outside is taken over first, and the reports of each."""
 
     path: str
     told: list[str]
 
     def found(self) -> dict[str, set[str]]:
-        """Program -> in what it succeeded."""
+        """Return program -> its successful attempts."""
         found: dict[str, set[str]] = {}
         for program, *what in (words.split("\n") for words in self.told):
-            found.setdefault(program, set()).update(what)
+            found.setdefault(program, set()).update(what[1:])
         return found
+
+    def beyond_the_readme(self) -> set[str]:
+        """Return the rights that a program reported, but that no row of the README's table has."""
+        known = may_have()
+        had = {tuple(words.split("\n")[:2]) for words in self.told}
+        return {f"{program} {facts}" for program, facts in had if facts not in map(told, known(program))}
+
+
+def may_have() -> Callable[[str], list[Rights]]:
+    """Return a function that gives a program's rows in the README: those that name it, and those for all others."""
+    rows = [row for row in rights(CAPABILITIES) if not row.who.startswith("a guest's")]
+    return lambda program: [row for row in rows if program in row.programs or not row.programs]
+
+
+def told(row: Rights) -> str:
+    return f"has {row.capabilities} {' '.join(sorted(row.devices))}"
 
 
 @pytest.fixture
@@ -61,9 +88,13 @@ def taken_over(tmp_path: Path) -> Iterator[TakenOver]:
     place.mkdir()
     canary.write_text("of the node")
     shutil.copy(Path(__file__).with_name("takeover.py"), place)
-    first = f'/usr/bin/python3 -IS {place}/takeover.py "${{0##*/}}" {canary}'
+    known = may_have()
     for program in wrappers.programs():
         if program.name not in (*OUTSIDE, *wrappers.INTERPRETERS) and not program.name.startswith("python"):
+            most = 0
+            for row in known(program.name):
+                most |= row.capabilities
+            first = f'/usr/bin/python3 -BIS {place}/takeover.py "${{0##*/}}" {canary} {most}'
             (place / program.name).write_text(f'#!/bin/sh\n{first}\nPATH={PATH} exec "${{0##*/}}" "$@"\n')
             (place / program.name).chmod(0o755)
     before = socket.gethostname(), os.stat("/dev/null").st_mode
@@ -74,7 +105,7 @@ def taken_over(tmp_path: Path) -> Iterator[TakenOver]:
 
 
 def escapes(found: dict[str, set[str]]) -> dict[str, set[str]]:
-    beyond = {program: what - (THEIRS if program in ADMINISTRATORS else set()) for program, what in found.items()}
+    beyond = {program: what - THEIRS.get(program, set()) for program, what in found.items()}
     return {program: what for program, what in beyond.items() if what}
 
 
@@ -88,8 +119,9 @@ def test_every_program_is_taken_over(
     disk = case.disk(tmp_path / "disk", sources)
     case.call(node, disk, taken_over.path).ok()
     found = taken_over.found()
-    assert called.keys() - OUTSIDE.keys() - {"ssh-keygen"} <= found.keys()  # which may be ended too early
+    assert called.keys() - OUTSIDE - {"ssh-keygen"} <= found.keys()  # which may be ended too early
     assert escapes(found) == {}
+    assert taken_over.beyond_the_readme() == set()
     assert [(part.start, part.size) for part in partitions(disk)] == places
 
 
@@ -121,11 +153,11 @@ def test_host_key_is_made(node: Node, disk: MakeDisk, small_tree: Path, tmp_path
 
 
 def test_what_runs_outside(node: Node, sources: Path, ganeti: None, tmp_path: Path) -> None:
-    """The list is no longer than what the commands run; the rest of it is no program, or doctor's."""
+    """The list contains only programs that the commands run."""
     seen: set[str] = set()
     for name in ("mount-disks here", "mount-disks elsewhere"):
         seen |= learn(CASES[name], node, sources, tmp_path / name.replace(" ", "-"))[0].keys()
-    assert seen & OUTSIDE.keys() == OUTSIDE.keys() - {"unshare", "hook", "settings", "shell"}
+    assert seen >= OUTSIDE
 
 
 def test_attributes_that_take_more_are_left_out(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
@@ -143,24 +175,51 @@ def test_attributes_that_take_more_are_left_out(node: Node, disk: MakeDisk, smal
         assert set(os.listxattr(top / "noted")) == {"user.note", "security.capability"}
 
 
-# What the mounts forbid, for a moment allowed: Landlock alone is left
+CHATTY = Command(["sh", "-c", "while :; do head -c 1M /dev/zero >&2; echo said; done"])
+
+
+def stored() -> int:
+    """Return the bytes of the unlinked files that this process has open."""
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            status = os.stat(f"/proc/self/fd/{name}")
+            found += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) and not status.st_nlink else 0
+    return found
+
+
+def test_talk_without_end_is_bounded() -> None:
+    """While a program's output is read, its other messages do not fill the node's memory."""
+    before = stored()
+    with output_of(CHATTY) as (output, _), open(output, closefd=False) as said:
+        assert [said.readline() for _ in range(5)] == ["said\n"] * 5
+        assert 0 < stored() - before <= OUTPUT_LIMIT
+    assert stored() == before
+    with (
+        pytest.raises(Failure, match="last words"),
+        output_of(Command(["sh", "-c", "echo last words >&2; exit 1"])) as (_, end),
+    ):
+        end()
+
+
+# Allow for a moment what the mounts forbid: only Landlock is left
 WITHOUT_MOUNTS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from imageos.node import linux
 from imageos.node.confinement import Room
-from imageos.run import pipeline
+from imageos.run import Command, pipeline
 
 linux.restrict_mounts = lambda path, flags: None
 place = sys.argv[2]
 for tries in (": >new", "echo x >>old", "rm old", "mv old new", ": >/tmp/x"):
     tries = f"cd {place}; {tries}"
-    print(pipeline([["sh", "-c", tries]], room=Room([place]))[0].status)
+    print(pipeline(Command(["sh", "-c", tries], Room([place])))[0].status)
 """
 
 
 def test_second_lock(tmp_path: Path) -> None:
-    """Landlock, from Linux 5.19."""
+    """Landlock forbids it, from Linux 5.19 on."""
     place = tmp_path / "seen"
     place.mkdir()
     (place / "old").write_text("of the node")
@@ -168,3 +227,77 @@ def test_second_lock(tmp_path: Path) -> None:
     said = run("/usr/bin/python3", "-c", WITHOUT_MOUNTS, checkout, place).split()
     assert [status == "0" for status in said] == [False, False, False, False, True]
     assert {path.name: path.read_text() for path in place.iterdir()} == {"old": "of the node"}
+
+
+# Our own code that reads untrusted data, taken over: `takeover.py` runs instead of it
+OWN_CODE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from imageos.node.children import in_child
+
+with open(sys.argv[2]) as file:
+    attempts = compile(file.read(), "takeover", "exec")
+secret = os.open(sys.argv[3], os.O_RDONLY)
+
+def work(file, write):
+    sys.argv = ["takeover", "own code", sys.argv[3], "0"]
+    names = {"__name__": "takeover"}
+    more = [f"had descriptor {number}" for number in range(3, 64) if is_open(number)]
+    exec(attempts, names)
+    write("\\n".join([file.read().decode(), *more, *names["said"]]).encode())
+
+def is_open(number):
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+reader, writer = os.pipe()
+os.write(writer, b"what it may read")
+os.close(writer)
+with in_child(work, reader) as (said, status):
+    print(said.read().decode(), status())
+with in_child(lambda file, write: write(1 // 0), os.open("/dev/null", os.O_RDONLY)) as (said, status):
+    print(said.read().decode(), status())
+"""
+
+
+def test_own_code_is_taken_over(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    canary.write_text("of the node")
+    checkout, takeover = Path(__file__).resolve().parents[2], Path(__file__).with_name("takeover.py")
+    before = socket.gethostname(), os.stat("/dev/null").st_mode
+    said = run("/usr/bin/python3", "-BIS", "-c", OWN_CODE, checkout, takeover, canary)
+    has = [told(row) for row in rights(CAPABILITIES) if not row.capabilities]
+    assert said.splitlines() == ["what it may read", "own code", f"{has[0]} 0", " 1"]
+    assert (canary.read_text(), socket.gethostname(), os.stat("/dev/null").st_mode) == ("of the node", *before)
+
+
+# A command that takes memory without an end, and what the programs that it starts may take
+OWN_MEMORY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from imageos import outcome
+from imageos.node import isolation
+from imageos.run import Command, Outside, foreground, pipeline
+
+def work():
+    isolation.enter()
+    limit = ["sh", "-c", "ulimit -v"]
+    inside, outside = Command(limit), Command(limit, Outside.HOOK)
+    print(*(pipeline(command)[0].stdout.decode().strip() for command in (inside, outside)), flush=True)
+    foreground(outside)
+    bytearray(5 << 30)
+
+sys.exit(outcome.guard(work))
+"""
+
+
+def test_own_memory_is_bounded() -> None:
+    checkout = Path(__file__).resolve().parents[2]
+    command = ["/usr/bin/python3", "-BIS", "-c", OWN_MEMORY, str(checkout)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(4 << 20), "unlimited", "unlimited"]
+    message = "imageos: imageos needs more memory than its limit of 4 GiB"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, message)

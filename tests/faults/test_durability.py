@@ -17,7 +17,7 @@ DIRTY, WRITEBACK = 1 << 4, 1 << 8  # include/uapi/linux/kernel-page-flags.h
 
 
 def waiting(path: Path) -> int:
-    """How many pages of a file are in memory only (proc(5): pagemap, kpageflags)."""
+    """Return the number of pages of a file that are in memory only (proc(5): pagemap, kpageflags)."""
     count = 0
     with (
         path.open("rb") as file,
@@ -31,11 +31,11 @@ def waiting(path: Path) -> int:
             while end < size:
                 try:
                     start = os.lseek(file.fileno(), end, os.SEEK_DATA) // PAGE * PAGE
-                except OSError:  # only a hole from here
+                except OSError:  # the rest is a hole
                     break
                 end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
                 for place in range(start, min(end, size), PAGE):
-                    content[place]  # now it is mapped
+                    content[place]  # map the page
                     (entry,) = struct.unpack("=Q", os.pread(pagemap.fileno(), 8, (address + place) // PAGE * 8))
                     frame = entry & ((1 << 55) - 1)
                     (flags,) = struct.unpack("=Q", os.pread(kpageflags.fileno(), 8, frame * 8))
@@ -44,7 +44,7 @@ def waiting(path: Path) -> int:
 
 
 def start_of(path: Path) -> int:
-    """Where this process has mapped a file."""
+    """Return the address of a file's mapping in this process."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(str(path)):
             return int(line.partition("-")[0], 16)
@@ -75,7 +75,7 @@ def test_file_disks(node: Node, sources: Path, disk: MakeDisk) -> None:
 
 
 def test_block_devices(node: Node, sources: Path, block_disk: MakeDisk, tmp_path: Path) -> None:
-    """Of a loop device, what counts is the file below it."""
+    """For a loop device, check the file below it."""
     for number, call in enumerate(
         (
             lambda target: node.create(target, OSP_IMAGE_NAME="small"),

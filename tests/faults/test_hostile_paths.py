@@ -1,6 +1,6 @@
-"""Whatever a guest has at a path that is read or written: an error or a right result, the canary untouched.
+"""Any hostile object at a path that is read or written: an error or a right result, and an unchanged canary.
 
-The paths are learnt from a run on a good tree, so what is added to create or to a hook is covered without a word here.
+The paths come from a run on a good tree, so that additions to create or to a hook are covered without changes here.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from typing import Any
 
 import pytest
 import trees
+from credentials import HASH, public_key
 from hookfiles import PYTHON_HOOKS, hook_module
 from support import Node, recorded, run
 
-from imageos import ganeti, log, settings
+from imageos import ganeti, log, network
 from imageos.commands import create
-from imageos.disks.disk import Attached
+from imageos.disks.blockdev import Disk, LoopDevice
 from imageos.disks.filesystem import Volume
 from imageos.errors import Failure
 from imageos.guests import hostkeys, target
 from imageos.guests import hostname as hostnames
 from imageos.guests.sandbox import GuestDisk
 from imageos.hook import Hook
+from imageos.images.imagefile import Image
 from imageos.node import isolation, linux
+from imageos.settings import Settings
 
 TREES = {"systemd": trees.SYSTEMD, "sysvinit": trees.SYSVINIT}
 MORE = {
@@ -52,7 +55,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def area(node: Node, tmp_path: Path) -> Iterator[Path]:
-    """Where it happens: in memory, so that thousands of trees take seconds. The node's own files are read-only."""
+    """Return a directory in memory, so that thousands of trees take seconds. The node's own files are read-only."""
     where = tmp_path / "area"
     where.mkdir()
     run("mount", "-t", "tmpfs", "-o", "mode=755,size=64m", "tmpfs", where)
@@ -62,7 +65,7 @@ def area(node: Node, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def canary(area: Path) -> Path:
-    """A directory of the node beside the guest's root."""
+    """Return a directory of the node beside the guest's root."""
     top = area / "canary"
     (top / "directory").mkdir(parents=True)
     (top / "file").write_text("of the node\n")
@@ -76,28 +79,28 @@ def guest(area: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def known() -> settings.Settings:
+def settings() -> Settings:
     return dataclasses.replace(
-        settings.Settings(),
+        Settings(),
         image_type="tarball",
         user_data="#cloud-config\n",
-        ssh_authorized_keys="ssh-ed25519 AAAA a@b\n",
-        root_password_hash="$6$salt$hash",
+        ssh_authorized_keys=public_key("a@b"),
+        root_password_hash=HASH,
         kernel_args="quiet",
         dns_servers="192.0.2.53",
         dns_search="example.org",
         dns_domain="example.org",
-    ).resolved(512)
+    ).with_sizes(512)
 
 
 @pytest.fixture
-def steps(guest: Path, known: settings.Settings, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], None]]:
-    """What create, rename and the bundled hooks do to a guest, without its programs."""
+def steps(guest: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], None]]:
+    """Run the steps of create, rename and the bundled hooks on a guest, without its programs."""
     overlays = guest.with_name("overlays")
     for name in ("etc/motd", "etc/ssh/sshd_config", "srv/new"):
         (overlays / "web" / name).parent.mkdir(parents=True, exist_ok=True)
         (overlays / "web" / name).write_text("of the overlay\n")
-    known = dataclasses.replace(known, overlay="web", overlays_dir=str(overlays))
+    settings = dataclasses.replace(settings, overlay="web", overlays_dir=str(overlays))
     monkeypatch.setattr(isolation, "TARGET", str(guest))
     monkeypatch.setattr(target, "run", lambda *_, **__: "")
     monkeypatch.setattr("imageos.guests.sandbox.os.stat", os.stat)
@@ -110,7 +113,11 @@ def steps(guest: Path, known: settings.Settings, monkeypatch: pytest.MonkeyPatch
         return target.opened(str(guest), "inst1", GuestDisk(["/dev/null"], []), 1)
 
     def configure() -> None:
-        create.configure(instance, known, Attached("/dev/null", 0, GIB), volumes, hostkeys.no_key)
+        image = Image("tiny.tar", 0, 0, "")
+        interfaces = network.plan(instance, settings)
+        context = create.Context(instance, settings, image, interfaces, [], None)
+        loop = LoopDevice("/dev/null", 0, Disk("/dev/null", 0, GIB, is_file=False))
+        create.configure(context, loop, volumes, hostkeys.no_key)
 
     def rename() -> None:
         with opened() as root:
@@ -122,7 +129,7 @@ def steps(guest: Path, known: settings.Settings, monkeypatch: pytest.MonkeyPatch
         def call() -> None:
             with opened() as root:
                 environ = {**recorded("create-kvm-network"), "TARGET": str(guest), "IMAGEOS_ACTION": action}
-                module.main(Hook(action, root, known, instance, "/dev/null", volumes, (), environ))
+                module.main(Hook(action, root, settings, instance, "/dev/null", volumes, (), environ))
 
         return call
 
@@ -132,7 +139,7 @@ def steps(guest: Path, known: settings.Settings, monkeypatch: pytest.MonkeyPatch
 
 
 def make_guest(guest: Path, kind: str) -> None:
-    """A good tree; nothing large, since it is copied thousands of times."""
+    """Make a good tree with small files only, since it is copied thousands of times."""
     shutil.rmtree(guest, ignore_errors=True)
     trees.guest(guest, TREES[kind], MORE)
     (guest / "bin/busybox").write_text("")
@@ -141,7 +148,7 @@ def make_guest(guest: Path, kind: str) -> None:
 
 
 def learn(guest: Path, call: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths that a call asks for, through whatever method of Target."""
+    """Return the paths that a call passes to any method of Target."""
     seen: set[str] = set()
     open_in_root, parent = linux.open_in_root, target.Target._parent
 
@@ -160,39 +167,39 @@ def learn(guest: Path, call: Callable[[], None], monkeypatch: pytest.MonkeyPatch
     return sorted(path for path in seen if path != "/")
 
 
-# What is put at a path: (place, canary)
+# Objects to put at a path: functions of (path, canary)
 def link(text: str) -> Callable[[Path, Path], None]:
-    return lambda place, canary: place.symlink_to(text.format(canary=canary, up="../" * 30, name=place.name))
+    return lambda path, canary: path.symlink_to(text.format(canary=canary, up="../" * 30, name=path.name))
 
 
-def hard_link(place: Path, canary: Path) -> None:
-    os.link(canary / "file", place)
+def hard_link(path: Path, canary: Path) -> None:
+    os.link(canary / "file", path)
 
 
-def a_socket(place: Path, canary: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as one:
-        here = os.open(place.parent, os.O_PATH)
+def a_socket(path: Path, canary: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = os.open(path.parent, os.O_PATH)
         try:
-            one.bind(f"/proc/self/fd/{here}/{place.name[:60]}")
+            listener.bind(f"/proc/self/fd/{here}/{path.name[:60]}")
         finally:
             os.close(here)
 
 
-def large(place: Path, canary: Path) -> None:
-    with place.open("wb") as file:
+def large(path: Path, canary: Path) -> None:
+    with path.open("wb") as file:
         file.truncate(GIB)
 
 
-def full_directory(place: Path, canary: Path) -> None:
-    place.mkdir()
+def full_directory(path: Path, canary: Path) -> None:
+    path.mkdir()
     for name in (b"new\nline", b"not utf-8 \xff", b"-rf", b"*", b"$(id)", b"n" * 255):
-        (place / os.fsdecode(name)).write_text("x")
-        (place / os.fsdecode(name + b"l")[:255]).symlink_to(canary / "file") if len(name) < 255 else None
+        (path / os.fsdecode(name)).write_text("x")
+        (path / os.fsdecode(name + b"l")[:255]).symlink_to(canary / "file") if len(name) < 255 else None
 
 
 def parent_link(text: str) -> Callable[[Path, Path], None]:
-    def make(place: Path, canary: Path) -> None:
-        directory = place.parent
+    def make(path: Path, canary: Path) -> None:
+        directory = path.parent
         shutil.rmtree(directory)
         directory.symlink_to(text.format(canary=canary, up="../" * 30, name=directory.name))
 
@@ -200,7 +207,7 @@ def parent_link(text: str) -> Callable[[Path, Path], None]:
 
 
 def holding(data: bytes) -> Callable[[Path, Path], None]:
-    return lambda place, canary: Path(place).write_bytes(data.replace(b"CANARY", os.fsencode(canary)))  # type: ignore
+    return lambda path, canary: Path(path).write_bytes(data.replace(b"CANARY", os.fsencode(canary)))  # type: ignore
 
 
 TRICKS = (
@@ -226,11 +233,11 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "parent upwards": parent_link("{up}{canary}/directory"),
     "parent loop": parent_link("{name}"),
     "parent magic": parent_link("/proc/1/root{canary}/directory"),
-    "fifo": lambda place, canary: os.mkfifo(place),
+    "fifo": lambda path, canary: os.mkfifo(path),
     "socket": a_socket,
-    "endless device": lambda place, canary: os.mknod(place, stat.S_IFCHR | 0o666, os.makedev(1, 5)),
-    "block device": lambda place, canary: os.mknod(place, stat.S_IFBLK | 0o666, os.makedev(7, 300)),
-    "directory": lambda place, canary: place.mkdir(),
+    "endless device": lambda path, canary: os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5)),
+    "block device": lambda path, canary: os.mknod(path, stat.S_IFBLK | 0o666, os.makedev(7, 300)),
+    "directory": lambda path, canary: path.mkdir(),
     "full directory": full_directory,
     "1 GiB": large,
     "hard link": hard_link,
@@ -242,20 +249,20 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
 
 
 def put(guest: Path, path: str, kind: str, canary: Path) -> bool:
-    """Put something hostile at a path of a good tree; whether that makes sense there."""
-    place = guest / path.lstrip("/")
-    if len(place.relative_to(guest).parts) == 1 and kind.startswith("parent"):
+    """Put something hostile at a path of a good tree; return False if that makes no sense there."""
+    victim = guest / path.lstrip("/")
+    if len(victim.relative_to(guest).parts) == 1 and kind.startswith("parent"):
         return False
-    if not place.parent.is_dir() or place.parent.is_symlink():
-        shutil.rmtree(place.parent, ignore_errors=True) if place.parent.is_dir() else place.parent.unlink(
+    if not victim.parent.is_dir() or victim.parent.is_symlink():
+        shutil.rmtree(victim.parent, ignore_errors=True) if victim.parent.is_dir() else victim.parent.unlink(
             missing_ok=True
         )
-        place.parent.mkdir(parents=True)
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
+        victim.parent.mkdir(parents=True)
+    if victim.is_dir() and not victim.is_symlink():
+        shutil.rmtree(victim)
     else:
-        place.unlink(missing_ok=True)
-    KINDS[kind](place, canary)
+        victim.unlink(missing_ok=True)
+    KINDS[kind](victim, canary)
     return True
 
 

@@ -1,4 +1,4 @@
-"""Programs of a guest that want out, or everything: refused, ended, bounded; the canary on the node is untouched."""
+"""Programs of a guest that try to escape or to use up everything: refused, ended, bounded; the canary is unchanged."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ ATTEMPTS = {
     "file handle": 'syscall($n{open_by_handle_at}, 0, t(pack("LlQ", 8, 1, 2)), 0) >= 0',
     "module": 'syscall($n{init_module}, t("x"), 1, t("")) == 0',
     "kexec": "syscall($n{kexec_load}, 0, 0, 0, 0) == 0",
-    "reboot": "syscall($n{reboot}, 0xfee1dead, 672274793, 0x89abcdef, 0) == 0",  # only: Ctrl-Alt-Del restarts
+    "reboot": "syscall($n{reboot}, 0xfee1dead, 672274793, 0x89abcdef, 0) == 0",  # harmless: enables Ctrl-Alt-Del
     "swap": 'syscall($n{swapon}, t("/etc/passwd"), 0) == 0',
     "clock": 'syscall($n{clock_settime}, 0, t(pack("QQ", time, 0))) == 0',
     "bpf": 'syscall($n{bpf}, 0, t(pack("LLLLx112", 2, 4, 4, 1)), 128) >= 0',
@@ -82,17 +82,17 @@ ATTEMPTS = {
     "kill process 1": "kill(9, 1) && !kill(0, 1)",
     "device node of the image": 'open($f, "<", "/node")',
     "kill of the node": "kill(0, $pid)",
-    # KEYCTL_SEARCH in the session keyring, for the one that the command was started with
+    # KEYCTL_SEARCH in the session keyring for a key of the command's caller
     "session keyring": 'syscall($n{keyctl}, 10, -3, t("user"), t("imageos-canary"), 0) >= 0',
 }
-# How the kernel says no; 0: a signal to process 1 is not an error
+# How the kernel refuses; 0: a signal to process 1 is no error
 REFUSED = {str(code) for code in (0, errno.EPERM, errno.EACCES, errno.ENOENT, errno.ESRCH, errno.EROFS, errno.ENOSYS,
                                   errno.ECONNREFUSED, errno.EAFNOSUPPORT)}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def perl_tree(small_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A guest that has Perl, for its system calls."""
+    """Return a guest that has Perl, for its system calls."""
     tree = tmp_path_factory.mktemp("perl") / "tree"
     shutil.copytree(small_tree, tree, symlinks=True)
     perl = os.path.realpath(shutil.which("perl") or "/usr/bin/perl")
@@ -144,7 +144,7 @@ def said(log: str) -> list[str]:
 
 @pytest.fixture
 def bystander() -> Iterator[subprocess.Popen[bytes]]:
-    """A process of the node that has nothing to do with it."""
+    """Start a process of the node that is not involved."""
     with subprocess.Popen(["sleep", "1000"]) as process:
         yield process
         assert process.poll() is None, "a process of the node was killed"
@@ -153,7 +153,7 @@ def bystander() -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.fixture
 def session_key() -> Iterator[None]:
-    """A key of the node in the session keyring that our children have from us."""
+    """Put a key of the node into the session keyring that our children inherit."""
     add_key, keyctl = {"x86_64": (248, 250), "aarch64": (217, 219)}[platform.machine()]
     libc = ctypes.CDLL(None, use_errno=True)
     key = libc.syscall(add_key, b"user", b"imageos-canary", b"x", ctypes.c_size_t(1), -3)
@@ -181,7 +181,7 @@ def test_no_way_out(
             f'{{ my ($s, $f, $d); $! = 0; my $done = {condition}; print "{name}: ", $done ? "DONE" : 0 + $!, "\\n" }}\n'
             for name, condition in ATTEMPTS.items()
         )
-        script += "kill(9, -1);\n"  # everything that it can see
+        script += "kill(9, -1);\n"  # all processes that it can see
         result = hostile(perl_node, disk(), script).result()
     answers = dict(line.split(": ") for line in said(result.log))
     assert list(answers) == list(ATTEMPTS), result.log
@@ -193,7 +193,7 @@ def test_no_way_out(
 
 
 def test_end_is_not_to_be_escaped(perl_node: Node, disk: MakeDisk) -> None:
-    """A program that prevents its end with its parent's (prctl), leaves its session and ignores signals."""
+    """A program that disables its end with its parent's (prctl), leaves its session and ignores signals."""
     script = (
         numbers()
         + """
@@ -219,7 +219,7 @@ def test_forks_for_ever(perl_node: Node, disk: MakeDisk) -> None:
     started.result().failed("hook hostile", "2 s")
 
 
-# What whoever may write to a loop device may do to it, without any capability
+# Changes that any process with write access to a loop device can make, without a capability
 CHANGES = """#!/usr/bin/env python3
 import fcntl, os, struct
 from imageos.hook import Failure, Hook
@@ -249,7 +249,7 @@ def test_loop_device_is_changed(node: Node, disk: MakeDisk) -> None:
     """
     node.hook("changes", CHANGES.format(fails=False))
     result = node.create(disk())
-    if result.status:  # ext4 has met an error, and become read-only
+    if result.status:  # ext4 has met an error, and is read-only now
         result.failed("cannot write everything", "Read-only file system")
     assert not is_traced(result.log)
     node.hook("changes", CHANGES.format(fails=True))
@@ -260,7 +260,7 @@ def test_loop_device_is_changed(node: Node, disk: MakeDisk) -> None:
 
 
 def is_traced(log: str) -> bool:
-    """Whether a trace of the loop device has outlived the command that says it `changed` it; not any more."""
+    """Return True if the trace of the loop device that the command reports has outlived it."""
     (loop,) = re.findall(r"changed (/dev/loop\d+)$", log, re.MULTILINE)
     descriptor = os.open(loop, os.O_RDONLY)
     try:
@@ -273,11 +273,11 @@ def is_traced(log: str) -> bool:
 
 
 def test_much_memory(perl_node: Node, disk: MakeDisk) -> None:
-    """Of one process, and of many."""
+    """In one process, and in many."""
     hostile(perl_node, disk(), 'my $n = 5 << 30; my $x = "x" x $n; print "got it"').result().failed(
         "hook hostile", "emory"
     )
-    # without a bound for all of them together, nobody would end
+    # without a common limit, nothing would end them
     script = """my $n = 300 << 20; for (1..10) { if (!fork) { my $x = "x" x $n; sleep 100; exit } }
                 wait for 1..3; print "three are gone";"""
     result = hostile(perl_node, disk(), script).result().ok()
@@ -295,7 +295,7 @@ def test_prints_for_ever(where: str, text: str, perl_node: Node, disk: MakeDisk)
 
 
 def test_last_words(perl_node: Node, disk: MakeDisk) -> None:
-    """The last line is for the cause, however much a program has to say."""
+    """The last line is for the cause, however much a program prints."""
     script = 'print STDERR "x" x (3 << 20), "\\n"; exit 1'
     result = hostile(perl_node, disk(), script).result().failed("hook hostile")
     assert len(result.last) <= len(log.PREFIX) + outcome.LONGEST and len(result.log) < 300_000
@@ -308,7 +308,7 @@ def test_disk_is_filled(perl_node: Node, disk: MakeDisk) -> None:
 
 
 def test_no_group_is_left(perl_node: Node, disk: MakeDisk) -> None:
-    """Not even by a killed run, after the next."""
+    """Not even by a killed run, after the next run."""
     call = hostile(perl_node, disk(), "sleep 1000", 1000)
 
     def inside() -> list[Path]:
@@ -328,13 +328,13 @@ def groups() -> list[Path]:
 
 
 def members(group: Path) -> list[str]:
-    with suppress(OSError):  # it has been removed
+    with suppress(OSError):  # it was removed
         return (group / "cgroup.procs").read_text().split()
     return []
 
 
 def stale(found: list[Path]) -> list[Path]:
-    """Those that no run has any more: each has a lock on its own."""
+    """Return the groups that no run uses: a run holds a lock on its own."""
     left = []
     for path in found:
         with suppress(OSError):

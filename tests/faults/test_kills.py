@@ -1,9 +1,8 @@
-"""Signals at random moments: answered soon, nothing held by the kernel afterwards; the same call works then.
+"""Signals at random moments: the call ends soon, the kernel keeps nothing, and the same call then works.
 
-What is asked of a call that is stopped in a known phase, and of children that ignore signals, is in
-tests/disk/test_signals.py.
+tests/disk/test_signals.py tests calls that are stopped in a known phase, and children that ignore signals.
 
-The moments are the same in each run (a seed); IMAGEOS_KILLS=1000 makes more of them.
+The moments are the same in each run (a fixed seed). IMAGEOS_KILLS=1000 tests more.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ import backups
 import pytest
 import trees
 from backups import is_disarmed
-from cases import Case, apart, asked
+from cases import SIZE, Case, apart, asked
 from support import MIB, PATH, Call, Node, Result, digest, partitions, run, session, signatures, wait_until
 
 KILLS = int(os.environ.get("IMAGEOS_KILLS", "100"))
 SOON = 10.0  # seconds, or three times as long as a call that is not killed, where that is more
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGKILL)
 # The partitions (start, size) of the disk when it is done
 PLACES = {"create": [(MIB, 24 * MIB), (25 * MIB, 8 * MIB), (33 * MIB, 127 * MIB)], "import": [(MIB, 100 * MIB)]}
 SHARES = {"create": 50, "import": 30, "export": 20}  # percent
@@ -44,7 +43,7 @@ def test_killed_at_any_moment(command: str, node: Node, sources: Path, tmp_path:
 
 
 @pytest.mark.parametrize("how", ["--disk", "here", "elsewhere"])
-@pytest.mark.parametrize("command", ["ganeti-image", "mount-disks"])
+@pytest.mark.parametrize("command", ["ganeti-image", "mount-disks", "grow"])
 def test_tool_is_killed_at_any_moment(
     command: str, how: str, node: Node, sources: Path, ganeti: None, tmp_path: Path
 ) -> None:
@@ -55,13 +54,13 @@ def test_tool_is_killed_at_any_moment(
 
 
 def at_random_moments(attempt: Attempt, kills: int, seed: str, work: Path, at_once: int) -> None:
-    """All are answered well, and but for a few, since the machine may have other work, soon."""
+    """Fail unless all calls end properly, and all but a few soon (the machine may be busy)."""
     usual = min(attempt(work / f"usual{n}", None, 0).seconds for n in range(2))
     generator = random.Random(seed)
     plans = [(generator.choice(SIGNALS), generator.uniform(0, 1.1 * usual)) for _ in range(max(1, kills))]
 
     def one(number: int) -> float | str:
-        """Seconds from the signal to the end, or what is wrong."""
+        """Return the seconds from the signal to the end, or what is wrong."""
         signum, moment = plans[number]
         try:
             answer = attempt(work / str(number), signum, moment).seconds
@@ -82,40 +81,44 @@ def at_random_moments(attempt: Attempt, kills: int, seed: str, work: Path, at_on
 def kill_tool(
     command: str, how: str, node: Node, sources: Path, number: signal.Signals | None, moment: float
 ) -> Result:
-    """One call that gets a signal at a moment; without a signal, one that gets to its end."""
+    """Call a tool and send it a signal after some seconds; without a signal, wait for its end."""
     disk = Case(backups.restore, source="guest.raw").disk(node.work / "disk", sources)
     images = node.work / "captured"
     images.mkdir()
-    name, known = asked(how, node, disk)
+    name, instance = asked(how, node, disk)
     options = ["-t", "tarball", "-n", "made", "-a", trees.ARCH, "-d", str(images), "--seal", "-i"]
-    arguments = [command, *([] if command == "mount-disks" else options), *name]
+    arguments = [command, *(options if command == "ganeti-image" else []), *name]
     before = digest(disk)
     call = Call(node.imageos, {"PATH": PATH}, node.work / "log", arguments)
     result = ended(call, number, moment)
     assert result.status in expected(result, number), f"status {result.status}\n{result.log}"
-    if known:
-        told = result.status in (0, 128 + signal.SIGKILL) or f"umount-disks {known.name}" in result.log
-        assert told or not known.left(), f"{known.left()}\n{result.log}"
-        node.tool("umount-disks", known.name).ok()
-        assert not known.left()
+    if instance:
+        told = result.status in (0, 128 + signal.SIGKILL) or f"umount-disks {instance.name}" in result.log
+        assert told or not instance.left(), f"{instance.left()}\n{result.log}"
+        node.tool("umount-disks", instance.name).ok()
+        assert not instance.left()
     elif command == "mount-disks":
         node.tool("umount-disks", "--here", name[0]).ok()
         assert not Path(f"/tmp/{name[0]}_root").exists()
     if command == "ganeti-image":
         assert digest(disk) == before, "the instance's disk has changed"
-        for image in images.glob("*.tar.*[!6]"):  # whole if it is there
+        for image in images.glob("*.tar.*[!6]"):  # an existing image must be complete
             assert run("sha256sum", image).split()[0] in Path(f"{image}.sha256").read_text()
         assert number is not None or len(os.listdir(images)) == 2
     wait_until(lambda: not attached_to(disk), f"no loop device is left\n{result.log}")
+    if command == "grow":  # what was killed half way is completed
+        again = node.tool("grow", *name).ok()
+        size = partitions(disk)[-1].size
+        assert size > (SIZE - 2) * MIB, f"{size}\n{result.log}\n{again.log}"
     return result
 
 
 def test_ganeti_hangs(node: Node, sources: Path, ganeti: None, tmp_path: Path) -> None:
-    """A tool that is told to end does not wait for ever for disks to be deactivated."""
+    """A tool that is told to end does not wait for ever until disks are deactivated."""
     here = apart(node, tmp_path / "hangs")
     disk = Case(backups.restore, source="guest.raw").disk(here.work / "disk", sources)
-    (name,), known = asked("here", here, disk)
-    assert known
+    (name,), instance = asked("here", here, disk)
+    assert instance
     fake, waiting = here.work / "fake/gnt-instance", here.work / "waiting"
     here.write(fake, f'#!/bin/sh\n[ "$1" = list ] && exec /usr/sbin/gnt-instance "$@"\n: >{waiting}; exec sleep 1000\n')
     fake.chmod(0o755)
@@ -124,13 +127,14 @@ def test_ganeti_hangs(node: Node, sources: Path, ganeti: None, tmp_path: Path) -
     call.kill(signal.SIGTERM)
     result = call.result()
     assert result.status == 128 + signal.SIGTERM
-    assert "gnt-instance: not finished after" in result.log and f"umount-disks {name}" in result.log, result.log
+    assert "gnt-instance was ended: not finished after" in result.log, result.log
+    assert f"umount-disks {name}" in result.log, result.log
     here.tool("umount-disks", name).ok()
-    assert not known.left()
+    assert not instance.left()
 
 
 def kill(command: str, node: Node, sources: Path, number: signal.Signals | None, moment: float) -> Result:
-    """One call that gets a signal at a moment; without a signal, one that gets to its end."""
+    """Make one call and send it a signal after some seconds; without a signal, wait for its end."""
     exporting = command == "export"
     disk = Case(backups.restore, source="guest.raw" if exporting else "").disk(node.work / "disk", sources)
     before = digest(disk)
@@ -145,7 +149,7 @@ def kill(command: str, node: Node, sources: Path, number: signal.Signals | None,
     elif digest(disk) != before and not is_whole(command, result, disk, sources):
         assert not signatures(disk), result.log
         assert number == signal.SIGKILL or is_disarmed(disk, PLACES[command]), result.log
-    if not node.work.name.endswith(("0", "5")):  # of every fifth, whether the same call works then
+    if not node.work.name.endswith(("0", "5")):  # check for every fifth call whether the same call then works
         return result
     called(command, node, sources, disk, None, 0).ok()
     if not exporting:
@@ -154,14 +158,14 @@ def kill(command: str, node: Node, sources: Path, number: signal.Signals | None,
 
 
 def expected(result: Result, number: signal.Signals | None) -> tuple[int, ...]:
-    """Python's status is 1 when SIGINT comes while it starts itself; the word is never ours."""
+    """Python's status is 1 if SIGINT comes during its own start; the message is then not ours."""
     if number == signal.SIGINT and "KeyboardInterrupt" in result.log:
         return (0, 1, 128 + number)
     return (0, 128 + (number or 0))
 
 
 def is_whole(command: str, result: Result, disk: Path, sources: Path) -> bool:
-    """Whether the signal came when all was on the disk, or so late in a killed create that nobody could see to it."""
+    """Return True if the signal came after all was on the disk, or too late in a create for anybody to react."""
     if command == "create":
         return result.status == 128 + signal.SIGKILL or "ready to boot" in result.log
     return "restored disk" in result.log or begins_like(disk, sources / "guest.raw")
@@ -187,7 +191,7 @@ def called(command: str, node: Node, sources: Path, disk: Path, number: signal.S
 
 
 def ended(call: Call, number: signal.Signals | None, moment: float) -> Result:
-    """Its end, and that of all that it has started; the seconds are those from the signal, if there is one."""
+    """Wait for the end of the call and of its children; the seconds count from the signal, if there is one."""
     if number is not None:
         time.sleep(moment)
         call.kill(number)

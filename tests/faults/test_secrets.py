@@ -1,4 +1,4 @@
-"""Secrets are in no log, no error, no process list, no file name and no file that others may read."""
+"""Secrets appear in no log, error, process list, file name, or file that others may read."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from pathlib import Path
 
 import backups
 import pytest
+from credentials import public_key
 from support import DEFAULTS, Node, mounted, partitions, run
 
 from imageos.settings import TABLE
 
 MakeDisk = Callable[..., Path]
-MARK = "xyzzy4711"  # in every secret
+MARK = "xyzzy4711"  # part of every secret
 SECRETS = {
-    "OSP_ROOT_PASSWORD_HASH": f"$6$salt${MARK}",
+    "OSP_ROOT_PASSWORD_HASH": f"$6$salt${MARK:.<86}",
     "OSP_USER_DATA": f"#cloud-config\n# {MARK}\n",
-    "OSP_SSH_AUTHORIZED_KEYS": f"ssh-ed25519 AAAA {MARK}\n",
-    "OSP_SITE_SECRET": MARK,  # a private or secret parameter that only a hook of the site knows
+    "OSP_SSH_AUTHORIZED_KEYS": f"{public_key(MARK)}\n",
+    "OSP_SITE_SECRET": MARK,  # a private or secret parameter that only a site's hook knows
 }
 
 
 def strace(node: Node, command: str) -> str:
-    """Have the node's commands traced; where the programs that they start are written to."""
+    """Trace the node's commands; return the directory for the traces of all programs that they start."""
     trace = node.work / "trace"
     real, node.os_dir = node.os_dir, node.work / "os"
     node.os_dir.mkdir()
@@ -38,7 +39,7 @@ def strace(node: Node, command: str) -> str:
 
 @pytest.mark.parametrize("command", ["create", "rename", "import", "export"])
 def test_nowhere(command: str, node: Node, sources: Path, disk: MakeDisk, tmp_path: Path) -> None:
-    """Not in what processes are started with, nor in the name of any file, nor in the log with IMAGE_DEBUG=yes."""
+    """Not in command lines, not in file names, and not in the log with IMAGE_DEBUG=yes."""
     assert {f"OSP_{name.upper()}" for name, entry in TABLE.items() if entry["secret"]} <= SECRETS.keys()
     assert all(MARK in secret for secret in SECRETS.values())
     node.hook("site", "#!/bin/sh\n/bin/true $(id -u)\n")
@@ -58,7 +59,7 @@ def test_nowhere(command: str, node: Node, sources: Path, disk: MakeDisk, tmp_pa
     assert MARK not in result.log
     seen = Path(trace).read_text(errors="replace")
     assert seen.count("execve(") > 1
-    # strace shows of an environment only how many variables it has
+    # of an environment, strace shows only the number of variables
     assert MARK not in seen, [line for line in seen.splitlines() if MARK in line]
 
 
@@ -75,7 +76,7 @@ def test_files_of_the_guest(node: Node, small_tree: Path, disk: MakeDisk, tmp_pa
     (tree / "usr/bin/cloud-init").chmod(0o755)
     trees.tarball(tree, node.images / f"cloud-{trees.ARCH}.tar", "tar")
     target = disk()
-    public = {"OSP_SSH_AUTHORIZED_KEYS": "ssh-ed25519 AAAA public\n"}
+    public = {"OSP_SSH_AUTHORIZED_KEYS": public_key("public")}
     node.create(target, **{**SECRETS, **public, "OSP_IMAGE_NAME": "cloud"}).ok()
     with mounted(target, tmp_path / "root", partitions(target)[-1]) as root:
         holders = run("grep", "-rlaF", MARK, root, check=False).splitlines()

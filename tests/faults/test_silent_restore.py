@@ -1,4 +1,4 @@
-"""restore(8) says nothing of what it loses: that is found, and set right or refused, on any node.
+"""restore(8) does not report what it loses: imageos detects it, and corrects or refuses it, on any node.
 
 Its stand-ins run the real one and then lose what other versions lose: 0.4b49 (Debian 13) the capabilities of files,
 0.4b47 (Debian 12) attributes of directories. The dumps are made record by record.
@@ -71,7 +71,7 @@ RestoreThat = Callable[..., str]
 
 @pytest.fixture
 def restore_that(tmp_path: Path) -> RestoreThat:
-    """A PATH with a restore that does as the real one, and then something where it has restored."""
+    """Return a PATH with a restore that runs the real one, then a command in its directory."""
 
     def make(then: str = "", mute: bool = False) -> str:
         directory = tmp_path / "stand-in"
@@ -85,7 +85,7 @@ def restore_that(tmp_path: Path) -> RestoreThat:
 
 
 def deploy(command: str, node: Node, target: Path, dump: bytes, path: str = PATH) -> Result:
-    """create an instance from a dump, or import the ancestor's backup of one, without a partition for /boot."""
+    """create an instance from a dump, or import ganeti-instance-image's backup, without a partition for /boot."""
     more = {"PATH": path, "INSTANCE_HV_kernel_path": "/vmlinuz"}
     image = node.images / f"quiet-{trees.ARCH}-root.dump"
     if command == "create":
@@ -175,7 +175,7 @@ DAMAGED = {
 @pytest.mark.parametrize("packing", ["", "zlib"])
 def test_dump_that_lacks(what: str, packing: str, command: str, node: Node, disk: MakeDisk,
                          restore_that: RestoreThat) -> None:  # fmt: skip
-    """restore is mute, and happy with everything."""
+    """restore reports no error."""
     dump = DAMAGED[what]
     if packing:
         first = dumps.header(dumps.TAPE, 0, flags=0x83)
@@ -187,7 +187,7 @@ def test_dump_that_lacks(what: str, packing: str, command: str, node: Node, disk
 
 @pytest.mark.parametrize("command", ["create", "import"])
 def test_content_in_inodes(command: str, node: Node, disk: MakeDisk, restore_that: RestoreThat, tmp_path: Path) -> None:
-    """Of an ext4 with inline_data: restore 0.4b47 leaves zeroes, 0.4b49 does not; none may leave them silently."""
+    """From an ext4 with inline_data, restore 0.4b47 makes zeroes, 0.4b49 does not; zeroes must not stay unreported."""
     text = b"0123456789" * 10
     small = File(30, REGULAR | 0o644, text, [(12, b"small")], flags=INLINE, blocks=text[:60],
                  attributes=[attributes((7, b"data", text[60:]))])  # fmt: skip
@@ -201,7 +201,7 @@ def test_content_in_inodes(command: str, node: Node, disk: MakeDisk, restore_tha
 
 @pytest.mark.parametrize("command", ["create", "import"])
 def test_dump_of_a_newer_version(command: str, node: Node, disk: MakeDisk) -> None:
-    """dump 0.4b49 writes runs of records, which older ones read wrongly: said, or right."""
+    """dump 0.4b49 writes runs of records, which older versions read wrongly: report it, or be right."""
     runs = File(30, REGULAR | 0o644, os.urandom(4 * RECORD), [(2, b"big")], map=b"\7")
     target = disk()
     result = deploy(command, node, target, dumps.make([*GUEST, runs]))
@@ -213,7 +213,7 @@ def test_dump_of_a_newer_version(command: str, node: Node, disk: MakeDisk) -> No
 
 
 def test_trailing_zeroes(node: Node, disk: MakeDisk, restore_that: RestoreThat, tmp_path: Path) -> None:
-    """More than pipes hold, behind the end."""
+    """More zeroes than pipes hold, after the end."""
     target = disk()
     deploy("create", node, target, dumps.make(GUEST) + bytes(16 << 20), restore_that(LIKE_0_4B49)).ok()
     check(target, tmp_path)

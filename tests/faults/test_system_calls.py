@@ -1,7 +1,7 @@
-"""System calls that a filter refuses: each is really tried, in every ABI that the kernel has.
+"""Really try each system call that a filter refuses, in every ABI of the kernel.
 
-Which ones is read from the tables that the filters are made of, so that none is forgotten. All of it is harmless where
-it is not refused: no argument is good.
+The calls come from the tables of the filters, so that none is forgotten. They are harmless if they are not refused,
+because all arguments are invalid.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from support import Node
 from test_hostile_programs import hostile, perl_image, perl_node, perl_tree, said
 
 from imageos.node import linux, seccomp, syscalls
-from imageos.run import pipeline, run
+from imageos.run import Command, pipeline, run
 
 __all__ = ["perl_image", "perl_node", "perl_tree"]  # fixtures
 
@@ -29,7 +29,7 @@ NATIVE = seccomp.MACHINES[platform.machine()][0]
 BLKTRACESETUP, BLKTRACESETUP32, BLKPG, LOOP_SET_STATUS64, TIOCSTI = 0xC0481273, 0xC0401273, 0x1269, 0x4C04, 0x5412
 FIONREAD, CLONE_THREAD, X32 = 0x541B, 0x10000, 0x40000000
 OF_32_BITS = pytest.mark.parametrize("abi", [abi for abi in seccomp.MACHINES[platform.machine()] if abi == "i386"])
-# uretprobe and uprobe kill who calls them out of place; the kernel asks no filter (Linux 6.14)
+# uretprobe and uprobe kill a process that calls them at the wrong place; no filter sees them (Linux 6.14)
 UPROBES = {"x86_64": (335, 336)}
 HOOK = """#!/usr/bin/env python3
 from imageos.hook import Hook
@@ -47,7 +47,7 @@ Hook.run(main)
 
 @dataclass(frozen=True)
 class Try:
-    """A call that must end with this error; its name is for the one who reads that it did not."""
+    """A call that must end with this error; the name is for messages."""
 
     name: str
     number: int
@@ -56,7 +56,7 @@ class Try:
 
 
 def tries(abi: str, families: Sequence[int] = (socket.AF_UNIX,)) -> list[Try]:
-    """All that a filter refuses in `abi`, and that it judges the arguments of the rest."""
+    """Return all calls that a filter refuses in `abi`, and calls whose arguments it checks."""
     known = syscalls.numbers(abi)
     none = [number for number in range(600) if number not in {*known.values(), *UPROBES.get(abi, ())}]
     none += [X32 + number for number in range(600)] if abi == "x86_64" else []
@@ -68,7 +68,7 @@ def tries(abi: str, families: Sequence[int] = (socket.AF_UNIX,)) -> list[Try]:
     for request in (BLKTRACESETUP, BLKTRACESETUP32, BLKPG, LOOP_SET_STATUS64, TIOCSTI, *range(0x1273, 0x1277)):
         add("ioctl", errno.ENOTTY, -1, request)
     add("ioctl", errno.EBADF, -1, FIONREAD)
-    if struct.calcsize("P") == 8 and abi == NATIVE:  # the kernel takes the low half
+    if struct.calcsize("P") == 8 and abi == NATIVE:  # the kernel uses the low half
         add("ioctl", errno.ENOTTY, -1, 1 << 32 | BLKTRACESETUP)
         add("ioctl", errno.EBADF, -1, 1 << 32 | FIONREAD)
     for family in range(64):
@@ -77,7 +77,7 @@ def tries(abi: str, families: Sequence[int] = (socket.AF_UNIX,)) -> list[Try]:
         if family != socket.AF_UNIX:
             add("socketpair", errno.EAFNOSUPPORT, family, -1, -1, 0)
     for bit in range(17, 32):
-        if 1 << bit & linux.NAMESPACES:  # without CLONE_SIGHAND, CLONE_THREAD is a mistake
+        if 1 << bit & linux.NAMESPACES:  # without CLONE_SIGHAND, CLONE_THREAD is an error
             add("clone", errno.EPERM, 1 << bit | CLONE_THREAD)
     add("personality", errno.EPERM, 0x0400000)  # READ_IMPLIES_EXEC
     if "socketcall" in known:
@@ -86,19 +86,19 @@ def tries(abi: str, families: Sequence[int] = (socket.AF_UNIX,)) -> list[Try]:
     return found
 
 
-def in_perl(wanted: Sequence[Try]) -> str:
-    """A program that makes these calls and prints the error of each."""
-    calls = "".join(f"$! = 0; syscall({', '.join(map(str, (one.number, *one.arguments)))}); print 0 + $!, qq(\\n);\n"
-                    for one in wanted)  # fmt: skip
-    return f"#!/usr/bin/perl\n{calls}"
+def in_perl(calls: Sequence[Try]) -> str:
+    """Return a Perl program that makes these calls and prints the error of each."""
+    lines = "".join(f"$! = 0; syscall({', '.join(map(str, (call.number, *call.arguments)))}); print 0 + $!, qq(\\n);\n"
+                    for call in calls)  # fmt: skip
+    return f"#!/usr/bin/perl\n{lines}"
 
 
-def in_machine_code(wanted: Sequence[Try]) -> bytes:
-    """The same as a program of the i386: an ELF file of 32 bits, which prints its table of calls with their results."""
-    base, start = 0x8048000, 52 + 32  # of the file in memory; behind the headers
+def in_machine_code(calls: Sequence[Try]) -> bytes:
+    """Return the same as a 32-bit ELF program of the i386, which prints its table of calls with their results."""
+    base, start = 0x8048000, 52 + 32  # of the file in memory; after the headers
     rows = b"".join(
-        struct.pack("<5I", *((value & 0xFFFFFFFF) for value in (one.number, *(*one.arguments, 0, 0, 0, 0)[:4])))
-        for one in wanted
+        struct.pack("<5I", *((value & 0xFFFFFFFF) for value in (each.number, *(*each.arguments, 0, 0, 0, 0)[:4])))
+        for each in calls
     )
 
     def code(table: int) -> bytes:
@@ -121,16 +121,16 @@ def in_machine_code(wanted: Sequence[Try]) -> bytes:
     return header + struct.pack("<8I", 1, 0, base, base, size, size, 7, 4096) + body
 
 
-def wrong(wanted: Sequence[Try], errors: Sequence[int]) -> dict[str, str]:
-    """What did not end as it has to."""
-    assert len(errors) == len(wanted) > 200
+def wrong(calls: Sequence[Try], errors: Sequence[int]) -> dict[str, str]:
+    """Return the calls that did not end as expected."""
+    assert len(errors) == len(calls) > 200
     return {
-        one.name: errno.errorcode.get(error, str(error)) for one, error in zip(wanted, errors) if error != one.error
+        call.name: errno.errorcode.get(error, str(error)) for call, error in zip(calls, errors) if error != call.error
     }
 
 
 def in_guest(node: Node, disk: Path, probe: bytes) -> bytes:
-    """What the program prints that is called in the sandbox of a guest."""
+    """Return the output of a program in the sandbox of a guest."""
     path, out = node.work / "calls", node.work / "out"
     path.write_bytes(probe)
     node.hook("calls", HOOK.format(probe=path, out=out))
@@ -139,16 +139,16 @@ def in_guest(node: Node, disk: Path, probe: bytes) -> bytes:
 
 
 def test_of_a_guest(perl_node: Node, disk: MakeDisk) -> None:
-    wanted = tries(NATIVE)
-    answer = in_guest(perl_node, disk(), in_perl(wanted).encode())
-    assert wrong(wanted, [int(line) for line in answer.split()]) == {}
+    calls = tries(NATIVE)
+    answer = in_guest(perl_node, disk(), in_perl(calls).encode())
+    assert wrong(calls, [int(line) for line in answer.split()]) == {}
 
 
 @OF_32_BITS
 def test_of_a_guest_of_32_bits(abi: str, node: Node, disk: MakeDisk) -> None:
-    wanted = tries(abi)
-    answer = in_guest(node, disk(), in_machine_code(wanted))
-    assert wrong(wanted, [-result for result, *_ in struct.iter_unpack("<i16x", answer)]) == {}
+    calls = tries(abi)
+    answer = in_guest(node, disk(), in_machine_code(calls))
+    assert wrong(calls, [-result for result, *_ in struct.iter_unpack("<i16x", answer)]) == {}
 
 
 def filtered(network: bool) -> Callable[[], None]:
@@ -159,11 +159,11 @@ def filtered(network: bool) -> Callable[[], None]:
 @pytest.mark.parametrize("network", [False, True])
 def test_of_a_helper(network: bool, tmp_path: Path) -> None:
     families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6) if network else (socket.AF_UNIX,)
-    wanted = tries(NATIVE, families)
+    calls = tries(NATIVE, families)
     script = tmp_path / "calls"
-    script.write_text(in_perl(wanted))
-    answer = run(["perl", str(script)], prepare=filtered(network))
-    assert wrong(wanted, [int(line) for line in answer.split()]) == {}
+    script.write_text(in_perl(calls))
+    answer = run(Command(["perl", str(script)], filtered(network)))
+    assert wrong(calls, [int(line) for line in answer.split()]) == {}
 
 
 @OF_32_BITS
@@ -171,11 +171,11 @@ def test_a_helper_has_one_abi(abi: str, tmp_path: Path) -> None:
     path = tmp_path / "calls"
     path.write_bytes(in_machine_code(tries(abi)))
     path.chmod(0o755)
-    done = pipeline([[str(path)]], prepare=filtered(False))[0]
-    assert (done.status, done.stdout) == (-signal.SIGSEGV, b"")  # not even exit
+    done = pipeline(Command([str(path)], filtered(False)))[0]
+    assert (done.status, done.stdout) == (-signal.SIGSEGV, b"")  # not even exit works
 
 
-# A trace of each node of its disk: two buffers of a page for each CPU, which nobody gives back
+# A trace of each node of its disk needs two buffers of a page for each CPU, which nobody frees
 TRACE = """
     opendir(my $dev, "/dev");
     for my $name (sort grep { /^loop/ } readdir($dev)) {
@@ -189,6 +189,6 @@ TRACE = """
 
 
 def test_of_a_guest_a_trace(perl_node: Node, disk: MakeDisk) -> None:
-    """Of its own disk, which would outlive the command, and be outside of every limit."""
+    """A trace of its own disk would outlive the command, outside of every limit."""
     result = hostile(perl_node, disk(), TRACE).result().ok()
     assert said(result.log) == [str(errno.ENOTTY)] * 4, result.log

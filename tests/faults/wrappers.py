@@ -1,4 +1,4 @@
-"""Programs in PATH that are recorded, or fail at a given call."""
+"""Wrap the programs in PATH: record them, or let one fail at a given call."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 from support import PATH, wait_until
 
-# What the wrappers and imageos itself are run by
+# These run the wrappers and imageos itself
 INTERPRETERS = ("env", "sh", "dash", "bash", "python3", "busybox")
 
-# A program that is confined can write nowhere: the number of its call is read out of a FIFO beside it, one at a time
+# A confined program can write nowhere, so it reads the number of its call from a FIFO beside it, one call at a time
 COUNT = """#!/bin/sh
 exec 9<"$0"
 flock 9
@@ -45,7 +45,7 @@ class Fault:
 
 
 def programs() -> Iterator[Path]:
-    """Every program that Ganeti's PATH leads to."""
+    """Yield every program in Ganeti's PATH."""
     seen: set[str] = set()
     for directory in PATH.split(":"):
         for name in sorted(os.listdir(directory)):
@@ -54,19 +54,23 @@ def programs() -> Iterator[Path]:
                 yield Path(directory, name)
 
 
-# ... and that it is called is told to a socket there
+# Reports its call to a socket in {path}, or to a UDP port (curl has no sockets of files), then runs the real program
 TELL = """#!/bin/sh
-/usr/bin/python3 -ISc '
+/usr/bin/python3 -BISc '
 import os, socket
 os.chdir("{path}")
-socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"'"${{0##*/}}"'", "socket")'
+try:
+    told, place = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM), "socket"
+except OSError:
+    told, place = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), ("127.0.0.1", int(open("port").read()))
+told.sendto(b"'"${{0##*/}}"'", place)'
 PATH={PATH} exec "${{0##*/}}" "$@"
 """
 
 
 @contextmanager
 def recording(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """A PATH whose programs are recorded, and the name of each that was called."""
+    """Yield a PATH whose programs are recorded, and a list that receives the name of each call."""
     path.mkdir()
     for program in programs():
         if program.name not in INTERPRETERS and not program.name.startswith("python"):
@@ -78,30 +82,39 @@ def recording(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 @contextmanager
 def listening(directory: Path) -> Iterator[list[str]]:
-    """What is sent to a socket in `directory` meanwhile."""
+    """Yield a list that receives the messages to a socket in `directory`, and to the UDP port that is noted there."""
     told: list[str] = []
     descriptor = os.open(directory, os.O_PATH)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ours:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ours,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as internet,
+    ):
         ours.bind(f"/proc/self/fd/{descriptor}/socket")  # a short name
+        internet.bind(("127.0.0.1", 0))
+        (directory / "port").write_text(str(internet.getsockname()[1]))
 
         def listen() -> None:
-            while said := ours.recv(1 << 16):
-                told.append(said.decode())
+            while True:
+                for ready in select.select([ours, internet], [], [])[0]:
+                    said = ready.recv(1 << 16)
+                    if not said:
+                        return
+                    told.append(said.decode())
 
         thread = threading.Thread(target=listen)
         thread.start()
         try:
             yield told
         finally:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
-                other.sendto(b"", f"/proc/self/fd/{descriptor}/socket")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.sendto(b"", f"/proc/self/fd/{descriptor}/socket")
             thread.join()
             os.close(descriptor)
 
 
 @contextmanager
 def failing(work: Path, fault: Fault) -> Iterator[str]:
-    """A PATH in which `fault` happens."""
+    """Yield a PATH in which `fault` happens."""
     path = work / "path"
     path.mkdir()
     real = next(program for program in programs() if program.name == fault.program)
@@ -114,7 +127,7 @@ def failing(work: Path, fault: Fault) -> Iterator[str]:
 
 @contextmanager
 def counting(fifo: Path) -> Iterator[None]:
-    """Who reads `fifo` gets 1, the next one 2, and so on."""
+    """Give the first reader of `fifo` 1, the next one 2, and so on."""
     os.mkfifo(fifo)
     ended = threading.Event()
 
@@ -143,10 +156,10 @@ def counting(fifo: Path) -> Iterator[None]:
 
 
 def write(program: Path, text: str) -> None:
-    """Make a program that can be executed from now on.
+    """Make a program, and wait until it can be executed.
 
-    While a child that another thread has just forked still has it open for writing, it could not be (ETXTBSY), and the
-    next one in PATH would be taken. Nobody gets a lease then (fcntl(2)).
+    A child that another thread has just forked may still have it open for writing. Executing it would then fail
+    (ETXTBSY), and the shell would take the next one in PATH. A lease (fcntl(2)) is refused as long.
     """
     program.write_text(text)
     program.chmod(0o755)
@@ -164,7 +177,7 @@ def leased(descriptor: int) -> bool:
 
 
 def without(work: Path, missing: str) -> str:
-    """A PATH with every program but this."""
+    """Return a PATH with every program except `missing`."""
     path = work / "path"
     path.mkdir()
     for program in programs():

@@ -1,4 +1,4 @@
-"""A real cluster of one node (see one-node-cluster) on which imageos is installed."""
+"""Run scripts on a real cluster of one node (see one-node-cluster) with imageos installed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from support import PATH, TESTS, run
 CLUSTER = TESTS / "ganeti/one-node-cluster"
 OS_DIR = "/usr/share/ganeti/os/image"
 SITE = "/etc/ganeti/instance-image"
-MINUTES = 20  # after which a cluster is taken for one that hangs
+MINUTES = 20  # a cluster that runs longer counts as hanging
 IMAGES = "/var/cache/ganeti-instance-image"
-# for every script:
-#   say WHAT COMMAND...: what it prints, with its status as the last line, between two lines WHAT (see `said`)
-#   wait_for COMMAND...: until it succeeds
-#   loops: the loop devices over disks of instances, and over copies of them
-#   detached: whether there is none
+# For every script:
+#   say WHAT COMMAND...: print two lines WHAT around its output, the last line of which is its status (see `said`)
+#   wait_for COMMAND...: repeat it until it succeeds
+#   loops: list the loop devices over disks of instances and over copies of them
+#   detached: succeed if there is none
 FUNCTIONS = """
 say() {
   what=$1; shift
@@ -38,7 +38,7 @@ ADD = (
 
 
 def tiny_image(work: Path, files: Mapping[str, str | bytes] = {}) -> Path:  # noqa: B006
-    """An image with as little in it as a system can have, and these files."""
+    """Make an image of the smallest possible system, with these files in addition."""
     tree, image = work / "tree", work / "tiny-x86_64.tar.gz"
     for directory in ("bin", "boot", "etc", "root"):
         (tree / directory).mkdir(parents=True)
@@ -49,14 +49,14 @@ def tiny_image(work: Path, files: Mapping[str, str | bytes] = {}) -> Path:  # no
 
 
 class Cluster:
-    """What starts throw-away clusters on which imageos is installed, and runs a script on each."""
+    """Start throw-away clusters with imageos installed, and run a script on each."""
 
     def __init__(self, imageos: Path, work: Path) -> None:
         self.imageos, self.work = imageos, work
 
     @contextmanager
     def running(self, script: str, kvm: bool = False) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-        """The process and the file with all that it prints; the cluster ends with the context."""
+        """Yield the process and the file that receives its output; the cluster ends with the context."""
         log = self.work / f"cluster-{len(list(self.work.glob('cluster-*')))}.log"
         argv = [str(CLUSTER), *(["--kvm"] if kvm else [])]
         argv += ["bash", "-euo", "pipefail", "-c", f"{FUNCTIONS}{self.imageos} install\n{script}"]
@@ -64,14 +64,14 @@ class Cluster:
             yield process, log
 
     def run(self, script: str) -> str:
-        """All that the script printed. It stops at the first command that fails, and that fails the test."""
+        """Return the output of the script. If a command fails, the script stops and the test fails."""
         with self.running(script) as (process, log):
             return printed(process, log)
 
 
 @contextmanager
 def started(argv: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends with the context, or with this one."""
+    """Start a process that ends with the context, or with this process."""
     argv = ["setpriv", "--pdeathsig", "KILL", *argv]
     environment = {"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8"}
     with log.open("wb") as output:
@@ -84,7 +84,7 @@ def started(argv: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]
 
 
 def printed(process: subprocess.Popen[bytes], log: Path) -> str:
-    """All that it prints until its end."""
+    """Wait for the end, and return the output. Fail unless the status is 0."""
     with suppress(subprocess.TimeoutExpired):
         process.wait(MINUTES * 60)
     text = log.read_text(errors="backslashreplace")
@@ -94,11 +94,11 @@ def printed(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 def between(text: str, mark: str) -> str:
-    """What the script printed between two lines `mark`."""
+    """Return the text between two lines `mark`."""
     return text.split(f"{mark}\n")[1]
 
 
 def said(log: str, what: str) -> tuple[int, list[str]]:
-    """Status and messages of a command that `say` ran."""
+    """Return status and messages of a command that `say` ran."""
     *lines, status = between(log, what).splitlines()
     return int(status.split()[1]), [line.removeprefix("imageos: ") for line in lines]

@@ -1,4 +1,4 @@
-"""A cluster and the smallest image, for each test anew."""
+"""A new cluster and a new smallest image for each test."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def cluster(imageos: Path, tmp_path: Path) -> Cluster:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """An image that does not compress to nothing."""
+    """Return a tiny image with 1 MiB of random data, which does not compress."""
     return tiny_image(tmp_path, {"etc/noise": os.urandom(1 << 20)})

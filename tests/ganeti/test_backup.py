@@ -27,7 +27,7 @@ leftovers() {
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> str:
-    """A script: an image, and inst1 with a second disk that holds a filesystem."""
+    """Return a script that makes an image, and inst1 with a second disk with a filesystem."""
     image = tiny_image(tmp_path)
     return f"""{DISK}
         cp {image} {IMAGES}/
@@ -37,7 +37,7 @@ def prepared(tmp_path: Path) -> str:
 
 
 def test_two_disks_come_back_under_another_name(cluster: Cluster, prepared: str) -> None:
-    """disk 0 larger than it was; what Ganeti keeps is the stream itself."""
+    """disk 0 is larger than before; Ganeti keeps the stream unchanged."""
     script = f"""{prepared}
         gnt-backup export -n node1.example.org inst1.example.org
         echo LIST
@@ -140,7 +140,7 @@ def test_eight_at_once(cluster: Cluster, prepared: str) -> None:
 
 
 def test_imported_debian_boots_under_kvm(cluster: Cluster) -> None:
-    """With its data disk, on a larger first disk, under another name."""
+    """With its second disk, on a larger first disk, under another name."""
     image = debian("bookworm")
     socket = "/run/ganeti/kvm-hypervisor/ctrl/inst2.example.org.serial"
     script = f"""{DISK}

@@ -1,4 +1,4 @@
-"""Images made of instances of a real cluster, and deployed again."""
+"""Capture images from instances of a real cluster, and deploy them again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ tree() {{
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> str:
-    """A script: the functions above, an image, and inst1 made of it, stopped, its disks not active."""
+    """Return a script with the functions above that makes an image, and inst1 from it, stopped, with inactive disks."""
     files = {
         "etc/machine-id": "0123456789abcdef0123456789abcdef\n",
         "boot/vmlinuz": "not a kernel\n",
@@ -49,7 +49,7 @@ def prepared(tmp_path: Path) -> str:
 
 
 def test_captured_and_deployed(cluster: Cluster, prepared: str) -> None:
-    """By each of the three commands; the instance is as it was, and starts."""
+    """With each of the three commands; the instance is unchanged, and starts."""
     add = f"{ADD.replace('192.0.2.50', '192.0.2.$ip')} --disk 0:size=1G -o image+default"
     script = f"""{prepared}
         tree inst1.example.org >/srv/inst1
@@ -97,7 +97,7 @@ BAD = {
     "make-qemu-img inst2": "instance inst2.example.org is running",
     "ganeti-image -t tarball -i inst3": "no root filesystem found on the disk, which has no partition table: nothing",
     "make-dump inst1 /nowhere": "IMAGE_DIR /nowhere: No such file or directory",
-    "make-dump inst1 /srv/small": "the copy of the disk alone takes more room than /srv/small has: ",
+    "make-dump inst1 /srv/small": "/srv/small is full: no image was made: ",
     "make-dump inst1 -n ../x": "IMAGE_NAME='../x' with -n is not accepted: it must be a name without / that does not "
     "begin with a dot",
     "make-dump inst1 -n there": "there is an image /var/cache/ganeti-instance-image/there-x86_64-root.dump already",
@@ -106,7 +106,7 @@ BAD = {
 
 
 def test_bad_input(cluster: Cluster, prepared: str) -> None:
-    """Each says so on its last line, and leaves nothing: also not active disks."""
+    """Each names the cause on its last line, and leaves nothing, not even active disks."""
     tries = "".join(f"say TRY{n} bash -c {shlex.quote(command)}\nsay LEFT{n} left\n" for n, command in enumerate(BAD))
     other = f"{ADD.replace('192.0.2.50', '192.0.2.60')} --disk 0:size=1G {TINY}"
     diskless = ADD.replace("-t file", "-t diskless").replace(".50", ".62")
@@ -141,7 +141,7 @@ def test_bad_input(cluster: Cluster, prepared: str) -> None:
 
 
 def test_killed(cluster: Cluster, prepared: str) -> None:
-    """While it writes the image. After SIGKILL the disks may stay active, which harms nothing: the instance starts."""
+    """While it writes the image. After SIGKILL the disks may stay active; this is harmless, and the instance starts."""
     script = f"""{prepared}
         mkdir /srv/fake
         printf '#!/bin/sh\\nsleep 1000.5\\n' >/srv/fake/tar
@@ -173,7 +173,7 @@ exec unshare --uts sh -c 'hostname node1.example.org; eval "$1"' sh "$last"
 
 
 def test_disks_on_another_node(cluster: Cluster, prepared: str) -> None:
-    """Called on a node that is neither the master nor has the disks. ssh is a stand-in, all else is real."""
+    """Called on a node that is neither the master nor has the disks. Only ssh is a stand-in."""
     script = f"""{prepared}
         mkdir /srv/fake; echo {shlex.quote(SSH)} >/srv/fake/ssh; chmod +x /srv/fake/ssh
         elsewhere() {{ PATH=/srv/fake:$PATH unshare --uts sh -c 'hostname node2.example.org; exec "$@"' sh "$@"; }}

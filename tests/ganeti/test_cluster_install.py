@@ -1,4 +1,4 @@
-"""imageos brought to a cluster as its file, copied by Ganeti, and taken away again."""
+"""imageos as a single file: copied to a cluster by Ganeti, installed, and removed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ echo "cluster.example.org $(cut -d' ' -f1,2 /run/host_key.pub)" >/var/lib/ganeti
 wait_for test -e /run/sshd.pid
 """
 
-# In a mount namespace: what is written to these is seen in it only, so that a package can be installed. The cluster
-# has layers of its own over others; the kernel allows no third one over those of the test run.
+# Makes a mount namespace with layers over these directories, so that a package can be installed. The cluster has
+# its own layers over others; the kernel allows no third layer over those of the test run.
 LAYERED = """
 set -eu
 work=$1; shift
@@ -35,7 +35,7 @@ exec "$@"
 
 
 def on_cluster(script: str, work: Path) -> str:
-    """What `script` prints, after FUNCTIONS, on a cluster of one node that leaves the machine as it was."""
+    """Run `script` after FUNCTIONS on a cluster of one node without changing the machine; return its output."""
     work.mkdir()
     argv = ["unshare", "--mount", "bash", "-c", LAYERED, "bash", str(work)]
     argv += [str(CLUSTER), "bash", "-euo", "pipefail", "-c", FUNCTIONS + script]
@@ -61,7 +61,7 @@ def check(text: str) -> None:
 
 
 def test_copied_and_installed_by_gnt_cluster(imageos: Path, tmp_path: Path) -> None:
-    """On every node of the cluster at once; twice is as once."""
+    """On all nodes of the cluster at once; a second time changes nothing."""
     script = f"""
         {SSHD}
         cp {imageos} /root/imageos.pyz

@@ -1,4 +1,4 @@
-"""The environments in tests/env, which all other tiers call the scripts with, are what this Ganeti gives them."""
+"""The environments in tests/env, which all other tiers use, are those of this Ganeti."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from clusters import ADD, Cluster, between
 from support import TESTS
 
-# An OS whose scripts say how they are called; export writes a stream, import reads one.
+# An OS whose scripts log how they are called; export writes a stream, import reads one.
 PROBE = r"""
 os=/usr/share/ganeti/os/probe
 mkdir $os /srv/probe
@@ -23,9 +23,9 @@ echo 20 >$os/ganeti_api_version
 printf 'image_name -\nroot_password -\n' >$os/parameters.list
 echo default >$os/variants.list
 """
-# Of the shell, of the Python that recorded them, and of the node daemon, which export and import see.
+# Variables of the shell, of the Python that recorded them, and of the node daemon, which export and import see.
 OTHERS = {"HOME", "LC_CTYPE", "OLDPWD", "PWD", "SHLVL", "_"}
-RANDOM = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9]{10}\.[0-9]{1,6}|(?<=aa:00:00:)[0-9a-f:]{8}"
+RANDOM = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9]{10}\.[0-9]+|(?<=aa:00:00:)[0-9a-f:]{8}"
 NUMBER = r"(?<=inst)[123]|(?<=192\.0\.2\.5)[01]"
 KINDS = (
     "create",
@@ -37,7 +37,7 @@ KINDS = (
 
 
 def test_environments(cluster: Cluster) -> None:
-    """A Ganeti that changes one of them is noticed here."""
+    """This detects a Ganeti that changes one of them."""
     script = f"""{PROBE}
         {ADD} --disk 0:size=1G --disk 1:size=1G -o probe+default -O image_name=foo,root_password=x inst1.example.org
         gnt-backup export -n node1.example.org inst1.example.org
@@ -58,11 +58,11 @@ def test_environments(cluster: Cluster) -> None:
 
 
 def called(text: str) -> list[str]:
-    """Arguments, directory and umask."""
+    """Return arguments, directory and umask."""
     return re.findall(r"(?m)^# (?:argv|cwd|umask): .*", text)
 
 
 def variables(text: str) -> dict[str, str]:
-    """But for what is random, and the numbers of instances."""
+    """Return the variables without random values and numbers of instances."""
     pairs = [line.split("=", 1) for line in text.splitlines() if not line.startswith("#")]
     return {name: re.sub(f"{RANDOM}|{NUMBER}", "*", value) for name, value in pairs if name not in OTHERS}

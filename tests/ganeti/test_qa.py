@@ -1,4 +1,4 @@
-"""Ganeti's own QA functions, from Debian's package ganeti-testsuite, on a cluster whose instances are imageos'."""
+"""Ganeti's own QA functions, from Debian's package ganeti-testsuite, on a cluster with instances of imageos."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clusters import IMAGES, Cluster, between
 
-# The part of its configuration that the functions below read.
+# The part of its configuration that these functions read.
 CONFIG = {
     "name": "cluster.example.org",
     "enabled-hypervisors": ["fake"],
@@ -22,7 +22,7 @@ CONFIG = {
     "instances": [{"name": f"inst{number}.example.org"} for number in range(1, 4)],
     "tests": {"default": True},
 }
-# Says which of the functions has returned.
+# Prints which functions have returned.
 DRIVER = """
 import os
 import sys
@@ -92,7 +92,7 @@ def test_qa(cluster: Cluster, tiny: Path, tmp_path: Path) -> None:
     """
     log = cluster.run(script)
     assert re.findall(r"(?m)^RAN (\w+)$", log) == re.findall(r"run\(\w+\.(\w+)", DRIVER), log
-    # What they do not look at themselves: it was imageos that did it.
+    # They do not check this: imageos did the work.
     assert between(log, "OS add").count("instance inst2.example.org is ready to boot") == 2, "added and reinstalled"
     assert "of disk 0 (" in between(log, "OS export"), log
     assert sorted(re.findall(r"renamed the guest from (\S+) to (\S+):", between(log, "OS rename"))) == [

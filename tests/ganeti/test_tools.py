@@ -34,7 +34,7 @@ left() {
 
 @pytest.fixture
 def prepared(tiny: Path) -> str:
-    """A script: the functions above, the image, and inst1, whose second disk holds a filesystem."""
+    """Return a script with the functions above that makes the image, and inst1 with a filesystem on its second disk."""
     return f"""{TOOLS}
         cp {tiny} {IMAGES}/
         {INSTANCE} inst1.example.org
@@ -50,7 +50,7 @@ def last(log: str, what: str, status: int = 1) -> str:
 
 
 def test_mounted_and_taken_away(cluster: Cluster, prepared: str) -> None:
-    """A short name; create is refused meanwhile, by Ganeti's own way; each command once more changes nothing."""
+    """With a short name; Ganeti itself refuses create meanwhile; a repeated command changes nothing."""
     script = f"""{prepared}
         say MOUNT mount-disks inst1
         echo MOUNTS; grep -F {PLACE} /proc/self/mountinfo; echo MOUNTS
@@ -91,7 +91,7 @@ def test_mounted_and_taken_away(cluster: Cluster, prepared: str) -> None:
     assert between(log, "SECOND") == "ext4\n"
 
 
-# command -> its last line; what comes before it makes it so
+# command -> its last line; commands before it prepare that
 BAD = {
     "mount-disks nosuch": "there is no instance nosuch",
     "mount-disks inst3.example.org": "there is no instance inst3.example.org",
@@ -105,7 +105,8 @@ BAD = {
     f"mkdir -m 700 {PLACE}; touch {PLACE}/x; mount-disks inst1": f"{PLACE} exists, and mount-disks has not made it",
     "mount-disks --disk /nowhere inst1": "disk /nowhere: No such file or directory",
     "mount-disks inst2": "no root filesystem found on the disk, which has no partition table: nothing that is known",
-    "PATH=/usr/bin:/bin /usr/local/sbin/mount-disks inst1": "gnt-cluster: not found",
+    # PATH of cron
+    "PATH=/usr/bin:/bin /usr/local/sbin/mount-disks nosuch": "there is no instance nosuch",
     "setpriv --reuid=65534 --clear-groups mount-disks inst1": "this needs root",
     "setpriv --reuid=65534 --clear-groups umount-disks inst1": "this needs root",
 }
@@ -116,7 +117,7 @@ HINTS = {
 
 
 def test_bad_input(cluster: Cluster, prepared: str) -> None:
-    """Each says so on its last line, and leaves nothing: also not active disks."""
+    """Each names the cause on its last line, and leaves nothing, not even active disks."""
     tries = "".join(
         f"say TRY{n} bash -c {shlex.quote(command)}\nrm -rf {PLACE}\nsay LEFT{n} left\n"
         for n, command in enumerate(BAD)
@@ -147,7 +148,7 @@ def test_bad_input(cluster: Cluster, prepared: str) -> None:
 
 
 def test_instance_that_is_not_stopped(cluster: Cluster, prepared: str) -> None:
-    """Refused; read-only with a warning, and it goes on running with its disks. Also one that Ganeti will restart."""
+    """Refused; read-only with a warning, while it continues to run. Also one that Ganeti will restart."""
     script = f"""{prepared}
         gnt-instance startup inst1.example.org
         say RUNNING mount-disks inst1
@@ -178,7 +179,7 @@ def test_instance_that_is_not_stopped(cluster: Cluster, prepared: str) -> None:
     assert between(log, "ACTIVE").split() == ["Y"], "what an operator has activated stays active"
 
 
-# where it is stopped: a program of which it waits for the end
+# it stops here: in a program for whose end it waits
 PHASES = {"activation": "gnt-instance", "discovery": "blkid"}
 
 
@@ -192,7 +193,7 @@ KILLED = [
 
 
 def killed(n: int, signal: str, phase: str, shell: str) -> str:
-    """A script: one call that is killed, what is left then, and that the next one works."""
+    """Return a script with one killed call, a check of its leftovers, and a call that then works."""
     program = PHASES[phase]
     wait = '[ "$1" = list ] || ' if program == "gnt-instance" else ""
     return f"""
@@ -224,10 +225,10 @@ def killed(n: int, signal: str, phase: str, shell: str) -> str:
 
 
 def test_killed(cluster: Cluster, prepared: str) -> None:
-    """SIGTERM leaves nothing at all, SIGKILL active disks at most; umount-disks cures that, and the next one works."""
+    """SIGTERM leaves nothing, SIGKILL at most active disks; umount-disks cleans up, and the next call works."""
     log = cluster.run(prepared + "".join(killed(n, *case) for n, case in enumerate(KILLED)))
     for n, (signal, *_) in enumerate(KILLED):
-        # before its status, bash may say that it was killed
+        # bash may print a line about the kill before its status
         assert between(log, f"ENDED{n}").splitlines()[-1] == ("143" if signal == "TERM" else "137"), log
         left = said(log, f"LEFT{n}")[1]
         if signal == "TERM":
@@ -241,7 +242,7 @@ def test_killed(cluster: Cluster, prepared: str) -> None:
 
 
 def test_shell(cluster: Cluster, prepared: str) -> None:
-    """What it writes stays; what it leaves running ends; its status is ours; nobody else sees it."""
+    """Its files stay; its processes end; its status is returned; nobody else sees its mounts."""
     script = f"""{prepared}
         export SHELL=/bin/sh
         in_shell() {{ mount-disks "$@" <<<"$commands"; }}
@@ -294,7 +295,7 @@ def test_shell(cluster: Cluster, prepared: str) -> None:
     assert set(said(log, "KILLED")[1]) == {"/run/imageos-disks-inst1.example.org", "inst1.example.org Y"}
 
 
-# A real sshd on this node, with Ganeti's host key, that notes what it is asked to run
+# A real sshd on this node, with Ganeti's host key, that logs the requested commands
 SSHD = r"""
 mkdir -p /run/sshd
 usermod --password '*' root
@@ -310,7 +311,7 @@ elsewhere() { unshare --uts sh -c 'hostname node2.example.org; exec "$@"' sh "$@
 
 
 def test_disks_on_another_node(cluster: Cluster, prepared: str) -> None:
-    """Called by another node's name: neither the master nor the one that has the disks."""
+    """Called under another node's name: neither the master nor the owner of the disks."""
     script = f"""{prepared}{SSHD}
         say MOUNT elsewhere mount-disks inst1
         echo MOUNTS; grep -F {PLACE} /proc/self/mountinfo || true; echo MOUNTS
@@ -345,5 +346,5 @@ def test_disks_on_another_node(cluster: Cluster, prepared: str) -> None:
     assert last(log, "EXISTS") == f"on node node1.example.org: {PLACE} exists, and mount-disks has not made it"
     assert said(log, "LEFT") == said(log, "LEFT2") == (0, [])
     assert last(log, "UNREACHABLE").startswith(
-        "cannot reach the master node1.example.org over ssh: ssh: connect to host"
+        "cannot reach node node1.example.org over ssh, or lost it: ssh: connect to host"
     )

@@ -1,4 +1,4 @@
-"""What the linters say, with the configuration of ruff.toml and setup.cfg."""
+"""Run the linters with the configuration in ruff.toml and setup.cfg."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from hookfiles import PYTHON_HOOKS
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PRODUCT = ["imageos", "build.py", *(f"hooks.d/{name}" for name in PYTHON_HOOKS)]
-# mypy knows one module of each name: every directory with a conftest.py of its own is a run of its own
+PRODUCT = ["imageos", "build.py", "manual.py", "packages.py", *(f"hooks.d/{name}" for name in PYTHON_HOOKS)]
+# mypy accepts only one module of a name, so each directory with a conftest.py needs its own run
 TYPED_TESTS = ["unit", "lint"]
 
 
 def lint(tool: str, *arguments: str) -> None:
-    """Run a linter of the environment that pytest runs in; nothing is left in the checkout."""
+    """Run a linter from pytest's environment, without leaving files in the checkout."""
     done = subprocess.run(
         [sys.executable, "-m", tool, *arguments],
         cwd=CHECKOUT,
@@ -50,7 +50,7 @@ def test_mypy(cache: str) -> None:
 
 @pytest.mark.parametrize("tier", TYPED_TESTS)
 def test_mypy_of_tests(tier: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # conftest.py puts `tests` into sys.path; what is imported from there has its own rules
+    # conftest.py puts `tests` into sys.path; modules from there have their own rules
     monkeypatch.setenv("MYPYPATH", f"{CHECKOUT}:{CHECKOUT}/tests")
     lint(
         "mypy",

@@ -1,4 +1,4 @@
-"""The tier that computes only: no process may be started, no root is needed."""
+"""Fixtures for tests that only compute: they must start no process and need no root."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ import pytest
 from imageos import log
 from imageos.guests.sandbox import GuestDisk
 from imageos.guests.target import Target, opened
-from imageos.run import SIGNALS
+from imageos.node.children import SIGNALS
 
-# The same examples in each run, no timing (a busy machine is no fault), and nothing left in the checkout.
+# The same examples in each run, no timing (a busy machine is no error), and no new files in the checkout.
 hypothesis.configuration.set_hypothesis_home_dir(Path(__file__).parents[2] / ".cache/hypothesis")
 hypothesis.settings.register_profile("unit", derandomize=True, deadline=None, max_examples=20, database=None)
 hypothesis.settings.load_profile("unit")
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported and collected stays: a sixth of this tier's time went into looking for garbage there."""
+    """Exclude imported modules from garbage collection, which took a sixth of this tier's time."""
     gc.freeze()
 
 
 SHM = "/dev/shm"
-ROOM = 512 << 20  # bytes; all tests together leave 90 MiB
+ROOM = 512 << 20  # bytes; all tests together write 90 MiB
 STARTERS = ("fork", "system", "posix_spawn")
 
 
 @pytest.fixture(scope="session")
 def memory() -> Iterator[Path]:
-    """A directory in memory, if there is enough of that: on a disk, directories are a third of this tier's time."""
-    roomy = os.access(SHM, os.W_OK) and os.statvfs(SHM).f_bavail * os.statvfs(SHM).f_frsize > ROOM
-    with tempfile.TemporaryDirectory(prefix="imageos-tests.", dir=SHM if roomy else None) as top:
+    """Return a directory in memory if there is enough: on a disk, directories take a third of this tier's time."""
+    has_room = os.access(SHM, os.W_OK) and os.statvfs(SHM).f_bavail * os.statvfs(SHM).f_frsize > ROOM
+    with tempfile.TemporaryDirectory(prefix="imageos-tests.", dir=SHM if has_room else None) as top:
         yield Path(top)
 
 
@@ -64,13 +64,13 @@ def refuse(*_: object, **__: object) -> NoReturn:
 
 @pytest.fixture(autouse=True)
 def process_state() -> Iterator[None]:
-    """What a command sets for its whole process is as before for the next test."""
+    """Restore the state that a command sets for its whole process."""
     umask = os.umask(0o022)
     os.umask(umask)
-    handlers = {one: signal.getsignal(one) for one in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
-    for one, handler in handlers.items():
-        signal.signal(one, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     os.umask(umask)
     log.set_debug(False)
 
@@ -82,9 +82,9 @@ CAPABILITY_VERSION_3 = 0x20080522
 
 @pytest.fixture
 def unprivileged(tmp_path: Path) -> Iterator[None]:
-    """Without root's power for one test, in a directory that belongs to it.
+    """Drop root's privileges for one test, in a directory that then belongs to it.
 
-    What is tested here removes whole trees. Were it broken, it would remove the machine's.
+    The tested code removes whole trees. A bug in it must not remove the machine's.
     """
     if os.geteuid() != 0:
         yield
@@ -106,7 +106,7 @@ def unprivileged(tmp_path: Path) -> Iterator[None]:
 
 
 def may_read_everything() -> None:
-    """Let Python go on importing from a checkout that only root can read, as below root's home."""
+    """Let Python still import from a checkout that only root can read, such as one in root's home."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
     # effective, permitted, inheritable of the low 32, then of the high 32 capabilities
@@ -120,7 +120,7 @@ def may_read_everything() -> None:
 
 @pytest.fixture
 def guest(unprivileged: None, tmp_path: Path) -> Path:
-    """An empty root of a guest."""
+    """Return an empty root of a guest."""
     root = tmp_path / "guest"
     root.mkdir()
     return root
@@ -128,16 +128,16 @@ def guest(unprivileged: None, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def target(guest: Path, tmp_path: Path) -> Iterator[Target]:
-    """`guest`, opened as a command does it."""
+    """Open `guest` as a command does."""
     with opened(str(guest), "inst1", GuestDisk([], []), 5) as root:
         check_confined(root, guest, tmp_path / "outside")
         yield root
 
 
 def check_confined(root: Target, guest: Path, outside: Path) -> None:
-    """End the whole run if a path leads out of the guest: nothing may be changed through such a Target.
+    """Abort the whole run if a path leads out of the guest: no test may change files through such a Target.
 
-    Looks only, and changes nothing but what it makes itself.
+    This only reads, and changes no files but its own.
     """
     outside.mkdir()
     (outside / "file").write_text("the node's own")

@@ -1,4 +1,4 @@
-"""The small hooks of hooks.d, called on trees of several distributions; what README.rst shows, too."""
+"""The small hooks of hooks.d, and the hook in README.rst, called on trees of several distributions."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from types import ModuleType
 
 import pytest
 import readme
+from credentials import HASH, public_key
 from hookfiles import hook_module
 from hypothesis import given
 from hypothesis import strategies as st
 from support import recorded
 
-from imageos import ganeti
+from imageos import ganeti, logins
 from imageos.errors import Failure
-from imageos.guests import cloudinit
+from imageos.guests import accounts, cloudinit
 from imageos.guests.target import Target
 from imageos.hook import Hook
 from imageos.network import render
 from imageos.settings import Settings
 
-HASH = "$6$salt$NewHash"
-KEY, OTHER = "ssh-ed25519 AAAAC3Nz me@home", "ssh-rsa AAAAB3Nz you@home"
+KEY, OTHER = public_key("me@home"), public_key("you@home", "ssh-rsa")
 SHADOW = "daemon:*:19000:0:99999:7:::\nroot:*:19001:0:99999:7:::\nrooted:!:1::::::\n"
 PASSWD = "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1::/:/bin/false\n"
 
 
 def hook(
     target: Target,
-    known: Settings | None = None,
+    settings: Settings | None = None,
     action: str = "create",
     nics: bool = True,
     environ: dict[str, str] | None = None,
 ) -> Hook:
     instance = ganeti.instance({**recorded("create-kvm-network"), **({} if nics else {"NIC_COUNT": "0"})})
-    return Hook(action, target, known or Settings(), instance, "/dev/loop7", (), (), environ or {})
+    return Hook(action, target, settings or Settings(), instance, "/dev/loop7", (), (), environ or {})
 
 
 def put(root: Path, files: dict[str, str], mode: int = 0o644) -> None:
@@ -54,7 +54,7 @@ def mode(path: Path) -> int:
 
 
 def content(root: Path) -> dict[str, object]:
-    """Every file with its text, every link with where it leads."""
+    """Return every file with its text, and every link with its target."""
     return {
         str(path.relative_to(root)): path.readlink() if path.is_symlink() else path.read_text()
         for path in root.rglob("*")
@@ -65,8 +65,8 @@ def content(root: Path) -> dict[str, object]:
 # ssh
 
 
-def ssh(target: Target, action: str = "create", **known: str) -> None:
-    hook_module("ssh").main(hook(target, Settings(**known), action))  # type: ignore[arg-type]
+def ssh(target: Target, action: str = "create", **values: str) -> None:
+    hook_module("ssh").main(hook(target, Settings(**values), action))  # type: ignore[arg-type]
 
 
 def test_ssh_keys_of_root(guest: Path, target: Target) -> None:
@@ -123,7 +123,7 @@ def test_ssh_password(old: str, guest: Path, target: Target) -> None:
 
 
 def test_ssh_password_counts(guest: Path, target: Target) -> None:
-    """What /etc/passwd says instead of x would be used instead of the hash."""
+    """A hash in /etc/passwd, instead of x, would be used instead of that in /etc/shadow."""
     put(guest, {"etc/passwd": PASSWD.replace("root:x", "root:"), "etc/shadow": SHADOW})
     ssh(target, root_password_hash=HASH)
     assert (guest / "etc/passwd").read_text() == PASSWD
@@ -157,15 +157,14 @@ def test_ssh_says_no_secret(guest: Path, target: Target, capfd: pytest.CaptureFi
     put(guest, {"etc/passwd": PASSWD, "etc/shadow": SHADOW})
     ssh(target, root_password_hash=HASH, ssh_authorized_keys=KEY)
     said = capfd.readouterr().err
-    assert "/etc/shadow" in said and "/root/.ssh/authorized_keys" in said
+    assert "root has 1 key; a password" in said
     assert HASH not in said and KEY.split()[1] not in said
 
 
 @given(st.lists(st.sampled_from(["root", "daemon", "rooted", "", "#root"]), max_size=5), st.booleans())
 def test_ssh_changes_one_field(names: Sequence[str], newline: bool) -> None:
-    module = hook_module("ssh")
     text = "\n".join(f"{name}:old:1:2" for name in names) + ("\n" if newline else "")
-    changed = module.with_field(text, 1, "new")
+    changed = accounts.with_field(text, 1, "new")
     place = names.index("root") if "root" in names else None
     expected = [f"{name}:{'new' if number == place else 'old'}:1:2" for number, name in enumerate(names)]
     assert changed == "\n".join(expected) + ("\n" if newline else "")
@@ -177,9 +176,9 @@ def test_ssh_changes_one_field(names: Sequence[str], newline: bool) -> None:
 def test_overlays(guest: Path, target: Target, tmp_path: Path) -> None:
     put(tmp_path / "overlays/web", {"etc/motd": "of the site\n", "srv/.hidden": "x"})
     put(guest, {"etc/motd": "of the image\n", "etc/issue": "stays"})
-    known = Settings(overlay="web", overlays_dir=str(tmp_path / "overlays"))
+    settings = Settings(overlay="web", overlays_dir=str(tmp_path / "overlays"))
     for _ in range(2):
-        hook_module("overlays").main(hook(target, known))
+        hook_module("overlays").main(hook(target, settings))
         assert content(guest) == {"etc/motd": "of the site\n", "etc/issue": "stays", "srv/.hidden": "x"}
 
 
@@ -201,7 +200,7 @@ DDNS = {
         {"etc/dhcp/dhclient.conf": DHCLIENT},
         {"etc/dhcp/dhclient.conf": DHCLIENT.replace("= gethostname()", '"inst1"')},
     ),
-    "ancestor": (  # which appended a line each time
+    "ancestor": (  # it appended a line each time
         {"etc/dhcp3/dhclient.conf": "request routers;\nsend host-name image;\nsend host-name old;"},
         {"etc/dhcp3/dhclient.conf": 'request routers;\nsend host-name "inst1";\n'},
     ),
@@ -280,8 +279,8 @@ def cloud(guest: Path) -> Path:
     return guest
 
 
-def configured(cloud: Path, target: Target, known: Settings | None = None, **environ: str) -> dict[str, object]:
-    hook_module("cloud-init").main(hook(target, known, environ=environ))
+def configured(cloud: Path, target: Target, settings: Settings | None = None, **environ: str) -> dict[str, object]:
+    hook_module("cloud-init").main(hook(target, settings, environ=environ))
     first, _, rest = (cloud / CONFIG).read_text().partition("\n")
     assert first == "#cloud-config"
     return dict(json.loads(rest))
@@ -307,7 +306,7 @@ def test_cloud_init_user(cloud: Path, target: Target) -> None:
 
 
 def test_cloud_init_user_beside_root(cloud: Path, target: Target) -> None:
-    """The users of the seed, which root's password is in, replace those of the configuration."""
+    """The seed's users, with root's password, replace those of the configuration."""
     seed = f"{cloudinit.SEED}/vendor-data"
     target.write(seed, cloudinit.vendor_data(Settings(root_password_hash="$6$a$b")), mode=0o600)
     for _ in range(2):
@@ -324,8 +323,8 @@ def test_cloud_init_user_with_another_seed(cloud: Path, target: Target) -> None:
 
 
 def test_cloud_init_resolv_conf(cloud: Path, target: Target) -> None:
-    known = Settings(dns_servers="192.0.2.1 2001:db8::1", dns_search="example.org example.net")
-    assert configured(cloud, target, known, CINIT_MANAGE_RESOLV_CONF="yes") == {
+    settings = Settings(dns_servers="192.0.2.1 2001:db8::1", dns_search="example.org example.net")
+    assert configured(cloud, target, settings, CINIT_MANAGE_RESOLV_CONF="yes") == {
         "disable_root": False,
         "ssh_pwauth": False,
         "manage_resolv_conf": True,
@@ -342,6 +341,30 @@ def test_cloud_init_without_settings(cloud: Path, target: Target) -> None:
     assert configured(cloud, target, CINIT_MANAGE_RESOLV_CONF="no") == {"disable_root": False, "ssh_pwauth": False}
 
 
+@pytest.mark.parametrize("name", ["CINIT_DISABLE_ROOT", "CINIT_SSH_PWAUTH"])
+def test_cloud_init_logins(name: str, cloud: Path, target: Target) -> None:
+    """Also where the seed says the contrary of root, because it has keys."""
+    seed = f"{cloudinit.SEED}/vendor-data"
+    target.write(seed, cloudinit.vendor_data(Settings(ssh_authorized_keys=KEY)))
+    key = name.partition("_")[2].lower()
+    for value, expected in (("no", False), ("", False), ("yes", True)):
+        config = configured(cloud, target, None, **{name: value})
+        assert config == {"disable_root": False, "ssh_pwauth": False, key: expected}
+        in_seed = json.loads((target.read(seed) or "").partition("\n")[2])
+        assert in_seed["disable_root"] is config["disable_root"]
+    with pytest.raises(Failure, match=f"^{name}='on' is not accepted: it must be yes or no$"):
+        configured(cloud, target, None, **{name: "on"})
+
+
+def test_cloud_init_without_root(cloud: Path, target: Target) -> None:
+    """create has put keys with options into root's file, where cloud-init would leave them."""
+    limited = f'from="192.0.2.1" {KEY}'
+    settings = Settings(ssh_authorized_keys=f"{limited}\n")
+    accounts.authorize(target, logins.authorized_keys(f"{limited}\n{OTHER}\n"))
+    configured(cloud, target, settings, CINIT_DISABLE_ROOT="yes")
+    assert target.read("/root/.ssh/authorized_keys") == f"{OTHER}\n"
+
+
 @pytest.mark.parametrize("name", ["Admin", "a b", "a:b", "-a", "a\nb", "../a"])
 def test_cloud_init_user_with_a_wrong_name(name: str, cloud: Path, target: Target) -> None:
     with pytest.raises(Failure, match="^CINIT_USER=.* is not the name of a user$"):
@@ -355,13 +378,23 @@ def test_cloud_init_is_missing(guest: Path, target: Target) -> None:
     assert "chmod -x /etc/ganeti/instance-image/hooks/cloud-init" in str(raised.value.hint)
 
 
+def test_nothing_known_starts_ifupdown(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its init is none of those that are known, as CirrOS' is."""
+    for name in ("sbin/ifup", "etc/network/interfaces"):
+        (guest / name).parent.mkdir(parents=True, exist_ok=True)
+        (guest / name).touch(0o755)
+    hook_module("interfaces").main(hook(target))
+    assert "nothing that is known here starts ifupdown when the guest boots" in capfd.readouterr().err
+    assert "iface eth0" in (guest / "etc/network/interfaces").read_text()
+
+
 def test_nothing_configures_the_network(guest: Path, target: Target) -> None:
     with pytest.raises(Failure, match="nothing that could configure its network: cloud-init, netplan, ") as raised:
         hook_module("interfaces").main(hook(target))
     assert "chmod -x /etc/ganeti/instance-image/hooks/interfaces" in str(raised.value.hint)
 
 
-# What README.rst shows
+# The hook in README.rst
 
 
 def test_example_of_the_readme(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:

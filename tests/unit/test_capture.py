@@ -1,4 +1,4 @@
-"""What stands in the way of an image, and what would not be in it."""
+"""Reasons to refuse an image, and content that an image would lack."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from imageos.errors import Failure
-from imageos.guests import sealing
+from imageos.guests import cloudinit, sealing
 from imageos.guests.target import Target
-from imageos.images.capture import CAPTURED, Place, check_place
+from imageos.images.capture import CAPTURED, Destination, check_free
 from imageos.images.imagetypes import IMAGE_TYPES
+from imageos.network import backends
 
 
 def in_the_way(directory: Path, kind: str, replace: bool = False) -> str:
     try:
-        check_place(Place(str(directory), "made-x86_64", replace), CAPTURED[kind])
+        check_free(Destination(str(directory), "made-x86_64", replace), CAPTURED[kind])
     except Failure as failure:
         return str(failure).partition(f"{directory}/made-x86_64")[2].partition(" ")[0].rstrip(",")
     return ""
@@ -23,8 +24,12 @@ def in_the_way(directory: Path, kind: str, replace: bool = False) -> str:
 
 @pytest.mark.parametrize("kind", CAPTURED)
 def test_every_file_that_create_would_find_is_in_the_way(kind: str, tmp_path: Path) -> None:
-    """Also one that the new image would hide; --force replaces what has the same name."""
-    known = IMAGE_TYPES[CAPTURED[kind].image_type].suffixes
+    """Also a file that the new image would hide; --force replaces a file of the same name.
+
+    Not a tarball of that name, in which a disk image might be, too.
+    """
+    tarballs = IMAGE_TYPES["tarball"].suffixes if kind != "tarball" else ()
+    known = [suffix for suffix in IMAGE_TYPES[CAPTURED[kind].image_type].suffixes if suffix not in tarballs]
     ours = CAPTURED[kind].suffixes()
     assert ours[0] in known
     for suffix in known:
@@ -44,7 +49,16 @@ def test_what_is_not_in_the_way(tmp_path: Path) -> None:
 
 def test_directory_is_missing(tmp_path: Path) -> None:
     with pytest.raises(Failure, match=f"IMAGE_DIR {tmp_path}/x: No such file"):
-        check_place(Place(f"{tmp_path}/x", "made-x86_64"), CAPTURED["dump"])
+        check_free(Destination(f"{tmp_path}/x", "made-x86_64"), CAPTURED["dump"])
+
+
+def test_sealing_removes_what_hooks_made_of_the_instance(guest: Path, target: Target) -> None:
+    """Names of interfaces by its MAC, and the order to read the seed's network at every boot."""
+    for path in (*backends.NAMES, cloudinit.UPDATES, f"{cloudinit.CONFIG}.d/10_site.cfg"):
+        (guest / path[1:]).parent.mkdir(parents=True, exist_ok=True)
+        (guest / path[1:]).write_text("x")
+    sealing.seal(target)
+    assert [path.name for path in guest.rglob("*") if path.is_file()] == ["10_site.cfg"]
 
 
 def test_sealing_finds_every_home(guest: Path, target: Target) -> None:

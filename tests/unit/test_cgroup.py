@@ -1,4 +1,4 @@
-"""Control groups, on a directory in the place of a hierarchy."""
+"""Control groups, on a directory instead of a hierarchy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def take_away(group: str, rmdir: Callable[[str], None] = os.rmdir) -> None:
-    """What the kernel has put into a group goes with it."""
+    """Remove the kernel's files in a group with the group."""
     for path in Path(group).iterdir():
         path.unlink()
     rmdir(group)
@@ -39,7 +39,7 @@ def take_away(group: str, rmdir: Callable[[str], None] = os.rmdir) -> None:
 
 @pytest.fixture
 def version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The top of a hierarchy of version 2: what a new group has in it depends on `cgroup.subtree_control`."""
+    """Return the top of a hierarchy of version 2: `cgroup.subtree_control` decides on the files of a new group."""
     top = tmp_path / "cgroup"
     top.mkdir()
     (top / "cgroup.procs").touch()
@@ -79,18 +79,18 @@ def limits(top: Path) -> dict[str, str]:
 
 
 def test_version_2(version_2: Path, warnings: list[str]) -> None:
-    """Its controllers are switched on for the group, which gets all limits, and whoever joins is in it."""
+    """The group gets its controllers and all limits, and a process can join it."""
     with cgroup.limited() as join:
         assert limits(version_2) == {**NEEDED, "memory.swap.max": "0"}
         join()
         (group,) = version_2.glob("imageos.*")
         assert (group / "cgroup.procs").read_text() == "0"
     assert list(version_2.glob("imageos.*")) == []
-    assert warnings == cgroup.unbounded() == []
+    assert warnings == cgroup.missing_limits() == []
 
 
 def test_version_2_as_systemd_has_it(version_2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is switched on already is left alone: the file may not be writable."""
+    """A controller that is already on is left alone, as the file may be read-only."""
     (version_2 / "cgroup.subtree_control").write_text("cpu memory pids\n")
     with cgroup.limited():
         assert limits(version_2).keys() >= NEEDED.keys()
@@ -98,7 +98,7 @@ def test_version_2_as_systemd_has_it(version_2: Path, monkeypatch: pytest.Monkey
 
 
 def test_without_a_controller(version_2: Path, warnings: list[str]) -> None:
-    """One is bounded, the other is complained of: once, however many programs run."""
+    """One limit is set; a warning names the other, once for any number of programs."""
     (version_2 / "cgroup.controllers").write_text("cpu pids\n")
     for _ in range(3):
         with cgroup.limited():
@@ -109,7 +109,7 @@ def test_without_a_controller(version_2: Path, warnings: list[str]) -> None:
 
 
 def test_controllers_that_cannot_be_had(version_2: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
-    """The top of a container's hierarchy has processes of its own: the kernel then gives none to groups below it."""
+    """The top of a container's hierarchy has processes, so that the kernel gives no controllers to groups below."""
     write = cgroup._write
 
     def busy(path: str, value: str) -> None:
@@ -120,11 +120,11 @@ def test_controllers_that_cannot_be_had(version_2: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(cgroup, "_write", busy)
     with cgroup.limited() as join:
         join()
-    assert [one.split(" in their ")[1] for one in warnings] == [
+    assert [warning.split(" in their ")[1] for warning in warnings] == [
         f"number: {version_2}: Device or resource busy",
         f"memory: {version_2}: Device or resource busy",
     ]
-    assert cgroup.unbounded() == warnings
+    assert cgroup.missing_limits() == warnings
 
 
 def test_read_only(version_2: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
@@ -134,7 +134,7 @@ def test_read_only(version_2: Path, monkeypatch: pytest.MonkeyPatch, warnings: l
     monkeypatch.setattr(os, "mkdir", refuse)
     with cgroup.limited() as join:
         join()
-    assert [one.split(": ", 1)[1] for one in warnings] == [f"{version_2}: Read-only file system"] * 2
+    assert [warning.split(": ", 1)[1] for warning in warnings] == [f"{version_2}: Read-only file system"] * 2
 
 
 def test_no_control_groups_at_all(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: which command is meant."""
+"""The command line: the choice of the command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from imageos.errors import Usage
 # The contract
 EVERY_COMMAND = {
     *("create", "import", "export", "rename", "verify"),
-    *("mount-disks", "umount-disks", "make-dump", "make-qemu-img", "ganeti-image"),
+    *("mount-disks", "umount-disks", "make-dump", "make-qemu-img", "ganeti-image", "grow"),
     *("install", "uninstall", "doctor"),
 }
 
@@ -21,7 +21,7 @@ Calls = list[tuple[str, list[str]]]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """The commands that are called, with their arguments."""
+    """Collect the called commands with their arguments."""
     made: Calls = []
 
     def load(name: str) -> ModuleType:
@@ -56,7 +56,7 @@ def test_command_by_name_or_argument(argv: list[str], call: tuple[str, list[str]
 
 @pytest.mark.parametrize("argv", [["create", "verify"], ["imageos", "export", "x"], ["verify", "parameters", "x"]])
 def test_scripts_take_no_arguments(argv: list[str], calls: Calls) -> None:
-    """An option that were ignored would have somebody's disk overwritten."""
+    """Ignoring an option could overwrite a disk."""
     with pytest.raises(Usage, match="takes no argument"):
         cli.dispatch(argv)
     assert calls == []

@@ -1,16 +1,17 @@
-"""cloud-init's seed: in the dialect that the guest's cloud-init can follow, and for root's eyes only."""
+"""cloud-init's seed: in a version that the guest's cloud-init understands, and readable by root only."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from credentials import public_key
 from support import recorded
 
 from imageos import ganeti
 from imageos.guests import cloudinit
 from imageos.guests.target import Target
-from imageos.network import Interface
+from imageos.network import RESOLV_CONF, Interface
 from imageos.settings import Settings
 
 INSTANCE = ganeti.instance(recorded("create-kvm-network"))
@@ -59,7 +60,7 @@ def test_version_1(target: Target) -> None:
 
 
 def test_version_1_has_a_gateway_for_everything_on_the_link(target: Target) -> None:
-    """ifupdown adds it with `onlink`; without a gateway, cloud-init 20.4 to 25.1 fails (KeyError)."""
+    """ifupdown adds the gateway with `onlink`; without a gateway, cloud-init 20.4 to 25.1 fails (KeyError)."""
     (only,) = cloudinit.version1([ROUTED])["config"]
     (subnet,) = only["subnets"]
     assert (subnet["address"], subnet["gateway"]) == ("192.0.2.60/32", "169.254.1.1")
@@ -76,11 +77,24 @@ def test_resolv_conf_where_nobody_writes_it(target: Target) -> None:
     assert target.read("/etc/resolv.conf") == "search example.org\nnameserver 192.0.2.53\n"
 
 
+@pytest.mark.parametrize("is_link", [True, False])
+def test_resolv_conf_that_is_no_file(target: Target, is_link: bool) -> None:
+    """A link to a file that only a running guest has, or a directory, as a container may leave it."""
+    if is_link:
+        target.symlink("../run/systemd/resolve/stub-resolv.conf", RESOLV_CONF)
+    else:
+        target.write(f"{RESOLV_CONF}/file", "")
+    network_config(target, ROUTED, "ifup")
+    assert target.read(RESOLV_CONF) == "search example.org\nnameserver 192.0.2.53\n"
+    assert not target.exists("/run/systemd")
+
+
 @pytest.mark.parametrize("helper", ["resolvconf", "resolved", "netplan alone"])
 def test_resolv_conf_is_left_to_who_writes_it(target: Target, helper: str) -> None:
     target.write("/etc/resolv.conf", "theirs\n")
     if helper == "resolved":
-        target.write("/etc/systemd/system/multi-user.target.wants/systemd-resolved.service", "")
+        for directory in ("usr/lib/systemd/system", "etc/systemd/system/multi-user.target.wants"):
+            target.write(f"{directory}/systemd-resolved.service", "[Service]\n")
     network_config(target, ROUTED, *{"resolvconf": ["ifup", "resolvconf"], "resolved": ["ifup"]}.get(helper, []))
     assert target.read("/etc/resolv.conf") == "theirs\n"
 
@@ -94,9 +108,81 @@ def test_root_password() -> None:
 
 
 def test_seed_of_the_image_is_replaced(target: Target) -> None:
-    """Its files may be readable to all, and would stay so."""
+    """The image's files may be readable by all, and would stay so."""
     for name in ("user-data", "network-config"):
         target.write(f"{cloudinit.SEED}/{name}", "of the image\n", mode=0o644)
     cloudinit.write_seed(target, INSTANCE, Settings(user_data="#!/bin/sh\nsecret\n"), ())
     assert not target.exists(f"{cloudinit.SEED}/network-config")
     assert target._mode(f"{cloudinit.SEED}/user-data") == 0o100600
+
+
+# keys
+
+KEY, LIMITED = public_key("free"), f'from="192.0.2.1" {public_key("limited")}'
+
+
+def seeded(target: Target, user_data: str = "", keys: str = f"{LIMITED}\n{KEY}\n") -> dict[str, object]:
+    target.write("/etc/shadow", "root:!:0:0:99999:7:::\n", mode=0o640)
+    cloudinit.write_seed(target, INSTANCE, Settings(ssh_authorized_keys=keys, user_data=user_data), ())
+    return dict(json.loads(target.read(f"{cloudinit.SEED}/meta-data") or ""))
+
+
+def test_keys_with_options_go_where_cloud_init_leaves_them(target: Target) -> None:
+    assert seeded(target)["public-keys"] == [KEY]
+    assert target.read("/root/.ssh/authorized_keys") == f"{LIMITED}\n"
+    config = json.loads((target.read(cloudinit.DEFAULT_USER) or "").partition("\n")[2])
+    assert config == {"system_info": {"default_user": {"ssh_authorized_keys": [LIMITED]}}}
+    assert target._mode(cloudinit.DEFAULT_USER) == 0o100600
+    assert (target.read("/etc/shadow") or "").startswith("root:*:2")
+    assert seeded(target, keys=KEY)["public-keys"] == [KEY]
+    assert not target.exists(cloudinit.DEFAULT_USER)
+
+
+@pytest.mark.parametrize(
+    ("user_data", "is_disabled"),
+    [
+        ("#cloud-config\ndisable_root: true\n", True),
+        ('#cloud-config\n{"users": [], "disable_root": true}\n', True),
+        ('#cloud-config\n{"disable_root": true}\n', True),
+        ("#cloud-config\n# disable_root: true\ndisable_root: false\n", False),
+    ],
+)
+def test_user_data_may_disable_root(user_data: str, is_disabled: bool, target: Target) -> None:
+    seeded(target, user_data)
+    assert target.exists("/root/.ssh/authorized_keys") != is_disabled
+
+
+# a new name
+
+
+@pytest.mark.parametrize("is_seeded", [True, False])
+def test_rename_without_another_instance(is_seeded: bool, target: Target) -> None:
+    """Its seed is read again; of another data source, the configuration has the name."""
+    seed = seeded(target)
+    known = seed["instance-id"] if is_seeded else "iid-of-aws"
+    cache = f"{cloudinit.INSTANCES}/{known}/{cloudinit.CACHE}"
+    target.write("/var/lib/cloud/data/instance-id", f"{known}\n")
+    cloudinit.rename(target, "new.example.net")
+    assert not target.exists(cloudinit.NAME)  # it has not run
+    target.write(cache, "")
+    cloudinit.rename(target, "new.example.net")
+    assert target.exists(cache) != is_seeded
+    named = json.loads((target.read(cloudinit.NAME) or "\n{}").partition("\n")[2])
+    assert named == ({} if is_seeded else {"hostname": "new", "fqdn": "new.example.net"})
+    cloudinit.forget_instance(target)
+    assert not target.exists(cloudinit.NAME)
+
+
+@pytest.mark.parametrize(
+    ("user_data", "is_known"),
+    [
+        ("#cloud-config\n{}", True),
+        ("\n  #Cloud-Config\n{}", True),
+        ("#!/bin/sh\n", True),
+        ("From: me\nMIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=x\n", True),
+        ("users: []\n", False),
+        ("# a comment\n#cloud-config\n", False),
+    ],
+)
+def test_user_data_that_cloud_init_knows(user_data: str, is_known: bool) -> None:
+    assert cloudinit.is_known(user_data) == is_known

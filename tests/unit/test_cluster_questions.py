@@ -1,8 +1,9 @@
-"""What Ganeti prints, recorded on 3.0.2, as values; the command line that reaches another node."""
+"""Parse Ganeti's output, recorded on 3.0.2; build the command line that reaches another node."""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from imageos import cluster
-from imageos.cluster import ClusterInstance, parse_disks, parse_instance, ssh_command
+from imageos import cluster, remote
+from imageos.cluster import ClusterInstance, parse_disks, parse_instance
 from imageos.commands import ganeti_image, mount_disks, umount_disks
 from imageos.errors import Failure
+from imageos.remote import ssh_command
 from imageos.run import Finished
 
 # gnt-instance list --no-headers --separator='|' -o FIELDS
@@ -104,8 +106,14 @@ def test_ssh() -> None:
     assert line[0] == "ssh"
     assert line[-2] == "root@node2.example.org"
     assert shlex.split(line[-1]) == command
-    assert {"-oHostKeyAlias=c.example.org", "-oPort=2222", "-oBatchMode=yes"} <= set(line)
+    assert {"-oHostKeyAlias=c.example.org", "-oPort=2222", "-oBatchMode=yes", "-oServerAliveInterval=7"} <= set(line)
     assert "-t" not in line
+
+
+def test_a_node_that_is_gone_is_noticed() -> None:
+    """ssh gives up when so many probes were not answered, at the time of the next one."""
+    words = dict(re.findall(r"-oServerAlive(Interval|CountMax)=([0-9]+)", " ".join(ssh_command("n", [], "", "", True))))
+    assert int(words["Interval"]) * (int(words["CountMax"]) + 1) <= 30
 
 
 def test_ssh_without_what_ganeti_tells() -> None:
@@ -140,7 +148,9 @@ def test_what_to_do_about_an_instance_that_is_not_stopped(status: str, hint: str
 def test_what_to_do_about_a_node_that_is_down() -> None:
     known = parse_instance(DOWN.replace("ADMIN_down|down|N", "ERROR_nodeoffline|down|?"))
     with (
-        pytest.raises(Failure, match="on node node1.example.org, which is offline") as failure,
+        pytest.raises(
+            Failure, match="node node1.example.org, which has the disks of instance inst1.example.org, is offline"
+        ) as failure,
         cluster.activated(known),
     ):
         pass
@@ -179,7 +189,7 @@ def test_what_to_do_about_disks_that_are_not_activated(stderr: str, hint: str, m
 
 
 def test_what_to_do_about_another_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file that it names is the one that the other tool has open."""
+    """The file in the hint is the one that the other tool has open."""
     monkeypatch.setattr(cluster, "MARK", f"{tmp_path}/disks-{{}}")
     with cluster._mark("inst1"), pytest.raises(Failure, match="another tool") as failure, cluster._mark("inst1"):
         pass
@@ -190,12 +200,12 @@ def test_what_to_do_about_another_tool(tmp_path: Path, monkeypatch: pytest.Monke
 def test_another_tool_that_ends_meanwhile(
     active: str, deactivated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It had activated the disks when Ganeti was asked first; now it has deactivated them, or it was not a tool."""
+    """The disks were active when Ganeti was first asked, and are inactive now: a tool has ended, or it was none."""
     monkeypatch.setattr(cluster, "MARK", f"{tmp_path}/disks-{{}}")
     answers = {"list": DOWN.replace("|N|N", f"|N|{active}"), "activate-disks": DISKS, "deactivate-disks": ""}
     asked: list[str] = []
 
-    def ask(command: Sequence[str], _seconds: float | None = None) -> Finished:
+    def ask(command: Sequence[str], _seconds: float | None = None, _if_lost: str | None = None) -> Finished:
         asked.append(command[1])
         return Finished(list(command), 0, answers[command[1]].encode(), "")
 
@@ -204,3 +214,23 @@ def test_another_tool_that_ends_meanwhile(
         pass
     assert asked == ["list", "activate-disks", *(["deactivate-disks"] if deactivated else [])]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("status", "is_told"), [(0, False), (3, False), (137, True)])
+def test_a_shell_there_that_was_killed(status: int, is_told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing there could say so: the last line here does."""
+    monkeypatch.setattr(remote, "over_ssh", lambda *words, **more: Finished([], status, b"", ""))
+    said: list[str] = []
+    monkeypatch.setattr("imageos.log.info", said.append)
+    assert remote.talk_on("node2", ["imageos", "mount-disks"], "do that") == status
+    assert bool(said) == is_told
+    if is_told:
+        assert said[0] == "hint: do that" and "on node node2: imageos was killed" in said[-1]
+
+
+@pytest.mark.parametrize("number", [9, 15])
+def test_ssh_that_was_killed(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "foreground", lambda command: -number)
+    with pytest.raises(Failure, match="lost it: ssh was killed by SIG(KILL|TERM)") as told:
+        remote.talk_on("node2", ["imageos", "mount-disks"], "do that")
+    assert told.value.hint == "do that"

@@ -1,4 +1,4 @@
-"""Tables, fstabs and what blkid prints, as values."""
+"""Partition tables, fstabs and blkid's output, as values."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from imageos.disks import discovery
-from imageos.disks.discovery import Found, FstabEntry, Part, Table, parse_fstab, parse_probe, parse_table, resolve
+from imageos.disks import discovery, fstab
+from imageos.disks.discovery import Found
 from imageos.disks.filesystem import Volume
 from imageos.disks.layout import MIB
+from imageos.disks.partitions import Part, Table, parse_probe, parse_table
 from imageos.errors import Failure
 
 DISK = 100 * MIB
@@ -31,10 +32,10 @@ def parsed(*entries: dict[str, object], **more: object) -> Table:
 
 def test_gpt() -> None:
     root = {"type": "4F68BCE3", "uuid": "AA-01", "name": "root"}
-    found = parsed(entry(14, 2048, 8192), entry(1, 10240, 4096, **root), label="gpt", lastlba=SECTORS - 34)
-    assert found.kind == "gpt"
-    assert found.end == (SECTORS - 33) * 512
-    assert found.parts[1] == Part(1, 5 * MIB, 2 * MIB, "4F68BCE3", "AA-01", "root", "/dev/loop7p1")
+    table = parsed(entry(14, 2048, 8192), entry(1, 10240, 4096, **root), label="gpt", lastlba=SECTORS - 34)
+    assert table.kind == "gpt"
+    assert table.end == (SECTORS - 33) * 512
+    assert table.parts[1] == Part(1, 5 * MIB, 2 * MIB, "4F68BCE3", "AA-01", "root", "/dev/loop7p1")
 
 
 def test_partuuids_of_an_msdos_table_are_the_kernels() -> None:
@@ -42,9 +43,9 @@ def test_partuuids_of_an_msdos_table_are_the_kernels() -> None:
 
 
 def test_logical_partitions() -> None:
-    found = parsed(entry(1, 2048, 2048), entry(2, 4096, 8192, type="5"), entry(5, 6144, 2048))
-    assert [part.number for part in found.parts] == [1, 5]
-    assert [part.number for part in found.extended] == [2]
+    table = parsed(entry(1, 2048, 2048), entry(2, 4096, 8192, type="5"), entry(5, 6144, 2048))
+    assert [part.number for part in table.parts] == [1, 5]
+    assert [part.number for part in table.extended] == [2]
 
 
 def test_end_of_an_msdos_table() -> None:
@@ -106,11 +107,11 @@ def test_fstab() -> None:
         "LABEL=x\\040y /with\\040space btrfs subvol=/@a,compress 0 0\nswap none swap sw\nproc /proc\n"
         "tmpfs //tmp// tmpfs\n/dev/vda9 /../../etc ext4\n/dev/vda9 relative ext4\n"
     )
-    assert parse_fstab(text) == (
-        FstabEntry("UUID=a", "/", "ext4", ("defaults", "noatime")),
-        FstabEntry("/dev/vda2", "/boot", "ext4", ()),
-        FstabEntry("LABEL=x y", "/with space", "btrfs", ("subvol=/@a", "compress")),
-        FstabEntry("tmpfs", "/tmp", "tmpfs", ()),
+    assert fstab.parse(text) == (
+        fstab.Entry("UUID=a", "/", "ext4", ("defaults", "noatime")),
+        fstab.Entry("/dev/vda2", "/boot", "ext4", ()),
+        fstab.Entry("LABEL=x y", "/with space", "btrfs", ("subvol=/@a", "compress")),
+        fstab.Entry("tmpfs", "/tmp", "tmpfs", ()),
     )
 
 
@@ -133,14 +134,50 @@ PARTS = (
     ],
 )  # fmt: skip
 def test_resolve(source: str, number: int | None) -> None:
-    found = resolve(source, PARTS)
-    assert (found.number if found else None) == number
+    match = fstab.resolve(source, PARTS)
+    assert (match.number if match else None) == number
 
 
-def volumes(root: Part, fstab: str, *parts: Part) -> list[tuple[str, str, str, str]]:
-    system = discovery._System(root, "", parse_fstab(fstab))
-    found = discovery._volumes(Table("gpt", (root, *parts), DISK), system)
-    return [(one.role, one.device[-1], one.mount_point, one.options) for one in found]
+ID, PATH, OTHER = "/dev/disk/by-id/scsi-0QEMU_1-part", "/dev/disk/by-path/pci-0000:00-0-part", "/dev/disk/by-id/b-part"
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        (f"{ID}1 / ext3\n{ID}2 /boot ext3\n", {"id/scsi-0QEMU_1"}),
+        (f"{ID}1 / ext3\n{OTHER}2 /boot ext3\n", {"id/scsi-0QEMU_1"}),
+        (f"{ID}7 / ext3\n{ID}2 /boot ext3\n", set()),  # of another machine
+        (f"UUID=u1 / ext3\n{ID}2 /boot ext3\n", {"id/scsi-0QEMU_1"}),
+        (f"UUID=u1 / ext3\n{ID}2 /var ext3\n", set()),
+        (f"UUID=u1 / ext3\n{ID}2 /boot ext3\n{OTHER}2 /srv ext3\n", set()),
+        (f"{ID}1 / ext3\n{PATH}2 /boot ext3\n", {"id/scsi-0QEMU_1", "path/pci-0000:00-0"}),
+        ("/dev/disk/by-id/scsi-0QEMU_1 / ext3\n", set()),
+        ("UUID=u1 / ext3\n", set()),
+    ],
+)
+def test_names_of_disk(text: str, names: set[str]) -> None:
+    assert fstab.names_of_disk(fstab.parse(text), PARTS[0]) == names
+
+
+def test_links_to_partitions() -> None:
+    assert fstab.resolve(f"{ID}5", PARTS, {"id/scsi-0QEMU_1"}) == PARTS[1]
+    assert fstab.resolve(f"{ID}2", PARTS, {"id/scsi-0QEMU_1"}) is None
+    assert fstab.resolve(f"{OTHER}5", PARTS, {"id/scsi-0QEMU_1"}) is None
+    assert fstab.resolve(f"{ID}5", PARTS) is None
+
+
+def test_links_to_other_disks(capfd: pytest.CaptureFixture[str]) -> None:
+    text = f"{ID}1 / ext3\n{ID}2 /boot ext4\n{OTHER}2 /usr ext4\n{OTHER}1 /var ext4\n{OTHER}3 /srv ext4\n"
+    mounted = volumes(part(1, "ext4"), text, part(2, "ext4"), part(3, "ext4"))
+    assert mounted == [("root", "1", "/", ""), ("boot", "2", "/boot", "")]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "warning: left out" in line and f"{OTHER}2 at /usr, {OTHER}1 at /var" in line and "/srv" not in line
+
+
+def volumes(root: Part, text: str, *parts: Part) -> list[tuple[str, str, str, str]]:
+    system = discovery._System(root, "", fstab.parse(text))
+    mounted = discovery._volumes(Table("gpt", (root, *parts), DISK), system)
+    return [(volume.role, volume.device[-1], volume.mount_point, volume.options) for volume in mounted]
 
 
 def part(number: int, kind: str, type: str = "83") -> Part:
@@ -149,9 +186,9 @@ def part(number: int, kind: str, type: str = "83") -> Part:
 
 def test_volumes() -> None:
     text = "UUID=u1 / ext4\nUUID=u2 /boot ext4\nUUID=u3 /var/lib xfs\nUUID=u4 /home ext4\nUUID=u9 /srv ext4\n"
-    found = volumes(part(1, "ext4"), text, part(2, "ext4"), part(3, "xfs"), part(4, "ext4"), part(5, "swap"),
+    mounted = volumes(part(1, "ext4"), text, part(2, "ext4"), part(3, "xfs"), part(4, "ext4"), part(5, "swap"),
                     part(6, "vfat", discovery.ESP_TYPES[0]), part(7, "vfat"))  # fmt: skip
-    assert found == [("root", "1", "/", ""), ("boot", "2", "/boot", ""), ("data", "3", "/var/lib", ""),
+    assert mounted == [("root", "1", "/", ""), ("boot", "2", "/boot", ""), ("data", "3", "/var/lib", ""),
                      ("swap", "5", "", ""), ("esp", "6", "", "")]  # fmt: skip
 
 
@@ -162,16 +199,24 @@ def test_volumes_of_btrfs() -> None:
     ]  # fmt: skip
 
 
+def test_subvolumes_beside_the_root() -> None:
+    text = "UUID=u1 / ext4\nUUID=u2 /var btrfs subvol=v\nUUID=u2 /usr btrfs subvol=u\nUUID=u3 /boot ext4 subvol=b\n"
+    assert volumes(part(1, "ext4"), text, part(2, "btrfs"), part(3, "ext4")) == [
+        ("root", "1", "/", ""), ("var", "2", "/var", "subvol=v"), ("usr", "2", "/usr", "subvol=u"),
+        ("boot", "3", "/boot", ""),
+    ]  # fmt: skip
+
+
 def test_volumes_without_end(capfd: pytest.CaptureFixture[str]) -> None:
-    """A guest may name as many subvolumes as its fstab has room for; what it boots from is found all the same."""
+    """An fstab may name any number of subvolumes; the volumes for booting are still found."""
     text = "UUID=u1 / btrfs\n" + "".join(f"UUID=u1 /x{n} btrfs subvol=@\n" for n in range(20000))
-    found = volumes(part(1, "btrfs"), text, part(2, "swap"))
-    assert [one[2] for one in found] == ["/", *(f"/x{n}" for n in range(discovery.MOST_MOUNTED - 1)), ""]
+    mounted = volumes(part(1, "btrfs"), text, part(2, "swap"))
+    assert [volume[2] for volume in mounted] == ["/", *(f"/x{n}" for n in range(discovery.MOST_MOUNTED - 1)), ""]
     assert capfd.readouterr().err.count("/x63 and on are left out") == 1
 
 
 def test_boot_without_an_fstab() -> None:
-    xbootldr = "BC13C2FF-59E6-4262-A352-B275FD6F7172"  # as systemd's specification has it
+    xbootldr = "BC13C2FF-59E6-4262-A352-B275FD6F7172"  # from systemd's specification
     assert volumes(part(1, "ext4"), "", part(2, "ext4", xbootldr))[1] == ("boot", "2", "/boot", "")
 
 

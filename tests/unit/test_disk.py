@@ -1,4 +1,4 @@
-"""A disk that is a file, as far as no root is needed: claimed, refused, wiped."""
+"""A disk that is a file, as far as tests need no root: claim, refuse, wipe it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from support import make_odd
 
-from imageos.disks import disk
-from imageos.disks.disk import SIGNATURES, Attached, Device
+from imageos.disks import blockdev
+from imageos.disks.blockdev import SIGNATURES, Disk, LoopDevice
 from imageos.disks.layout import MIB
 from imageos.errors import Failure
 from imageos.node import linux
@@ -30,22 +30,23 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who has the disk locked does not let go of it: no need to wait for that."""
-    monkeypatch.setattr(disk, "GLANCE", 0.01)
+    """Do not wait for a lock that is never released."""
+    monkeypatch.setattr(blockdev, "BUSY_TIMEOUT", 0.01)
 
 
 @pytest.fixture
-def attached(path: Path) -> Iterator[Attached]:
-    """The file in the place of the loop device."""
+def attached(path: Path) -> Iterator[LoopDevice]:
+    """The file in the place of the loop device and of its disk."""
     with path.open("r+b", buffering=0) as file:
-        yield Attached("/dev/loop7", file.fileno(), path.stat().st_size)
+        disk = Disk(str(path), file.fileno(), path.stat().st_size, is_file=True)
+        yield LoopDevice("/dev/loop7", file.fileno(), disk)
 
 
-# Claimed
+# Claim
 
 
 def test_claimed(path: Path) -> None:
-    with disk.claimed(str(path)) as device:
+    with blockdev.claimed(str(path)) as device:
         assert (device.path, device.size, device.is_file) == (str(path), 5 * MIB, True)
         os.fstat(device.descriptor)
         assert not os.get_inheritable(device.descriptor)
@@ -54,14 +55,14 @@ def test_claimed(path: Path) -> None:
 
 
 def test_two_runs_on_one_disk(path: Path, impatient: None) -> None:
-    with disk.claimed(str(path)), pytest.raises(Failure) as raised, disk.claimed(str(path)):
+    with blockdev.claimed(str(path)), pytest.raises(Failure) as raised, blockdev.claimed(str(path)):
         pass
     assert str(raised.value) == f"disk {path} is in use: another process has locked it"
     assert "stop the instance first" in str(raised.value.hint)
 
 
 def test_somebody_who_only_glances_at_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As udev does, whose lock is shared."""
+    """udev locks the disk for a moment, with a shared lock."""
     refusals = [BlockingIOError(), BlockingIOError()]
     real = fcntl.flock
 
@@ -71,34 +72,34 @@ def test_somebody_who_only_glances_at_the_disk(path: Path, monkeypatch: pytest.M
         real(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with disk.claimed(str(path)), path.open("rb") as file, pytest.raises(BlockingIOError):
+    with blockdev.claimed(str(path)), path.open("rb") as file, pytest.raises(BlockingIOError):
         real(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def test_loop_device_that_is_another_disks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever was quicker has it for longer than we wait."""
+    """Another process took the device first, and keeps it for longer than we wait."""
     backings = ["/srv/ours", "/srv/ours", "/srv/theirs"]
-    monkeypatch.setattr(disk, "_backing", lambda loop: backings.pop(0) if len(backings) > 1 else backings[0])
-    disk._await_detached("/dev/loop7", "/srv/ours")
-    monkeypatch.setattr(disk, "DEADLINE", 0.1)
+    monkeypatch.setattr(blockdev, "_attribute", lambda *_: backings.pop(0) if len(backings) > 1 else backings[0])
+    blockdev._await_detached("/dev/loop7", "/srv/ours")
+    monkeypatch.setattr(blockdev, "DEADLINE", 0.1)
     backings = ["/srv/ours"]
     with pytest.raises(Failure, match="still attached"):
-        disk._await_detached("/dev/loop7", "/srv/ours")
+        blockdev._await_detached("/dev/loop7", "/srv/ours")
 
 
 def test_readers_share(path: Path, impatient: None) -> None:
-    reader = disk.claimed(str(path), read_only=True)
-    with reader, disk.claimed(str(path), read_only=True), pytest.raises(Failure, match="in use"):
-        disk.claimed(str(path)).__enter__()
-    with disk.claimed(str(path)):
+    reader = blockdev.claimed(str(path), read_only=True)
+    with reader, blockdev.claimed(str(path), read_only=True), pytest.raises(Failure, match="in use"):
+        blockdev.claimed(str(path)).__enter__()
+    with blockdev.claimed(str(path)):
         pass
 
 
 def test_virtual_machine_uses_it(path: Path) -> None:
-    """qemu locks single bytes of its images, by open file description."""
+    """qemu locks single bytes of its images, with locks on open file descriptions."""
     with path.open("r+b") as other:
         fcntl.fcntl(other, F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 100, 1, 0))
-        with pytest.raises(Failure, match="in use: an instance, or another program"), disk.claimed(str(path)):
+        with pytest.raises(Failure, match="in use: an instance, or another program"), blockdev.claimed(str(path)):
             pass
 
 
@@ -114,7 +115,7 @@ def test_virtual_machine_uses_it(path: Path) -> None:
 def test_no_disk(kind: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "odd"
     make_odd(path, kind)
-    with pytest.raises(Failure) as raised, disk.claimed(str(path)):
+    with pytest.raises(Failure) as raised, blockdev.claimed(str(path)):
         pass
     assert str(raised.value).startswith(f"disk {path}")
     assert message in str(raised.value)
@@ -122,73 +123,73 @@ def test_no_disk(kind: str, message: str, tmp_path: Path) -> None:
 
 def test_no_descriptor_stays(path: Path, impatient: None) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
-    with disk.claimed(str(path)), pytest.raises(Failure), disk.claimed(str(path)):
+    with blockdev.claimed(str(path)), pytest.raises(Failure), blockdev.claimed(str(path)):
         pass
-    with pytest.raises(RuntimeError), disk.claimed(str(path)):
+    with pytest.raises(RuntimeError), blockdev.claimed(str(path)):
         raise RuntimeError
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-# Wiped
+# Wipe
 
 
 def zeroed(path: Path) -> list[int]:
-    """The MiB of the file that are zero."""
+    """Return which MiB of the file are zero."""
     content = path.read_bytes()
     return [n for n in range(len(content) // MIB) if not any(content[n * MIB : (n + 1) * MIB])]
 
 
-def test_both_ends_of_each_range(path: Path, attached: Attached) -> None:
-    disk.wipe(attached.descriptor, [(0, 5 * MIB)])
+def test_both_ends_of_each_range(path: Path, attached: LoopDevice) -> None:
+    blockdev.wipe(attached.descriptor, [(0, 5 * MIB)])
     assert zeroed(path) == [0, 4]
-    disk.wipe(attached.descriptor, [(2 * MIB, MIB)])
+    blockdev.wipe(attached.descriptor, [(2 * MIB, MIB)])
     assert zeroed(path) == [0, 2, 4]
     assert path.stat().st_size == 5 * MIB
 
 
-def test_small_range_is_all_that_is_wiped(path: Path, attached: Attached) -> None:
-    disk.wipe(attached.descriptor, [(MIB, SIGNATURES // 2)])
+def test_small_range_is_all_that_is_wiped(path: Path, attached: LoopDevice) -> None:
+    blockdev.wipe(attached.descriptor, [(MIB, SIGNATURES // 2)])
     content = path.read_bytes()
     assert content.count(b"\0") == SIGNATURES // 2
     assert content.find(b"\0") == MIB
 
 
 @pytest.fixture
-def device(path: Path, attached: Attached, monkeypatch: pytest.MonkeyPatch) -> Device:
-    """The same as a disk, of which the kernel knows one partition."""
-    monkeypatch.setattr(disk, "_kernel_partitions", lambda _: {1: (MIB, 3 * MIB)})
-    return Device(str(path), attached.descriptor, attached.size, is_file=True)
+def partitioned(attached: LoopDevice, monkeypatch: pytest.MonkeyPatch) -> LoopDevice:
+    """The same, of which the kernel knows one partition."""
+    monkeypatch.setattr(blockdev, "_kernel_partitions", lambda _: {1: (MIB, 3 * MIB)})
+    return attached
 
 
-def test_failure_disarms(path: Path, device: Device, attached: Attached) -> None:
-    with pytest.raises(RuntimeError), disk.disarmed_on_failure(device, attached):
+def test_failure_disarms(path: Path, partitioned: LoopDevice) -> None:
+    with pytest.raises(RuntimeError), blockdev.disarmed_on_failure(partitioned):
         raise RuntimeError
     assert zeroed(path) == [0, 1, 3, 4]
 
 
-def test_success_leaves_it_as_it_is(path: Path, device: Device, attached: Attached) -> None:
-    with disk.disarmed_on_failure(device, attached):
+def test_success_leaves_it_as_it_is(path: Path, partitioned: LoopDevice) -> None:
+    with blockdev.disarmed_on_failure(partitioned):
         pass
     assert zeroed(path) == []
 
 
 def test_root_cause_is_not_hidden(
-    device: Device, attached: Attached, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    partitioned: LoopDevice, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "pwrite", broken)
-    with pytest.raises(Failure, match="^the real cause$"), disk.disarmed_on_failure(device, attached):
+    with pytest.raises(Failure, match="^the real cause$"), blockdev.disarmed_on_failure(partitioned):
         raise Failure("the real cause")
-    assert f"disk {device.path} may still look bootable" in capfd.readouterr().err
+    assert f"disk {partitioned.disk.path} may still look bootable" in capfd.readouterr().err
 
 
 def test_partition_node() -> None:
-    assert Attached("/dev/loop7", -1, 0).partition(15) == "/dev/loop7p15"
+    assert LoopDevice("/dev/loop7", -1, Disk("", -1, 0, is_file=False)).partition(15) == "/dev/loop7p15"
 
 
-# What the kernel is given: sizes of its structures (include/uapi/linux/loop.h, blkpg.h)
+# Structures for the kernel: their sizes (include/uapi/linux/loop.h, blkpg.h)
 
 
 def test_loop_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""doctor: what it reads from the kernel's files, and how it shows what it found."""
+"""doctor: how it reads the kernel's files, and how it shows its findings."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from imageos.checks.definition import check_python
+from imageos.checks import definition
+from imageos.checks.definition import check_in_use, check_python
 from imageos.checks.kernel import check_kernel
 from imageos.checks.node import check_leftovers
-from imageos.checks.programs import about, needed_by
+from imageos.checks.programs import limits, programs_for
 from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report, as_json, as_text, verdict
 from imageos.checks.variants import Variant, check_hooks
 from imageos.errors import Failure
@@ -21,7 +22,7 @@ from imageos.settings import Settings
 
 @pytest.fixture
 def block(tmp_path: Path) -> Path:
-    """A /sys/block with what crashed runs leave, and what is somebody else's."""
+    """Return a /sys/block with the leftovers of crashed runs, and with devices of other programs."""
     files = {
         "loop0/loop": {"backing_file": "/srv/ganeti/file-storage/inst1/disk0", "autoclear": "0"},
         "loop1/loop": {"backing_file": "/var/lib/snapd/snaps/core.snap", "autoclear": "1"},
@@ -57,6 +58,19 @@ MOUNTS = """\
 """
 
 
+@pytest.mark.parametrize(("os_dir", "level"), [("/usr/share/ganeti/os/image", ERROR), ("/opt/trial/image", NOTE)])
+def test_a_definition_that_ganeti_does_not_run(os_dir: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(definition, "not_in_use", lambda root, where: Failure(f"not {where}", hint="move"))
+    report = Report()
+    check_in_use(report, os_dir)
+    assert [(finding.level, finding.what, finding.hint) for finding in report.findings] == [
+        (level, f"not {os_dir}", "move")
+    ]
+    monkeypatch.setattr(definition, "not_in_use", lambda root, where: None)
+    check_in_use(Report(), os_dir)
+    assert len(report.findings) == 1
+
+
 def test_leftovers_with_their_commands(block: Path) -> None:
     report = Report()
     check_leftovers(report, mounts.parse(MOUNTS), str(block))
@@ -77,18 +91,18 @@ def test_no_command_is_made_of_what_is_no_name(place: str, tmp_path: Path) -> No
     report = Report()
     mounted = mounts.parse(f"41 22 0:60 / {place} rw - fuse.x /dev/loop0 rw\n")
     check_leftovers(report, mounted, str(tmp_path / "block"))
-    assert [(one.level, one.what) for one in report.findings] == [(OK, "none")]
+    assert [(finding.level, finding.what) for finding in report.findings] == [(OK, "none")]
 
 
 def test_no_leftovers(tmp_path: Path) -> None:
     (tmp_path / "block").mkdir()
     report = Report()
     check_leftovers(report, mounts.parse(MOUNTS)[:1], str(tmp_path / "block"))
-    assert [(one.level, one.what) for one in report.findings] == [(OK, "none")]
+    assert [(finding.level, finding.what) for finding in report.findings] == [(OK, "none")]
 
 
 @pytest.mark.parametrize(
-    ("known", "programs"),
+    ("settings", "programs"),
     [
         (Settings(image_name="x", image_type="tarball", filesystem="ext4"), {"sfdisk", "mkfs.ext4", "mkswap", "tar"}),
         (Settings(image_name="x", image_type="tarball", filesystem="xfs", swap=False), {"mkfs.ext4", "mkfs.xfs"}),
@@ -96,39 +110,45 @@ def test_no_leftovers(tmp_path: Path) -> None:
         (Settings(image_name="x", image_type="tarball", partition_table="gpt"), {"mkfs.vfat"}),
         (Settings(image_name="x", image_type="qcow2"), {"qemu-img"}),
         (Settings(image_name="x", image_type="raw", image_keyring="/k"), {"dd", "gpgv"}),
+        (Settings(image_name="x", image_url="http://h/"), {"curl"}),
     ],
 )
-def test_programs_of_a_variant(known: Settings, programs: set[str]) -> None:
-    assert programs <= set(needed_by(Variant("v", known)))
+def test_programs_of_a_variant(settings: Settings, programs: set[str]) -> None:
+    assert programs <= set(programs_for(Variant("v", settings)))
 
 
 @pytest.mark.parametrize(("table", "needed"), [("gpt", True), ("msdos", False)])
 def test_program_that_fills_the_esp(table: str, needed: bool, tmp_path: Path) -> None:
     hook = tmp_path / "grub"
     hook.touch(0o644)
-    known = Settings(image_name="x", image_type="tarball", partition_table=table, customize_dir=str(tmp_path))
-    assert "mcopy" not in needed_by(Variant("v", known)), "the hook is off"
+    settings = Settings(image_name="x", image_type="tarball", partition_table=table, customize_dir=str(tmp_path))
+    assert "mcopy" not in programs_for(Variant("v", settings)), "the hook is off"
     hook.chmod(0o755)
-    assert ("mcopy" in needed_by(Variant("v", known))) == needed
+    assert ("mcopy" in programs_for(Variant("v", settings))) == needed
 
 
-@pytest.mark.parametrize("known", [Settings(), Settings(image_name="x", cdinstall=True)])
-def test_nothing_is_needed_where_no_image_is_named(known: Settings) -> None:
-    assert list(needed_by(Variant("v", known))) == []
+@pytest.mark.parametrize("settings", [Settings(), Settings(image_name="x", cdinstall=True)])
+def test_nothing_is_needed_where_no_image_is_named(settings: Settings) -> None:
+    assert list(programs_for(Variant("v", settings))) == []
 
 
 def test_hooks_of_variants(tmp_path: Path) -> None:
-    """Each directory is looked at once; one that is missing is no reason not to deploy, one that is a file is."""
+    """Each directory is checked once. A missing one does not prevent a deployment, a file in its place does."""
     (tmp_path / "hooks").mkdir()
-    (tmp_path / "hooks/mine").touch(0o755)
+    (tmp_path / "hooks/mine").write_text("#!/bin/sh\n")
+    (tmp_path / "hooks/mine").chmod(0o755)
     (tmp_path / "file").touch()
-    directories = ("file", "hooks", "hooks", "missing")
+    (tmp_path / "windows").mkdir()
+    (tmp_path / "windows/theirs").write_bytes(b"#!/bin/sh\r\n")
+    (tmp_path / "windows/theirs").chmod(0o755)
+    directories = ("file", "hooks", "hooks", "missing", "windows")
     report = Report()
     check_hooks(report, [Variant("v", Settings(customize_dir=f"{tmp_path}/{name}")) for name in directories])
-    assert [(one.level, one.what.replace(str(tmp_path), "")) for one in report.findings] == [
+    assert [(finding.level, finding.what.replace(str(tmp_path), "")) for finding in report.findings] == [
         (ERROR, "cannot list CUSTOMIZE_DIR /file: Not a directory"),
         (OK, "hooks: mine"),
         (NOTE, "there is no CUSTOMIZE_DIR /missing: no hook runs"),
+        (ERROR, "hook /windows/theirs cannot be run: its lines end in CRLF, as those of Windows do"),
     ]
 
 
@@ -186,28 +206,27 @@ def test_oldest_python(version: str, level: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("shutil.which", lambda *_, **__: "/bin/python3")
     monkeypatch.setattr("imageos.checks.definition.version_of", lambda _: version)
     check_python(report)
-    assert [(one.level, one.what) for one in report.findings] == [(level, f"/bin/python3 {version}")]
+    assert [(finding.level, finding.what) for finding in report.findings] == [(level, f"/bin/python3 {version}")]
 
 
 def test_what_a_user_may_not_read_is_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     report = Report()
     report.failure(Failure("cannot read image /x: Permission denied"))
-    assert [one.level for one in report.findings] == [UNKNOWN]
+    assert [finding.level for finding in report.findings] == [UNKNOWN]
     assert verdict(report) == "this node can deploy its variants, as far as could be seen"
     report.failure(Failure("cannot find image /y"))
     assert report.errors == 1
 
 
 @pytest.mark.parametrize("program, version, said", [
-    ("restore", "0.4b46", ["cannot read", "attributes of directories"]),
-    ("restore", "0.4b47", ["cannot read", "attributes of directories"]),
-    ("restore", "0.4b49", ["capabilities of files"]),
-    ("dump", "0.4b47", []),
-    ("dump", "0.4b49", ["cannot read"]),
-    ("dump", "", []),
-    ("tar", "0.4b49", []),
+    ("restore", 46, ["cannot read", "attributes of directories"]),
+    ("restore", 47, ["cannot read", "attributes of directories"]),
+    ("restore", 49, ["capabilities of files"]),
+    ("dump", 47, []),
+    ("dump", 49, ["cannot read"]),
+    ("dump", None, []),
 ])  # fmt: skip
-def test_what_is_to_be_known_of_dump(program: str, version: str, said: list[str]) -> None:
-    assert [word in line for word, line in zip(said, about(program, version))] == [True] * len(said)
-    assert len(list(about(program, version))) == len(said)
+def test_what_is_to_be_known_of_dump(program: str, version: int | None, said: list[str]) -> None:
+    assert [word in line for word, line in zip(said, limits(program, version))] == [True] * len(said)
+    assert len(list(limits(program, version))) == len(said)

@@ -1,10 +1,11 @@
-"""What is read of a dump: its files and attributes, and whether it is whole. Of anything: a Failure, nothing worse."""
+"""Read a dump: its files, its attributes, and whether it is complete. Any input gives a value or a Failure."""
 
 from __future__ import annotations
 
 import io
 import os
 import struct
+from pathlib import Path
 
 import dumps
 import pytest
@@ -13,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imageos.errors import Failure
-from imageos.images.dumpfile import Dump, Truncated, unpack_lzo
+from imageos.images import dump, dumpfile
+from imageos.images.dumpfile import Dump, Truncated, unpack
+from imageos.node import lzo
 
 CAPABILITY = b"\1\0\0\2\0 \0\0" + bytes(12)
 DISK_ACL = struct.pack("<IHHHHIHHHHHH", 1, 1, 6, 2, 4, 4321, 4, 4, 16, 4, 32, 4)
@@ -36,7 +39,10 @@ DUMP = dumps.make(FILES)
 
 def read(data: bytes) -> Dump:
     dump = Dump("NAME")
-    dump.read(io.BufferedReader(io.BytesIO(data)))
+    records = io.BytesIO()
+    unpack(io.BytesIO(data), records.write)
+    records.seek(0)
+    dump.read(records)
     return dump
 
 
@@ -75,7 +81,7 @@ def test_compressed_within(how: str) -> None:
         assert "damaged or truncated" in refusal(whole[:place])
 
 
-# As dump 0.4b49 has written them: of a file with a hole, of one with much data, of a small one
+# Written by dump 0.4b49: a file with a hole, one with much data, and a small one
 RUNS = [("07", 4), ("a68807ceb5", 4), ("01", 1), ("06", 0), ("fefe01", 1), ("27", 20), ("fefeb602", 0)]
 
 
@@ -100,6 +106,21 @@ def test_any_header_is_missing() -> None:
         if record[24:28] == DUMP[24:28] and record[0] != dumps.END:
             assert "damaged or truncated: record" in refusal(DUMP[:place] + bytes(RECORD) + DUMP[place + RECORD :])
             assert refusal(DUMP[:place] + DUMP[place + RECORD :])
+
+
+@pytest.mark.parametrize("size", [1 << 33, (1 << 63) - 1, 1 << 63])
+@pytest.mark.parametrize("mode, flags", [(REGULAR, 0), (REGULAR, INLINE), (LINK, 0), (DIRECTORY, 0)])
+def test_size_without_blocks(mode: int, flags: int, size: int) -> None:
+    """restore(8) would make a hole of what no map tells of, block by block."""
+    file = File(20, mode, b"x", [(2, b"c")], flags=flags, size=size)
+    assert "inode 20 lacks its last" in refusal(dumps.make([FILES[0], file]))
+
+
+@pytest.mark.parametrize("size", [1025, (1 << 63) - 1, 1 << 63])
+def test_size_of_attributes_without_blocks(size: int) -> None:
+    """Here, too: it never ended."""
+    header = dumps.header(dumps.INODE, 5, inode=2, mode=DIRECTORY, flags=0x8002, extension=3, size=size, map=b"\1")
+    assert "attributes of inode 2 lack their last" in refusal(DUMP[: 5 * RECORD] + header + DUMP[6 * RECORD :])
 
 
 LINKED = File(20, REGULAR, b"", [(2, b"c")])
@@ -129,9 +150,36 @@ def test_refused(reason: str) -> None:
     assert reason in refusal(REFUSED[reason])
 
 
+def test_attributes_with_one_value() -> None:
+    """3000 names for the same 60 KiB would be 180 MiB in memory, of each blob."""
+    entry = struct.pack("<BBHIII", 0, 1, 0, 0, 60 << 10, 0)
+    blob = (struct.pack("<I", 0xEA020001) + entry * 3000).ljust(64 << 10, b"\0")
+    problem = "the attributes of inode 20 make no sense"
+    assert problem in refusal(dumps.make([*FILES, File(20, REGULAR, attributes=[blob])]))
+
+
+def test_memory_that_ends_is_the_fault_of_a_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Dump, "read", read)
+    (tmp_path / "dump").write_bytes(DUMP)
+    with (tmp_path / "dump").open("rb") as file, dump.following("NAME", file.fileno()) as follower:
+        follower.tick()
+        assert "NAME" in str(follower.failure()) and "memory" in str(follower.failure())
+
+
+def test_attributes_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known already is kept once, but an inode that has it a thousand times takes memory each time."""
+    monkeypatch.setattr(dumpfile, "MOST_NAMES", 100 << 10)
+    blob = attributes((1, b"comment", b"x"))
+    read(dumps.make([*FILES, *(File(20 + number, REGULAR, attributes=[blob]) for number in range(200))]))
+    assert "names and attributes" in refusal(dumps.make([*FILES, File(20, REGULAR, attributes=[blob] * 200)]))
+
+
 @pytest.mark.parametrize("name", [b"..", b"a/b", b"", b"a\0b"])
 def test_names_that_are_none(name: bytes) -> None:
-    """`..` is what every directory has; the others lead elsewhere."""
+    """Every directory contains `..`; the other names lead out of it."""
     dump = read(dumps.make([*FILES, File(20, REGULAR, names=[(2, name)])]))
     if name == b"..":
         assert b".." not in dict(dump.names(2))
@@ -160,7 +208,7 @@ def test_files_that_have_no_names(block: int) -> None:
 
 
 def test_lzo() -> None:
-    """As liblzo2 has compressed it, each kind of instruction at least once."""
+    """Compressed by liblzo2, with each kind of instruction at least once."""
     text = b"the quick brown fox " * 3 + bytes(300) + b"the quick brown dog jumps" + bytes(range(60)) + b"abcab" * 100
     text += b"fox dog" + bytes(5000) + b"the quick"
     packed = bytes.fromhex(
@@ -169,17 +217,17 @@ def test_lzo() -> None:
         "363738393a3b616263616261626361626162636162612000c438006374646f6720000be80d20000000000000000000000000"
         "00000000000045a8040f00000000000000000074686520717569636b110000"
     )
-    assert unpack_lzo(packed, len(text)) == text
+    assert lzo.unpack(packed, len(text)) == text
     for damaged in (packed[:-3], packed[:40], b"\x20\x00\x00" + packed, b""):
-        with pytest.raises((ValueError, IndexError)):
-            unpack_lzo(damaged, len(text))
-    with pytest.raises(ValueError, match="what is not there"):
-        unpack_lzo(packed, 1000)
+        with pytest.raises(ValueError, match="no LZO1X"):
+            lzo.unpack(damaged, len(text))
+    with pytest.raises(ValueError, match="too much"):
+        lzo.unpack(packed, 1000)
 
 
 @given(place=st.integers(0, len(DUMP) - 1), junk=st.binary(min_size=1, max_size=64), seal=st.booleans())
 def test_junk(place: int, junk: bytes, seal: bool) -> None:
-    """Also where the checksum of the header is right again."""
+    """Also if the checksum of the header is correct."""
     data = bytearray(DUMP)
     data[place : place + len(junk)] = junk
     record = place // RECORD * RECORD

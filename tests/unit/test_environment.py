@@ -1,4 +1,4 @@
-"""What Ganeti says in its environment, as recorded on a real cluster."""
+"""Parse Ganeti's environment, as recorded on a real cluster."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ RECORDINGS = sorted(path.stem for path in (TESTS / "env").glob("*.env"))
 
 
 def changed(**variables: str | None) -> dict[str, str]:
-    """The recorded environment of create with other values; None takes a variable away."""
+    """Return the recorded environment of create with other values; None removes a variable."""
     merged = {**recorded("create"), **variables}
     return {name: value for name, value in merged.items() if value is not None}
 
@@ -82,7 +82,7 @@ def test_recorded(recording: str) -> None:
     environment = recorded(recording)
     ganeti.check_api(environment)
     assert ganeti.variant(environment) == "default"
-    if recording == "verify":  # Ganeti names no instance here
+    if recording == "verify":  # Ganeti gives no instance here
         with pytest.raises(Failure, match="INSTANCE_NAME is not set"):
             ganeti.instance(environment)
     else:
@@ -142,7 +142,7 @@ def test_nic_without_an_address() -> None:
 
 
 def test_more_than_nine() -> None:
-    """NIC_1_ is not a beginning of NIC_10_."""
+    """NIC_1_ is not a prefix of NIC_10_."""
     many = {f"NIC_{n}_MAC": f"aa:00:00:00:00:{n:02d}" for n in range(12)}
     nics = ganeti.instance(changed(NIC_COUNT="12", NIC_11_NETWORK_NAME="net11", **many)).nics
     assert [nic.mac[-2:] for nic in nics] == [f"{n:02d}" for n in range(12)]
@@ -187,7 +187,7 @@ def test_no_version(version: str | None) -> None:
     assert "Ganeti calls this script" in str(raised.value.hint)
 
 
-# One disk of a backup
+# The disk of a backup
 
 
 @pytest.mark.parametrize("action", ["EXPORT", "IMPORT"])
@@ -199,7 +199,7 @@ def test_backup(action: str, index: int) -> None:
 
 
 def test_backup_of_a_snapshot() -> None:
-    """The device may be another than the disk's path."""
+    """The device may differ from the disk's path."""
     environment = {**recorded("export-disk0"), "EXPORT_DEVICE": "/dev/xenvg/snap0"}
     assert ganeti.backup(environment, "EXPORT").device == "/dev/xenvg/snap0"
 
@@ -234,7 +234,7 @@ def test_old_name() -> None:
         ganeti.old_name({"OLD_INSTANCE_NAME": "a/b"})
 
 
-# Wrong
+# Wrong values
 
 
 @pytest.mark.parametrize(
@@ -291,3 +291,19 @@ def test_whatever_is_wrong_is_a_failure(values: dict[str, str]) -> None:
         return
     assert "/" not in parsed.name
     assert not parsed.name.startswith(".")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DISK_COUNT", "9" * 5000),
+        ("NIC_COUNT", "9" * 5000),
+        ("NIC_COUNT", "999999999"),
+        ("INSTANCE_BE_maxmem", "\u00b2"),
+        ("DISK_0_PATH", "--help"),
+        ("DISK_0_PATH", "/dev/../etc/shadow"),
+    ],
+)
+def test_what_makes_no_sense(name: str, value: str) -> None:
+    with pytest.raises(Failure, match=f"^{name}="):
+        ganeti.instance({**recorded("create"), name: value})

@@ -1,26 +1,29 @@
-"""Filesystems as values: what goes where, how it is made, and the fstab."""
+"""Filesystems as values: mount points, options of mkfs, and the fstab."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
+import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from imageos.disks import filesystem, layout
+from imageos.disks import blockdev, btrfs, filesystem, fstab, layout, mounting, superblock
 from imageos.disks.filesystem import FILESYSTEMS, Volume
 from imageos.disks.layout import MIB, Layout
+from imageos.errors import Failure
 from imageos.node import linux
 from imageos.node.mounts import Mount
+from imageos.run import Command
 
 EXT2 = "none,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
 EXT3 = f"{EXT2},has_journal"
 EXT4 = f"{EXT3},extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize"
-# What an older e2fsck or GRUB in the guest cannot read
+# Features that an older e2fsck or GRUB in the guest cannot read
 TOO_NEW = {"metadata_csum_seed", "orphan_file", "inline_data", "casefold", "encrypt", "verity", "bigalloc"}
 
 ROOT_UUID = "11111111-1111-4111-8111-111111111111"
@@ -37,7 +40,7 @@ def node(number: int) -> str:
     return f"/dev/loop7p{number}"
 
 
-# What goes where
+# Mount points
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ def node(number: int) -> str:
 )
 def test_volumes(kind: str, boot_kind: str) -> None:
     made = filesystem.plan_volumes(planned(), kind, node)
-    assert [(one.role, one.kind, one.device) for one in made] == [
+    assert [(volume.role, volume.kind, volume.device) for volume in made] == [
         ("esp", "vfat", "/dev/loop7p2"),
         ("boot", boot_kind, "/dev/loop7p3"),
         ("swap", "swap", "/dev/loop7p4"),
@@ -55,15 +58,15 @@ def test_volumes(kind: str, boot_kind: str) -> None:
 
 def test_volumes_without_boot_and_swap() -> None:
     made = filesystem.plan_volumes(planned("msdos", 0, 0), "ext4", node)
-    assert [(one.role, one.kind, one.device) for one in made] == [("root", "ext4", "/dev/loop7p1")]
+    assert [(volume.role, volume.kind, volume.device) for volume in made] == [("root", "ext4", "/dev/loop7p1")]
 
 
 def test_every_volume_has_a_uuid_of_its_own() -> None:
     made = filesystem.plan_volumes(planned(), "ext4", node)
-    assert len({one.uuid for one in made}) == len(made)
-    for one in made:
-        form = r"[0-9A-F]{4}-[0-9A-F]{4}" if one.kind == "vfat" else r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-        assert re.fullmatch(form, one.uuid)
+    assert len({volume.uuid for volume in made}) == len(made)
+    for volume in made:
+        form = r"[0-9A-F]{4}-[0-9A-F]{4}" if volume.kind == "vfat" else r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+        assert re.fullmatch(form, volume.uuid)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,7 @@ def test_programs(table: str, kind: str, expected: set[str]) -> None:
     assert set(filesystem.programs(planned(table), kind)) == expected
 
 
-# How it is made
+# mkfs
 
 
 def ext_command(kind: str, features: str, label: str = "/") -> list[str]:
@@ -119,7 +122,7 @@ def test_make_command(role: str, kind: str, uuid: str, command: list[str], monke
 def test_xfs_of_newer_tools(
     profiles: list[str], off: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What this node's mkfs.xfs knows, by the profiles that it brings, and an older GRUB cannot read is off."""
+    """Features of this node's mkfs.xfs (see its profiles) that an older GRUB cannot read are off."""
     for name in profiles:
         (tmp_path / name).touch()
     monkeypatch.setattr(filesystem, "_XFS_PROFILE", f"{tmp_path}/{{}}")
@@ -127,20 +130,31 @@ def test_xfs_of_newer_tools(
     assert command == ["mkfs.xfs", "-f", "-q", "-m", XFS_METADATA, *off, "-L", "/", "/dev/loop7p3"]
 
 
-@pytest.mark.parametrize(
-    ("feature", "off"),
-    [("free-space-tree", []), ("block-group-tree", ["-O", "^block-group-tree"])],
-)
-def test_btrfs_of_newer_tools(feature: str, off: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this node's mkfs.btrfs knows and Linux 5.10 cannot write is off; an older one would refuse the name."""
-    called = []
+# what `mkfs.btrfs -O list-all` says of a feature -> the options that turn it off
+BTRFS_FEATURES = {
+    "no-holes            - no explicit hole extents for files (compat=3.14, safe=4.0, default=5.15)": [],
+    "zoned               - support zoned (SMR/ZBC/ZNS) devices (compat=5.12)": [],
+    "bgt                 - block-group-tree alias": [],
+    "block-group-tree    - more efficient tracking to reduce mount time (compat=6.1, safe=6.6, default=6.19)": [
+        "-O", "^block-group-tree",
+    ],
+    "tomorrow            - to come (compat=10.0, safe=10.1, default=10.2)": ["-O", "^tomorrow"],
+}  # fmt: skip
 
-    def run(argv: list[str], on_line: Callable[[str], None] = print, **_: object) -> str:
-        called.append(argv)
-        on_line(f"{feature:19} - some words (compat=6.1, safe=6.6, default=6.19)")
+
+@pytest.mark.parametrize("line", BTRFS_FEATURES)
+def test_btrfs_of_newer_tools(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The features of mkfs.btrfs that Linux 5.10 cannot write are off; an older mkfs would refuse their names."""
+    called = []
+    off = BTRFS_FEATURES[line]
+
+    def run(command: Command, on_line: Callable[[str], None] = print) -> str:
+        called.append(command.argv)
+        on_line(line)
         return ""
 
-    monkeypatch.setattr(filesystem, "run", run)
+    for module in (btrfs, filesystem):
+        monkeypatch.setattr(module, "run", run)
     volume = Volume("root", "btrfs", "/dev/loop7p3", ROOT_UUID)
     filesystem.make([volume])
     program, *words = filesystem.make_command(volume)
@@ -169,7 +183,7 @@ def volumes(*roles: str, kind: str = "ext4") -> list[Volume]:
 
 
 def test_fstab_of_msdos() -> None:
-    assert filesystem.fstab(volumes("boot", "swap", "root")) == (
+    assert fstab.render(volumes("boot", "swap", "root")) == (
         "# /etc/fstab: written by imageos\n"
         "# <filesystem>                            <mount point> <type> <options>         <dump> <pass>\n"
         "UUID=11111111-1111-4111-8111-111111111111 /             ext4   errors=remount-ro 0      1\n"
@@ -179,7 +193,7 @@ def test_fstab_of_msdos() -> None:
 
 
 def test_fstab_of_gpt_with_xfs() -> None:
-    assert filesystem.fstab(volumes("esp", "boot", "swap", "root", kind="xfs")) == (
+    assert fstab.render(volumes("esp", "boot", "swap", "root", kind="xfs")) == (
         "# /etc/fstab: written by imageos\n"
         "# <filesystem>                            <mount point> <type> <options>         <dump> <pass>\n"
         "UUID=11111111-1111-4111-8111-111111111111 /             xfs    defaults          0      0\n"
@@ -190,7 +204,7 @@ def test_fstab_of_gpt_with_xfs() -> None:
 
 
 def test_fstab_of_one_partition() -> None:
-    assert filesystem.fstab(volumes("root", kind="btrfs")) == (
+    assert fstab.render(volumes("root", kind="btrfs")) == (
         "# /etc/fstab: written by imageos\n"
         "# <filesystem>                            <mount point> <type> <options> <dump> <pass>\n"
         "UUID=11111111-1111-4111-8111-111111111111 /             btrfs  defaults  0      0\n"
@@ -199,105 +213,119 @@ def test_fstab_of_one_partition() -> None:
 
 @pytest.mark.parametrize("kind", sorted(FILESYSTEMS))
 def test_fstab_rows_have_six_fields(kind: str) -> None:
-    rows = filesystem.fstab(volumes("esp", "boot", "swap", "root", kind=kind)).splitlines()[2:]
+    rows = fstab.render(volumes("esp", "boot", "swap", "root", kind=kind)).splitlines()[2:]
     assert [len(row.split()) for row in rows] == [6] * 4
     assert [row.split()[1] for row in rows] == ["/", "/boot", "/boot/efi", "none"]
 
 
-# Two of one UUID
+# Filesystems with one UUID
+
+IDENTITY = uuid.UUID("12345678-9abc-4def-8123-456789abcdef")
 
 
-class Twins:
-    """A kernel that has another device with this btrfs's UUID mounted, for so many looks."""
+class Registry:
+    """What the kernel says: who has the lock, and which devices with this UUID are mounted, look after look."""
 
-    def __init__(self, looks: int, visible: bool = False) -> None:
-        self.looks, self.visible = looks, visible
-        self.done: list[str] = []
+    def __init__(self, locked: int, mounted: int, visible: bool) -> None:
+        self.locked, self.mounted, self.visible, self.looks = locked, mounted, visible, 0
 
-    def mounted_twin(self, device: str) -> str:
-        self.looks -= 1
-        return "loop9p1" if self.looks >= 0 else ""
+    def lock(self, control: int, number: int) -> bool:
+        assert 0 <= number < 1 << 62
+        self.looks += 1
+        return self.looks > self.locked
 
-    def mount(self, device: str, path: str, kind: str, flags: int, data: str) -> None:
-        self.done.append(f"mount {device}")
-
-    def umount(self, path: str) -> None:
-        self.done.append(f"umount {path}")
+    def devices(self, identity: uuid.UUID) -> set[str]:
+        return {"/dev/loop9p1"} if self.looks <= self.mounted else set()
 
 
 @pytest.fixture
-def twins(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Twins]:
-    def make(looks: int, visible: bool = False) -> Twins:
-        made = Twins(looks, visible)
-        monkeypatch.setattr(filesystem, "_mounted_twin", made.mounted_twin)
-        monkeypatch.setattr("imageos.disks.filesystem.linux.mount", made.mount)
-        monkeypatch.setattr("imageos.disks.filesystem.linux.umount", made.umount)
-        monkeypatch.setattr("imageos.disks.filesystem.linux.forget_btrfs", lambda device: None)
+def registry(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Registry]:
+    def make(locked: int = 0, mounted: int = 0, visible: bool = False) -> Registry:
+        made = Registry(locked, mounted, visible)
+        monkeypatch.setattr(linux, "lock_btrfs", made.lock)
+        monkeypatch.setattr(btrfs, "_mounted", made.devices)
         seen = [Mount("/mnt", "/dev/loop9p1", "btrfs" if visible else "fuse", 0)]
-        monkeypatch.setattr("imageos.disks.filesystem.mounts.current", lambda: seen)
+        monkeypatch.setattr("imageos.disks.btrfs.mounts.current", lambda: seen)
         return made
 
     return make
 
 
-def test_btrfs_alone(twins: Callable[..., Twins], capfd: pytest.CaptureFixture[str]) -> None:
-    kernel = twins(0)
-    filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
-    assert (kernel.done, capfd.readouterr().err) == (["mount /dev/loop7p1"], "")
+def await_turn() -> None:
+    btrfs._await_turn("/dev/loop7p1", 3, IDENTITY)
 
 
+def test_btrfs_alone(registry: Callable[..., Registry], capfd: pytest.CaptureFixture[str]) -> None:
+    kernel = registry()
+    await_turn()
+    assert (kernel.looks, capfd.readouterr().err) == (1, "")
+
+
+@pytest.mark.parametrize("state", [{"locked": 3}, {"mounted": 3}, {"locked": 3, "mounted": 3}])
 def test_another_instance_of_the_image_is_waited_for(
-    twins: Callable[..., Twins], capfd: pytest.CaptureFixture[str]
+    state: dict[str, int], registry: Callable[..., Registry], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Said once; a FUSE mount of the twin's name tells nothing."""
-    kernel = twins(3)
-    filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
-    assert kernel.done == ["mount /dev/loop7p1"]
+    """One message is logged; a FUSE mount with the name of the other device is ignored."""
+    kernel = registry(**state)
+    await_turn()
+    assert kernel.looks == 4
     assert capfd.readouterr().err.count("waiting for another instance of this image") == 1
 
 
-def test_waiting_for_another_instance_has_an_end(twins: Callable[..., Twins], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystem, "TWIN_PATIENCE", 0.1)
-    kernel = twins(1000)
-    with pytest.raises(filesystem.MountedTwice, match="the same UUID is mounted from /dev/loop9p1"):
-        filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
-    assert kernel.done == []
+@pytest.mark.parametrize("state", [{"locked": 1000}, {"mounted": 1000}, {"locked": 1000, "mounted": 1000}])
+def test_waiting_for_another_instance_has_an_end(
+    state: dict[str, int], registry: Callable[..., Registry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(btrfs, "TWIN_PATIENCE", 0.1)
+    registry(**state)
+    with pytest.raises(btrfs.MountedTwice, match="a btrfs with the same UUID is mounted"):
+        await_turn()
 
 
-def test_what_a_user_has_mounted_is_not_waited_for(twins: Callable[..., Twins]) -> None:
-    kernel = twins(1000, visible=True)
-    with pytest.raises(filesystem.MountedTwice):
-        filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
-    assert (kernel.done, kernel.looks) == ([], 999)
+def test_what_a_user_has_mounted_is_not_waited_for(registry: Callable[..., Registry]) -> None:
+    kernel = registry(mounted=1000, visible=True)
+    with pytest.raises(btrfs.MountedTwice, match="mounted from /dev/loop9p1"):
+        await_turn()
+    assert kernel.looks == 1
 
 
-def test_another_instance_was_quicker(twins: Callable[..., Twins], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernel has shown us is its filesystem, or it has refused ours: again."""
-    kernel = twins(0)
-    answers = iter(["", "loop9p1", "", ""])
-    monkeypatch.setattr(filesystem, "_mounted_twin", lambda device: next(answers))
-    filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
-    assert kernel.done == ["mount /dev/loop7p1", "umount /x", "mount /dev/loop7p1"]
-
-    kernel = twins(0)
-    refusals = [OSError(errno.EEXIST, "File exists")] * 3
-
-    def mount(*arguments: str) -> None:
-        if refusals:
-            raise refusals.pop()
-        kernel.done.append("mounted")
-
-    monkeypatch.setattr("imageos.disks.filesystem.linux.mount", mount)
-    filesystem._mount_btrfs("/dev/loop7p1", "/x", 0, "")
-    assert kernel.done == ["mounted"]
+DEVICE = superblock.BtrfsDevice(IDENTITY, 2, 1, 0, False)
+OTHER = DEVICE._replace(filesystem=uuid.uuid4())
+ON_DISK = {
+    "alone": ({"p1": DEVICE._replace(devices=1)}, ["p1"]),
+    "two": ({"p1": DEVICE, "p2": DEVICE._replace(number=2)}, ["p1", "p2"]),
+    "a clone of one": ({"p1": DEVICE._replace(devices=1), "p2": DEVICE._replace(devices=1)}, ["p1"]),
+    "clones of both": (
+        {name: DEVICE._replace(number=number) for name, number in (("p1", 1), ("p2", 1), ("p3", 2), ("p4", 2))},
+        ["p1", "p3"],
+    ),
+    "another filesystem": ({"p1": DEVICE._replace(devices=1), "p2": OTHER._replace(devices=1)}, ["p1"]),
+    "a seed": ({"p1": DEVICE._replace(number=2), "p2": OTHER._replace(devices=1, is_seed=True)}, ["p1", "p2"]),
+    "no btrfs": ({"p2": DEVICE}, []),
+}
 
 
-# The end of a mount: what the kernel is asked, in order. That it answers so: tests/faults/test_storage.py
+@pytest.mark.parametrize("name", ON_DISK)
+def test_devices_of_a_btrfs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, expected = ON_DISK[name]
+    monkeypatch.setattr(blockdev, "parts_beside", lambda device: ["p0", "p1", "p2", "p3", "p4"])
+    monkeypatch.setattr(btrfs, "_facts", found.get)
+    assert list(btrfs.devices("p1")) == expected
+
+
+def test_btrfs_without_some_of_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockdev, "parts_beside", lambda device: ["p1", "p2"])
+    monkeypatch.setattr(btrfs, "_facts", {"p1": DEVICE._replace(devices=3), "p2": OTHER}.get)
+    with pytest.raises(Failure, match="2 of the 3 devices of its filesystem are not on this disk"):
+        btrfs.devices("p1")
+
+
+# Unmounting: the calls to the kernel, in order. tests/faults/test_storage.py tests the kernel's answers.
 
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Leave two nested mounts by `how`, the sync of `failing` being refused; what was asked of the kernel."""
+    """Leave two nested mounts by `how`, with a refused sync of `failing`; return the calls to the kernel."""
 
     def leave(how: Exception | None, *failing: str) -> list[str]:
         calls: list[str] = []
@@ -311,7 +339,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
             if path.name in failing:
                 raise OSError(errno.EIO, "Input/output error")
 
-        monkeypatch.setattr(filesystem, "_mount", lambda device, path, *_: None)
+        monkeypatch.setattr(linux, "mount", lambda device, path, *_: None)
         monkeypatch.setattr(linux, "umount", lambda path, *_: note("umount", path))
         monkeypatch.setattr(linux, "shut_down_filesystem", lambda path: note("shut down", path))
         monkeypatch.setattr(linux, "sync_filesystem", sync)
@@ -319,9 +347,9 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
         for name in ("root", "boot"):
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / f"{name}-device").touch()
-        expected = how or (filesystem.NotWritten("") if failing else None)
-        root = filesystem.mounted(str(tmp_path / "root-device"), str(tmp_path / "root"), "ext4")
-        boot = filesystem.mounted(str(tmp_path / "boot-device"), str(tmp_path / "boot"), "ext4")
+        expected = how or (mounting.NotWritten("") if failing else None)
+        root = mounting.mounted(str(tmp_path / "root-device"), str(tmp_path / "root"), "ext4")
+        boot = mounting.mounted(str(tmp_path / "boot-device"), str(tmp_path / "boot"), "ext4")
         with pytest.raises(type(expected)) if expected else nullcontext(), root, boot:
             if how:
                 raise how

@@ -1,12 +1,12 @@
-"""Whether and how far a root grows."""
+"""Decide if a root grows, and how far."""
 
 from __future__ import annotations
 
 import pytest
 
-from imageos.disks.discovery import Part, Table
 from imageos.disks.grow import new_size, why_not
 from imageos.disks.layout import MIB
+from imageos.disks.partitions import Part, Table
 
 
 def part(number: int, start: int, size: int, kind: str = "ext4", type: str = "83") -> Part:

@@ -1,8 +1,9 @@
-"""What is written into a guest: its name, its identity, its console; on small trees of several distributions."""
+"""Files written into a guest: its name, its identity, its console; on small trees of several distributions."""
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from imageos.errors import Failure
 from imageos.guests import guest as system
+from imageos.guests import hostname
 from imageos.guests.target import Target
 
 NAME = "inst1.example.org"
@@ -54,41 +56,41 @@ def tree(root: Path, files: dict[str, str]) -> None:
 
 
 def test_hosts_of_debian() -> None:
-    assert system.hosts(DEBIAN_HOSTS, NAME) == DEBIAN_HOSTS.replace(
+    assert hostname.hosts(DEBIAN_HOSTS, NAME) == DEBIAN_HOSTS.replace(
         "127.0.1.1\told.example.net\told", "127.0.1.1\tinst1.example.org inst1"
     )
 
 
 def test_hosts_of_rhel() -> None:
     first, second = RHEL_HOSTS.splitlines(keepends=True)
-    assert system.hosts(RHEL_HOSTS, NAME) == f"{first}127.0.1.1\tinst1.example.org inst1\n{second}"
+    assert hostname.hosts(RHEL_HOSTS, NAME) == f"{first}127.0.1.1\tinst1.example.org inst1\n{second}"
 
 
 def test_hosts_that_are_empty() -> None:
-    assert system.hosts("", NAME) == (
+    assert hostname.hosts("", NAME) == (
         "127.0.0.1\tlocalhost\n127.0.1.1\tinst1.example.org inst1\n::1\tlocalhost ip6-localhost ip6-loopback\n"
     )
 
 
 def test_hosts_with_many_lines_of_ours() -> None:
     begin = time.process_time()
-    assert system.hosts("127.0.1.1\n" * 100_000, NAME) == "127.0.1.1\tinst1.example.org inst1\n"
+    assert hostname.hosts("127.0.1.1\n" * 100_000, NAME) == "127.0.1.1\tinst1.example.org inst1\n"
     assert time.process_time() - begin < 5, "quadratic: minutes"
 
 
 def test_hosts_of_a_name_without_a_domain() -> None:
-    assert "127.0.1.1\tinst1\n" in system.hosts(DEBIAN_HOSTS, "inst1")
+    assert "127.0.1.1\tinst1\n" in hostname.hosts(DEBIAN_HOSTS, "inst1")
 
 
 def test_hosts_without_localhost() -> None:
-    assert system.hosts("# nothing\n192.0.2.1 router", NAME) == (
+    assert hostname.hosts("# nothing\n192.0.2.1 router", NAME) == (
         "127.0.1.1\tinst1.example.org inst1\n# nothing\n192.0.2.1 router\n"
     )
 
 
 def test_hosts_with_our_line_twice() -> None:
     text = "127.0.1.1 a\n192.0.2.1 router\n127.0.1.1 b\n#127.0.1.1 c\n127.0.1.10 d\n"
-    assert system.hosts(text, NAME) == (
+    assert hostname.hosts(text, NAME) == (
         "127.0.1.1\tinst1.example.org inst1\n192.0.2.1 router\n#127.0.1.1 c\n127.0.1.10 d\n"
     )
 
@@ -101,8 +103,8 @@ LINE = st.one_of(
 
 @given(st.lists(LINE).map("\n".join))
 def test_hosts_any(text: str) -> None:
-    made = system.hosts(text, NAME)
-    assert system.hosts(made, NAME) == made
+    made = hostname.hosts(text, NAME)
+    assert hostname.hosts(made, NAME) == made
     lines = made.splitlines()
     assert [line for line in lines if line.split()[:1] == ["127.0.1.1"]] == ["127.0.1.1\tinst1.example.org inst1"]
     if text:
@@ -114,19 +116,19 @@ def test_hosts_any(text: str) -> None:
 def test_hostname(release: str, guest: Path, target: Target) -> None:
     tree(guest, {"etc/hostname": "template\n", "etc/hosts": RHEL_HOSTS, "usr/lib/os-release": OS_RELEASE[release]})
     (guest / "etc/os-release").symlink_to("../usr/lib/os-release")
-    system.set_hostname(target, NAME)
+    hostname.write(target, NAME)
     assert (guest / "etc/hostname").read_text() == ("inst1.example.org\n" if release in FULL else "inst1\n")
-    assert (guest / "etc/hosts").read_text() == system.hosts(RHEL_HOSTS, NAME)
+    assert (guest / "etc/hosts").read_text() == hostname.hosts(RHEL_HOSTS, NAME)
 
 
 def test_hostname_of_an_unknown_system(guest: Path, target: Target) -> None:
-    system.set_hostname(target, NAME)
+    hostname.write(target, NAME)
     assert (guest / "etc/hostname").read_text() == "inst1\n"
     assert "127.0.1.1\tinst1.example.org inst1\n" in (guest / "etc/hosts").read_text()
     assert stat.S_IMODE((guest / "etc/hostname").stat().st_mode) == 0o644
 
 
-# What must be unique
+# Unique files
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_hostname_of_an_unknown_system(guest: Path, target: Target) -> None:
 def test_hostname_of_older_systems(path: str, before: str, after: str, guest: Path, target: Target) -> None:
     (guest / path).parent.mkdir(parents=True, exist_ok=True)
     (guest / path).write_text(before)
-    system.set_hostname(target, "inst1.example.org")
+    hostname.write(target, "inst1.example.org")
     assert (guest / path).read_text() == after
 
 
@@ -164,11 +166,32 @@ def test_machine_id_where_dbus_links_to_it(guest: Path, target: Target) -> None:
 
 @pytest.mark.parametrize("units", ["usr/lib/systemd/system", "lib/systemd/system"])
 def test_machine_id_that_systemd_misses(units: str, guest: Path, target: Target) -> None:
-    """The file has to be there, or a guest with a read-only root cannot make one."""
+    """The file must exist, because a guest with a read-only root cannot make it."""
     tree(guest, {f"{units}/serial-getty@.service": ""})
     system.forget_machine_id(target)
     assert (guest / "etc/machine-id").read_text() == ""
     assert stat.S_IMODE((guest / "etc/machine-id").stat().st_mode) == 0o444
+
+
+def install_init(guest: Path, name: str) -> None:
+    tree(guest, {f"usr/lib/systemd/{name}" if name == "systemd" else f"usr/sbin/{name}": ""})
+    (guest / "usr/sbin").mkdir(exist_ok=True)
+    if name != "init":
+        (guest / "usr/sbin/init").symlink_to("../lib/systemd/systemd" if name == "systemd" else name)
+    (guest / "sbin").symlink_to("usr/sbin")
+
+
+@pytest.mark.parametrize("init", ["init", "busybox", "openrc-init", "systemd"])
+def test_init_is_what_sbin_init_is(init: str, guest: Path, target: Target) -> None:
+    """systemd may be installed beside it. Another init makes no machine-id, and starts no service of systemd."""
+    tree(guest, {"usr/lib/systemd/system/serial-getty@.service": "", "etc/inittab": SYSVINIT, "etc/machine-id": "x\n"})
+    install_init(guest, init)
+    system.forget_machine_id(target)
+    system.enable_serial_console(target, "ttyS0", 38400)
+    made = (guest / "etc/machine-id").read_text()
+    assert made == "" if init == "systemd" else re.fullmatch("[0-9a-f]{32}\n", made)
+    assert os.path.lexists(wanted(guest)) == (init == "systemd")
+    assert ("ttyS0 vt100" in (guest / "etc/inittab").read_text()) == (init != "systemd")
 
 
 def test_no_machine_id_where_nobody_wants_one(guest: Path, target: Target) -> None:
@@ -180,11 +203,23 @@ def test_identity_is_forgotten(guest: Path, target: Target) -> None:
     seeds = ("var/lib/systemd/random-seed", "var/lib/urandom/random-seed", "var/lib/misc/random-seed")
     tree(guest, {"etc/machine-id": "x", "var/lib/cloud/seed/nocloud/meta-data": "instance-id: seeded\n"})
     tree(guest, dict.fromkeys((*seeds, "var/lib/seedrng/seed.credit"), "seed"))
+    names = ("var/lib/dhcp/dhclient.leases", "etc/dhcpcd.duid", "etc/nvme/hostnqn", "etc/salt/pki/minion/minion.pem")
+    tree(guest, dict.fromkeys((*names, "var/lib/systemd/network/id", "etc/iscsi/initiatorname.iscsi"), "the image's"))
     tree(guest, {f"var/lib/cloud/{name}": "" for name in ("data/instance-id", "instances/i-1/boot-finished")})
     (guest / "var/lib/cloud/instance").symlink_to("instances/i-1")
     system.forget_identity(target)
     left = {str(path.relative_to(guest)) for path in guest.rglob("*") if not path.is_dir()}
     assert left == {"etc/machine-id", "var/lib/cloud/seed/nocloud/meta-data"}
+
+
+@pytest.mark.parametrize("is_debian", [True, False])
+def test_name_of_the_iscsi_initiator(is_debian: bool, guest: Path, target: Target) -> None:
+    """Debian's iscsid wants the file, and makes a name; others make the file."""
+    tree(guest, {"etc/iscsi/initiatorname.iscsi": "InitiatorName=iqn.the-image\n", "etc/machine-id": ""})
+    if is_debian:
+        tree(guest, {"etc/debian_version": "12\n"})
+    system.forget_machine(target)
+    assert target.read("/etc/iscsi/initiatorname.iscsi") == ("GenerateName=yes\n" if is_debian else None)
 
 
 # The console
@@ -248,7 +283,7 @@ def test_inittab_has_one_line_for_the_terminal(line: str) -> None:
     )
 
 
-# In busybox's syntax the first field is the terminal, its command need not name it.
+# In busybox's syntax the first field is the terminal; the command need not name it.
 @pytest.mark.parametrize(
     "line", ["ttyS0::respawn:/sbin/getty -L 115200 -", "ttyS0::askfirst:-/bin/sh", "ttyS0::respawn:-/bin/ash"]
 )

@@ -1,4 +1,4 @@
-"""Kernel command lines in the files of a guest, the loaders on its ESP, and what the hook `grub` decides."""
+"""Kernel command lines in a guest's files, loaders on its ESP, and the decisions of the hook `grub`."""
 
 from __future__ import annotations
 
@@ -150,9 +150,9 @@ def test_block(text: str) -> None:
 
 
 def test_appending_is_one_word_for_the_shell() -> None:
-    (line,) = bootconfig.appending("A", Change(('a="b c"', "it's")))
+    (line,) = bootconfig.append_arguments("A", Change(('a="b c"', "it's")))
     assert line == """A="$A "'a="b c" it'"'"'s'"""
-    assert bootconfig.appending("A", Change(())) == []
+    assert bootconfig.append_arguments("A", Change(())) == []
 
 
 ENTRY = f"""title Fedora
@@ -228,6 +228,26 @@ def test_menu_of_grub_legacy() -> None:
     assert bootconfig.legacy_menu(MENU_LST, Change(()), "(hd0,0)", 0) == MENU_LST
 
 
+GRUB_CFG = """if [ x$feature = xy ]; then
+\tsearch --no-floppy --fs-uuid --set=root 1-2
+fi
+\tlinux\t/vmlinuz-1 root=/dev/mapper/a-b ro quiet rd.lvm.lv=a/b
+\tinitrd /initrd-1
+\t\tlinux16 /vmlinuz-1 root=/dev/mapper/a-b ro single
+\tlinux /memtest
+"""
+
+
+def test_menu_of_grub_keeps_a_root_on_lvm() -> None:
+    made = bootconfig.grub_menu(GRUB_CFG, Change(("quiet", "x=1")))
+    assert "\tlinux\t/vmlinuz-1 root=/dev/mapper/a-b ro rd.lvm.lv=a/b quiet x=1\n" in made
+    assert "\t\tlinux16 /vmlinuz-1 root=/dev/mapper/a-b ro single quiet x=1\n" in made
+    assert bootconfig.grub_menu(made, Change(("quiet", "x=1"))) == made
+    assert [line for line in made.splitlines() if "vmlinuz" not in line] == [
+        line for line in GRUB_CFG.splitlines() if "vmlinuz" not in line
+    ]
+
+
 @pytest.mark.parametrize(
     ("menu", "lines"),
     [
@@ -276,7 +296,7 @@ def test_loader_that_leads_out_of_the_guest(guest: Path, target: Target, tmp_pat
     assert esp.signed_loaders(target, esp.FIRMWARE["x86_64"], "") == {}
 
 
-# What the hook decides
+# Decisions of the hook
 
 
 GRUB = hook_module("grub")
@@ -284,7 +304,7 @@ MENU = "linux /vmlinuz root=UUID=1 ro console=ttyS0,115200\n"
 
 
 class Seen:
-    """What a hook did: the programs that it ran, and what it put on the ESP."""
+    """The programs that a hook ran, and the files that it put on the ESP."""
 
     def __init__(self) -> None:
         self.programs: list[str] = []
@@ -293,7 +313,7 @@ class Seen:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """Programs of the guest are recorded; those that write what is read back do so."""
+    """Record the guest's programs; those whose output is read back write it."""
     seen = Seen()
 
     def run(self: Target, argv: Sequence[str], input: str | None = None) -> str:
@@ -319,17 +339,18 @@ def call(
     table: str = "gpt",
     arch: str = "x86_64",
     kernel_args: str = "",
+    root: str = "/dev/loop0p4",
 ) -> None:
-    volumes = [Volume("boot", "ext4", "/dev/loop0p3", OLD, "/boot"), Volume("root", "ext4", "/dev/loop0p4", NEW, "/")]
+    volumes = [Volume("boot", "ext4", "/dev/loop0p3", OLD, "/boot"), Volume("root", "ext4", root, NEW, "/")]
     if table == "gpt":
         volumes.append(Volume("esp", "vfat", "/dev/loop0p2", "ABCD-1234"))
     instance = Instance("inst1", "kvm", 256, (), (), kernel_path, serial, 38400, False)
-    known = Settings(image_type=image_type, kernel_args=kernel_args, arch=arch)
-    GRUB.main(Hook(action, target, known, instance, "/dev/loop0", tuple(volumes), (), {}))
+    settings = Settings(image_type=image_type, kernel_args=kernel_args, arch=arch)
+    GRUB.main(Hook(action, target, settings, instance, "/dev/loop0", tuple(volumes), (), {}))
 
 
 def plant(guest: Path, *names: str, name: str = "grub", menu: str = "") -> None:
-    """A guest with GRUB 2 for the platforms `names`."""
+    """Make a guest with GRUB 2 for the platforms `names`."""
     for program in ("install", "mkconfig", "mkimage"):
         path = guest / f"usr/sbin/{name}-{program}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -365,6 +386,17 @@ def test_firmware(
     assert seen.esp == ({"EFI/BOOT/BOOTX64.EFI": b"core image"} if MKIMAGE in programs else {})
     printed = capfd.readouterr().err
     assert said in printed and bool(said) == bool(printed)
+
+
+def test_a_root_on_lvm_keeps_its_name(guest: Path, target: Target, seen: Seen) -> None:
+    """Its loop device has a name that begins like that of the disk, and is none of its partitions."""
+    plant(guest, BIOS, menu=GRUB_CFG)
+    call(target, image_type="qcow2", root="/dev/loop01", kernel_args="x=1")
+    assert seen.programs == []
+    assert "root=/dev/mapper/a-b ro quiet rd.lvm.lv=a/b console=tty0" in (guest / "boot/grub/grub.cfg").read_text()
+    assert "x=1" in (guest / "etc/default/grub").read_text()
+    call(target, image_type="qcow2", kernel_args="x=2")
+    assert seen.programs == [MKCONFIG]
 
 
 @pytest.mark.parametrize(
@@ -436,7 +468,7 @@ def test_import_without_a_boot_loader_for_a_kernel_of_the_node(
 @pytest.mark.parametrize(
     ("menu", "arguments", "serial", "programs"),
     [
-        (MENU, "", True, []),  # the console is there
+        (MENU, "", True, []),  # the console is already set
         (MENU, "", False, []),
         (MENU, "ro", True, []),
         (MENU, "x=1", True, [MKCONFIG]),
@@ -456,7 +488,7 @@ def test_disk_image(
 
 
 def test_disk_image_with_entries(guest: Path, target: Target, seen: Seen) -> None:
-    """No mkconfig: it would write where the guest's menu may not be."""
+    """mkconfig does not run: it would write to a place where the guest's menu may not be."""
     plant(guest, BIOS, name="grub2", menu="blscfg\n")
     entry = guest / "boot/loader/entries/a.conf"
     entry.parent.mkdir(parents=True)
@@ -485,7 +517,7 @@ def test_menu_that_names_a_device_of_the_node(
 
 
 def test_own_console(guest: Path, target: Target, seen: Seen) -> None:
-    """Whoever asks for a console in KERNEL_ARGS gets that one alone."""
+    """A console in KERNEL_ARGS replaces the default console."""
     plant(guest, BIOS)
     call(target, kernel_args="console=ttyS1,9600")
     line = (guest / "etc/default/grub").read_text().splitlines()[-2]

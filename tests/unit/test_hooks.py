@@ -1,4 +1,4 @@
-"""The site's hooks: which ones, in what order, and what they are told."""
+"""The site's hooks: selection, order, and environment."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from support import recorded
 
-from imageos import hook, hooks, settings
-from imageos.disks.disk import Attached, Device
+from imageos import hooks, settings
+from imageos.disks.blockdev import Disk, LoopDevice
 from imageos.disks.filesystem import Volume
 from imageos.errors import Failure
+from imageos.guests.target import guest_disk
 from imageos.hook import Hook
-from imageos.run import Finished
+from imageos.run import Command, Finished
 from imageos.settings import Settings
 
 ROOT = Volume("root", "ext4", "/dev/loop7p3", "11111111-1111-4111-8111-111111111111")
@@ -26,20 +27,19 @@ KNOWN = Settings(image_type="tarball", image_name="debian-12", user_data="#cloud
 
 
 def context(
-    *volumes: Volume, action: str = "create", known: Settings = KNOWN, environ: dict[str, str] | None = None
+    *volumes: Volume, action: str = "create", settings: Settings = KNOWN, environ: dict[str, str] | None = None
 ) -> hooks.Context:
     return hooks.Context(
         action,
         ENVIRONMENT if environ is None else environ,
-        known,
+        settings,
         "/run/imageos/root",
-        Device("/dev/xenvg/disk0", -1, 1 << 30, is_file=False),
-        Attached("/dev/loop7", -1, 1 << 30),
+        LoopDevice("/dev/loop7", -1, Disk("/dev/xenvg/disk0", -1, 1 << 30, is_file=False)),
         volumes or (BOOT, SWAP, ROOT),
     )
 
 
-# Found
+# Selection
 
 
 def put(directory: Path, *names: str, mode: int = 0o755) -> None:
@@ -85,21 +85,21 @@ def test_no_directory_but_a_file(tmp_path: Path) -> None:
         hooks.find(str(tmp_path / "file"))
 
 
-# Before anything is written
+# Checks before the disk is written
 
 
 def test_customize_dir_that_is_missing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    known = Settings(customize_dir=f"{tmp_path}/missing")
-    hooks.check(replace(known, nomount=True))
+    settings = Settings(customize_dir=f"{tmp_path}/missing")
+    hooks.check(replace(settings, nomount=True))
     assert capfd.readouterr().err == ""
-    hooks.check(known)
+    hooks.check(settings)
     assert capfd.readouterr().err == f"imageos: warning: there is no CUSTOMIZE_DIR {tmp_path}/missing: no hook runs\n"
     hooks.check(Settings())
     assert capfd.readouterr().err == "", "no directory is as good as an empty one, if nobody has named it"
     put(tmp_path, "missing")
     with pytest.raises(Failure, match=f"^cannot list CUSTOMIZE_DIR {tmp_path}/missing: Not a directory$"):
-        hooks.check(known)
-    hooks.check(replace(known, nomount=True))
+        hooks.check(settings)
+    hooks.check(replace(settings, nomount=True))
 
 
 @pytest.fixture
@@ -111,28 +111,32 @@ def with_overlays(tmp_path: Path) -> Settings:
     return Settings(customize_dir=f"{tmp_path}/hooks", overlays_dir=f"{tmp_path}/overlays")
 
 
+def check_overlay(settings: Settings) -> None:
+    hooks.check_overlay(settings, hooks.find(settings.customize_dir))
+
+
 @pytest.mark.parametrize("name", ["missing", "file", "web "])
 def test_overlay_that_is_missing(name: str, with_overlays: Settings) -> None:
     with pytest.raises(Failure, match=f"^cannot find overlay {with_overlays.overlays_dir}/{name}$"):
-        hooks.check_overlay(replace(with_overlays, overlay=name))
-    hooks.check_overlay(replace(with_overlays, overlay=name, nomount=True))
+        check_overlay(replace(with_overlays, overlay=name))
+    check_overlay(replace(with_overlays, overlay=name, nomount=True))
 
 
 def test_overlay_without_its_hook(with_overlays: Settings, capfd: pytest.CaptureFixture[str]) -> None:
-    """The setting may be for another hook of the site."""
+    """Another hook of the site may use the setting."""
     script = f"{with_overlays.customize_dir}/overlays"
-    hooks.check_overlay(replace(with_overlays, overlay="web"))
+    check_overlay(replace(with_overlays, overlay="web"))
     assert capfd.readouterr().err == ""
     os.chmod(script, 0o644)
-    hooks.check_overlay(with_overlays)
+    check_overlay(with_overlays)
     assert capfd.readouterr().err == ""
-    hooks.check_overlay(replace(with_overlays, overlay="missing"))
+    check_overlay(replace(with_overlays, overlay="missing"))
     assert f"warning: OVERLAY=missing is for the hook overlays, which is off: chmod +x {script}" in (
         capfd.readouterr().err
     )
 
 
-# Told
+# Environment
 
 
 def test_everything_from_ganeti() -> None:
@@ -144,7 +148,7 @@ def test_everything_from_ganeti() -> None:
 
 
 def test_every_setting() -> None:
-    env = hooks.variables(context(known=Settings(unknown={"CINIT_TYPE": "nocloud", "helper": "x"})))
+    env = hooks.variables(context(settings=Settings(unknown={"CINIT_TYPE": "nocloud", "helper": "x"})))
     assert set(map(str.upper, settings.TABLE)) < set(env)
     assert (env["SWAP"], env["FILESYSTEM"], env["SWAP_SIZE"]) == ("yes", "ext3", "")
     assert (env["CINIT_TYPE"], env["helper"]) == ("nocloud", "x")
@@ -189,15 +193,15 @@ def test_nothing_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ganeti_cannot_be_overruled_by_a_setting() -> None:
-    """A parameter is a value: it does not change what the command itself tells."""
+    """A parameter is only a value: it does not change the command's own variables."""
     env = hooks.variables(
-        context(known=Settings(unknown={"TARGET": "/", "PYTHONPATH": "/tmp", "BLOCKDEV": "/dev/sda"}))
+        context(settings=Settings(unknown={"TARGET": "/", "PYTHONPATH": "/tmp", "BLOCKDEV": "/dev/sda"}))
     )
     assert (env["TARGET"], env["BLOCKDEV"]) == ("/run/imageos/root", "/dev/xenvg/disk0")
     assert env["PYTHONPATH"] != "/tmp"
 
 
-# What a hook says
+# Messages of a hook
 
 
 @pytest.mark.parametrize(
@@ -223,12 +227,12 @@ def test_a_hint_is_said_once(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """It is said before the cause if the hook fails, and else where the hook says it."""
+    """A hint appears before the cause if the hook fails, otherwise where the hook prints it."""
 
-    def pipeline(stages: list[list[str]], *, on_line: Callable[[str], None], **_: object) -> list[Finished]:
+    def pipeline(command: Command, *, on_line: Callable[[str], None], **_: object) -> list[Finished]:
         for line in said:
             on_line(line)
-        return [Finished(stages[0], status, b"", "")]
+        return [Finished(command.argv, status, b"", "")]
 
     monkeypatch.setattr(hooks, "pipeline", pipeline)
     if not status:
@@ -243,12 +247,12 @@ def test_a_hint_is_said_once(
     assert lines == shown
 
 
-# The same, as a hook in Python gets it
+# The same for a hook in Python
 
 
 @pytest.fixture
 def environ(guest: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The environment of a hook whose guest is `guest`; its disks are files, they need only exist."""
+    """Return the environment of a hook for the guest `guest`; its disks are files, which only need to exist."""
     volumes = []
     for volume in (BOOT, SWAP, ROOT):
         node = guest.parent / os.path.basename(volume.device)
@@ -263,23 +267,23 @@ def environ(guest: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 def test_hook_gets_what_the_command_knows(environ: dict[str, str], guest: Path) -> None:
     seen: list[Hook] = []
 
-    def main(one: Hook) -> None:
-        one.target.write("/etc/motd", f"This is {one.instance.name}\n")
-        seen.append(one)
+    def main(hook: Hook) -> None:
+        hook.target.write("/etc/motd", f"This is {hook.instance.name}\n")
+        seen.append(hook)
 
     with pytest.raises(SystemExit) as raised:
         Hook.run(main)
     assert raised.value.code == 0
-    (one,) = seen
+    (hook,) = seen
     assert (guest / "etc/motd").read_text() == "This is inst1.example.org\n"
-    assert one.action == "create"
-    assert one.arguments == ("-r",)
-    assert one.settings == KNOWN
-    assert one.instance.nics[0].network["NAME"] == "net1"
-    assert [(volume.role, volume.kind, volume.uuid) for volume in one.volumes] == [
+    assert hook.action == "create"
+    assert hook.arguments == ("-r",)
+    assert hook.settings == KNOWN
+    assert hook.instance.nics[0].network["NAME"] == "net1"
+    assert [(volume.role, volume.kind, volume.uuid) for volume in hook.volumes] == [
         (volume.role, volume.kind, volume.uuid) for volume in (BOOT, SWAP, ROOT)
     ]
-    assert one.environ == environ
+    assert hook.environ == environ
 
 
 def test_hook_that_fails(environ: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
@@ -293,6 +297,6 @@ def test_hook_that_fails(environ: dict[str, str], capfd: pytest.CaptureFixture[s
 
 
 def test_disk_as_the_sandbox_shows_it() -> None:
-    shown = hook.guest_disk("/dev/loop7", (BOOT, SWAP, ROOT))
+    shown = guest_disk("/dev/loop7", (BOOT, SWAP, ROOT))
     assert list(shown.nodes) == ["/dev/loop7", BOOT.device, SWAP.device, ROOT.device]
     assert list(shown.uuids) == [(volume.uuid, volume.device) for volume in (BOOT, SWAP, ROOT)]

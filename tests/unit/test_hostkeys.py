@@ -1,4 +1,4 @@
-"""The guest's ssh host keys: what becomes of the image's. That real ones are made: tests/disk/test_create_guest.py."""
+"""The image's ssh host keys are removed. tests/disk/test_create_guest.py tests that real ones are made."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_node_without_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_guest_without_ssh(guest: Path, target: Target) -> None:
-    """Nobody waits for a key that nobody wants."""
+    """Do not wait for keys that the guest does not need."""
     hostkeys.replace(target, lambda: pytest.fail("asked for a key"))
     assert os.listdir(guest) == []
 
@@ -63,3 +63,38 @@ def test_guest_whose_keygen_fails(
     assert f"no ssh host keys{but}: ssh-keygen failed" in capfd.readouterr().err
     left = {"ssh_host_rsa_key", "ssh_host_rsa_key.pub"} if ahead else set()
     assert set(os.listdir(guest / "etc/ssh")) == {"sshd_config", *left}
+
+
+def test_keys_of_dropbear(
+    guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its daemon gets keys of every type that it knows; the initramfs those that it has, and a word to the operator."""
+    for name in ("etc/dropbear/dropbear_rsa_host_key", "etc/dropbear/initramfs/dropbear_ecdsa_host_key"):
+        (guest / name).parent.mkdir(parents=True, exist_ok=True)
+        (guest / name).write_text("the image's")
+    (guest / "usr/bin").mkdir(parents=True)
+    (guest / "usr/bin/dropbearkey").write_text("")
+    (guest / "usr/bin/dropbearkey").chmod(0o755)
+
+    def keygen(_self: Target, argv: list[str]) -> None:
+        _, _, kind, _, file = argv
+        if kind == "ed25519":
+            raise Failure("unknown type")
+        (guest / file[1:]).write_text(f"a new key of {kind}")
+
+    monkeypatch.setattr(Target, "run", keygen)
+    hostkeys.replace(target)
+    assert {path.name: path.read_text() for path in (guest / "etc/dropbear").glob("*key")} == {
+        "dropbear_rsa_host_key": "a new key of rsa",
+        "dropbear_ecdsa_host_key": "a new key of ecdsa",
+    }
+    inner = guest / "etc/dropbear/initramfs"
+    assert [path.read_text() for path in inner.iterdir()] == ["a new key of ecdsa"]
+    assert "update-initramfs -u" in capfd.readouterr().err
+
+
+def test_keys_of_dropbear_that_cannot_be_made(guest: Path, target: Target) -> None:
+    (guest / "etc/dropbear").mkdir(parents=True)
+    (guest / "etc/dropbear/dropbear_rsa_host_key").write_text("the image's")
+    hostkeys.replace(target)  # it makes them itself, with -R
+    assert os.listdir(guest / "etc/dropbear") == []

@@ -1,4 +1,4 @@
-"""Where the old name stands, and only there, the new one is put."""
+"""The new name replaces the old one wherever that is, and nothing else."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ OLD, NEW = "old.example.org", "new.example.net"
         ("/etc/hosts", "#192.0.2.1 old\n", None),
         ("/etc/hosts", "192.0.2.1 old\r\n", "192.0.2.1 new\r\n"),
         ("/etc/mailname", "old.example.org\n", "new.example.net\n"),
+        ("/etc/postfix/main.cf", "myhostname = old.example.org\nx = old\n", "myhostname = new.example.net\nx = old\n"),
+        (
+            "/etc/exim4/update-exim4.conf.conf",
+            "dc_other_hostnames='old.example.org'\n",
+            "dc_other_hostnames='new.example.net'\n",
+        ),
+        ("/var/lib/cloud/data/previous-hostname", "old", "new"),
+        (
+            "/var/lib/cloud/data/set-hostname",
+            '{\n "fqdn": "old.example.org",\n "hostname": "old"\n}\n',
+            '{\n "fqdn": "new.example.net",\n "hostname": "new"\n}\n',
+        ),
         ("/etc/dhcp/dhclient.conf", 'send host-name "old";\n', 'send host-name "new";\n'),
         ("/etc/dhcp/dhclient.conf", "send host-name = gethostname();\n", None),
         (
@@ -64,3 +76,35 @@ def test_a_name_that_is_nowhere(target: Target, capfd: pytest.CaptureFixture[str
     assert capfd.readouterr().err == (
         "imageos: the guest is not renamed to new.example.org: the name old.example.org is nowhere in it\n"
     )
+
+
+# create: the name of the image
+
+TEMPLATE = {
+    "/etc/hostname": ("template\n", "new\n"),
+    "/etc/mailname": ("template.example.org\n", "new.example.net\n"),
+    "/etc/hosts": (
+        "127.0.0.1 localhost\n127.0.1.1 template.example.org template\n192.0.2.9 template.example.org other\n",
+        "127.0.0.1 localhost\n127.0.1.1\tnew.example.net new\n192.0.2.9 new.example.net other\n",
+    ),
+    "/etc/postfix/main.cf": ("myhostname = template.example.org\n", "myhostname = new.example.net\n"),
+    "/etc/cloud/cloud.cfg.d/90_site.cfg": ("hostname: template\n", "hostname: new\n"),
+    "/etc/dhcp/dhclient.conf": ('send host-name "template";\n', 'send host-name "new";\n'),
+}
+
+
+def test_write_replaces_the_name_of_the_image(target: Target) -> None:
+    for path, (before, _) in TEMPLATE.items():
+        target.write(path, before)
+    hostname.write(target, NEW)
+    assert {path: target.read(path) for path in TEMPLATE} == {path: after for path, (_, after) in TEMPLATE.items()}
+
+
+@pytest.mark.parametrize("own", ["", "localhost\n", "localhost.localdomain\n"])
+def test_write_replaces_no_name_that_all_have(own: str, target: Target) -> None:
+    target.write("/etc/hostname", own)
+    target.write("/etc/hosts", "127.0.0.1 localhost.localdomain localhost\n127.0.1.1 new.example.net new\n")
+    target.write("/etc/mailname", "of-the-image\n")
+    hostname.write(target, NEW)
+    assert target.read("/etc/hosts") == "127.0.0.1 localhost.localdomain localhost\n127.0.1.1\tnew.example.net new\n"
+    assert target.read("/etc/mailname") == "new.example.net\n"

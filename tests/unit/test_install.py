@@ -1,7 +1,8 @@
-"""What install puts in place: all of it, once, and never over what the site has changed."""
+"""install puts everything in place, once, and never overwrites changes of the site."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -12,10 +13,10 @@ import pytest
 from hookfiles import HOOKS
 
 import build
-from imageos import settings
+from imageos import installation, settings
 from imageos.commands import install, uninstall
-from imageos.commands.install import Entry
-from imageos.errors import Failure
+from imageos.errors import Failure, Usage
+from imageos.installation import Entry, Record
 
 OS_DIR = "/usr/share/ganeti/os/image"
 SITE_DIR = "/etc/ganeti/instance-image"
@@ -92,21 +93,42 @@ def test_site_file_is_kept(root: Path, capfd: pytest.CaptureFixture[str]) -> Non
 def test_site_file_that_nobody_changed_is_replaced(root: Path) -> None:
     put(root, "/hooks/grub", "shipped 1", site=True)
     (root / "hooks/grub").chmod(0o755)
-    known = {"/hooks/grub": install.digest(b"shipped 1")}
-    assert install.put(str(root), Entry("/hooks/grub", b"shipped 2", site=True), known)
+    record = {"/hooks/grub": installation.digest(b"shipped 1")}
+    assert install.put(str(root), Entry("/hooks/grub", b"shipped 2", site=True), record)
     assert (root / "hooks/grub").read_text() == "shipped 2"
     assert os.access(root / "hooks/grub", os.X_OK), "the site has enabled it"
     assert os.listdir(root / "hooks") == ["grub"]
 
 
 def test_link_of_the_site_is_kept(root: Path) -> None:
-    """Some manage /etc as links into a checkout."""
+    """Some sites have links from /etc into a checkout."""
     (root / "managed").write_text("shipped 1")
     (root / "conf").symlink_to(root / "managed")
-    known = {"/conf": install.digest(b"shipped 1")}
-    assert install.put(str(root), Entry("/conf", b"shipped 2", site=True), known)
+    record = {"/conf": installation.digest(b"shipped 1")}
+    assert install.put(str(root), Entry("/conf", b"shipped 2", site=True), record)
     assert (root / "managed").read_text() == "shipped 1"
     assert (root / "conf.new").read_text() == "shipped 2"
+
+
+def test_link_of_the_site_that_leads_nowhere_is_kept(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What it leads to is perhaps not mounted yet."""
+    path = root / "etc/default/site"
+    path.parent.mkdir(parents=True)
+    path.symlink_to("/nonexistent/site")
+    assert install.put(str(root), Entry("/etc/default/site", b"two", site=True), {})
+    assert os.readlink(path) == "/nonexistent/site"
+    assert Path(f"{path}.new").read_bytes() == b"two"
+    assert f"{path} is kept" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("link", ["", "/nonexistent"])
+def test_what_is_no_directory_is_named(link: str, root: Path) -> None:
+    path = root / "etc/ganeti/instance-image/overlays"
+    path.parent.mkdir(parents=True)
+    path.symlink_to(link) if link else path.write_text("")
+    with pytest.raises(Failure, match=f"{path} is a .*: it should be a directory") as raised:
+        install.put_all(str(root), [], Record(), "/installed.json")
+    assert f"rm {path}" in str(raised.value.hint)
 
 
 def test_what_was_offered_is_taken_away_once_it_is_taken_over(root: Path) -> None:
@@ -121,7 +143,7 @@ def test_what_was_offered_is_taken_away_once_it_is_taken_over(root: Path) -> Non
 
 
 def test_link_in_place_of_our_file_is_not_followed(root: Path, tmp_path: Path) -> None:
-    """The ancestor's parameters.list is a link into /etc."""
+    """ganeti-instance-image has a link into /etc as parameters.list."""
     outside = tmp_path / "outside"
     outside.write_text("new")
     (root / "file").symlink_to(outside)
@@ -184,23 +206,23 @@ def test_failed_write_leaves_nothing(entry: Entry, root: Path, monkeypatch: pyte
     assert os.listdir(root) == []
 
 
-# All of it
+# The whole definition
 
 
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The package as it is in the built file: with defaults and hooks in it."""
+    """Return the package as in the built file, with defaults and hooks."""
     build.stage_sources(tmp_path / "stage")
     package = tmp_path / "stage/imageos"
     program = tmp_path / "imageos"
     program.write_text("the built file")
     monkeypatch.setattr("importlib.resources.files", lambda _: package)
-    monkeypatch.setattr(install, "program_file", lambda: str(program))
+    monkeypatch.setattr(installation, "program_file", lambda: str(program))
     return package
 
 
 def everything() -> list[Entry]:
-    return list(install.entries(OS_DIR, "/usr/local/sbin"))
+    return list(installation.entries(OS_DIR, "/usr/local/sbin"))
 
 
 def test_paths_of_the_contract(shipped: Path) -> None:
@@ -216,8 +238,8 @@ def test_paths_of_the_contract(shipped: Path) -> None:
     for path in ("/etc/default/ganeti-instance-image", f"{SITE_DIR}/variants.list"):
         assert made[path].site
     for directory in ("variants", "hooks", "networks/subnets", "networks/instances", "overlays"):
-        assert f"{SITE_DIR}/{directory}" in install.DIRECTORIES
-    assert "/var/cache/ganeti-instance-image" in install.DIRECTORIES
+        assert f"{SITE_DIR}/{directory}" in installation.DIRECTORIES
+    assert "/var/cache/ganeti-instance-image" in installation.DIRECTORIES
 
 
 def test_every_hook_is_installed_without_the_execute_bit(shipped: Path, root: Path) -> None:
@@ -239,12 +261,12 @@ def test_no_link_dangles_at_any_time(shipped: Path, root: Path) -> None:
     for entry in everything():
         install.put(str(root), entry)
         if entry.link:
-            place = os.path.join(os.path.dirname(entry.path), entry.link)
-            assert os.path.exists(f"{root}{place}"), f"{entry.path} -> {entry.link}"
+            path = os.path.join(os.path.dirname(entry.path), entry.link)
+            assert os.path.exists(f"{root}{path}"), f"{entry.path} -> {entry.link}"
 
 
 def changed(path: Path) -> tuple[int, int]:
-    """What any change changes; looking does not, unlike the time of the last access."""
+    """Return attributes that every change alters; reading alters only the access time, which is not among them."""
     return path.lstat().st_ino, path.lstat().st_ctime_ns
 
 
@@ -271,13 +293,24 @@ def test_command(shipped: Path, root: Path, capfd: pytest.CaptureFixture[str]) -
     assert "nothing had to be changed" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "wrong", [["--root="], ["--os-dir="], ["--os-dir=image"], ["--bin-dir="], ["--bin-dir=sbin"], ["--os-dir=/"]]
+)
+def test_wrong_directories(wrong: list[str], shipped: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a variable that is not set; nothing is put there, or where we are."""
+    monkeypatch.chdir(root)
+    with pytest.raises(Usage, match=wrong[0].partition("=")[0]):
+        install.main([f"--root={root}", *wrong])
+    assert not list(root.iterdir())
+
+
 def test_source_tree_cannot_be_installed(root: Path) -> None:
     with pytest.raises(Failure, match="from the built file only") as raised:
         install.main(["--root", str(root)])
     assert "build.py" in str(raised.value.hint)
 
 
-# Upgrades, and the end
+# Upgrades and removal
 
 
 def call(command: str, root: Path) -> int:
@@ -286,7 +319,7 @@ def call(command: str, root: Path) -> int:
 
 
 def tree(root: Path) -> dict[str, object]:
-    """Every path with what it is."""
+    """Return every path with its type and content."""
     return {
         str(path.relative_to(root)): os.readlink(path)
         if path.is_symlink()
@@ -298,7 +331,7 @@ def tree(root: Path) -> dict[str, object]:
 
 
 def newer(package: Path) -> None:
-    """Make the package one with another default.conf, defaults file and hook."""
+    """Give the package another default.conf, defaults file and hook."""
     for path in (package / "defaults/default.conf", package / "defaults/variants.list", package / "hooks.d/grub"):
         path.write_text(path.read_text() + "# of version 2\n")
 
@@ -360,9 +393,9 @@ def test_uninstall_leaves_what_the_site_made(shipped: Path, root: Path, capfd: p
         f"{OS_DIR}/verify": "the site's own script",
     }
     for path, text in kept.items():
-        place = root / path.lstrip("/")
-        place.unlink(missing_ok=True)
-        place.write_text(text)
+        file = root / path.lstrip("/")
+        file.unlink(missing_ok=True)
+        file.write_text(text)
     assert call("uninstall", root) == 0
     said = capfd.readouterr().err
     for path, text in kept.items():
@@ -384,6 +417,97 @@ def test_uninstall_leaves_a_command_of_the_sites(shipped: Path, root: Path) -> N
     assert os.listdir(command.parent) == ["make-dump"]
 
 
+@pytest.mark.parametrize("kind", ["script", "link", "dangling link"])
+def test_a_command_of_the_sites_is_kept(
+    kind: str, shipped: Path, root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = root / "usr/local/sbin/make-dump"
+    command.parent.mkdir(parents=True)
+    if kind == "script":
+        command.write_text("#!/bin/sh\n")
+    else:
+        command.symlink_to("/bin/true" if kind == "link" else "/opt/site/make-dump")
+    before = tree(command.parent)
+    call("install", root)
+    assert f"warning: {command} is the site's own, and kept" in capfd.readouterr().err
+    assert tree(command.parent)["make-dump"] == before["make-dump"]
+    call("uninstall", root)
+    assert tree(command.parent) == before
+
+
+@pytest.mark.parametrize("leads_to", [f"{OS_DIR}/tools/make-dump", "/srv/ganeti/os/image/imageos"])
+def test_a_command_that_leads_to_an_old_definition_is_replaced(leads_to: str, shipped: Path, root: Path) -> None:
+    command = root / "usr/local/sbin/make-dump"
+    command.parent.mkdir(parents=True)
+    command.symlink_to(leads_to)
+    call("install", root)
+    assert os.readlink(command) == f"{OS_DIR}/imageos"
+
+
+def test_another_place_for_the_commands(shipped: Path, root: Path) -> None:
+    """What the first install has put there stays ours, and is removed with the rest."""
+    install.main(["--root", str(root), "--bin-dir", "/opt/bin"])
+    call("install", root)
+    assert sorted(os.listdir(root / "opt/bin")) == sorted(os.listdir(root / "usr/local/sbin"))
+    call("uninstall", root)
+    assert [path for path in root.rglob("*") if not path.is_dir()] == []
+
+
+def test_what_a_killed_install_has_left(shipped: Path, root: Path) -> None:
+    call("install", root)
+    before = tree(root)
+    for path in (f"{OS_DIR}/imageos", f"{SITE_DIR}/hooks/grub", "/usr/local/sbin/mount-disks"):
+        (root / f"{path[1:]}.0123abcd.tmp").write_text("half")
+    (root / f"{SITE_DIR[1:]}/hooks/grub.mine.tmp").write_text("the site's")
+    call("install", root)
+    (root / f"{SITE_DIR[1:]}/hooks/grub.mine.tmp").unlink()
+    assert tree(root) == before
+
+
+@pytest.mark.parametrize(
+    ("there", "ours", "warns"),
+    [
+        *[("1.1", "1.0", True), ("1.1", "1.1.dev0", True), ("1.10", "1.9", True), ("1.1.1", "1.1", True)],
+        *[("1.0", "1.1", False), ("1.1.dev0", "1.1", False), ("1.1", "1.1", False), ("", "1.0", False)],
+    ],
+)
+def test_an_older_version(
+    there: str, ours: str, warns: bool, shipped: Path, root: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It is installed, with a warning; a file that is no program of ours is just replaced."""
+    program = root / OS_DIR[1:] / "imageos"
+    program.parent.mkdir(parents=True)
+    program.write_text("something else")
+    if there:
+        program.write_bytes(b"#!\n\xff" + f'"""imageos"""\n\n__version__ = "{there}"\n'.encode() + b"PK\xff")
+    monkeypatch.setattr(install, "__version__", ours)
+    call("install", root)
+    warning = f"warning: imageos {there} is replaced by an older version, {ours}"
+    assert (warning in capfd.readouterr().err) is warns
+    assert program.read_text() == "the built file"
+
+
+def test_a_record_of_a_newer_version(shipped: Path, root: Path) -> None:
+    call("install", root)
+    record = root / OS_DIR[1:] / installation.RECORD
+    record.write_text(json.dumps({**json.loads(record.read_text()), "more": 1}))
+    call("install", root)
+    call("uninstall", root)
+    assert [path for path in root.rglob("*") if not path.is_dir()] == []
+
+
+def test_two_at_once(shipped: Path, root: Path) -> None:
+    """The second waits until the first has ended."""
+    os_dir = root / OS_DIR[1:]
+    with install.alone(str(os_dir)):
+        descriptor = os.open(os_dir, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
+
+
 def test_uninstall_knows_where_the_commands_are(shipped: Path, root: Path) -> None:
     install.main(["--root", str(root), "--bin-dir", "/opt/bin"])
     call("uninstall", root)
@@ -393,7 +517,7 @@ def test_uninstall_knows_where_the_commands_are(shipped: Path, root: Path) -> No
 @pytest.mark.parametrize("command", ["install", "uninstall"])
 def test_what_a_package_has_installed_is_left_to_it(command: str, shipped: Path, root: Path) -> None:
     call("install", root)
-    record = root / OS_DIR.lstrip("/") / install.RECORD
+    record = root / OS_DIR.lstrip("/") / installation.RECORD
     record.write_text('{"package": "ganeti-instance-image"}')
     before = tree(root)
     with pytest.raises(Failure, match="belongs to the package ganeti-instance-image"):
@@ -404,7 +528,7 @@ def test_what_a_package_has_installed_is_left_to_it(command: str, shipped: Path,
 @pytest.mark.parametrize("text", ["{", "[]", "1", '{"files": 1}', '{"links": {"/x": 1}}', '{"files": {"/x": null}}'])
 def test_damaged_record(text: str, shipped: Path, root: Path) -> None:
     call("install", root)
-    (root / OS_DIR.lstrip("/") / install.RECORD).write_text(text)
+    (root / OS_DIR.lstrip("/") / installation.RECORD).write_text(text)
     for command in ("install", "uninstall"):
         with pytest.raises(Failure, match="installed.json is damaged"):
             call(command, root)
@@ -412,17 +536,17 @@ def test_damaged_record(text: str, shipped: Path, root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/../outside/{}", "../outside/{}", "/etc/../../outside/{}", "/leads/{}"])
 def test_nothing_is_removed_outside(name: str, shipped: Path, root: Path, tmp_path: Path) -> None:
-    """Whatever the record says, and wherever links lead."""
+    """For any record, and wherever links lead."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_text("text")
     (outside / "link").symlink_to("target")
     (root / "leads").symlink_to(outside)
-    known = json.dumps({"files": {name.format("file"): install.digest(b"text")}, "links": {"/x": "y"}})
-    for record in (known, json.dumps({"links": {name.format("link"): "target"}})):
-        place = root / OS_DIR.lstrip("/") / install.RECORD
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(record)
+    with_file = json.dumps({"files": {name.format("file"): installation.digest(b"text")}, "links": {"/x": "y"}})
+    for record in (with_file, json.dumps({"links": {name.format("link"): "target"}})):
+        file = root / OS_DIR.lstrip("/") / installation.RECORD
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(record)
         with pytest.raises(Failure, match="leads out of"):
             call("uninstall", root)
     assert sorted(os.listdir(outside)) == ["file", "link"]
@@ -438,7 +562,7 @@ def test_nothing_is_installed_outside(shipped: Path, root: Path, tmp_path: Path)
 
 
 def test_ancestor_is_taken_over_with_its_configuration(shipped: Path, root: Path) -> None:
-    """Its scripts are replaced, also where they are links; what is in /etc and /var stays as it was."""
+    """Its scripts are replaced, also if they are links; its files in /etc and /var stay unchanged."""
     ancestor = {
         "/etc/default/ganeti-instance-image": 'SWAP="no"\n',
         f"{SITE_DIR}/variants.list": "centos-6\n",
@@ -451,9 +575,9 @@ def test_ancestor_is_taken_over_with_its_configuration(shipped: Path, root: Path
     }
     scripts = ("create", "import", "export", "rename", "verify", "common.sh", "tools/mount-disks")
     for path in (*ancestor, *(f"{OS_DIR}/{name}" for name in scripts)):
-        place = root / path.lstrip("/")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(ancestor.get(path, "#!/bin/bash\n"))
+        file = root / path.lstrip("/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(ancestor.get(path, "#!/bin/bash\n"))
     (root / SITE_DIR.lstrip("/") / "hooks/grub").chmod(0o755)
     os_dir = root / OS_DIR.lstrip("/")
     for name in ("variants.list", "parameters.list"):
@@ -466,7 +590,7 @@ def test_ancestor_is_taken_over_with_its_configuration(shipped: Path, root: Path
     assert os.access(root / SITE_DIR.lstrip("/") / "hooks/grub", os.X_OK)
     for name in ("create", "import", "export", "rename", "verify", "tools/mount-disks"):
         assert (os_dir / name).resolve() == os_dir / "imageos"
-    assert (os_dir / "parameters.list").read_text() == install.parameters_list()
+    assert (os_dir / "parameters.list").read_text() == installation.parameters_list()
     assert not (os_dir / "parameters.list").is_symlink()
     call("uninstall", root)
     for path, text in ancestor.items():
@@ -477,8 +601,8 @@ def test_ancestor_is_taken_over_with_its_configuration(shipped: Path, root: Path
 
 
 def test_parameters_list() -> None:
-    """One `name description` a line: anything else breaks gnt-cluster verify or gnt-os info."""
-    text = install.parameters_list()
+    """Each line is `name description`: anything else breaks gnt-cluster verify or gnt-os info."""
+    text = installation.parameters_list()
     lines = text.splitlines()
     assert text.endswith("\n")
     assert all(re.fullmatch(r"[a-z_-]+ [!-~][ -~]*", line) for line in lines)
@@ -490,3 +614,64 @@ def test_variants_list() -> None:
     assert "default" in text.splitlines()
     for line in text.splitlines():
         assert not line or line.startswith("#") or re.fullmatch(r"[A-Za-z0-9_-]+", line)
+
+
+# What Ganeti runs
+
+CONSTANTS = 'OS_NAME = 1\nOS_SEARCH_PATH = ["/opt/os","/usr/share/ganeti/os"]\n'
+
+
+def told(root: Path, os_dir: str = OS_DIR) -> str:
+    problem = installation.not_in_use(str(root), os_dir)
+    return f"{problem} ({problem.hint})" if problem else ""
+
+
+@pytest.mark.parametrize("first", ["/srv/ganeti/os", "/usr/local/lib/ganeti/os", "/usr/lib/ganeti/os"])
+def test_an_old_definition_is_found_first(
+    first: str, shipped: Path, root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An empty or broken one, too: Ganeti takes the first directory of the name."""
+    (root / first[1:] / "image").mkdir(parents=True)
+    call("install", root)
+    move = f"mv {first}/image {os.path.dirname(first)}/image.old"
+    assert capfd.readouterr().err.splitlines()[-2:] == [
+        f"imageos: hint: on every node, move it away: {move}",
+        f"imageos: warning: Ganeti uses the OS definition in {first}/image, not that in {OS_DIR}: it looks there first",
+    ]
+    os.rename(root / first[1:] / "image", root / os.path.dirname(first)[1:] / "image.old")
+    call("install", root)
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_a_link_to_ours_is_ours(shipped: Path, root: Path) -> None:
+    call("install", root)
+    (root / "srv/ganeti/os").mkdir(parents=True)
+    (root / "srv/ganeti/os/image").symlink_to(f"{root}{OS_DIR}")
+    assert told(root) == ""
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "etc/ganeti/share/ganeti",
+        "usr/share/ganeti/3.1/ganeti",
+        "usr/lib/python3.12/site-packages/ganeti",
+        "usr/lib64/python3/dist-packages/ganeti",
+    ],
+)
+def test_how_ganeti_was_built(place: str, root: Path) -> None:
+    assert told(root) == ""
+    (root / place).mkdir(parents=True)
+    (root / place / "_constants.py").write_text(CONSTANTS)
+    assert installation.search_path(str(root)) == ("/opt/os", "/usr/share/ganeti/os")
+    (root / "opt/os/image").mkdir(parents=True)
+    assert "Ganeti uses the OS definition in /opt/os/image" in told(root)
+    looks = "it looks in /opt/os, /usr/share/ganeti/os (imageos install --os-dir /usr/share/ganeti/os/other)"
+    assert told(root, "/srv/ganeti/os/other").endswith(looks)
+
+
+@pytest.mark.parametrize("text", ["", "OS_SEARCH_PATH = [x]\n", "OS_SEARCH_PATH = 3\n"])
+def test_constants_that_cannot_be_read(text: str, root: Path) -> None:
+    (root / "etc/ganeti/share/ganeti").mkdir(parents=True)
+    (root / "etc/ganeti/share/ganeti/_constants.py").write_text(text)
+    assert installation.search_path(str(root)) == installation.SEARCH_PATH

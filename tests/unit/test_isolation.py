@@ -1,4 +1,4 @@
-"""Signals become an exception that nothing swallows. Namespaces are for the tier of real disks."""
+"""Signals become an exception that no code swallows. The tiers with real disks test namespaces."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from imageos import run
 from imageos.errors import Failure, Interrupted
-from imageos.node import isolation, linux
+from imageos.node import children, isolation, linux
 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {one: signal.getsignal(one) for one in run.SIGNALS}
+    before = {number: signal.getsignal(number) for number in children.SIGNALS}
     isolation.handle_signals()
     yield
-    for one, handler in before.items():
-        signal.signal(one, handler)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_first_signal_interrupts(number: signal.Signals) -> None:
     with pytest.raises(Interrupted) as raised:
         signal.raise_signal(number)
@@ -32,8 +31,8 @@ def test_first_signal_interrupts(number: signal.Signals) -> None:
 def test_cleaning_up_is_not_interrupted() -> None:
     with pytest.raises(Interrupted):
         signal.raise_signal(signal.SIGTERM)
-    for one in run.SIGNALS:
-        signal.raise_signal(one)
+    for number in children.SIGNALS:
+        signal.raise_signal(number)
 
 
 def test_namespaces_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,11 +43,11 @@ def test_namespaces_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_signal_waits_while_the_process_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python ignores what a handler raises there: the command would go on."""
+    """Python ignores what a handler raises in fork, so that the command would continue."""
     waiting: set[int] = set()
 
     def fork() -> int:
-        signal.raise_signal(signal.SIGTERM)  # to this thread: a worker of pytest-xdist has others, which take it
+        signal.raise_signal(signal.SIGTERM)  # in this thread: a worker of pytest-xdist has others
         waiting.update(signal.sigpending())
         raise OSError(0, "no processes any more")
 

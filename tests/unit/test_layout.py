@@ -1,4 +1,4 @@
-"""Partitions: where they begin and end, what they are, and the text that sfdisk gets."""
+"""Partitions: their positions and types, and the script for sfdisk."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def part(made: Layout, role: str) -> Partition:
 def test_roles_in_their_order(table: str, boot: int, swap: int, roles: list[str]) -> None:
     made = plan(table, boot=boot * MIB, swap=swap * MIB)
     assert made.table == table
-    assert [one.role for one in made.partitions] == roles
-    assert [one.number for one in made.partitions] == list(range(1, len(roles) + 1))
+    assert [partition.role for partition in made.partitions] == roles
+    assert [partition.number for partition in made.partitions] == list(range(1, len(roles) + 1))
     if boot:
         assert part(made, "boot").size == boot * MIB
     if swap:
         assert part(made, "swap").size == swap * MIB
-    active = [one.role for one in made.partitions if one.bootable]
+    active = [partition.role for partition in made.partitions if partition.bootable]
     assert active == ([] if table == "gpt" else ["boot" if boot else "root"])
 
 
@@ -71,19 +71,19 @@ def test_role_that_is_not_there() -> None:
     swap=st.integers(0, 60 * MIB),
 )
 def test_partitions_fill_the_disk(table: str, disk: int, boot: int, swap: int) -> None:
-    """Aligned, one behind the other, and nothing of note left over; whatever the size of the disk."""
+    """They are aligned, adjacent, and leave almost nothing free, for any size of the disk."""
     made = plan(table, disk, boot, swap)
     place = MIB
-    for one in made.partitions:
-        assert one.start == place
-        assert one.size > 0
-        assert one.size % MIB == 0
-        place += one.size
+    for partition in made.partitions:
+        assert partition.start == place
+        assert partition.size > 0
+        assert partition.size % MIB == 0
+        place += partition.size
     backup = 33 * SECTOR if table == "gpt" else 0
     assert disk - backup - MIB < place <= disk - backup
     assert made.partitions[-1].role == "root"
-    assert boot <= sum(one.size for one in made.partitions if one.role == "boot") < boot + MIB
-    assert swap <= sum(one.size for one in made.partitions if one.role == "swap") < swap + MIB
+    assert boot <= sum(partition.size for partition in made.partitions if partition.role == "boot") < boot + MIB
+    assert swap <= sum(partition.size for partition in made.partitions if partition.role == "swap") < swap + MIB
 
 
 @pytest.mark.parametrize("extra", [0, 1, 511, 512, MIB - 1])
@@ -99,7 +99,7 @@ def test_gpt_keeps_room_for_its_backup() -> None:
     assert root.start + root.size == GIB
 
 
-# Not possible
+# Impossible layouts
 
 
 @pytest.mark.parametrize("table", ["msdos", "gpt"])
@@ -148,7 +148,7 @@ def test_every_disk_has_an_id_of_its_own() -> None:
     assert re.fullmatch(r"[0-9A-F]{8}(-[0-9A-F]{4}){3}-[0-9A-F]{12}", plan("gpt").disk_id)
 
 
-# What sfdisk gets
+# The script for sfdisk
 
 
 def script(table: str, disk_id: str, arch: str = "x86_64", boot: int | None = None, swap: int = 256) -> str:

@@ -34,7 +34,7 @@ def test_ascii_is_unchanged(text: str) -> None:
         ("stra\u00dfe", "stra\\xdfe"),
         ("\u20ac", "\\u20ac"),
         ("\U0001f600", "\\U0001f600"),
-        ("\udcff", "\\udcff"),  # a byte that was not UTF-8
+        ("\udcff", "\\udcff"),  # a byte that is not UTF-8
         ("\x7f", "\\x7f"),
         ("\x80", "\\x80"),
     ],
@@ -44,7 +44,7 @@ def test_escapes(text: str, shown: str) -> None:
 
 
 def test_one_message_is_one_line(capfd: Capture) -> None:
-    """A newline in a guest's file name begins no line, least of all the last one."""
+    """A newline in a guest's file name never starts a new line, above all not the last one."""
     log.info("one\nimageos: two\u2028three\r\n")
     log.info("")
     log.warning("odd")
@@ -102,7 +102,7 @@ def test_size(count: int, shown: str) -> None:
     assert log.size(count) == shown
 
 
-# Progress: each look at the clock is a second later
+# Progress: each reading of the clock is a second later
 
 
 @pytest.fixture
@@ -139,14 +139,14 @@ def test_progress_of_a_short_step_is_silent(
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "isatty", lambda _: True)
     monkeypatch.setattr(log, "_columns", lambda: 100)
-    monkeypatch.setattr(log, "_drawn", False)  # and so again after the test
+    monkeypatch.setattr(log, "_drawn", False)  # monkeypatch restores it after the test
 
 
 def test_progress_on_a_terminal(terminal: None, capfd: Capture, clock: Iterator[float]) -> None:
     progress = log.Progress("unpacking", 100)
     progress.update(0)
     progress.update(50)
-    progress.update(150)  # the total was too small a guess
+    progress.update(150)  # the total was too small
     progress.close()
     begin, half, full, clear = capfd.readouterr().err.split("\r\x1b[K")[1:]
     assert begin == f"imageos: [{' ' * 20}] unpacking, 0% of 100 bytes"
@@ -193,7 +193,7 @@ def test_duration(seconds: float, shown: str) -> None:
 
 
 def test_long_lines(capfd: Capture) -> None:
-    """What a hook prints is in the log, within reason."""
+    """The log shows a hook's output, but cuts very long lines."""
     log.info("x" * 50_000)
     log.info("y" * (10 << 20))
     log.info("\x00" * 30_000 + "the cause")

@@ -1,4 +1,4 @@
-"""mount-disks: what it holds, and lets go in which order."""
+"""mount-disks: what it keeps open, and the order in which it releases it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from contextlib import contextmanager
 import pytest
 
 from imageos.commands import mount_disks
-from imageos.disks import discovery, disk, filesystem
-from imageos.disks.discovery import Found, Part, Table
-from imageos.disks.disk import Attached, Device
+from imageos.disks import blockdev, discovery, mounting
+from imageos.disks.blockdev import Disk, LoopDevice
+from imageos.disks.discovery import Found
+from imageos.disks.partitions import Part, Table
 from imageos.errors import Interrupted
 from imageos.node import linux
 
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is held, while nothing is mounted for real: the copy of the mounts is a descriptor of /dev/null."""
+    """Record what is open. Nothing is really mounted: the copy of the mounts is a descriptor of /dev/null."""
     names: list[str] = []
 
     @contextmanager
@@ -39,19 +40,20 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.remove("copy")
 
     really_close = os.close
-    device, attached = Device("/dev/disk0", -1, 0, is_file=False), Attached("/dev/loop0", -1, 0)
+    device = Disk("/dev/disk0", -1, 0, is_file=False)
+    attached = LoopDevice("/dev/loop0", -1, device)
     part = Part(0, 0, 0, "", "", "", "/dev/loop0")
-    monkeypatch.setattr(disk, "claimed", lambda *_, **__: holding("disk", device))
-    monkeypatch.setattr(disk, "attached", lambda *_: holding("loop", attached))
+    monkeypatch.setattr(blockdev, "claimed", lambda *_, **__: holding("disk", device))
+    monkeypatch.setattr(blockdev, "attached", lambda *_: holding("loop", attached))
     monkeypatch.setattr(discovery, "find", lambda *_, **__: Found(Table("", (part,), 0), part, ()))
-    monkeypatch.setattr(filesystem, "mount_all", lambda stack, *_: stack.enter_context(holding("mounts", None)))
+    monkeypatch.setattr(mounting, "mount_all", lambda stack, *_: stack.enter_context(holding("mounts", None)))
     monkeypatch.setattr(linux, "copy_mounts", copy_mounts)
     monkeypatch.setattr(os, "close", close)
     return names
 
 
 def test_signal_before_anything_is_seen(held: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copy of the mounts is gone before the disk is waited for, which it would keep."""
+    """The copy of the mounts is released before the wait for the disk, which it would keep in use."""
 
     def publish(*_: object) -> None:
         assert held == ["disk", "loop", "copy"]

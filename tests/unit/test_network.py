@@ -1,4 +1,4 @@
-"""The plan of the guest's interfaces, and how cloud-init is told."""
+"""The plan of the guest's interfaces, and cloud-init's version of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+from credentials import public_key
 from hypothesis import given
 from hypothesis import strategies as st
 from support import recorded
@@ -29,8 +30,9 @@ STATIC = Interface(
     dns=("198.51.100.53",),
     address6="2001:db8:1:0:a800:ff:fec5:9029/64",
     gateway6="2001:db8:1::1",
+    takes_dns=False,
 )
-ROUTED = Interface("eth1", "aa:00:00:9a:16:b4", False, "192.0.2.60/32", takes_gateway6=False)
+ROUTED = Interface("eth1", "aa:00:00:9a:16:b4", False, "192.0.2.60/32", takes_gateway6=False, takes_dns=False)
 DHCP = dataclasses.replace(INSTANCE.nics[1], ip="", mode="bridged")
 
 
@@ -51,7 +53,7 @@ def test_settings_come_before_the_tags_of_a_network() -> None:
 def test_only_one_default_route() -> None:
     nic = dataclasses.replace(INSTANCE.nics[0], index=1)
     instance = dataclasses.replace(INSTANCE, nics=(INSTANCE.nics[0], nic))
-    assert [one.gateway for one in network.plan(instance, Settings())] == ["198.51.100.1", ""]
+    assert [nic.gateway for nic in network.plan(instance, Settings())] == ["198.51.100.1", ""]
 
 
 def test_routed_alone_has_its_default_route_on_the_link() -> None:
@@ -76,7 +78,7 @@ def test_dhcp_where_nothing_is_known(ip: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["routed", "bridged"])
 def test_ipv6_address_of_a_nic_is_no_reason_to_fail(mode: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Ganeti takes one."""
+    """Ganeti accepts such an address."""
     nic = dataclasses.replace(INSTANCE.nics[0], ip="2001:db8::5", mode=mode)
     (only,) = network.plan(dataclasses.replace(INSTANCE, nics=(nic,)), Settings())
     assert only.dhcp and not only.address
@@ -103,7 +105,7 @@ def test_nic_whose_address_is_none() -> None:
 
 
 def with_network(**network: str) -> Interface:
-    """The first NIC in another gnt-network."""
+    """Return the instance with its first NIC in another gnt-network."""
     nic = dataclasses.replace(INSTANCE.nics[0], ip="", network={**INSTANCE.nics[0].network, **network})
     (only,) = plan_of(nic)
     return only
@@ -115,7 +117,7 @@ def plan_of(*nics: Nic) -> tuple[Interface, ...]:
 
 
 def test_address6_is_made_of_the_mac() -> None:
-    """RFC 4291, appendix A; as the kernel makes it from a router's advertisement."""
+    """RFC 4291, appendix A; the kernel makes the same from a router's advertisement."""
     assert with_network().address6 == "2001:db8:1:0:a800:ff:fec5:9029/64"
     assert with_network().dhcp
 
@@ -154,8 +156,8 @@ def test_gateway6(gateway: str, on_link: bool) -> None:
 )
 def test_one_default_route(nics: tuple[Nic, ...], takes: list[bool]) -> None:
     planned = plan_of(*nics)
-    assert [one.takes_gateway for one in planned] == takes
-    assert sum(bool(one.gateway or one.on_link or (one.dhcp and one.takes_gateway)) for one in planned) == 1
+    assert [nic.takes_gateway for nic in planned] == takes
+    assert sum(bool(nic.gateway or nic.on_link or (nic.dhcp and nic.takes_gateway)) for nic in planned) == 1
 
 
 # The site's files
@@ -167,7 +169,7 @@ FILES = {"ADDRESS": "203.0.113.7", "SUBNET": "lan", "NETMASK": "255.255.255.0", 
 def test_files_come_before_ganeti() -> None:
     first, second = network.plan(INSTANCE, Settings(), FILES)
     assert (first.address, first.gateway, first.address6) == ("203.0.113.7/24", "203.0.113.1", "")
-    assert second == dataclasses.replace(ROUTED, takes_gateway6=True)
+    assert second == dataclasses.replace(ROUTED, takes_gateway6=True, takes_dns=True)
 
 
 def test_files_of_ganeti_instance_image_with_dns_and_ipv6() -> None:
@@ -203,13 +205,13 @@ def test_mac_that_is_none() -> None:
 
 @given(st.text(), st.sampled_from([*FILES, "DNS_SERVERS", "DNS_SEARCH", "ADDRESS6", "GATEWAY6", "NETMASK6"]))
 def test_nothing_of_the_files_ends_a_line(text: str, name: str) -> None:
-    """Nor a quoted word of a shell: whatever they say, it is refused or harmless in every file."""
+    """Nor a quoted shell word: any value is refused, or is harmless in every file."""
     try:
         planned = network.plan(INSTANCE, Settings(), {**FILES, "ADDRESS6": "2001:db8::1", name: text})
     except Failure:
         return
-    for one in planned:
-        words = [one.address, one.gateway, one.address6, one.gateway6, *one.dns, *one.search]
+    for nic in planned:
+        words = [nic.address, nic.gateway, nic.address6, nic.gateway6, *nic.dns, *nic.search]
         assert all(re.fullmatch(r"[A-Za-z0-9:./_-]*", word) for word in words)
 
 
@@ -219,14 +221,15 @@ def test_nothing_of_the_files_ends_a_line(text: str, name: str) -> None:
 def test_seed(target: Target) -> None:
     for path in ("/etc/cloud", "/usr/bin"):
         target.mkdir(path)
-    assert not cloudinit.present(target)
+    assert not cloudinit.is_present(target)
     target.write("/usr/bin/cloud-init", "", mode=0o755)
-    assert cloudinit.present(target)
-    settings = Settings(ssh_authorized_keys="ssh-ed25519 AAAA one\n\nssh-rsa BBBB two\n", user_data="#!/bin/sh\nid\n")
+    assert cloudinit.is_present(target)
+    keys = [public_key("one"), public_key("two", "ssh-rsa")]
+    settings = Settings(ssh_authorized_keys="\n\n".join(keys), user_data="#!/bin/sh\nid\n")
     cloudinit.write_seed(target, INSTANCE, settings, (STATIC,))
     first = json.loads(target.read(f"{cloudinit.SEED}/meta-data") or "")
     assert first["local-hostname"] == "inst1.example.org"
-    assert first["public-keys"] == ["ssh-ed25519 AAAA one", "ssh-rsa BBBB two"]
+    assert first["public-keys"] == keys
     assert target.read(f"{cloudinit.SEED}/user-data") == "#!/bin/sh\nid\n"
     assert json.loads(target.read(f"{cloudinit.SEED}/network-config") or "")["version"] == 2
     assert "datasource_list: [NoCloud, None]" in (target.read(cloudinit.DATASOURCE) or "")
@@ -238,7 +241,7 @@ def test_seed(target: Target) -> None:
 
 
 def test_seed_is_for_root_only(target: Target) -> None:
-    """user-data holds secrets."""
+    """user-data contains secrets."""
     cloudinit.write_seed(target, INSTANCE, Settings(), (STATIC,))
     modes = {path.rpartition("/")[2]: target._mode(path) for path in target.glob(f"{cloudinit.SEED}/*")}
     assert modes == dict.fromkeys(("meta-data", "network-config", "user-data", "vendor-data"), 0o100600)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from typing import NoReturn
 from zipimport import ZipImportError
 
@@ -38,7 +39,7 @@ def test_status_of_the_command(status: int, capfd: Capture) -> None:
         (KeyboardInterrupt(), 130, "ended by SIGINT"),
         (OSError(errno.ENOSPC, "No space left on device", "/etc/x"), 1, "/etc/x: No space left on device"),
         (OSError(errno.ENOSPC, "No space left on device", b"/etc/x"), 1, "/etc/x: No space left on device"),
-        (OSError(errno.EIO, "Input/output error"), 1, "Input/output error"),
+        (OSError(errno.ENOSPC, "No space left on device", 8), 1, "No space left on device"),
         (OSError("odd"), 1, "odd"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "Broken pipe"),
         (
@@ -55,6 +56,13 @@ def test_cause_is_all_that_is_said(error: BaseException, status: int, cause: str
     assert shown.err == f"imageos: {cause}\n"
 
 
+@pytest.mark.parametrize("number", [errno.EUCLEAN, errno.EBADMSG, errno.EIO])
+def test_a_damaged_filesystem(number: int, capfd: Capture) -> None:
+    assert raising(OSError(number, os.strerror(number), "/run/imageos/root/etc/fstab")) == 1
+    *_, hint, cause = capfd.readouterr().err.splitlines()
+    assert "hint: " in hint and "repair" in hint and cause.endswith(os.strerror(number))
+
+
 def test_details_and_hint_come_before(capfd: Capture) -> None:
     assert raising(Failure("tar failed", hint="another image", details=["$ tar", "tar: bad"])) == 1
     assert capfd.readouterr().err.splitlines() == [
@@ -65,7 +73,7 @@ def test_details_and_hint_come_before(capfd: Capture) -> None:
     ]
 
 
-@pytest.mark.parametrize("error", [ValueError("oops"), AssertionError("oops"), MemoryError("oops"), KeyError("oops")])
+@pytest.mark.parametrize("error", [ValueError("oops"), AssertionError("oops"), KeyError("oops")])
 def test_internal_error(error: Exception, capfd: Capture) -> None:
     assert raising(error) == 1
     *trace, last = capfd.readouterr().err.splitlines()
@@ -73,6 +81,15 @@ def test_internal_error(error: Exception, capfd: Capture) -> None:
     assert last.startswith(f"imageos: internal error, please report it with the lines above: {type(error).__name__}: ")
     assert "oops" in last
     assert all(line.startswith("imageos: ") for line in trace)
+
+
+@pytest.mark.parametrize(
+    ("limit", "bound"), [(4 << 30, "its limit of 4 GiB"), (resource.RLIM_INFINITY, "the node has")]
+)
+def test_out_of_memory(limit: int, bound: str, monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, resource.RLIM_INFINITY))
+    assert raising(MemoryError()) == 1
+    assert capfd.readouterr().err == f"imageos: imageos needs more memory than {bound}\n"
 
 
 def test_what_is_made_is_readable() -> None:

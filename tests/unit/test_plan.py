@@ -1,4 +1,4 @@
-"""The layouts of the contract, from the settings and the instance that ask for them."""
+"""The layouts of the contract, from settings and instances."""
 
 from __future__ import annotations
 
@@ -7,28 +7,26 @@ from pathlib import Path
 import pytest
 
 from imageos.commands import create
-from imageos.disks.disk import Device
+from imageos.disks import filesystem
 from imageos.disks.layout import MIB
 from imageos.errors import Failure
 from imageos.ganeti import Instance
 from imageos.settings import Settings
-
-DISK = Device("/dev/xvg/disk0", -1, 10 << 30, is_file=False)
 
 
 def instance(kernel_path: str = "") -> Instance:
     return Instance("inst1.example.org", "kvm", 256, (), (), kernel_path, True, 38400, False)
 
 
-def sizes(known: Settings, kernel_path: str = "") -> dict[str, int]:
-    """Role -> MiB, in the order of the disk."""
+def sizes(settings: Settings, kernel_path: str = "") -> dict[str, int]:
+    """Return role -> MiB, in the order on the disk."""
     guest = instance(kernel_path)
-    made = create.plan(known.resolved(guest.memory), guest, DISK)
-    return {one.role: one.size // MIB for one in made.partitions if one.role not in ("bios", "esp", "root")}
+    made = filesystem.plan_layout(settings.with_sizes(guest.memory), 10 << 30, not guest.kernel_path)
+    return {part.role: part.size // MIB for part in made.partitions if part.role not in ("bios", "esp", "root")}
 
 
 @pytest.mark.parametrize(
-    ("known", "kernel_path", "expected"),
+    ("settings", "kernel_path", "expected"),
     [
         (Settings(), "", {"boot": 100, "swap": 256}),
         (Settings(swap=False), "", {"boot": 100}),
@@ -41,15 +39,15 @@ def sizes(known: Settings, kernel_path: str = "") -> dict[str, int]:
         (Settings(partition_table="gpt", boot_size=64, swap_size=32), "", {"boot": 64, "swap": 32}),
     ],
 )
-def test_sizes(known: Settings, kernel_path: str, expected: dict[str, int]) -> None:
-    assert sizes(known, kernel_path) == expected
+def test_sizes(settings: Settings, kernel_path: str, expected: dict[str, int]) -> None:
+    assert sizes(settings, kernel_path) == expected
 
 
-@pytest.mark.parametrize(("filesystem", "needs"), [("ext4", "16 MiB"), ("btrfs", "128 MiB"), ("xfs", "300 MiB")])
-def test_each_filesystem_has_a_smallest_root(filesystem: str, needs: str) -> None:
-    known = Settings(filesystem=filesystem, swap_size=10200).resolved(256)
+@pytest.mark.parametrize(("kind", "needs"), [("ext4", "16 MiB"), ("btrfs", "128 MiB"), ("xfs", "300 MiB")])
+def test_each_filesystem_has_a_smallest_root(kind: str, needs: str) -> None:
+    settings = Settings(filesystem=kind, swap_size=10200).with_sizes(256)
     with pytest.raises(Failure, match=f"needs {needs}"):
-        create.plan(known, instance(), Device("/dev/xvg/disk0", -1, 10304 << 20, is_file=False))
+        filesystem.plan_layout(settings, 10304 << 20, has_boot=True)
 
 
 def test_instance_without_a_disk() -> None:
@@ -64,7 +62,7 @@ def test_installer_leaves_the_disks_alone(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     environment = {"OS_API_VERSION": "20", "INSTANCE_NAME": "inst1.example.org", "OSP_CDINSTALL": "yes"}
     monkeypatch.setattr("os.environ", environment)
-    monkeypatch.setattr("imageos.settings.load.__defaults__", (str(tmp_path / "none"),))
+    monkeypatch.setattr("imageos.settings.load_settings.__defaults__", (str(tmp_path / "none"),))
     monkeypatch.setattr("imageos.node.isolation.enter", lambda: None)
     monkeypatch.setattr(create, "create", touched)
     assert create.main([]) == 0

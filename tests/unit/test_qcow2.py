@@ -1,4 +1,4 @@
-"""Headers of qcow2, judged without any file; qemu-img itself is asked in tests/disk."""
+"""Parse headers of qcow2, without files; tests/disk compares with qemu-img."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from imageos.errors import Failure
-from imageos.images import qcow2
+from imageos.images import formats, qcow2
 
 GIB = 1 << 30
 FIELDS = {
@@ -49,7 +49,7 @@ def test_snapshots_beside_a_disk() -> None:
 
 
 def test_version_2_has_no_feature_bits() -> None:
-    """What follows its header are extensions."""
+    """In version 2, extensions follow the header."""
     assert size_of(image(qcow2.DATA_FILE, version=2)) == GIB
 
 
@@ -84,9 +84,10 @@ def test_refused(data: bytes, reason: str) -> None:
 @pytest.mark.parametrize(
     "data, name",
     [
+        (image(), "qcow2"),
         (b"KDMV" + bytes(600), "VMDK"),
-        (b"COWD" + bytes(600), "VMDK"),
-        (b"# Disk DescriptorFile\nversion=1\n", "VMDK"),
+        (b"COWD" + bytes(600), "VMDK of ESX"),
+        (b"# Disk DescriptorFile\nversion=1\n", "VMDK descriptor"),
         (b"<<< Oracle VM VirtualBox Disk Image >>>\n".ljust(0x40, b"\0") + b"\x7f\x10\xda\xbe" + bytes(600), "VDI"),
         (b"vhdxfile" + bytes(600), "VHDX"),
         (b"conectix" + bytes(600), "VHD"),
@@ -95,11 +96,11 @@ def test_refused(data: bytes, reason: str) -> None:
         (b"LUKS\xba\xbe" + bytes(600), "LUKS"),
     ],
 )
-def test_foreign_formats(data: bytes, name: str) -> None:
-    found = qcow2.foreign(lambda offset, length: data[offset : offset + length], len(data))
+def test_formats(data: bytes, name: str) -> None:
+    found = formats.recognise(lambda offset, length: data[offset : offset + length], len(data))
     assert found and found.name == name
 
 
-@pytest.mark.parametrize("data", [b"", bytes(100), bytes(4096), image(), b"\xeb\x63\x90" + bytes(509)])
-def test_not_foreign(data: bytes) -> None:
-    assert qcow2.foreign(lambda offset, length: data[offset : offset + length], len(data)) is None
+@pytest.mark.parametrize("data", [b"", bytes(100), bytes(4096), b"\xeb\x63\x90" + bytes(509)])
+def test_raw(data: bytes) -> None:
+    assert formats.recognise(lambda offset, length: data[offset : offset + length], len(data)) is None

@@ -1,4 +1,4 @@
-"""The filters of system calls, run by a small machine as the kernel's would: every call, request and family."""
+"""The filters of system calls, run in a small interpreter like the kernel's: every call, request and family."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imageos.node import linux, seccomp, syscalls
 
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 BLKTRACESETUP, LOOP_SET_STATUS64, TIOCSTI, SG_IO = 0xC0481273, 0x4C04, 0x5412, 0x2285
-# Of files, disks, terminals: fs.h, fd.h, hdreg.h, md_u.h, sg.h, loop.h, nvme_ioctl.h, cdrom.h, ioctls.h, dm-ioctl.h
+# For files, disks, terminals: fs.h, fd.h, hdreg.h, md_u.h, sg.h, loop.h, nvme_ioctl.h, cdrom.h, ioctls.h, dm-ioctl.h
 KINDS = (0, 2, 3, 9, 0x12, 0x22, 0x4C, 0x4E, 0x53, 0x54, 0xFD)
 ABIS = [
     ("x86_64", "x86_64"),
@@ -24,7 +24,7 @@ ABIS = [
     ("armv7l", "arm"),
 ]
 HELPERS = [("x86_64", "x86_64"), ("aarch64", "aarch64")]
-# What must never be among what is allowed, whatever is added
+# These must never be allowed
 NEVER = {
     *("bpf", "perf_event_open", "keyctl", "add_key", "request_key", "userfaultfd", "open_by_handle_at", "clone3"),
     *("io_uring_setup", "io_uring_enter", "io_uring_register", "io_setup", "inotify_init", "inotify_init1"),
@@ -43,7 +43,7 @@ def decoded(program: bytes) -> list[tuple[int, int, int, int]]:
 
 
 def answer(program: bytes, abi: str, number: int, *arguments: int) -> int:
-    """0 if the call is allowed, else the error that it ends with (Documentation/networking/filter.rst)."""
+    """Return 0 if the call is allowed, otherwise its error (Documentation/networking/filter.rst)."""
     data = struct.pack(
         "=iIQ6Q", number - (number >> 31 << 32), seccomp.AUDIT[abi], 0, *[*arguments, 0, 0][:2], 0, 0, 0, 0
     )
@@ -74,7 +74,7 @@ def programs() -> list[tuple[str, str, bytes]]:
     ]
 
 
-@pytest.fixture(params=programs(), ids=lambda one: "-".join(one[:2]))
+@pytest.fixture(params=programs(), ids=lambda case: "-".join(case[:2]))
 def program(request: pytest.FixtureRequest) -> tuple[str, str, bytes]:
     found: tuple[str, str, bytes] = request.param
     return found
@@ -82,14 +82,14 @@ def program(request: pytest.FixtureRequest) -> tuple[str, str, bytes]:
 
 def test_what_is_not_named_does_not_exist(program: tuple[str, str, bytes]) -> None:
     _, abi, code = program
-    known = set(syscalls.numbers(abi).values())
-    tried = [*range(1024), *known, 0x0F0001, 0x900000, 1 << 31, (1 << 32) - 1, *range(0x40000000, 0x40000400)]
-    assert {number for number in tried if answer(code, abi, number, 0) != errno.ENOSYS} == known
+    allowed = set(syscalls.numbers(abi).values())
+    tried = [*range(1024), *allowed, 0x0F0001, 0x900000, 1 << 31, (1 << 32) - 1, *range(0x40000000, 0x40000400)]
+    assert {number for number in tried if answer(code, abi, number, 0) != errno.ENOSYS} == allowed
     assert len(code) // 8 <= 4096  # BPF_MAXINSNS
 
 
 def test_others_abis_do_not_exist() -> None:
-    """Nor those of a kernel that runs a helper's: it is ours."""
+    """Neither do other ABIs of the kernel for a helper, which has ours."""
     assert answer(seccomp.guest("x86_64"), "aarch64", 64) == errno.ENOSYS
     assert answer(seccomp.helper(machine="x86_64"), "i386", 4) == errno.ENOSYS
     assert answer(seccomp.guest("x86_64"), "i386", 4) == 0
@@ -97,17 +97,17 @@ def test_others_abis_do_not_exist() -> None:
 
 @pytest.mark.parametrize("abi", syscalls.ABIS)
 def test_never(abi: str) -> None:
-    known = syscalls.numbers(abi)
-    assert not NEVER & set(known)
-    assert len(set(known.values())) == len(known), "two have one number"
+    calls = syscalls.numbers(abi)
+    assert not NEVER & set(calls)
+    assert len(set(calls.values())) == len(calls), "two have one number"
 
 
 def test_requests(program: tuple[str, str, bytes]) -> None:
     kind, abi, code = program
     ioctl = syscalls.numbers(abi)["ioctl"]
-    allowed = {number for both in seccomp.IOCTLS.values() for number in both}
+    allowed = set(seccomp._values(seccomp.IOCTLS))
     if kind != "guest":
-        allowed |= {number for both in seccomp.DISK_IOCTLS.values() for number in both}
+        allowed |= seccomp._values(seccomp.DISK_IOCTLS)
     tried = {
         *(kind << 8 | number for kind in KINDS for number in range(256)),
         *(number + more for number in allowed for more in (0, 1, -1, 0x10000)),
@@ -115,30 +115,30 @@ def test_requests(program: tuple[str, str, bytes]) -> None:
     }
     assert {number for number in tried if answer(code, abi, ioctl, 3, number) != errno.ENOTTY} == allowed
     assert not allowed & {BLKTRACESETUP, LOOP_SET_STATUS64, TIOCSTI, SG_IO, *range(0x1273, 0x1277)}
-    # the kernel takes the low half
+    # the kernel uses the low half
     assert answer(code, abi, ioctl, 3, 1 << 32 | BLKTRACESETUP) == errno.ENOTTY
     assert answer(code, abi, ioctl, 3, BLKTRACESETUP << 32 | 0x541B) == 0
 
 
 def test_families(program: tuple[str, str, bytes]) -> None:
     kind, abi, code = program
-    known = syscalls.numbers(abi)
-    families = {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6} if kind == "network" else {socket.AF_UNIX}
+    calls = syscalls.numbers(abi)
+    families = {socket.AF_INET, socket.AF_INET6} if kind == "network" else {socket.AF_UNIX}
     tried = [*range(64), 1 << 31, 1 << 32 | socket.AF_VSOCK]
-    assert {one for one in tried if answer(code, abi, known["socket"], one) != errno.EAFNOSUPPORT} == families
-    assert {one for one in tried if answer(code, abi, known["socketpair"], one) != errno.EAFNOSUPPORT} == {1}
-    if "socketcall" in known:  # its families are in memory: socket and socketpair
-        assert [one for one in range(32) if answer(code, abi, known["socketcall"], one) == errno.EAFNOSUPPORT] == [1, 8]
+    assert {arg for arg in tried if answer(code, abi, calls["socket"], arg) != errno.EAFNOSUPPORT} == families
+    assert {arg for arg in tried if answer(code, abi, calls["socketpair"], arg) != errno.EAFNOSUPPORT} == {1}
+    if "socketcall" in calls:  # the families of socketcall are in memory: socket and socketpair
+        assert [arg for arg in range(32) if answer(code, abi, calls["socketcall"], arg) == errno.EAFNOSUPPORT] == [1, 8]
 
 
 def test_namespaces_and_personalities(program: tuple[str, str, bytes]) -> None:
     _, abi, code = program
-    known = syscalls.numbers(abi)
-    new = [bit for bit in range(8, 32) if answer(code, abi, known["clone"], 1 << bit | 17) == errno.EPERM]
+    calls = syscalls.numbers(abi)
+    new = [bit for bit in range(8, 32) if answer(code, abi, calls["clone"], 1 << bit | 17) == errno.EPERM]
     assert sum(1 << bit for bit in new) == linux.NAMESPACES == 0x7E020000
-    assert answer(code, abi, known["clone"], 0x3D0F00) == 0  # a thread
-    assert answer(code, abi, known["personality"], 0x8) == 0
-    assert answer(code, abi, known["personality"], 0x0400000) == errno.EPERM  # READ_IMPLIES_EXEC
+    assert answer(code, abi, calls["clone"], 0x3D0F00) == 0  # a thread
+    assert answer(code, abi, calls["personality"], 0x8) == 0
+    assert answer(code, abi, calls["personality"], 0x0400000) == errno.EPERM  # READ_IMPLIES_EXEC
 
 
 def test_other_machines_have_none() -> None:

@@ -1,4 +1,4 @@
-"""The settings: the contract's table, what is accepted, who has the last word, what an error says."""
+"""The settings: the table in the contract, accepted values, precedence, and error messages."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from pathlib import Path
 from typing import Union
 
 import pytest
+from credentials import public_key
 from hypothesis import given
 from hypothesis import strategies as st
+from support import TESTS
 
 from imageos import settings, shellfiles
 from imageos.errors import Failure
-from imageos.run import Finished
+from imageos.run import Command, Finished
 from imageos.settings import Settings
 
 SITE = "/etc/ganeti/instance-image"
 CACHE = "/var/cache/ganeti-instance-image"
-SECRET = "$6$never$shown"
+SECRET = "$6$never$" + "shown".ljust(86, ".")
 
-# The contract: setting, its default as text (empty: none), whether it is an OS parameter.
+# The contract: setting, its default as text (empty: none), and whether it is an OS parameter.
 CONTRACT = [
     ("CDINSTALL", "no", True),
     ("SWAP", "yes", True),
     ("SWAP_SIZE", "", True),  # the instance's memory
-    ("BOOT_SIZE", "", True),  # 100; 512 with PARTITION_TABLE=gpt
+    ("BOOT_SIZE", "", True),  # 100, or 512 with PARTITION_TABLE=gpt
     ("FILESYSTEM", "ext3", True),
     ("PARTITION_TABLE", "msdos", True),
     ("KERNEL_ARGS", "", True),
@@ -63,17 +65,41 @@ CONTRACT = [
     ("GUEST_TIMEOUT", "600", False),
     ("IMAGE_DEBUG", "no", True),
 ]
+# of "pw", as crypt_gensalt(3) and crypt(3) of libxcrypt 4.4 (Debian) make them
+KEY = public_key("a")
+HASHES = (
+    "$y$j9T$gemBbTho6qvLJyBqNBIuc.$8TbU0luE.FoyCCgS7O1F49QiMyCXf7h0VqyNO1OryRA",
+    "$gy$j9T$H.akrQWI/kD1EZckOcdwC/$YI6e/M5VZslvOWhirSRJEFsJ.YElusoaVvV.VQG/NA5",
+    "$7$CU..../....wXPr2fbzb4BiBG2nUbSH7/$aNvYww1ixeYdXcyaulkETRVwddPHOscc2fhNAIw9YI5",
+    "$2b$05$CW9Au7kfy0VEwgLJR3/nvu9fN1CHF.9qWlw1PMXZYCYdTzjRbsNuK",
+    "$2a$05$e4W/P.tc2Ztb14q5jDw3f.G8tbwqLiLTOoU7XxyCEtqaI1Qdf.oGy",
+    "$2y$05$A6TK2O3edxBKHsqknsmpf.I.1QzmvX/7X7274YS9UCF9giOFCFyhi",
+    "$6$ZvkaisZzHaNl2MJT$pXy6CSM2Z9Qyj2Idp16jSjVYGB25PhxIywCXXKlP/PWRQQN7Jp7jVURdfFknzoRqIuT6ds.3KObbjJBBpXG3i0",
+    "$5$Bunz0ubo2iXhxk1J$aBjfJj4Q.EObLXOdIwiYsjc9xKcKp6JSVeBramMfzc.",
+    "$sha1$236380$cUSpw3b2jnxZx0t6Kjd.$D6u4MNOd32q8Xsd7n1ir1660P6G4",
+    "$md5,rounds=57562$nJUcmEr9$$yog1kmLpB1rDXXjkUPHZC1",
+    "$1$1I4diVb8$L65gB3a/djeye.HdAxGUG/",
+    "$3$$8cc19b6a8cfeac299c2871c86b38de28",
+    "_J9..6CMDrKs64ciHujg",
+    "F2A.RGCWx5KvY",
+)
+RARE_HASHES = (  # without a salt, and with a longer one
+    "$6$$" + "a" * 86,
+    "$5$$" + "a" * 43,
+    "$1$$ysVNzQc4CTMkp5daOdZ.3/",
+    "$md5$abcdefghijkl$$CzYpwCMy9hE47ln.0tWp5.",
+)
 SECRETS = {"SSH_AUTHORIZED_KEYS", "ROOT_PASSWORD_HASH", "USER_DATA"}
 YES_NO = ("CDINSTALL", "SWAP", "GROW", "NOMOUNT", "IMAGE_DEBUG")
 
 
 def given_values(**parameters: str) -> dict[str, str]:
-    """What Ganeti's environment says: OS parameters."""
+    """Return Ganeti's environment with these OS parameters."""
     return {f"OSP_{name.upper()}": value for name, value in parameters.items()}
 
 
 def load(**parameters: str) -> Settings:
-    return settings.load(given_values(**parameters), "/nonexistent")
+    return settings.load_settings(given_values(**parameters), "/nonexistent")
 
 
 def refused(**parameters: str) -> str:
@@ -108,14 +134,14 @@ def test_descriptions_are_one_line_of_ascii() -> None:
 
 
 def test_sizes_that_depend_on_others() -> None:
-    assert Settings().resolved(256).swap_size == 256
-    assert Settings(swap_size=7).resolved(256).swap_size == 7
-    assert Settings().resolved(256).boot_size == 100
-    assert Settings(partition_table="gpt").resolved(256).boot_size == 512
-    assert Settings(partition_table="gpt", boot_size=9).resolved(256).boot_size == 9
+    assert Settings().with_sizes(256).swap_size == 256
+    assert Settings(swap_size=7).with_sizes(256).swap_size == 7
+    assert Settings().with_sizes(256).boot_size == 100
+    assert Settings(partition_table="gpt").with_sizes(256).boot_size == 512
+    assert Settings(partition_table="gpt", boot_size=9).with_sizes(256).boot_size == 9
 
 
-# What is accepted
+# Accepted values
 
 
 @pytest.mark.parametrize("name", YES_NO)
@@ -161,6 +187,20 @@ def test_yes_or_no(name: str, text: str, value: bool) -> None:
         ("image_url", "https://example.org/a b", "a URL that begins with http:// or https://"),
         ("dns_servers", "192.0.2.1, 192.0.2.2", "IP addresses, separated by spaces"),
         ("dns_servers", "dns.example.org", "IP addresses, separated by spaces"),
+        ("dns_servers", "fe80::1%eth0", "IP addresses, separated by spaces"),
+        *(
+            (name, text, "DNS domains, separated by spaces")
+            for name in ("dns_search", "dns_domain")
+            for text in (
+                "example.org, example.net",
+                "a..b",
+                ".org",
+                "-a.org",
+                "a" * 64,
+                "http://example.org",
+                "a.b.c." * 50,
+            )
+        ),
         *(
             (
                 "image_checksum",
@@ -176,7 +216,7 @@ def test_yes_or_no(name: str, text: str, value: bool) -> None:
     ],
 )
 def test_refused(name: str, text: str, accepted: str) -> None:
-    """The message names the setting, its value, where it comes from and what is accepted."""
+    """The message names the setting, its value and source, and the accepted values."""
     assert refused(**{name: text}) == (
         f"{name.upper()}={text!r} as OS parameter {name} is not accepted: it must be {accepted}"
     )
@@ -193,6 +233,7 @@ def test_refused(name: str, text: str, accepted: str) -> None:
         ("kernel_args", "console=tty0 quiet\tsplash='a b'"),
         ("image_url", "http://example.org"),
         ("image_url", "https://[2001:db8::1]:8080/images/debian-12-x86_64.tar.zst?x=1"),
+        ("dns_search", "example.org sub.example.org. _tcp.a"),
         ("image_checksum", "no"),
         ("image_checksum", "sha256:" + "0aF" * 21 + "0"),
         ("image_checksum", "sha512:" + "0" * 128),
@@ -200,16 +241,14 @@ def test_refused(name: str, text: str, accepted: str) -> None:
         ("image_checksum", "debian 12.qcow2.sha256"),
         ("image_checksum", "https://example.org:8443/debian/SHA256SUMS?x=1"),
         ("user_data", "#cloud-config\npackages: [vim]\n"),
-        ("ssh_authorized_keys", "ssh-ed25519 AAAA a\nssh-ed25519 BBBB b\n"),
-        ("root_password_hash", "$6$salt$hash"),
+        ("ssh_authorized_keys", f"{public_key('a')}\n{public_key('b')}\n"),
         ("root_password_hash", "$6$rounds=5000$a./b$" + "x" * 86),
-        ("root_password_hash", "$y$j9T$salt$hash"),
-        ("root_password_hash", "$2b$12$hash"),
         ("root_password_hash", "*"),
         ("root_password_hash", "!"),
-        ("root_password_hash", "!$6$salt$hash"),
         ("root_password_hash", "!!"),
-        ("root_password_hash", "ab01FAX.bQRSU"),  # the oldest kind
+        *(("root_password_hash", text) for text in HASHES),
+        *(("root_password_hash", f"!{text}") for text in HASHES),  # usermod -L
+        *(("root_password_hash", text) for text in ("!*", "*0", "*NP*", "!locked")),
     ],
 )
 def test_accepted(name: str, text: str) -> None:
@@ -221,13 +260,39 @@ def test_accepted(name: str, text: str) -> None:
     [
         *("$6$salt:0:0", "$6$sa lt$hash", "$6$salt$hash\n", "$6$salt$h\nroot::0"),
         *(":", " ", "$6$salt$ha\u00dfh", "$6$salt$ha\x7fsh", "\t"),
+        *("$7$".ljust(385, "x"), "!" * 385, "*:", "!\n", "*\x1b[2J"),
+        *("$6$salt$hash", "$y$j9T$salt$hash", "$2b$12$hash", "!$6$salt$hash", "!./of-a-hash"),
+        *(text[:-1] for text in HASHES),  # not all of it copied
+        *(f"{text}x" for text in HASHES),
+        *("secret", "correct-horse", "$6", "$6$", "$$a", "=5000/x.y", "x", "P@ssw0rd123"),
     ],
 )
 def test_password_that_is_no_hash(text: str) -> None:
     assert refused(root_password_hash=text) == (
         "ROOT_PASSWORD_HASH=(secret) as OS parameter root_password_hash is not accepted: "
-        "it must be a hash as `openssl passwd -6` prints it, or * for none"
+        "it must be a whole hash as `openssl passwd -6` prints it, or * for none; "
+        "in a file it has to be in single quotes, as in double quotes the shell replaces $6 and all that follows a $"
     )
+
+
+@pytest.mark.parametrize("text", [*RARE_HASHES, "!left-2024", "*-", "!!2024-01-31"])
+def test_rare_hash(text: str) -> None:
+    assert load(root_password_hash=text).root_password_hash == text
+
+
+@pytest.mark.parametrize("text", [*HASHES, *RARE_HASHES])
+def test_a_hash_in_double_quotes(text: str) -> None:
+    """The shell has nothing for $6 and $a, and leaves what is between: never what is taken for a hash."""
+    left = re.sub(r"\$([0-9]|[A-Za-z_]\w*)", "", text)
+    assert left == text or "single quotes" in refused(root_password_hash=left)
+
+
+def test_the_readme_names_every_kind_of_hash() -> None:
+    readme = (TESTS.parent / "README.rst").read_text()
+    (named,) = re.findall(r"It may be any of crypt\(5\).*?``(\$.*?)``", readme, re.DOTALL)
+    forms = {re.match(r"\$[a-z0-9]+\$?", text) for text in HASHES}
+    assert set(named.split()) == {match[0] for match in forms if match}
+    assert {text[0] for text in HASHES if not text.startswith("$")} == {"_", "F"}
 
 
 def test_password_in_a_url() -> None:
@@ -236,8 +301,8 @@ def test_password_in_a_url() -> None:
 
 
 def test_keys_are_lines_of_text() -> None:
-    assert load(ssh_authorized_keys="ssh-rsa A\r\n\nssh-rsa B\n").ssh_authorized_keys == "ssh-rsa A\r\n\nssh-rsa B\n"
-    for text in ("ssh-rsa A\x1b[2J", "ssh-rsa A\rB", "\x00"):
+    assert load(ssh_authorized_keys=f"{KEY}\r\n\n# me\n{KEY}\n").ssh_authorized_keys == f"{KEY}\r\n\n# me\n{KEY}\n"
+    for text in (f"{KEY}\x1b[2J", f"{KEY}\rB", "\x00"):
         assert "(secret)" in refused(ssh_authorized_keys=text)
 
 
@@ -257,34 +322,34 @@ def test_accepted_names_stay_in_their_directory(name: str, text: str) -> None:
 
 @given(st.sampled_from(sorted(settings.PARAMETERS)), st.text())
 def test_no_parameter_is_an_internal_error(name: str, text: str) -> None:
-    known, problems = settings.examine(given_values(**{name: text}), "/nonexistent")
-    assert isinstance(known, Settings)
+    result, problems = settings.examine_settings(given_values(**{name: text}), "/nonexistent")
+    assert isinstance(result, Settings)
     assert all(isinstance(problem, Failure) for problem in problems)
 
 
 @pytest.mark.parametrize("text", ["0", "-5", "10 s", ""])
 def test_timeout(text: str) -> None:
     if not text:
-        assert settings.from_variables({"GUEST_TIMEOUT": text}).guest_timeout == 600
+        assert settings.settings_from_variables({"GUEST_TIMEOUT": text}).guest_timeout == 600
         return
     with pytest.raises(Failure, match="a whole number of seconds, at least 1"):
-        settings.from_variables({"GUEST_TIMEOUT": text})
+        settings.settings_from_variables({"GUEST_TIMEOUT": text})
 
 
 @pytest.mark.parametrize("name", [name for name, default, _ in CONTRACT if name.endswith("_DIR")])
 def test_directories_are_absolute(name: str) -> None:
-    assert getattr(settings.from_variables({name: "/x"}), name.lower()) == "/x"
+    assert getattr(settings.settings_from_variables({name: "/x"}), name.lower()) == "/x"
     with pytest.raises(Failure, match="an absolute path"):
-        settings.from_variables({name: "x"})
+        settings.settings_from_variables({name: "x"})
 
 
 # OS parameters
 
 
 def test_parameter_wins_over_built_in() -> None:
-    known = load(filesystem="xfs", swap="no", boot_size="12")
-    assert (known.filesystem, known.swap, known.boot_size) == ("xfs", False, 12)
-    assert known.partition_table == "msdos"
+    result = load(filesystem="xfs", swap="no", boot_size="12")
+    assert (result.filesystem, result.swap, result.boot_size) == ("xfs", False, 12)
+    assert result.partition_table == "msdos"
 
 
 @pytest.mark.parametrize("name", settings.PARAMETERS)
@@ -298,12 +363,12 @@ def test_what_is_the_sites_only(name: str) -> None:
 
 
 def test_what_ganeti_reads_itself(capfd: pytest.CaptureFixture[str]) -> None:
-    """It makes OSP_OS_IMAGE of os-image; the first that knew it kept the dash."""
+    """Ganeti makes OSP_OS_IMAGE of os-image; its first version with it kept the dash."""
     for variable in ("OSP_OS_IMAGE", "OSP_OS-IMAGE"):
         environment = {variable: "/srv/x.img", "OSP_OS_INSTALL_PACKAGE": "", "OSP_IMAGE_NAME": "x"}
-        assert settings.given_to_ganeti(environment) == {"os-image": "'/srv/x.img'"}
+        assert settings.reserved_parameters(environment) == {"os-image": "'/srv/x.img'"}
         assert settings.unknown_parameters({**environment, "OSP_OS_PACKAGE": "x"}) == []
-        assert settings.load(environment, "/nonexistent").image_name == "x"
+        assert settings.load_settings(environment, "/nonexistent").image_name == "x"
     assert capfd.readouterr().err == ""
 
 
@@ -315,15 +380,15 @@ def test_what_ganeti_reads_itself(capfd: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_os_image_is_what_ganeti_takes_for_one(text: str, fits: bool) -> None:
-    problems = settings.examine({"OSP_OS_IMAGE": text}, "/nonexistent")[1]
+    problems = settings.examine_settings({"OSP_OS_IMAGE": text}, "/nonexistent")[1]
     beginning = f"os-image={text!r} as OS parameter os-image is not accepted: it must be "
     assert [str(problem).startswith(beginning) for problem in problems] == ([] if fits else [True])
 
 
 def test_a_password_in_os_image_is_not_shown() -> None:
     given = {"OSP_OS_IMAGE": f"gopher://user:{SECRET}@host/x"}
-    assert settings.given_to_ganeti(given) == {"os-image": "(secret)"}
-    assert SECRET not in str(settings.examine(given, "/nonexistent")[1])
+    assert settings.reserved_parameters(given) == {"os-image": "(secret)"}
+    assert SECRET not in str(settings.examine_settings(given, "/nonexistent")[1])
 
 
 def test_unknown_parameter_is_warned_about(capfd: pytest.CaptureFixture[str]) -> None:
@@ -336,11 +401,11 @@ def test_unknown_parameter_is_warned_about(capfd: pytest.CaptureFixture[str]) ->
 
 def test_all_problems_are_told(capfd: pytest.CaptureFixture[str]) -> None:
     environment = given_values(swap="maybe", filesystem="zfs", image_dir="/x")
-    known, problems = settings.examine(environment, "/nonexistent")
+    result, problems = settings.examine_settings(environment, "/nonexistent")
     assert len(problems) == 3
-    assert known.filesystem == "ext3"
+    assert result.filesystem == "ext3"
     with pytest.raises(Failure) as raised:
-        settings.load(environment, "/nonexistent")
+        settings.load_settings(environment, "/nonexistent")
     told = [*capfd.readouterr().err.splitlines(), f"imageos: {raised.value}"]
     assert told == [f"imageos: {problem}" for problem in problems]
 
@@ -360,14 +425,15 @@ def test_arch_of_the_node(machine: str, arch: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", sorted(SECRETS))
 def test_secrets_are_never_shown(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     environment = {**given_values(**{name: f"{SECRET}\0\n", f"{name}_typo": SECRET}), "OSP_IMAGE_DEBUG": "yes"}
-    _, problems = settings.examine(environment, "/nonexistent")
+    _, problems = settings.examine_settings(environment, "/nonexistent")
     assert [SECRET in str(problem) for problem in problems] == [False]
     assert f"{name}=(secret)" in str(problems[0])
-    settings.load({**environment, f"OSP_{name}": SECRET}, "/nonexistent")
+    given = {"SSH_AUTHORIZED_KEYS": public_key(SECRET)}.get(name, SECRET)
+    settings.load_settings({**environment, f"OSP_{name}": given}, "/nonexistent")
     assert SECRET not in capfd.readouterr().err
 
 
-# The files, with a shell that is a function here: the tier of real disks runs the real one
+# The files, with a function as the shell; the tiers with real disks run the real shell
 
 
 Layer = Mapping[str, str]
@@ -375,23 +441,24 @@ Layer = Mapping[str, str]
 
 @dataclasses.dataclass
 class Shell:
-    """Answers for the shell: each layer is what one file sets."""
+    """A shell that answers with `layers`: each is what one file sets."""
 
     layers: Sequence[Layer]
     status: int = 0
     said: str = ""
 
-    def pipeline(self, stages: Sequence[Sequence[str]], *, env: Layer, **options: object) -> list[Finished]:
-        assert options["private"] is True, "what the files set may be secret"
-        printed = ""
-        values = {**env, "SHLVL": "1", "_": "/usr/bin/env"}
-        words = list(stages[0][stages[0].index(shellfiles._EVALUATE) + 2 :])
+    def pipeline(self, command: Command, **_: object) -> list[Finished]:
+        assert command.private, "what the files set may be secret"
+        assert command.env is not None
+        values = {**command.env, "SHLVL": "1", "_": "/usr/bin/env"}
+        printed = "".join(f"{name}={value}\0" for name, value in values.items()) + "\0"
+        words = list(command.argv[command.argv.index(shellfiles._EVALUATE) + 2 :])
         for word, layer in zip(words, [*self.layers, None]):
             printed += re.sub(r'"\$\{VARIANTS_DIR:-(.*?)\}"', values.get("VARIANTS_DIR") or r"\1", word) + "\0"
             if layer is not None:
                 values = {**values, **layer}
                 printed += "".join(f"{name}={value}\0" for name, value in values.items()) + "\0"
-        return [Finished(stages[0], self.status, printed.encode("utf-8", "surrogateescape"), self.said)]
+        return [Finished(command.argv, self.status, printed.encode("utf-8", "surrogateescape"), self.said)]
 
 
 Load = Callable[..., Settings]
@@ -399,7 +466,7 @@ Load = Callable[..., Settings]
 
 @pytest.fixture
 def with_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
-    """The settings when the files set `layers`."""
+    """Return the settings when the files set `layers`."""
     defaults = tmp_path / "defaults"
     defaults.touch()
 
@@ -407,7 +474,7 @@ def with_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
         *layers: Layer, status: int = 0, said: str = "", environ: Layer | None = None, variant: str = ""
     ) -> Settings:
         monkeypatch.setattr(shellfiles, "pipeline", Shell(layers, status, said).pipeline)
-        return settings.load({"OS_VARIANT": variant, **(environ or {})}, str(defaults))
+        return settings.load_settings({"OS_VARIANT": variant, **(environ or {})}, str(defaults))
 
     return load
 
@@ -435,6 +502,33 @@ def test_wrong_value_names_the_file(with_files: Load, tmp_path: Path) -> None:
         with_files({"VARIANTS_DIR": "/srv/variants"}, {"FILESYSTEM": "zfs"}, variant="v")
 
 
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ('USER_DATA="#cloud-config\nruncmd: [echo $HOME]\n"\n', "HOME"),
+        ('  export USER_DATA="#!/bin/sh\ncp ${1} ${name} x"', "1"),
+        ('USER_DATA="#!/bin/sh\nexit $?"', "?"),
+        ('USER_DATA="#cloud-config\nfqdn: $INSTANCE_NAME\nname: ${site}"', ""),
+        ("USER_DATA='#!/bin/sh\necho $HOME'", ""),
+        ('USER_DATA="#!/bin/sh\necho \\$HOME costs 5$"', ""),
+        ('USER_DATA="$(cat /srv/$file)"', ""),
+        ('data=$(cat /srv/a)\nUSER_DATA="$data"\nunset data\n', ""),
+        ('if true; then lines[0]=x; fi\nUSER_DATA="$lines"\n', ""),
+        ('USER_DATA="#!/bin/sh\nname=x\necho $name"', "name"),
+        ('# name\nUSER_DATA="$name"\n', "name"),
+        ('USER_DATA="${DATA:-#!/bin/sh}"', ""),
+        ('# USER_DATA="$HOME"\nOTHER="$HOME"', ""),
+    ],
+)
+def test_double_quotes_lose_what_begins_with_a_dollar(text: str, lost: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(text)
+    known = {"INSTANCE_NAME": "inst1", "site": "x"}
+    problems = settings._lost_in_quotes(f"{tmp_path}/file", "USER_DATA", known)
+    reason = f"USER_DATA in {tmp_path}/file is in double quotes, in which the shell replaces ${lost}"
+    assert [str(problem) for problem in problems] == ([reason] if lost else [])
+    assert all("single quotes" in str(problem.hint) for problem in problems)
+
+
 def test_wrong_secret_in_a_file(with_files: Load) -> None:
     with pytest.raises(Failure) as raised:
         with_files({"ROOT_PASSWORD_HASH": f"{SECRET}\n"})
@@ -442,24 +536,32 @@ def test_wrong_secret_in_a_file(with_files: Load) -> None:
 
 
 def test_unknown_setting(with_files: Load, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Warned about once, whatever the number of files; hooks get it."""
-    known = with_files(
-        {"IMAGE_NAM": "a", "CINIT_TYPE": "b", "helper": "c", "SITE_SPECIAL": "d", "TARBALL_COMPRESS": "pigz"},
-        {"IMAGE_NAM": "e"},
+    """One warning, for any number of files; hooks get the variable."""
+    result = with_files(
+        {"IMAGE_NAM": "a", "CINIT_USER": "b", "helper": "c", "SITE_SPECIAL": "d", "TARBALL_COMPRESS": "pigz"},
+        {"IMAGE_NAM": "e", "CINIT_SSH_PWAUT": "no"},
         variant="v",
     )
-    others = {"CINIT_TYPE": "b", "helper": "c", "SITE_SPECIAL": "d", "TARBALL_COMPRESS": "pigz"}
-    assert known.unknown == {"IMAGE_NAM": "e", **others}
-    assert {name: known.variables()[name] for name in known.unknown} == known.unknown
+    others = {"CINIT_USER": "b", "helper": "c", "SITE_SPECIAL": "d", "TARBALL_COMPRESS": "pigz"}
+    others["CINIT_SSH_PWAUT"] = "no"
+    assert result.unknown == {"IMAGE_NAM": "e", **others}
+    assert {name: result.variables()[name] for name in result.unknown} == result.unknown
     assert capfd.readouterr().err.splitlines() == [
         f"imageos: warning: unknown setting IMAGE_NAM in {tmp_path}/defaults (did you mean IMAGE_NAME?)",
         f"imageos: warning: unknown setting SITE_SPECIAL in {tmp_path}/defaults",
+        f"imageos: warning: unknown setting CINIT_SSH_PWAUT in {SITE}/variants/v.conf (did you mean CINIT_SSH_PWAUTH?)",
     ]
 
 
+def test_what_the_hooks_read_is_known() -> None:
+    """Every variable of the ancestor that a hook reads; no other begins with CINIT_."""
+    source = "".join(path.read_text() for path in (TESTS.parent / "hooks.d").iterdir())
+    assert {*re.findall(r"\bCINIT_\w+", source)} == {*settings.HOOK_VARIABLES}
+
+
 def test_ganetis_variables_are_not_settings(with_files: Load, capfd: pytest.CaptureFixture[str]) -> None:
-    known = with_files({"INSTANCE_NAME": "changed"}, environ={"INSTANCE_NAME": "inst1"})
-    assert known.unknown == {}
+    result = with_files({"INSTANCE_NAME": "changed"}, environ={"INSTANCE_NAME": "inst1"})
+    assert result.unknown == {}
     assert capfd.readouterr().err == ""
 
 
@@ -503,7 +605,7 @@ def test_variant_without_a_file(with_files: Load) -> None:
 @pytest.mark.parametrize("name", ["../../etc/shadow", "a/b", "a.b", "a b", "a;b", "$(id)", "a\n"])
 def test_variant_is_a_name(name: str) -> None:
     with pytest.raises(Failure, match="is not the name of a variant"):
-        settings.load({"OS_VARIANT": name}, "/nonexistent")
+        settings.load_settings({"OS_VARIANT": name}, "/nonexistent")
 
 
 @pytest.mark.parametrize("kind", ["directory", "dangling link"])
@@ -514,7 +616,7 @@ def test_defaults_file_that_is_none(kind: str, tmp_path: Path) -> None:
     else:
         path.symlink_to("nowhere")
     with pytest.raises(Failure, match="is not a regular file"):
-        settings.load({}, str(path))
+        settings.load_settings({}, str(path))
 
 
 # For hooks
@@ -534,32 +636,32 @@ Value = Union[str, int, bool, None]
     ],
 )
 def test_hooks_find_the_same(values: dict[str, Value]) -> None:
-    known = Settings(**values)  # type: ignore[arg-type]
-    text = known.variables()
+    result = Settings(**values)  # type: ignore[arg-type]
+    text = result.variables()
     assert all(isinstance(value, str) for value in text.values())
-    assert settings.from_variables(text) == known
+    assert settings.settings_from_variables(text) == result
 
 
 @given(st.text(st.characters(exclude_characters="\0")), st.integers(1, 10**9 - 1), st.booleans())
 def test_hooks_find_the_same_text(text: str, number: int, flag: bool) -> None:
-    known = Settings(user_data=text, swap_size=number, grow=flag)
-    assert settings.from_variables(known.variables()) == known
+    result = Settings(user_data=text, swap_size=number, grow=flag)
+    assert settings.settings_from_variables(result.variables()) == result
 
 
 def test_only_the_settings_of_an_environment() -> None:
-    assert settings.from_variables({"PATH": "/bin", "OSP_SWAP": "no", "swap": "no"}) == Settings()
+    assert settings.settings_from_variables({"PATH": "/bin", "OSP_SWAP": "no", "swap": "no"}) == Settings()
 
 
-# The file that is installed
+# The installed file
 
 
 ASSIGNMENT = re.compile(r"(# )?([A-Z_]+)=(.*)")
 
 
 def assignments() -> list[tuple[bool, str, str]]:
-    """(whether it takes effect, setting, value as the shell reads it), of the text that is installed."""
+    """Return (is in effect, setting, value as the shell reads it) of the text of the defaults file."""
     found = [ASSIGNMENT.fullmatch(line) for line in settings.defaults_file().splitlines()]
-    return [(not one[1], one[2], "".join(shlex.split(one[3]))) for one in found if one]
+    return [(not match[1], match[2], "".join(shlex.split(match[3]))) for match in found if match]
 
 
 def test_defaults_file_names_every_setting_once() -> None:

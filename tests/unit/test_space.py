@@ -1,7 +1,8 @@
-"""What has to stay free on a filesystem where something is kept."""
+"""The space that must stay free on a filesystem."""
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -26,7 +27,12 @@ def test_reserve(size: int, kept: int) -> None:
 def test_what_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
     def lacking(size: int, free: int, need: int) -> str | None:
         monkeypatch.setattr(os, "statvfs", lambda _: filesystem(size, free))
-        return space.lacking("/somewhere", need)
+        try:
+            space.check("/somewhere", need)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC  # noqa: PT017
+            return error.strerror
+        return None
 
     assert lacking(100 * GIB, 10 * GIB, 9 * GIB) is None
     assert lacking(100 * GIB, 10 * GIB, 9 * GIB + 1) == "9.0 GiB needed, 10 GiB free, of which 1 GiB have to stay free"

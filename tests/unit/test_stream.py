@@ -1,4 +1,4 @@
-"""The export stream: what is written is read back, and nothing that was changed on the way is."""
+"""The export stream: import reads back what export wrote, and detects every change."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_is_a_tar_archive(runs: list[Run]) -> None:
 
 
 def boundaries(data: bytes) -> Iterator[int]:
-    """Every place where a header, a record, a content or a padding begins."""
+    """Yield every offset where a header, record, content or padding begins."""
     place = 0
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
         for member in archive:
@@ -123,7 +123,7 @@ def boundaries(data: bytes) -> Iterator[int]:
 
 def test_truncated_at_every_boundary() -> None:
     data = written(RUNS)
-    for place in sorted({near for one in boundaries(data) for near in (one - 1, one, one + 1)}):
+    for place in sorted({near for edge in boundaries(data) for near in (edge - 1, edge, edge + 1)}):
         if 0 <= place < len(data):
             with pytest.raises(Failure, match=f"truncated: it ends at byte {place}$"):
                 received(data[:place])
@@ -156,7 +156,7 @@ def test_every_byte_of_the_headers_counts() -> None:
 
 
 def members(data: bytes) -> list[bytes]:
-    """The members, each with its headers and padding; the last has the end of the archive."""
+    """Return the members, each with its headers and padding; the last includes the end of the archive."""
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
         starts = [member.offset for member in archive] + [len(data)]
     return [data[start:end] for start, end in zip(starts, starts[1:])]
@@ -174,7 +174,7 @@ def test_members_in_another_order(order: list[int]) -> None:
 
 
 def test_runs_of_two_backups_mixed() -> None:
-    """Same places and sizes, but another content, each with the right checksum."""
+    """The same positions and sizes with another content, each with a correct checksum."""
     other = [(offset, bytes(len(data))) for offset, data in RUNS]
     parts, others = members(written(RUNS)), members(written(other))
     with pytest.raises(Failure, match="damaged at byte .* totals"):
@@ -183,7 +183,7 @@ def test_runs_of_two_backups_mixed() -> None:
 
 def test_something_follows() -> None:
     data = written(RUNS)
-    assert received(data + bytes(10_000))[1] == RUNS  # as tar(1) and dd(1) may pad it
+    assert received(data + bytes(10_000))[1] == RUNS  # tar(1) and dd(1) may pad it so
     with pytest.raises(Failure, match="damaged at byte .* follows"):
         received(data + bytes(10_000) + b"x")
     with pytest.raises(Failure, match="damaged at byte .* follows"):
@@ -215,7 +215,7 @@ def test_runs_that_cannot_be(runs: list[Run]) -> None:
     ],
 )
 def test_manifest_that_makes_no_sense(change: dict[str, object]) -> None:
-    """By whoever can compute checksums."""
+    """Anyone can compute checksums."""
     with pytest.raises(Failure, match="damaged at byte 0: its manifest makes no sense"):
         received(written(RUNS, replace(manifest(RUNS), **change)))  # type: ignore[arg-type]
 
@@ -235,7 +235,7 @@ def test_version_to_come() -> None:
 
 
 def test_headers_as_python_writes_them() -> None:
-    """A second opinion on the format."""
+    """Python's tarfile writes the same headers."""
     info = tarfile.TarInfo("disk/1048576")
     info.size, info.mtime, info.mode = 4096, 1_700_000_000, 0o600
     info.uname = info.gname = "root"
@@ -253,7 +253,7 @@ def test_headers_as_python_writes_them() -> None:
 
 
 def test_slow_pipe() -> None:
-    """A pipe gives what it has: less than is asked for."""
+    """A pipe may return less than requested."""
     reader, writer = os.pipe()
     os.write(writer, b"ab")
     source = Source(reader)

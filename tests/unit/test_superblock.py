@@ -1,21 +1,23 @@
-"""What is refused before the kernel reads it. That the kernel would obey is shown in tests/faults."""
+"""Superblocks that are refused before the kernel reads them. tests/faults shows that the kernel would obey them."""
 
 from __future__ import annotations
 
 import struct
+import uuid
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imageos.disks import superblock
+from imageos.disks.ext import MAGIC
 from imageos.disks.filesystem import FILESYSTEMS
 
 
 def ext(**fields: object) -> bytearray:
-    """The beginning of an ext4 filesystem with 4 KiB blocks, its mmp block being the second one."""
+    """Return the beginning of an ext4 filesystem with 4 KiB blocks, whose mmp block is the second one."""
     disk = bytearray(8192)
-    struct.pack_into("<H", disk, 1024 + 0x38, superblock.EXT_MAGIC)
+    struct.pack_into("<H", disk, 1024 + 0x38, MAGIC)
     struct.pack_into("<I", disk, 1024 + 0x18, 2)
     struct.pack_into("<II", disk, 1024 + 0x5C, fields.get("compat", 4), fields.get("incompat", 0))
     struct.pack_into("<I", disk, 1024 + 0xE0, fields.get("journal", 8))
@@ -29,15 +31,18 @@ def xfs(log: int, realtime: int) -> bytearray:
     return bytearray(struct.pack(">4sIQQ24xQ", b"XFSB", 4096, 1000, realtime, log))
 
 
-def btrfs(devices: int) -> bytearray:
+def btrfs(devices: int, flags: int = 1) -> bytearray:
     disk = bytearray(superblock.BTRFS_SUPERBLOCK + 4096)
-    struct.pack_into("<8s", disk, superblock.BTRFS_SUPERBLOCK + 64, superblock.BTRFS_MAGIC)
-    struct.pack_into("<Q", disk, superblock.BTRFS_SUPERBLOCK + 136, devices)
+    for offset, form, value in (
+        *((32, "16s", bytes(range(16))), (56, "Q", flags), (64, "8s", superblock.BTRFS_MAGIC)),
+        *((136, "Q", devices), (201, "Q", 7)),
+    ):
+        struct.pack_into(f"<{form}", disk, superblock.BTRFS_SUPERBLOCK + offset, value)
     return disk
 
 
 def objection(disk: bytes | bytearray, kind: str, writable: bool = True) -> str:
-    return superblock.objection(lambda offset, count: bytes(disk[offset : offset + count]), kind, writable)
+    return FILESYSTEMS[kind].objection(lambda offset, count: bytes(disk[offset : offset + count]), writable)
 
 
 @pytest.mark.parametrize("kind", ["ext2", "ext3", "ext4"])
@@ -67,6 +72,29 @@ def test_armed_mmp() -> None:
     assert objection(far, "ext4") == "", "the kernel refuses a block beyond the end"
 
 
+@pytest.mark.parametrize(("superblocks", "own", "wait"), [(0, 0, 11), (5, 300, 601), (65535, 5, 131071)])
+def test_how_long_programs_wait(superblocks: int, own: int, wait: int) -> None:
+    """As e2fsck 1.47 was seen to do."""
+    disk = ext(incompat=superblock.INCOMPAT_MMP)
+    struct.pack_into("<H", disk, 1024 + 0x166, superblocks)
+    struct.pack_into("<H", disk, 4096 + 112, own)
+    assert superblock.check_wait(lambda offset, count: bytes(disk[offset : offset + count])) == wait
+    assert superblock.check_wait(lambda offset, count: bytes(ext()[offset : offset + count])) == 0
+
+
+def test_ext_that_is_read_only() -> None:
+    for feature in (0x1000, 0x4000):
+        disk = ext()
+        struct.pack_into("<I", disk, 1024 + 0x64, feature)
+        assert objection(disk, "ext4") == "its superblock marks it read-only"
+        assert objection(disk, "ext4", writable=False) == ""
+
+
+@pytest.mark.parametrize(("disk", "expected"), [(ext(), False), (ext(incompat=4), True), (xfs(9, 0), False)])
+def test_dirty_ext(disk: bytearray, expected: bool) -> None:
+    assert superblock.is_dirty_ext(lambda offset, count: bytes(disk[offset : offset + count])) == expected
+
+
 def test_xfs() -> None:
     assert objection(xfs(log=9, realtime=0), "xfs") == ""
     assert objection(xfs(log=0, realtime=0), "xfs") == "its log is on another device"
@@ -75,9 +103,14 @@ def test_xfs() -> None:
 
 def test_btrfs() -> None:
     assert objection(btrfs(1), "btrfs") == ""
-    assert objection(btrfs(2), "btrfs") == "it is one of the 2 devices of its filesystem"
+    seed = btrfs(2, superblock.BTRFS_SEEDING | 1)
+    assert objection(seed, "btrfs") == "it is a seed of other filesystems, and read-only"
+    assert objection(seed, "btrfs", writable=False) == ""
+    facts = superblock.btrfs_device(lambda offset, count: bytes(seed[offset : offset + count]))
+    assert facts == superblock.BtrfsDevice(uuid.UUID(bytes=bytes(range(16))), 2, 7, 0, True)
 
 
 @given(st.sampled_from(sorted(FILESYSTEMS)), st.sampled_from([b"", bytes(ext()), b"XFSB"]), st.binary(max_size=3000))
 def test_any_bytes(kind: str, start: bytes, rest: bytes) -> None:
     assert objection(start[:1100] + rest, kind).isascii()
+    assert 0 <= superblock.check_wait(lambda offset, count: (start[:1100] + rest)[offset : offset + count]) < 1 << 18

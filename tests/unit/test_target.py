@@ -1,4 +1,4 @@
-"""The guest's files, when the guest is hostile: no path of it ever leads to the node."""
+"""The files of a hostile guest: no path ever leads to the node."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from imageos.errors import Failure
 from imageos.guests.sandbox import GuestDisk
 from imageos.guests.target import READ_LIMIT, READ_TOTAL, Target, opened
 from imageos.node import linux
+from imageos.node.confinement import Room
+from imageos.run import Command, Outside
 
 SECRET = "the node's own\n"
 
@@ -27,7 +29,7 @@ Snapshot = dict[str, tuple[object, ...]]
 
 
 def snapshot(top: Path) -> Snapshot:
-    """What a write, a removal or a change of mode below `top` would change."""
+    """Return attributes below `top` that a write, a removal or a change of mode alters."""
     found: Snapshot = {}
     for directory, directories, files in os.walk(top):
         for name in (".", *directories, *files):
@@ -43,7 +45,7 @@ def temporary_files(top: Path) -> list[str]:
 
 @contextmanager
 def alarm() -> Iterator[None]:
-    """Fail the test if it waits for another process, which there is none."""
+    """Fail the test if it waits, as no other process could wake it."""
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
     signal.alarm(60)
     try:
@@ -55,7 +57,7 @@ def alarm() -> Iterator[None]:
 
 @pytest.fixture
 def node(unprivileged: None, tmp_path: Path) -> Iterator[Path]:
-    """A directory of the node beside the guest's: whatever a test does, it stays as it is."""
+    """Make a directory of the node beside the guest's; no test may change it."""
     outside = tmp_path / "node"
     (outside / "sub").mkdir(parents=True)
     (outside / "canary").write_text(SECRET)
@@ -66,7 +68,7 @@ def node(unprivileged: None, tmp_path: Path) -> Iterator[Path]:
     assert (outside / "canary").read_text() == SECRET
 
 
-# Links that would lead outside. Each is made at /unit-etc in the guest or below it; the path is the one to use.
+# Links that lead outside. Each is made at /unit-etc in the guest or below it; the second value is the path to use.
 
 
 def absolute(guest: Path, node: Path) -> str:
@@ -138,7 +140,7 @@ USES: dict[str, Callable[[Target, str], object]] = {
     "exists": lambda target, path: target.exists(path) or None,
     "is_file": lambda target, path: target.is_file(path) or None,
     "is_dir": lambda target, path: target.is_dir(os.path.dirname(path) + "/sub") or None,
-    "glob": lambda target, path: [one for one in target.glob(f"{path}*") if os.path.basename(one) != "x"] or None,
+    "glob": lambda target, path: [match for match in target.glob(f"{path}*") if os.path.basename(match) != "x"] or None,
     "write": lambda target, path: target.write(path, "guest\n"),
     "append_line": lambda target, path: target.append_line(path, "guest"),
     "touch": lambda target, path: target.touch(path),
@@ -179,7 +181,7 @@ def test_parent_link_written_where_the_guest_would_see_it(guest: Path, target: T
 
 
 def test_usual_links_are_usable(guest: Path, target: Target) -> None:
-    """A merged /usr, and Debian's resolv.conf whose directory is made at boot only."""
+    """A merged /usr works, and so does Debian's resolv.conf, whose directory is only made at boot."""
     (guest / "usr/bin").mkdir(parents=True)
     (guest / "usr/bin/tool").touch()
     (guest / "bin").symlink_to("usr/bin")
@@ -218,7 +220,7 @@ def test_links_to_directories_are_not_written(text: str, guest: Path, target: Ta
 
 @pytest.mark.parametrize("path", ["/self/root/etc/passwd", "/self/cwd/setup.cfg", "/self/exe", "/thread-self/root"])
 def test_magic_links(path: str) -> None:
-    """The kernel's own links in a /proc that a guest has got mounted."""
+    """The kernel's own links, in a /proc that is mounted in a guest."""
     with opened("/proc", "inst1", GuestDisk([], []), 5) as target:
         assert not target.exists(path)
         with pytest.raises(Failure):
@@ -297,9 +299,9 @@ def test_bytes(guest: Path, target: Target) -> None:
 def test_edit(guest: Path, target: Target) -> None:
     (guest / "file").write_text("a\n")
     before = (guest / "file").stat().st_ino
-    target.edit("/file", lambda text: text)
+    assert not target.edit("/file", lambda text: text)
     assert (guest / "file").stat().st_ino == before, "nothing to write"
-    target.edit("/file", lambda text: text + "b\n")
+    assert target.edit("/file", lambda text: text + "b\n")
     assert (guest / "file").read_text() == "a\nb\n"
     target.edit("/none", lambda text: text)
     assert not (guest / "none").exists()
@@ -322,7 +324,7 @@ def test_kernel_without_openat2(target: Target, monkeypatch: pytest.MonkeyPatch)
 def test_what_happens_on_the_node_does_not_keep_a_file_from_being_opened(
     guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever renames files, anywhere, has openat2 give up on a path with `..`."""
+    """openat2 fails on a path with `..` while any process renames files, anywhere."""
     (guest / "unit-etc").mkdir()
     (guest / "unit-etc/file").write_text("x")
     libc, left = linux._libc, [20]
@@ -482,7 +484,7 @@ def test_symlink_takes_the_place_of_a_link_or_file(guest: Path, target: Target) 
     assert temporary_files(guest) == []
 
 
-# Looking
+# Inspection
 
 
 def test_kinds(guest: Path, target: Target) -> None:
@@ -610,7 +612,7 @@ def test_clear(guest: Path, target: Target) -> None:
 
 
 def test_empty_files(guest: Path, node: Path, target: Target) -> None:
-    """Regular files only, at any depth, and never through a link."""
+    """Empty only regular files, at any depth, and never through a link."""
     for name in ("log/a", "log/sub/deep/b", "kept/c"):
         (guest / name).parent.mkdir(parents=True, exist_ok=True)
         (guest / name).write_text("text")
@@ -631,7 +633,7 @@ def test_empty_files(guest: Path, node: Path, target: Target) -> None:
 
 @pytest.mark.parametrize("read", [True, False])
 def test_a_file_that_becomes_a_fifo(read: bool, guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the look at it and its opening: an error or nothing, but no waiting for a reader."""
+    """It changes between the check and the opening: return an error or nothing, but do not wait for a reader."""
     (guest / "log").mkdir()
     os.mkfifo(guest / "log/a")
     (guest / "file").touch()
@@ -652,11 +654,11 @@ def test_a_file_that_becomes_a_fifo(read: bool, guest: Path, target: Target, mon
 
 # Very deep
 
-DEPTH = 1500  # more than Python's recursion limit, and than a process may have open files
+DEPTH = 1500  # more than Python's recursion limit and the limit of open files
 
 
 def remove_deep(top: Path, name: str) -> None:
-    """Take away a chain of directories, all of one name, which is too deep for other means."""
+    """Remove a chain of directories of one name that is too deep for other means."""
     while (top / name).exists():
         below = (top / name / name).exists()
         if below:
@@ -700,7 +702,7 @@ def test_link_through_many_directories(guest: Path, target: Target) -> None:
 
 
 def test_descriptors_are_closed(guest: Path, target: Target) -> None:
-    """One that stayed open would keep the filesystem busy."""
+    """An open descriptor would keep the filesystem busy."""
     (guest / "unit").mkdir()
     before = sorted(os.listdir("/proc/self/fd"))
     for use in USES.values():
@@ -718,18 +720,17 @@ def test_descriptors_are_closed(guest: Path, target: Target) -> None:
 def test_program_runs_in_the_sandbox(target: Target, guest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def fake(argv: list[str], **options: object) -> str:
-        calls.append((argv, options))
+    def fake(command: Command, **options: object) -> str:
+        calls.append((command, options))
         return "output"
 
     monkeypatch.setattr("imageos.guests.target.run", fake)
     assert target.run(["update-grub"], input="yes\n") == "output"
-    ((argv, options),) = calls
-    assert argv == ["update-grub"]
-    assert options["input"] == "yes\n"
-    assert options["timeout"] == 5
-    assert callable(options["prepare"])
-    assert options["env"] == {
+    ((command, options),) = calls
+    assert command.argv == ["update-grub"]
+    assert options == {"input": "yes\n", "timeout": 5}
+    assert not isinstance(command.room, (Room, Outside))
+    assert command.env == {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
         "LANG": "C",
@@ -743,7 +744,7 @@ def test_program_runs_in_the_sandbox(target: Target, guest: Path, monkeypatch: p
 
 @pytest.fixture
 def overlay(unprivileged: None, tmp_path: Path) -> Path:
-    """What is copied into the guest: a file in /unit-etc, where the tests put their links."""
+    """Make a tree to copy into the guest: a file in /unit-etc, where the tests put their links."""
     source = tmp_path / "overlay"
     (source / "unit-etc/sub").mkdir(parents=True)
     for name in ("unit-etc/x", "unit-etc/canary", "unit-etc/sub/canary"):

@@ -1,4 +1,4 @@
-"""What is mounted at and below a place, in the order in which it can be taken away."""
+"""The mounts at and below a directory, in the order in which they can be unmounted."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imageos.commands.umount_disks import below, full_name, is_below, unmount_at
-from imageos.disks import disk
+from imageos.commands.umount_disks import below, full_name, in_order, is_below, unmount_at
+from imageos.disks import blockdev
 from imageos.errors import Failure
 from imageos.node import linux, mounts
 
@@ -24,19 +24,33 @@ MOUNTS = """\
 
 
 def test_mounts() -> None:
-    found = [(mount.place, mount.source) for mount in below(mounts.parse(MOUNTS), "/tmp/inst1_root")]
-    assert found == [
+    found = in_order(below(mounts.parse(MOUNTS), "/tmp/inst1_root"))
+    assert [(mount.path, mount.source) for mount in found] == [
+        ("/tmp/inst1_root/a b", "my tmpfs"),
         ("/tmp/inst1_root/boot", "over"),
         ("/tmp/inst1_root/boot", "/dev/loop0p1"),
-        ("/tmp/inst1_root/a b", "my tmpfs"),
         ("/tmp/inst1_root", "/dev/loop0p3"),
     ]
     assert below(mounts.parse(MOUNTS), "/tmp/inst2_root") == []
 
 
+def test_what_is_hidden_comes_after_what_hides_it() -> None:
+    """/home is mounted over /home/x, FUSE over everything; in /srv there are two of a user's, one in the other."""
+    lines = """\
+65 27 259:2 / /tmp/a_root rw - ext4 /dev/loop0p3 rw
+66 65 259:0 / /tmp/a_root/home/x rw - ext4 /dev/loop0p1 rw
+67 65 0:50 / /tmp/a_root/home rw - tmpfs new rw
+68 65 0:51 / /tmp/a_root/srv rw - fuse.sshfs outer rw
+69 68 0:52 / /tmp/a_root/srv/in rw - fuse inner rw
+70 65 0:53 / /tmp/a_root rw - fuse top rw
+"""
+    order = [mount.source for mount in in_order(mounts.parse(lines))]
+    assert order == ["top", "outer", "new", "/dev/loop0p1", "/dev/loop0p3"]
+
+
 def test_a_carriage_return_in_a_path(tmp_path: Path) -> None:
     (tmp_path / "mountinfo").write_bytes(MOUNTS.replace("/tmp/inst1_root/boot", "/tmp/inst1_root/bo\rot").encode())
-    places = [mount.place for mount in mounts.current(str(tmp_path / "mountinfo"))]
+    places = [mount.path for mount in mounts.current(str(tmp_path / "mountinfo"))]
     assert len(places) == 6
     assert "/tmp/inst1_root/bo\rot" in places
 
@@ -116,7 +130,7 @@ def test_what_is_mounted_is_named(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_name_is_not_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any user mounts something with the name of a device (FUSE): only numbers tell what is below."""
+    """Any user can mount something with the name of a device (FUSE): only the device number is reliable."""
     lines = """\
 65 27 0:50 / /tmp/a_root rw - fuse.x /dev/loop3 rw
 66 27 0:51 / /tmp/b_root rw - btrfs /dev/null rw
@@ -128,4 +142,4 @@ def test_a_name_is_not_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     places = {"259:2": "/sys/devices/virtual/block/loop3/loop3p2", "1:3": "/sys/devices/virtual/mem/null"}
     monkeypatch.setattr(os.path, "realpath", lambda path: places.get(os.path.basename(path), path))
-    assert [disk.loop_below(mount) for mount in mounts.parse(lines)] == ["", "", "", "/dev/loop3"]
+    assert [blockdev.loop_below(mount) for mount in mounts.parse(lines)] == ["", "", "", "/dev/loop3"]

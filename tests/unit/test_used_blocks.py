@@ -1,4 +1,4 @@
-"""The map of used blocks against the simplest thing that does the same: a set."""
+"""Compare the map of used blocks with the simplest equivalent: a set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from imageos.disks import ext, usage
 from imageos.disks.usage import Map
 
-SIZE = 300 * 1024 + 700  # the last block is not whole
+SIZE = 300 * 1024 + 700  # the last block is partial
 BLOCKS = 301
 
 changes = st.lists(st.tuples(st.booleans(), st.integers(0, SIZE), st.integers(0, SIZE)), max_size=12)
@@ -21,8 +21,8 @@ changes = st.lists(st.tuples(st.booleans(), st.integers(0, SIZE), st.integers(0,
 @given(changes)
 def test_map(made: list[tuple[bool, int, int]]) -> None:
     used, expected = Map(SIZE), set()
-    for mark, one, other in made:
-        start, end = sorted((one, other))
+    for mark, first, other in made:
+        start, end = sorted((first, other))
         if mark:
             used.mark(start, end)
             expected |= set(range(start // 1024, -(-end // 1024)))
@@ -31,7 +31,7 @@ def test_map(made: list[tuple[bool, int, int]]) -> None:
             expected -= set(range(-(-start // 1024), BLOCKS if end >= SIZE else end // 1024))
     blocks: list[int] = []
     reached = -1
-    for offset, length in used.runs(longest=64 * 1024):
+    for offset, length in used.extents(longest=64 * 1024):
         assert offset >= reached and 0 < length <= 64 * 1024 and offset + length <= SIZE
         reached = offset + length
         blocks += range(offset // 1024, -(-reached // 1024))
@@ -42,22 +42,22 @@ def test_map(made: list[tuple[bool, int, int]]) -> None:
 def test_whole_disk(size: int) -> None:
     used = Map(size)
     used.mark(0, size)
-    assert sum(length for _, length in used.runs()) == size
+    assert sum(length for _, length in used.extents()) == size
     used.clear(0, size)
-    assert not list(used.runs())
+    assert not list(used.extents())
 
 
 def test_huge_disk() -> None:
-    """The map stays small, and no run gets longer."""
+    """The map stays small, and no range grows longer."""
     used = Map(1 << 50)
     assert used.block >= 8 << 20
     used.mark(1 << 49, (1 << 49) + 1)
-    runs = list(used.runs())
-    assert max(length for _, length in runs) <= usage.RUN
+    runs = list(used.extents())
+    assert max(length for _, length in runs) <= usage.LONGEST
     assert runs[0][0] == 1 << 49 and sum(length for _, length in runs) == used.block
 
 
-# --- ext: the tests on real filesystems are in the disk tier ---------------------------------------------
+# --- ext: the disk tier tests real filesystems -----------------------------------------------------------
 
 
 def superblock(**fields: int) -> bytes:
@@ -107,7 +107,7 @@ def test_superblock_in_doubt(fields: dict[str, int], why: str) -> None:
 
 @given(st.integers())
 def test_hostile_numbers(seed: int) -> None:
-    """Whatever the descriptors say: it ends, and nothing but Doubtful comes out."""
+    """For any descriptors, it ends, and raises only Doubtful."""
     random = Random(seed)
     data = bytearray(superblock(blocks=4000))
     data[0xCE:0x100] = random.randbytes(0x32)

@@ -1,0 +1,186 @@
+"""Root's account in the guest: its keys, its password, and what else in the guest decides whether they let root in."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from imageos import logins
+from imageos.errors import Failure
+from imageos.guests.services import is_enabled
+from imageos.guests.target import Target
+from imageos.logins import AuthorizedKey
+
+PASSWD, SHADOW = "/etc/passwd", "/etc/shadow"
+HOME, SHELL = 5, 6  # fields of passwd(5)
+PASSWORD = 1  # field of passwd(5) and shadow(5)
+CHANGED, MAXIMUM, EXPIRES = 2, 4, 7  # fields of shadow(5): days since 1970, days, days since 1970
+DAY = 86400  # seconds
+NO_LOGIN = ("nologin", "false")  # shells that let nobody in
+AUTHORIZED_KEYS = ".ssh/authorized_keys"
+# Settings of sshd that may keep root out; the groups are root's own, root
+REFUSING = (
+    *("PermitRootLogin", "PubkeyAuthentication", "AuthorizedKeysFile"),
+    *("AllowUsers", "AllowGroups", "DenyUsers", "DenyGroups"),
+)
+# What sshd may need to tell its configuration (sshd -T); /run is empty until the guest boots
+SSHD_DIRECTORY = "/run/sshd"
+
+
+def authorize(target: Target, keys: Sequence[AuthorizedKey]) -> str:
+    """Add the keys to root's, each in the place of what root has of that key; return the file."""
+    file = keys_file(target)
+    home = file.removesuffix(AUTHORIZED_KEYS)
+    target.mkdir(home, mode=0o700)
+    target.mkdir(f"{home}.ssh", mode=0o700)
+    if target.link(file) == "/dev/null":  # what is written there is for nobody
+        target.remove(file)
+    target.edit(file, partial(with_keys, keys=keys), mode=0o600)
+    return file
+
+
+def withdraw(target: Target, keys: Sequence[AuthorizedKey]) -> None:
+    """Take out of root's file the lines that `authorize` has added for these keys."""
+    file, lines = keys_file(target), {key.line for key in keys}
+    if target.exists(file):
+        kept = [line for line in (target.read(file) or "").splitlines() if line not in lines]
+        target.write(file, "".join(f"{line}\n" for line in kept), mode=0o600)
+
+
+def keys_file(target: Target) -> str:
+    home = field(target.read(PASSWD) or "", HOME) or "/root"
+    return f"{home}/{AUTHORIZED_KEYS}"
+
+
+def with_keys(text: str, keys: Sequence[AuthorizedKey]) -> str:
+    """Return the text of authorized_keys with these keys. sshd takes the first line of a key that lets in.
+
+    So a line that has one of them with other options, or none, gives way.
+    """
+    ours = list(dict.fromkeys(key.line for key in keys))
+    blobs = {key.blob for key in keys}
+    lines = text.splitlines()
+    kept = [line for line in lines if line in ours or line.startswith("#") or not blobs.intersection(line.split())]
+    return "".join(f"{line}\n" for line in [*kept, *(line for line in ours if line not in kept)])
+
+
+def set_password(target: Target, password: str) -> None:
+    """Set root's password; with shadow passwords it counts only with an `x` in /etc/passwd."""
+    for file, value in ((SHADOW, password), (PASSWD, "x")):
+        if not field(target.read(file) or "", 0):
+            raise Failure(f"the guest's {file} has no line for root", hint="run pwconv in the image")
+        target.edit(file, partial(with_field, number=PASSWORD, value=value))
+
+
+def admit(target: Target) -> bool:
+    """Take away what keeps root out whatever the key or password: dates that are over, a lock; return whether it did.
+
+    A locked account gets the password `*`, which none matches: without PAM, sshd refuses keys of one with `!`.
+    """
+    today = int(time.time()) // DAY
+    return target.is_file(SHADOW) and target.edit(SHADOW, partial(admitted, today=today))
+
+
+def admitted(text: str, today: int) -> str:
+    """Return the text of /etc/shadow with root's line such that root can log in on the day `today`."""
+    changed, maximum, expires = (_days(field(text, number)) for number in (CHANGED, MAXIMUM, EXPIRES))
+    if changed == 0 or (changed is not None and maximum is not None and changed + maximum < today):
+        text = with_field(text, CHANGED, str(today))
+    if expires is not None and expires <= today:
+        text = with_field(text, EXPIRES, "")
+    if field(text, PASSWORD).startswith("!"):
+        text = with_field(text, PASSWORD, "*")
+    return text
+
+
+def _days(text: str) -> int | None:
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else None
+
+
+def field(text: str, number: int) -> str:
+    """Return a field of root's line in /etc/passwd or /etc/shadow."""
+    fields = next((line.split(":") for line in text.splitlines() if line.startswith("root:")), [])
+    return fields[number] if number < len(fields) else ""
+
+
+def with_field(text: str, number: int, value: str) -> str:
+    """Return the text of such a file with a field of root's line changed, and nothing else."""
+    lines = text.splitlines(keepends=True)
+    for index, line in enumerate(lines):
+        if line.startswith("root:"):
+            fields = line.split(":")
+            fields[number] = value
+            lines[index] = ":".join(fields)
+            break
+    return "".join(lines)
+
+
+# --- reports ----------------------------------------------------------------------------------------------
+
+
+def describe(keys: Sequence[AuthorizedKey], password: str) -> str:
+    """Return in a few words what was given to root: `2 keys, one only from 192.0.2.0/24; a password`."""
+    parts = []
+    if keys:
+        parts.append("1 key" if len(keys) == 1 else f"{len(keys)} keys")
+        limited = [f"one only from {key.sources}" for key in keys if key.sources]
+        others = sum(1 for key in keys if key.options and not key.sources)
+        parts[0] = ", ".join([*parts, *limited, *([f"{others} with options"] if others else [])])
+    if password:
+        parts.append("a password" if logins.admits(password) else "no password")
+    return "; ".join(parts)
+
+
+def obstacles(target: Target, with_key: bool) -> list[str]:
+    """Return what in the guest keeps root from logging in by ssh, with a key or else with a password."""
+    shell = field(target.read(PASSWD) or "", SHELL)
+    found = [f"root's shell is {shell}, which lets nobody in"] if shell.rpartition("/")[2] in NO_LOGIN else []
+    sshd = target.which("sshd")
+    if not sshd:
+        has_other = not with_key or target.which("dropbear")
+        return found if has_other else [*found, "the guest has no sshd: root's keys are of no use"]
+    if not any(is_enabled(target, name) for name in ("ssh", "sshd")):
+        found.append("the guest does not start its sshd when it boots")
+    try:
+        configuration = sshd_configuration(target, sshd)
+    except Failure as failure:
+        return [*found, f"the guest's sshd does not take its configuration: {failure}"]
+    found += [f"root's keys are of no use: sshd has {reason}" for reason in refusals(configuration) if with_key]
+    needed = ("passwordauthentication", "permitrootlogin")
+    if not (with_key or all(configuration.get(name) == "yes" for name in needed)):
+        found.append("root's password is for the console: sshd takes none from root")
+    return found
+
+
+def sshd_configuration(target: Target, sshd: str) -> dict[str, str]:
+    """Return what sshd says that it does for root, from any address: keyword in lower case -> value."""
+    made = not target.exists(SSHD_DIRECTORY)
+    target.mkdir(SSHD_DIRECTORY)
+    try:
+        said = target.run([sshd, "-T", "-C", "user=root,host=localhost,addr=192.0.2.1"])
+    finally:
+        if made:
+            target.remove(SSHD_DIRECTORY)
+    settings: dict[str, str] = {}
+    for keyword, _, value in (line.partition(" ") for line in said.splitlines()):
+        settings[keyword] = f"{settings.get(keyword, '')} {value}".strip()  # lists have a line for each name
+    return settings
+
+
+def refusals(configuration: Mapping[str, str]) -> list[str]:
+    """Return the settings of sshd, as it tells them, that keep root out even with a key."""
+    found = {name: configuration.get(name.lower(), "") for name in REFUSING}
+    return [f"{name} {value}" for name, value in found.items() if value and not _admits_root(name, value.split())]
+
+
+def _admits_root(name: str, words: Sequence[str]) -> bool:
+    if name.startswith("Allow"):
+        return any(fnmatch.fnmatchcase("root", word.partition("@")[0]) for word in words)
+    if name.startswith("Deny"):
+        return not any(fnmatch.fnmatchcase("root", word) for word in words)
+    if name == "AuthorizedKeysFile":
+        return not {AUTHORIZED_KEYS, f"%h/{AUTHORIZED_KEYS}"}.isdisjoint(words)
+    return words[0] not in ("no", "forced-commands-only")

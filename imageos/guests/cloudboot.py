@@ -1,0 +1,78 @@
+"""Does cloud-init run when the guest boots, and may it configure the network? Asked as its generator would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from imageos.guests import services, yaml
+from imageos.guests.bootloaders import command_lines
+from imageos.guests.target import Target, matches
+
+CONFIG = "/etc/cloud/cloud.cfg"
+OURS = f"{CONFIG}.d/zz-imageos-network.cfg"  # of the hook interfaces
+DISABLED = "/etc/cloud/cloud-init.disabled"
+IDENTIFY = "/etc/cloud/ds-identify.cfg"
+# The stages that configure the network, by their names since 0.7 and since 24.3
+STAGES = ("cloud-init-local", "cloud-init", "cloud-init-main", "cloud-init-network")
+PYTHON = ("/usr/lib/python*", "/usr/local/lib/python*")
+GENERATOR, STARTED = "cloud-init-generator", "cloud-init.target"  # the first starts the second
+
+
+def runs(target: Target) -> bool:
+    """Return whether the guest has a cloud-init that nothing keeps from running, as far as we see how it is started."""
+    if not target.which("cloud-init") or not target.is_dir("/etc/cloud"):
+        return False
+    if target.exists(DISABLED) or matches(target, IDENTIFY, r"^[ \t]*policy[ \t]*:[ \t]*disabled\b"):
+        return False
+    if _last_argument(target, "cloud-init=") == "disabled":
+        return False
+    stages = [stage for stage in STAGES if services.exists(target, stage)]
+    return not stages or any(_is_started(target, stage) for stage in stages)
+
+
+def may_configure_network(target: Target) -> bool:
+    """Return whether neither its configuration nor the kernel's command line forbid cloud-init the network."""
+    config = ""
+    for path in configuration(target):
+        config = yaml.scalars(target.read(path) or "").get(("network", "config"), config)
+    return config != "disabled" and _last_argument(target, "network-config=") != "disabled"
+
+
+def lists_renderers(target: Target) -> bool:
+    """Return whether the image's configuration says for which programs cloud-init may write, and in which order."""
+    texts = (target.read(path) or "" for path in configuration(target))
+    return any(yaml.has(yaml.scalars(text), "system_info", "network", "renderers") for text in texts)
+
+
+def has_renderer(target: Target, module: str) -> bool:
+    """Return False if cloud-init has renderers, but not this one: 20.4 has none for networkd, 21.1 for NetworkManager.
+
+    Its package is looked for, as its version does not tell what a distribution has added.
+    """
+    directories = (
+        f"{found}/{packages}/cloudinit/net"
+        for pattern in PYTHON
+        for found in target.glob(pattern)
+        for packages in ("dist-packages", "site-packages")
+    )
+    own = next((path for path in directories if target.exists(f"{path}/renderers.py")), "")
+    return not own or target.exists(f"{own}/{module}.py")
+
+
+def configuration(target: Target) -> Iterator[str]:
+    """Yield the files of the image's configuration of cloud-init; the last one counts."""
+    paths = (path for path in (CONFIG, *target.glob(f"{CONFIG}.d/*.cfg")) if path != OURS)
+    yield from filter(target.is_file, paths)
+
+
+def _is_started(target: Target, stage: str) -> bool:
+    reached = frozenset([STARTED] if services.has_generator(target, GENERATOR) else [])
+    is_systemd = services.init(target) in ("systemd", "")
+    return (is_systemd and services.is_started(target, f"{stage}.service", reached)) or services.is_enabled(
+        target, stage
+    )
+
+
+def _last_argument(target: Target, name: str) -> str:
+    words = [word for line in command_lines(target) for word in line.split() if word.startswith(name)]
+    return words[-1].partition("=")[2] if words else ""

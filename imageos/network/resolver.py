@@ -1,0 +1,87 @@
+"""Who makes the guest's /etc/resolv.conf? Look at the file itself, and let its resolver ask the servers that we set."""
+
+from __future__ import annotations
+
+import os
+
+from imageos.guests.services import is_enabled
+from imageos.guests.target import Target, real
+from imageos.network import RESOLV_CONF, render
+from imageos.network.render import Interfaces
+
+RESOLVED = "systemd-resolved"
+RESOLVED_CONFIG = "/etc/systemd/resolved.conf.d/imageos.conf"
+STUB = "../run/systemd/resolve/stub-resolv.conf"
+# Directories that only a running guest fills, in which resolv.conf is a link, and by whom
+FILLED = {
+    "/run/systemd/resolve": (RESOLVED,),
+    "/usr/lib/systemd": (RESOLVED,),
+    "/lib/systemd": (RESOLVED,),
+    "/run/NetworkManager": ("NetworkManager", "networkmanager"),
+    "/run/connman": ("connman",),
+    "/run/resolvconf": (),
+    "/etc/resolvconf/run": (),
+    "/run/netconfig": (),
+}
+WITHOUT_SERVICE = {"/run/resolvconf": "resolvconf", "/etc/resolvconf/run": "resolvconf", "/run/netconfig": "netconfig"}
+
+
+def settle(target: Target, interfaces: Interfaces, is_told: bool, tells_file: bool) -> None:
+    """Set the DNS servers, and see that resolv.conf is what an enabled program writes.
+
+    `is_told`: the program that rules the network tells the servers to resolved, resolvconf or the file. `tells_file`:
+    it writes the file itself, unless this is a link to what resolved writes.
+    """
+    is_known = any(render.dns(interfaces))
+    has_resolved = is_enabled(target, RESOLVED)
+    target.remove(RESOLVED_CONFIG)
+    if target.link(RESOLV_CONF) is None and target.is_dir(RESOLV_CONF):
+        target.remove(RESOLV_CONF)  # a container's mistake, which nobody could write to
+    if has_resolved and not (tells_file and not _leads_to_resolved(target)):
+        if is_known and not is_told:
+            target.write(RESOLVED_CONFIG, render.resolved_conf(interfaces))
+        if not _leads_to_resolved(target):
+            target.symlink(STUB, RESOLV_CONF)
+    elif is_known and (not is_told or not _is_filled(target) or _leads_elsewhere(target)):
+        target.write(RESOLV_CONF, render.resolv_conf(interfaces), follow=False)
+    elif not _is_filled(target):
+        # for a DHCP client to fill; systemd starts none that may write to a file that is missing
+        target.write(RESOLV_CONF, render.HEADER, follow=False)
+
+
+def is_of_resolvconf(target: Target) -> bool:
+    return WITHOUT_SERVICE.get(_directory(target)) == "resolvconf" and _is_filled(target)
+
+
+def has_only_resolvectl(target: Target) -> bool:
+    """Return whether resolvconf is the one of resolved, which only talks to it."""
+    program = target.which("resolvconf")
+    return program is not None and (real(target, program) or "").endswith("/resolvectl")
+
+
+def _leads_to_resolved(target: Target) -> bool:
+    return RESOLVED in FILLED.get(_directory(target), ())
+
+
+def _is_filled(target: Target) -> bool:
+    """Return False for a link to what no program of this guest writes."""
+    directory = _directory(target)
+    if directory in WITHOUT_SERVICE:
+        program = WITHOUT_SERVICE[directory]
+        return target.which(program) is not None and not (program == "resolvconf" and has_only_resolvectl(target))
+    if directory in FILLED:
+        return any(is_enabled(target, service) for service in FILLED[directory])
+    return target.link(RESOLV_CONF) is None or target.is_file(RESOLV_CONF)
+
+
+def _leads_elsewhere(target: Target) -> bool:
+    """Return whether it is a link to a file of the image's builder: who writes resolv.conf leaves such a one alone."""
+    return _directory(target) not in ("", *FILLED)
+
+
+def _directory(target: Target) -> str:
+    """Return the directory that a link leads to, of which only a running guest may have the rest; empty if none."""
+    link = target.link(RESOLV_CONF)
+    if link is None:
+        return ""
+    return os.path.dirname(os.path.normpath(os.path.join("/etc", link)).replace("/var/run/", "/run/"))

@@ -1,0 +1,228 @@
+"""The network of a booted guest, asked from inside: what rules it, beside whom, and what is planned.
+
+One image of each suite holds every program, and each test enables a few: so what is only installed never counts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import booted
+import pytest
+from booted import LEASES, MACS, OFFERED, SET
+from debian import debian
+from hookfiles import hook_module
+from support import recorded, run
+
+from imageos import ganeti
+from imageos.guests import cloudboot, cloudinit, guest, hostname
+from imageos.guests.target import opened
+from imageos.hook import Hook
+from imageos.network import backends, files, plan
+from imageos.settings import Settings
+
+SUITES = ("bookworm", "trixie")
+# Program -> patterns of the links that enable it
+LINKS = {
+    "cloud-init": ("cloud-init.target.wants/cloud-init*", "cloud-init.target.wants/cloud-config.service"),
+    "NetworkManager": ("*.wants/NetworkManager*", "dbus-org.freedesktop.nm-dispatcher.service"),
+    "networkd": ("*.wants/systemd-network*", "dbus-org.freedesktop.network1.service"),
+    "connman": ("*.wants/connman*",),
+    "dhcpcd": ("*.wants/dhcpcd.service",),
+    "ifupdown": ("*.wants/networking.service",),
+    "resolved": ("*.wants/systemd-resolved.service", "dbus-org.freedesktop.resolve1.service"),
+}
+ALWAYS_OFF = ("*.wants/report-facts.service", "*.wants/ssh*.service", "*.wants/apt-daily*", "*.wants/e2scrub*")
+# netplan matches the permanent MAC, which a NIC here has not; so its generator is followed by another one
+GENERATOR = """#!/bin/sh
+/usr/lib/systemd/system-generators/netplan "$@"
+sed -i s/PermanentMACAddress/MACAddress/ /run/systemd/network/*.network
+"""
+STATIC = {
+    "NIC_0_IP": "192.0.2.10",
+    "NIC_0_NETWORK_SUBNET": "192.0.2.0/24",
+    "NIC_0_NETWORK_GATEWAY": "192.0.2.1",
+}
+SIX = {"NIC_0_NETWORK_SUBNET6": "2001:db8::/64", "NIC_0_NETWORK_GATEWAY6": "2001:db8::1"}
+ADDRESS6 = "2001:db8::a800:ff:fe00:1/64"
+DNS = "192.0.2.53 2001:db8::53"
+GATEWAY = ("192.0.2.1", MACS[0])
+
+
+@dataclass(frozen=True)
+class Plan:
+    nics: Mapping[str, str]
+    dns: str
+    addresses: Sequence[Sequence[str]]  # of each NIC
+    routes: frozenset[tuple[str, str]]
+    who: str = SET
+
+
+PLANS = {
+    "static": Plan(STATIC, DNS, [["192.0.2.10/24"]], frozenset([GATEWAY])),
+    "dhcp": Plan({}, "", [[f"{LEASES[0]}/24"]], frozenset([GATEWAY]), OFFERED),
+    "dhcp-dns": Plan({}, DNS, [[f"{LEASES[0]}/24"]], frozenset([GATEWAY])),
+    "dual": Plan({**STATIC, **SIX}, DNS, [["192.0.2.10/24", ADDRESS6]], frozenset([GATEWAY, ("2001:db8::1", MACS[0])])),
+    "routed": Plan(
+        {"NIC_0_IP": "203.0.113.9", "NIC_0_MODE": "routed"},
+        "192.0.2.53",
+        [["203.0.113.9/32"]],
+        frozenset([("", MACS[0])]),
+    ),
+    "two": Plan(STATIC, DNS, [["192.0.2.10/24"], [f"{LEASES[1]}/24"]], frozenset([GATEWAY])),
+}
+
+
+@dataclass(frozen=True)
+class Image:
+    """What is enabled, and what the image says."""
+
+    enabled: tuple[str, ...]
+    rules: str
+    files: Mapping[str, str] = field(default_factory=dict)  # `-> ` is a link
+    names: tuple[str, ...] = ("ens13", "ens14")  # of the NICs
+
+
+STUB, PLAIN = "-> ../run/systemd/resolve/stub-resolv.conf", "nameserver 192.0.2.99\n"
+HOTPLUG = "auto lo\niface lo inet loopback\n\nauto eth0\nallow-hotplug eth0\niface eth0 inet dhcp\n"
+DHCP_NETWORK = "[Match]\nName=e*\n[Network]\nDHCP=yes\n"
+PROFILE = "[connection]\nid=Wired\nuuid=6f1f5be0-5b5a-4c1c-8d3a-000000000001\ntype=ethernet\n[ipv4]\nmethod=auto\n"
+STALE = {
+    "etc/NetworkManager/system-connections/Wired.nmconnection": PROFILE,
+    "var/lib/NetworkManager/timestamps": "[timestamps]\n6f1f5be0-5b5a-4c1c-8d3a-000000000001=1790000000\n",
+}
+COMMENT = (
+    "# Use renderer: NetworkManager on desktops\nnetwork:\n  ethernets:\n    e: {dhcp4: true, match: {name: e*}}\n"
+)
+ETH = ("eth0", "eth1")
+NETPLAN = {"etc/systemd/system-generators/netplan": GENERATOR}
+NO_NETPLAN = {"etc/systemd/system-generators/netplan": "-> /dev/null"}
+IMAGES = {
+    "ifupdown": Image(("ifupdown",), "ifupdown", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH),
+    "ifupdown-resolved": Image(("ifupdown", "resolved"), "ifupdown", {**NO_NETPLAN, "etc/resolv.conf": STUB}, ETH),
+    "ifupdown-networkd": Image(
+        ("ifupdown", "networkd"),
+        "networkd",
+        {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG, "etc/resolv.conf": STUB},
+        ETH,
+    ),
+    "networkd": Image(
+        ("networkd", "resolved"), "networkd", {**NO_NETPLAN, "etc/systemd/network/00.network": DHCP_NETWORK}
+    ),
+    "networkd-plain": Image(("networkd", "resolved"), "networkd", {**NO_NETPLAN, "etc/resolv.conf": PLAIN}),
+    "networkd-dhcpcd": Image(("networkd", "dhcpcd"), "networkd", {**NO_NETPLAN, "etc/resolv.conf": STUB}),
+    "networkd-connman": Image(
+        ("networkd", "resolved", "connman"), "networkd", {**NO_NETPLAN, "etc/resolv.conf": PLAIN}
+    ),
+    "NetworkManager": Image(("NetworkManager",), "NetworkManager", {**NO_NETPLAN, **STALE, "etc/resolv.conf": STUB}),
+    "NetworkManager-networkd": Image(
+        ("NetworkManager", "networkd"),
+        "NetworkManager",
+        {**NO_NETPLAN, "etc/systemd/network/20.network": DHCP_NETWORK, "etc/resolv.conf": PLAIN},
+    ),
+    "NetworkManager-ifupdown": Image(
+        ("NetworkManager", "ifupdown"), "NetworkManager", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH
+    ),
+    "netplan": Image(("networkd", "resolved"), "netplan", {**NETPLAN, "etc/netplan/50.yaml": COMMENT}, ETH),
+    "netplan-ifupdown": Image(
+        ("networkd", "resolved", "ifupdown"), "netplan", {**NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH
+    ),
+    "netplan-NetworkManager": Image(
+        ("NetworkManager",),
+        "netplan",
+        {**NETPLAN, "etc/netplan/01.yaml": "network:\n  renderer: 'NetworkManager' # x\n"},
+        ETH,
+    ),
+    "dhcpcd": Image(("dhcpcd",), "dhcpcd", {**NO_NETPLAN, "etc/resolv.conf": STUB}, ETH),
+    "cloud-init-off": Image(
+        ("cloud-init", "networkd", "resolved"),
+        "netplan",
+        {**NETPLAN, "etc/cloud/cloud-init.disabled": "", "etc/netplan/50-cloud-init.yaml": COMMENT},
+        ETH,
+    ),
+}
+CELLS = {
+    *((name, "static") for name in IMAGES),
+    *((name, plan) for name in ("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd") for plan in PLANS),
+} - {("dhcpcd", "dhcp")}  # it gives the offered servers to the resolvconf of resolved, which is off
+
+
+@pytest.fixture(scope="session", params=SUITES)
+def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return the tree of an image, without a kernel. Tests must not change it."""
+    tree = tmp_path_factory.mktemp("guests") / request.param
+    tree.mkdir()
+    without = ("--exclude=./boot/*", "--exclude=./usr/lib/modules/*")
+    run("tar", "-xf", debian(request.param, "networks").tarball, "-C", tree, *without)
+    yield tree
+    shutil.rmtree(tree)
+
+
+@pytest.fixture
+def tree(suite: Path, tmp_path: Path) -> Iterator[Path]:
+    """Return a layer over the image."""
+    root = tmp_path / "root"
+    root.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", tmp_path)
+    for name in ("upper", "work", "root"):
+        (tmp_path / name).mkdir()
+    layers = f"lowerdir={suite},upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    run("mount", "-t", "overlay", "-o", layers, "overlay", root)
+    yield root
+    run("umount", root)
+    run("umount", tmp_path)
+
+
+def prepare(tree: Path, image: Image) -> None:
+    """Enable what the image says, and nothing else; write its files."""
+    off = [pattern for name, patterns in LINKS.items() if name not in image.enabled for pattern in patterns]
+    for pattern in (*off, *ALWAYS_OFF):
+        for path in (tree / "etc/systemd/system").glob(
+            pattern.rstrip("*") + "*"
+        ):  # else a link to nothing is not found
+            path.unlink()
+    (tree / "etc/resolv.conf").unlink()
+    with (tree / "etc/dhcpcd.conf").open("a") as conf:
+        conf.write("nodev\n")  # no udev here that it could wait for
+    for name, text in image.files.items():
+        path = tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if text.startswith("-> "):
+            path.symlink_to(text[3:])
+        else:
+            path.write_text(text)
+            path.chmod(0o755 if text.startswith("#!") else 0o600 if "NetworkManager" in name else 0o644)
+
+
+def deploy(tree: Path, nics: Mapping[str, str], count: int, dns: str) -> str:
+    """Make the tree an instance's own, as `create` does with the hook `interfaces`; return the ruling program."""
+    given = {name: text for name, text in recorded("create-kvm-network").items() if not name.startswith("NIC_")}
+    given["NIC_COUNT"] = str(count)
+    for number in range(count):
+        given[f"NIC_{number}_MAC"], given[f"NIC_{number}_MODE"] = MACS[number], "bridged"
+        given[f"NIC_{number}_IP"] = ""
+    instance = ganeti.instance({**given, **nics})
+    settings = Settings(dns_servers=dns)
+    with opened(str(tree)) as target:
+        hostname.write(target, instance.name)
+        guest.forget_identity(target)
+        if cloudboot.runs(target):
+            cloudinit.write_seed(target, instance, settings, plan(instance, settings, files.read(instance, settings)))
+        hook_module("interfaces").main(Hook("create", target, settings, instance, "/dev/loop7", (), (), {}))
+        return backends.find(target)
+
+
+@pytest.mark.parametrize(("name", "planned"), sorted(CELLS))
+def test_network(name: str, planned: str, tree: Path) -> None:
+    image, wanted = IMAGES[name], PLANS[planned]
+    prepare(tree, image)
+    assert deploy(tree, wanted.nics, len(wanted.addresses), wanted.dns) == image.rules
+    seen = booted.boot(tree, image.names[: len(wanted.addresses)], sum(map(len, wanted.addresses)))
+    print(seen.log)  # shown if the test fails
+    assert seen.addresses == {mac: frozenset(addresses) for mac, addresses in zip(MACS, wanted.addresses)}
+    assert seen.routes == wanted.routes
+    assert seen.who == wanted.who
+    assert seen.state == "running"

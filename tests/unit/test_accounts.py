@@ -1,0 +1,138 @@
+"""Root's account: keys with their options, and what in the guest would keep root out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from credentials import HASH, public_key
+
+from imageos import logins
+from imageos.errors import Failure
+from imageos.guests import accounts
+from imageos.guests.target import Target
+
+KEY, OTHER = public_key("me@home"), public_key("you@home", "ssh-rsa")
+LIMITED = f'from="192.0.2.0/24",no-pty {KEY}'
+TODAY = 20_000
+SSHD = "permitrootlogin without-password\npubkeyauthentication yes\nauthorizedkeysfile .ssh/authorized_keys\n"
+
+
+def with_keys(text: str, *lines: str) -> list[str]:
+    return accounts.with_keys(text, logins.authorized_keys("\n".join(lines))).splitlines()
+
+
+@pytest.mark.parametrize("old", [KEY, f"{KEY.rpartition(' ')[0]} another comment", f'from="*" {KEY}', f"no-pty\t{KEY}"])
+def test_the_same_key_with_other_options_gives_way(old: str) -> None:
+    """sshd takes the first line that lets in."""
+    assert with_keys(f"# {KEY}\n{old}\n{OTHER}\n", LIMITED) == [f"# {KEY}", OTHER, LIMITED]
+    assert with_keys(f"{LIMITED}\n{OTHER}", LIMITED) == [LIMITED, OTHER]
+
+
+def test_one_key_with_two_sets_of_options() -> None:
+    assert with_keys("", LIMITED, f'from="198.51.100.7" {KEY}') == [LIMITED, f'from="198.51.100.7" {KEY}']
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("*:19000:0:99999:7:::", "*:19000:0:99999:7:::"),
+        ("*:0:0:99999:7:::", "*:20000:0:99999:7:::"),  # passwd -e
+        ("*:19000:0:90:7:::", "*:20000:0:90:7:::"),  # older than its maximum
+        ("*:19950:0:90:7:::", "*:19950:0:90:7:::"),
+        ("*:19000:0:99999:7::19500:", "*:19000:0:99999:7:::"),  # expired
+        ("*:19000:0:99999:7::1:", "*:19000:0:99999:7:::"),
+        ("*:19000:0:99999:7::30000:", "*:19000:0:99999:7::30000:"),
+        ("!:19000::::::", "*:19000::::::"),
+        (f"!{HASH}:19000::::::", "*:19000::::::"),
+        (f"{HASH}:::::::", f"{HASH}:::::::"),
+        ("*:x:0:99999999999:7:::", "*:x:0:99999999999:7:::"),
+        ("*", "*"),
+    ],
+)
+def test_root_is_admitted(before: str, after: str) -> None:
+    others = "daemon:!:0:0:1:7::1:\n"
+    assert accounts.admitted(f"{others}root:{before}\n{others}", TODAY) == f"{others}root:{after}\n{others}"
+
+
+def test_today_is_a_day_of_shadow(target: Target) -> None:
+    target.write("/etc/shadow", "root:*:0:0:99999:7:::\n")
+    assert accounts.admit(target) and not accounts.admit(target)
+    (changed,) = [int(accounts.field(target.read("/etc/shadow") or "", accounts.CHANGED))]
+    assert changed == int(time.time()) // 86400
+
+
+@pytest.mark.parametrize(
+    ("keys", "password", "said"),
+    [
+        ([KEY], "", "1 key"),
+        ([LIMITED, OTHER], HASH, "2 keys, one only from 192.0.2.0/24; a password"),
+        ([f"no-pty {KEY}", OTHER], "*", "2 keys, 1 with options; no password"),
+        ([], HASH, "a password"),
+    ],
+)
+def test_report(keys: list[str], password: str, said: str) -> None:
+    assert accounts.describe(logins.authorized_keys("\n".join(keys)), password) == said
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("", ""),
+        ("permitrootlogin no", "PermitRootLogin no"),
+        ("permitrootlogin forced-commands-only", "PermitRootLogin forced-commands-only"),
+        ("pubkeyauthentication no", "PubkeyAuthentication no"),
+        ("authorizedkeysfile /etc/ssh/keys/%u", "AuthorizedKeysFile /etc/ssh/keys/%u"),
+        ("authorizedkeysfile .ssh/authorized_keys2 %h/.ssh/authorized_keys", ""),
+        ("allowusers admin\nallowusers backup", "AllowUsers admin backup"),
+        ("allowusers admin\nallowusers ro*@192.0.2.*", ""),
+        ("denyusers root", "DenyUsers root"),
+        ("denygroups adm", ""),
+        ("allowgroups ssh", "AllowGroups ssh"),
+    ],
+)
+def test_what_sshd_refuses(setting: str, reason: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    keyword = setting.partition(" ")[0]
+    said = "".join(f"{line}\n" for line in SSHD.splitlines() if line.split()[0] != keyword) + setting
+    monkeypatch.setattr(Target, "run", lambda _self, _argv: said)
+    target.write("/usr/sbin/sshd", "", mode=0o755)
+    target.write("/usr/lib/systemd/system/ssh.service", "[Service]\n")
+    target.write("/etc/systemd/system/multi-user.target.wants/ssh.service", "")
+    expected = [f"root's keys are of no use: sshd has {reason}"] if reason else []
+    assert accounts.obstacles(target, with_key=True) == expected
+    assert not target.exists(accounts.SSHD_DIRECTORY)
+
+
+def test_guest_without_a_way_in(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_self: Target, _argv: list[str]) -> str:
+        raise Failure("sshd failed: Bad configuration option: Permit")
+
+    target.write("/etc/passwd", "root:x:0:0:root:/root:/usr/sbin/nologin\n")
+    shell = "root's shell is /usr/sbin/nologin, which lets nobody in"
+    assert accounts.obstacles(target, with_key=False) == [shell]
+    assert accounts.obstacles(target, with_key=True) == [shell, "the guest has no sshd: root's keys are of no use"]
+    monkeypatch.setattr(Target, "run", fail)
+    target.write("/usr/sbin/sshd", "", mode=0o755)
+    _, start, configuration = accounts.obstacles(target, with_key=True)
+    assert "does not start its sshd" in start and "Bad configuration option" in configuration
+
+
+@pytest.mark.parametrize("permitted", ["yes", "without-password"])
+def test_password_for_the_console(permitted: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = f"permitrootlogin {permitted}\npasswordauthentication yes\n"
+    monkeypatch.setattr(Target, "run", lambda _self, _argv: said)
+    target.write("/usr/sbin/sshd", "", mode=0o755)
+    target.write("/usr/lib/systemd/system/ssh.service", "[Service]\n")
+    target.write("/etc/systemd/system/multi-user.target.wants/ssh.service", "")
+    found = accounts.obstacles(target, with_key=False)
+    assert found == ([] if permitted == "yes" else ["root's password is for the console: sshd takes none from root"])
+
+
+def test_keys_that_would_go_to_dev_null(guest: Path, target: Target) -> None:
+    """Some images link root's file there, so that nobody gets in with a key."""
+    (guest / "root/.ssh").mkdir(parents=True)
+    (guest / "root/.ssh/authorized_keys").symlink_to("/dev/null")
+    accounts.authorize(target, logins.authorized_keys(KEY))
+    assert (guest / "root/.ssh/authorized_keys").read_text() == f"{KEY}\n"
+    assert not (guest / "dev").exists()
