@@ -133,7 +133,7 @@ def overlay(top: Path, layer: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves a process, mount, loop device or temporary file, and remove it."""
+    """Fail a test that leaves a process, mount, loop device or temporary file, and remove it. Remove `tmp_path`."""
     if request.path.relative_to(TESTS).parts[0] == "unit":
         yield
         return
@@ -153,6 +153,9 @@ def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
         for process in Call.unburied:
             process.wait()
         pytest.fail(f"left behind:\n{report}", pytrace=False)
+    # All disks of a run would fill the machine's. Not by pytest's own policy, which removes before we looked for mounts.
+    if path := request.node.funcargs.get("tmp_path"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 # The product
