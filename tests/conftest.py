@@ -153,7 +153,7 @@ def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
         for process in Call.unburied:
             process.wait()
         pytest.fail(f"left behind:\n{report}", pytrace=False)
-    # All disks of a run would fill the machine's. Not by pytest's own policy, which removes before we looked for mounts.
+    # All disks of a run would fill the machine's. pytest's own policy removes before anybody has looked for mounts.
     if path := request.node.funcargs.get("tmp_path"):
         shutil.rmtree(path, ignore_errors=True)
 
