@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report
+from imageos.checks.report import Finding, error, note, ok, unknown, version
 from imageos.checks.variants import Variant, name_variants
 from imageos.disks import filesystem
 from imageos.errors import Failure
@@ -17,36 +17,36 @@ NAMESPACES = ("mount", "pid", "net", "ipc", "uts")
 ACTIONS = "/proc/sys/kernel/seccomp/actions_avail"  # exists since Linux 4.14, with CONFIG_SECCOMP_FILTER
 
 
-def check_kernel(report: Report) -> None:
-    report.say_version("Linux", os.uname().release, (5, 8), "imageos needs Linux 5.8 or newer")
+def check_kernel() -> Iterator[Finding]:
+    yield version("Linux", os.uname().release, (5, 8), "imageos needs Linux 5.8 or newer")
     for path, kind in (("/proc/self", "proc"), (sysfs.BLOCK, "sysfs")):
         if not os.path.isdir(path):
             top = f"/{path.split('/')[1]}"
-            report.say(ERROR, f"there is no {path}: {top} is not mounted", f"mount -t {kind} {kind} {top}")
+            yield error(f"there is no {path}: {top} is not mounted", f"mount -t {kind} {kind} {top}")
     if os.geteuid() != 0:
-        report.say(UNKNOWN, "namespaces and loop devices were not tried", "run it as root")
+        yield unknown("namespaces and loop devices were not tried", "run it as root")
         return
     if reason := unshare_error():
-        report.say(ERROR, f"namespaces cannot be made: {reason}", "in a container, it must be allowed to make them")
+        yield error(f"namespaces cannot be made: {reason}", "in a container, it must be allowed to make them")
     else:
-        report.say(OK, f"namespaces: {', '.join(NAMESPACES)}")
+        yield ok(f"namespaces: {', '.join(NAMESPACES)}")
     try:
         os.close(os.open("/dev/loop-control", os.O_RDWR))
-        report.say(OK, "loop devices")
-    except OSError as error:
-        report.say(ERROR, f"/dev/loop-control: {error.strerror}", "modprobe loop")
+        yield ok("loop devices")
+    except OSError as problem:
+        yield error(f"/dev/loop-control: {problem.strerror}", "modprobe loop")
     if not seccomp.guest():
         machine = os.uname().machine
-        report.say(NOTE, f"the system calls of a guest's programs are not filtered: no table of them for {machine}")
+        yield note(f"the system calls of a guest's programs are not filtered: no table of them for {machine}")
     elif os.path.exists(ACTIONS):
-        report.say(OK, "filters of system calls")
+        yield ok("filters of system calls")
     else:
-        report.say(ERROR, "this kernel has no filters of system calls", "a kernel with CONFIG_SECCOMP_FILTER")
+        yield error("this kernel has no filters of system calls", "a kernel with CONFIG_SECCOMP_FILTER")
     complaints = cgroup.missing_limits()
     for complaint in complaints:
-        report.say(NOTE, complaint, "in a container, /sys/fs/cgroup must be writable")
+        yield note(complaint, "in a container, /sys/fs/cgroup must be writable")
     if not complaints:
-        report.say(OK, "control groups")
+        yield ok("control groups")
 
 
 def unshare_error() -> str:
@@ -61,7 +61,7 @@ def unshare_error() -> str:
     return (done.stderr.strip() or f"status {done.status}") if done.status else ""
 
 
-def check_filesystems(report: Report, variants: Iterable[Variant]) -> None:
+def check_filesystems(variants: Iterable[Variant]) -> Iterator[Finding]:
     needed: dict[str, list[str]] = {}
     for variant in variants:
         if variant.layout:
@@ -70,11 +70,11 @@ def check_filesystems(report: Report, variants: Iterable[Variant]) -> None:
                     needed.setdefault(volume.kind, []).append(variant.name)
     for kind in filesystem.FILESYSTEMS:
         if kernel_has(kind):
-            report.say(OK, kind)
+            yield ok(kind)
         elif kind in needed:
-            report.say(ERROR, f"this kernel has no {kind}: needed by {name_variants(needed[kind])}", f"modprobe {kind}")
+            yield error(f"this kernel has no {kind}: needed by {name_variants(needed[kind])}", f"modprobe {kind}")
         else:
-            report.say(NOTE, f"this kernel has no {kind}: images with it cannot be deployed")
+            yield note(f"this kernel has no {kind}: images with it cannot be deployed")
 
 
 def kernel_has(kind: str) -> bool:

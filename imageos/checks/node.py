@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from imageos import log, settings
-from imageos.checks.report import ERROR, NOTE, OK, Report
+from imageos.checks.report import ERROR, NOTE, OK, Finding, failed, finding, note, ok
 from imageos.checks.variants import Variant
 from imageos.disks.layout import MIB
 from imageos.errors import Failure
@@ -18,7 +18,7 @@ from imageos.node.mounts import Mount
 LOW_SPACE = 64 * MIB  # bytes; with less, writing will fail soon
 
 
-def check_space(report: Report, variants: Sequence[Variant]) -> None:
+def check_space(variants: Sequence[Variant]) -> Iterator[Finding]:
     """Report an error where a deployment would fail: downloads need space, Ganeti writes a log of each."""
     downloads = {variant.settings.cache_dir for variant in variants if variant.settings.image_url}
     caches = {variant.settings.cache_dir for variant in variants} | {settings.CACHE_DIR}
@@ -28,19 +28,22 @@ def check_space(report: Report, variants: Sequence[Variant]) -> None:
             status = os.statvfs(path)
         except OSError as error:
             if path in downloads:
-                report.failure(Failure(f"CACHE_DIR {path}: {error.strerror}"))
+                yield failed(Failure(f"CACHE_DIR {path}: {error.strerror}"))
             continue
         free = status.f_bavail * status.f_frsize
         reserved = space.reserve(status) if use == "images" else 0
         has_room = free - reserved >= LOW_SPACE and (status.f_favail > 0 or not status.f_files)
         is_needed = use != "images" or path in downloads
         level = OK if has_room else ERROR if is_needed else NOTE
-        report.say(level, f"{path} ({use}): {log.size(free)} free", "" if has_room else f"make room in {path}")
+        yield finding(level, f"{path} ({use}): {log.size(free)} free", "" if has_room else f"make room in {path}")
 
 
-def check_leftovers(report: Report, mounted: Sequence[Mount], sys_block: str = sysfs.BLOCK) -> None:
+def check_leftovers() -> Iterator[Finding]:
+    yield from [*leftovers(mounts.current(), sysfs.BLOCK)] or [ok("none")]
+
+
+def leftovers(mounted: Sequence[Mount], sys_block: str) -> Iterator[Finding]:
     """Report what crashed runs of ganeti-instance-image left, and the commands that remove it, in order."""
-    before = len(report.findings)
     on_disks = [mount for mount in mounted if mounts.block_device(mount)]
     for mount in on_disks:
         # root will paste the command into a shell, and any user can mount in /tmp (FUSE): accept plain names only
@@ -48,16 +51,14 @@ def check_leftovers(report: Report, mounted: Sequence[Mount], sys_block: str = s
         is_root = mount.instance and mount.path == mounts.mount_point(mount.instance)
         if (is_root or is_mktemp) and mount.source.startswith(("/dev/mapper/", "/dev/loop", "/dev/dm-")):
             command = f"umount-disks {mount.instance}" if is_root else f"umount -R {mount.path} && rmdir {mount.path}"
-            report.say(NOTE, f"{mount.source} is mounted at {mount.path}", command)
+            yield note(f"{mount.source} is mounted at {mount.path}", command)
     for name in partition_maps(sys_block):
-        report.say(NOTE, f"/dev/mapper/{name} is a map of an instance's partition", f"dmsetup remove {name}")
+        yield note(f"/dev/mapper/{name} is a map of an instance's partition", f"dmsetup remove {name}")
     used = {mount.source for mount in on_disks}
     for device, backing in leftover_loops(sys_block, used):
-        report.say(
-            NOTE, f"{device} is attached to {backing}, and not used", f"losetup -d {device} (unless an instance has it)"
+        yield note(
+            f"{device} is attached to {backing}, and not used", f"losetup -d {device} (unless an instance has it)"
         )
-    if len(report.findings) == before:
-        report.say(OK, "none")
 
 
 def partition_maps(sys_block: str) -> Iterator[str]:

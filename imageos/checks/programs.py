@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from imageos import hooks
-from imageos.checks.report import ERROR, NOTE, OK, Report
+from imageos.checks.report import Finding, error, note, ok
 from imageos.checks.variants import Variant, name_variants
 from imageos.disks import filesystem
 from imageos.errors import Failure
@@ -20,7 +20,7 @@ from imageos.settings import Settings
 ALWAYS = ("sfdisk", "blkid", "tar")  # for any variant, and for backups
 
 
-def check_programs(report: Report, variants: Iterable[Variant], callers_path: str) -> None:
+def check_programs(variants: Iterable[Variant], callers_path: str) -> Iterator[Finding]:
     """Report an error for a missing program that a variant needs, and a note for any other.
 
     `callers_path` is where the caller would find it.
@@ -34,18 +34,18 @@ def check_programs(report: Report, variants: Iterable[Variant], callers_path: st
         package = PACKAGES.get(program, program)
         if available(program):
             version = dump.version(program) if package == "dump" else None
-            report.say(OK, f"{program} 0.4b{version}" if version else program)
+            yield ok(f"{program} 0.4b{version}" if version else program)
             for limit in limits(program, version):
-                report.say(NOTE, limit)
+                yield note(limit)
         elif program not in needed:
             missing.setdefault(package, []).append(program)
         else:
             elsewhere = shutil.which(program, path=callers_path)
             where = f"is in {os.path.dirname(elsewhere)}, where Ganeti does not look" if elsewhere else "is missing"
             users = f": needed by {name_variants(needed[program])}" if needed[program] else ""
-            report.say(ERROR, f"{program} {where}{users}", f"install {package}")
+            yield error(f"{program} {where}{users}", f"install {package}")
     for package, programs in missing.items():
-        report.say(NOTE, f"{' '.join(programs)} missing: no variant needs it", f"install {package}")
+        yield note(f"{' '.join(programs)} missing: no variant needs it", f"install {package}")
 
 
 def limits(program: str, version: int | None) -> Iterator[str]:
@@ -67,7 +67,9 @@ def programs_for(variant: Variant) -> Iterator[str]:
     """Yield the programs that a create of this variant runs."""
     if not variant.has_image:
         return
-    settings, image, layout = variant.settings, variant.image, variant.layout
+    settings, layout, image = variant.settings, variant.layout, None
+    with suppress(Failure):  # which check_images reports
+        image = variant.image
     if layout:
         yield from filesystem.programs(layout, settings.filesystem)
     yield from IMAGE_TYPES[settings.image_type].programs(image)

@@ -8,9 +8,8 @@ import os
 import re
 import socket
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 from imageos import __version__, log
 from imageos.errors import Failure
@@ -19,87 +18,85 @@ OK, NOTE, ERROR, UNKNOWN = "ok", "note", "error", "unknown"
 MARKS = {OK: ("ok", "32"), NOTE: ("note", "33"), ERROR: ("ERROR", "1;31"), UNKNOWN: ("?", "2")}  # and colours
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Finding:
     """The result of one check."""
 
-    area: str
     level: str
     what: str
-    hint: str = ""
+    hint: str
 
 
-@dataclass(frozen=True)
-class Report:
-    """The findings so far; a new finding belongs to `area`."""
+Report = Mapping[str, Sequence[Finding]]  # by area, as they are shown
 
-    area: str = ""
-    findings: list[Finding] = field(default_factory=list)
 
-    def on(self, area: str) -> Report:
-        """Return the same report for the checks of another area."""
-        return dataclasses.replace(self, area=area)
+def finding(level: str, what: str, hint: str | None = "") -> Finding:
+    return Finding(level, log.ascii_only(what), log.ascii_only(hint or ""))
 
-    def say(self, level: str, what: str, hint: str | None = "") -> None:
-        self.findings.append(Finding(self.area, level, log.ascii_only(what), log.ascii_only(hint or "")))
 
-    def say_version(self, what: str, version: str, least: tuple[int, int], hint: str) -> None:
-        """Report an error if `version` is older than `least`."""
-        is_old = tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < least
-        self.say(ERROR if is_old else OK, f"{what} {version}", hint if is_old else "")
+ok, note, error, unknown = (partial(finding, level) for level in (OK, NOTE, ERROR, UNKNOWN))
 
-    def failure(self, failure: Failure, of: str = "") -> None:
-        """Report an error; without root, a denied permission is UNKNOWN instead."""
-        denied = os.geteuid() != 0 and "Permission denied" in str(failure)
-        self.say(UNKNOWN if denied else ERROR, f"{of}{failure}", "run it as root" if denied else failure.hint)
 
-    @contextmanager
-    def looking(self) -> Iterator[Report]:
-        """Have a check that cannot look, for want of /sys or the like, end with a finding that says so."""
+def version(what: str, found: str, least: tuple[int, int], hint: str) -> Finding:
+    """Return an error if the version `found` is older than `least`."""
+    is_old = tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < least
+    return error(f"{what} {found}", hint) if is_old else ok(f"{what} {found}")
+
+
+def failed(failure: Failure, of: str = "") -> Finding:
+    """Return an error; without root, a denied permission is UNKNOWN instead."""
+    denied = os.geteuid() != 0 and "Permission denied" in str(failure)
+    return unknown(f"{of}{failure}", "run it as root") if denied else error(f"{of}{failure}", failure.hint)
+
+
+def findings(checks: Iterable[Iterator[Finding]]) -> Iterator[Finding]:
+    """Yield the findings of all checks; one that cannot go on, for want of /sys or the like, ends with why."""
+    for check in checks:
         try:
-            yield self
-        except OSError as error:
-            where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-            self.say(UNKNOWN, f"{where}{error.strerror or error}: not all was looked at")
+            yield from check
+        except Failure as failure:
+            yield failed(failure)
+        except OSError as problem:
+            where = f"{os.fsdecode(problem.filename)}: " if problem.filename else ""
+            yield unknown(f"{where}{problem.strerror or problem}: not all was looked at")
 
-    @property
-    def errors(self) -> int:
-        return sum(finding.level == ERROR for finding in self.findings)
+
+def levels(report: Report) -> list[str]:
+    return [found.level for area in report.values() for found in area]
 
 
 def as_json(report: Report) -> str:
     document = {
         "imageos": __version__,
         "node": socket.gethostname(),
-        "can_deploy": not report.errors,
-        "findings": [dataclasses.asdict(finding) for finding in report.findings],
+        "can_deploy": ERROR not in levels(report),
+        "findings": [{"area": area, **dataclasses.asdict(found)} for area in report for found in report[area]],
     }
     return json.dumps(document, indent=2) + "\n"
 
 
 def as_text(report: Report, colour: bool) -> str:
     lines = [f"imageos {__version__} on {socket.gethostname()}"]
-    for area in dict.fromkeys(finding.area for finding in report.findings):
-        lines += ["", area]
-        for finding in join_short([finding for finding in report.findings if finding.area == area]):
-            mark, number = MARKS[finding.level]
-            first, *rest = textwrap.wrap(finding.what, 90, break_on_hyphens=False, break_long_words=False)
+    for area, found in report.items():
+        lines += ["", area] if found else []
+        for shown in join_short(found):
+            mark, number = MARKS[shown.level]
+            first, *rest = textwrap.wrap(shown.what, 90, break_on_hyphens=False, break_long_words=False)
             lines.append(f"  \x1b[{number}m{mark:<5}\x1b[0m  {first}" if colour else f"  {mark:<5}  {first}")
-            lines += [f"         {line}" for line in [*rest, *([f"-> {finding.hint}"] if finding.hint else [])]]
+            lines += [f"         {line}" for line in [*rest, *([f"-> {shown.hint}"] if shown.hint else [])]]
     return "\n".join([*lines, "", verdict(report)]) + "\n"
 
 
-def join_short(findings: Sequence[Finding]) -> Iterator[Finding]:
+def join_short(found: Sequence[Finding]) -> Iterator[Finding]:
     """Yield the findings as they are shown: the short good ones as a single one, first."""
-    short = [finding for finding in findings if finding.level == OK and re.fullmatch(r"[^/].{0,28}", finding.what)]
+    short = [each for each in found if each.level == OK and re.fullmatch(r"[^/].{0,28}", each.what)]
     if short:
-        yield dataclasses.replace(short[0], what=", ".join(finding.what for finding in short))
-    yield from (finding for finding in findings if finding not in short)
+        yield ok(", ".join(each.what for each in short))
+    yield from (each for each in found if each not in short)
 
 
 def verdict(report: Report) -> str:
-    unknown = any(finding.level == UNKNOWN for finding in report.findings)
-    if report.errors:
-        errors = "1 error" if report.errors == 1 else f"{report.errors} errors"
-        return f"{errors}: this node cannot deploy all its variants"
-    return "this node can deploy its variants" + (", as far as could be seen" if unknown else "")
+    errors = levels(report).count(ERROR)
+    if errors:
+        return f"{errors} error{'s' * (errors != 1)}: this node cannot deploy all its variants"
+    return "this node can deploy its variants" + (", as far as could be seen" if UNKNOWN in levels(report) else "")

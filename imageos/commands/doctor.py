@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from imageos.checks import definition, kernel, node, programs, variants
-from imageos.checks.report import Report, as_json, as_text
+from imageos.checks.report import ERROR, Report, as_json, as_text, findings, levels
+from imageos.checks.variants import Variant
 from imageos.commandline import Parser
-from imageos.node import mounts
 from imageos.node.programs import DEFAULT_PATH, GANETI_PATH
 
 
@@ -22,30 +22,26 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     report = examine(options.os_dir)
     print(as_json(report) if options.json else as_text(report, colour=sys.stdout.isatty()), end="")
-    return 1 if report.errors else 0
+    return ERROR in levels(report)
 
 
 def examine(os_dir: str) -> Report:
     callers_path = os.environ.get("PATH", DEFAULT_PATH)
     os.environ["PATH"] = GANETI_PATH  # what create finds counts
-    report = Report()
-    definition.check_files(report.on("OS definition"), os_dir)
-    definition.check_in_use(report.on("OS definition"), os_dir)
-    definition.check_offers(report.on("OS definition"))
-    definition.check_python(report.on("OS definition"))
-    with report.on("kernel").looking() as on:
-        kernel.check_kernel(on)
-    examined = variants.check_settings(report.on("settings"))
-    variants.check_hooks(report.on("settings"), examined)
-    variants.check_overlays(report.on("settings"), examined)
-    examined = variants.check_images(report.on("images"), examined)
-    programs.check_programs(report.on("programs"), examined, callers_path)
-    with report.on("filesystems").looking() as on:
-        kernel.check_filesystems(on, examined)
-    node.check_space(report.on("space"), examined)
-    with report.on("leftovers").looking() as on:
-        node.check_leftovers(on, mounts.current())
-    return report
+    examined: list[Variant] = []  # those that the check of settings finds right, for the checks after it
+    checks = {
+        "OS definition": (definition.check_files(os_dir), definition.check_in_use(os_dir), definition.check_offers(),
+                          definition.check_python()),
+        "kernel": (kernel.check_kernel(),),
+        "settings": (variants.check_settings(examined), variants.check_hooks(examined),
+                     variants.check_overlays(examined)),
+        "images": (variants.check_images(examined),),
+        "programs": (programs.check_programs(examined, callers_path),),
+        "filesystems": (kernel.check_filesystems(examined),),
+        "space": (node.check_space(examined),),
+        "leftovers": (node.check_leftovers(),),
+    }  # fmt: skip
+    return {area: [*findings(of_area)] for area, of_area in checks.items()}
 
 
 def parser() -> Parser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +12,27 @@ import pytest
 from imageos.checks import definition
 from imageos.checks.definition import check_in_use, check_python
 from imageos.checks.kernel import check_kernel
-from imageos.checks.node import check_leftovers
+from imageos.checks.node import check_leftovers, leftovers
 from imageos.checks.programs import limits, programs_for
-from imageos.checks.report import ERROR, NOTE, OK, UNKNOWN, Report, as_json, as_text, verdict
+from imageos.checks.report import (
+    ERROR,
+    NOTE,
+    OK,
+    UNKNOWN,
+    Finding,
+    Report,
+    as_json,
+    as_text,
+    error,
+    failed,
+    findings,
+    note,
+    ok,
+    verdict,
+)
 from imageos.checks.variants import Variant, check_hooks
 from imageos.errors import Failure
-from imageos.node import mounts
+from imageos.node import mounts, sysfs
 from imageos.settings import Settings
 
 
@@ -61,20 +77,16 @@ MOUNTS = """\
 @pytest.mark.parametrize(("os_dir", "level"), [("/usr/share/ganeti/os/image", ERROR), ("/opt/trial/image", NOTE)])
 def test_a_definition_that_ganeti_does_not_run(os_dir: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(definition, "not_in_use", lambda root, where: Failure(f"not {where}", hint="move"))
-    report = Report()
-    check_in_use(report, os_dir)
-    assert [(finding.level, finding.what, finding.hint) for finding in report.findings] == [
+    assert [(found.level, found.what, found.hint) for found in check_in_use(os_dir)] == [
         (level, f"not {os_dir}", "move")
     ]
     monkeypatch.setattr(definition, "not_in_use", lambda root, where: None)
-    check_in_use(Report(), os_dir)
-    assert len(report.findings) == 1
+    assert not list(check_in_use(os_dir))
 
 
 def test_leftovers_with_their_commands(block: Path) -> None:
-    report = Report()
-    check_leftovers(report, mounts.parse(MOUNTS), str(block))
-    assert [finding.hint.partition(" (")[0] for finding in report.findings] == [
+    found = list(leftovers(mounts.parse(MOUNTS), str(block)))
+    assert [each.hint.partition(" (")[0] for each in found] == [
         "umount -R /tmp/tmp.aBcDeF1234 && rmdir /tmp/tmp.aBcDeF1234",
         "umount-disks inst2.example.org",
         "dmsetup remove xenvg-inst1.disk0-1",
@@ -82,23 +94,21 @@ def test_leftovers_with_their_commands(block: Path) -> None:
         "losetup -d /dev/loop0",
         "losetup -d /dev/loop2",
     ]
-    assert {finding.level for finding in report.findings} == {NOTE}, "it can deploy nevertheless"
+    assert {each.level for each in found} == {NOTE}, "it can deploy nevertheless"
 
 
 @pytest.mark.parametrize("place", ["/tmp/x;id;_root", "/tmp/$(id)_root", "/tmp/x\\040y_root", "/tmp/-x_root"])
 def test_no_command_is_made_of_what_is_no_name(place: str, tmp_path: Path) -> None:
     (tmp_path / "block").mkdir()
-    report = Report()
     mounted = mounts.parse(f"41 22 0:60 / {place} rw - fuse.x /dev/loop0 rw\n")
-    check_leftovers(report, mounted, str(tmp_path / "block"))
-    assert [(finding.level, finding.what) for finding in report.findings] == [(OK, "none")]
+    assert not list(leftovers(mounted, str(tmp_path / "block")))
 
 
-def test_no_leftovers(tmp_path: Path) -> None:
+def test_no_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "block").mkdir()
-    report = Report()
-    check_leftovers(report, mounts.parse(MOUNTS)[:1], str(tmp_path / "block"))
-    assert [(finding.level, finding.what) for finding in report.findings] == [(OK, "none")]
+    monkeypatch.setattr(mounts, "current", lambda: mounts.parse(MOUNTS)[:1])
+    monkeypatch.setattr(sysfs, "BLOCK", str(tmp_path / "block"))
+    assert [(found.level, found.what) for found in check_leftovers()] == [(OK, "none")]
 
 
 @pytest.mark.parametrize(
@@ -142,9 +152,8 @@ def test_hooks_of_variants(tmp_path: Path) -> None:
     (tmp_path / "windows/theirs").write_bytes(b"#!/bin/sh\r\n")
     (tmp_path / "windows/theirs").chmod(0o755)
     directories = ("file", "hooks", "hooks", "missing", "windows")
-    report = Report()
-    check_hooks(report, [Variant("v", Settings(customize_dir=f"{tmp_path}/{name}")) for name in directories])
-    assert [(finding.level, finding.what.replace(str(tmp_path), "")) for finding in report.findings] == [
+    found = check_hooks([Variant("v", Settings(customize_dir=f"{tmp_path}/{name}")) for name in directories])
+    assert [(each.level, each.what.replace(str(tmp_path), "")) for each in found] == [
         (ERROR, "cannot list CUSTOMIZE_DIR /file: Not a directory"),
         (OK, "hooks: mine"),
         (NOTE, "there is no CUSTOMIZE_DIR /missing: no hook runs"),
@@ -153,12 +162,8 @@ def test_hooks_of_variants(tmp_path: Path) -> None:
 
 
 def example() -> Report:
-    report = Report("programs")
-    report.say(OK, "tar 1.34")
-    report.say(ERROR, "zstd is missing: needed by variant a", "install zstd")
-    report.say(OK, "sfdisk 2.38")
-    report.on("images").say(NOTE, "caf\u00e9 " * 30)
-    return report
+    missing = error("zstd is missing: needed by variant a", "install zstd")
+    return {"programs": [ok("tar 1.34"), missing, ok("sfdisk 2.38")], "images": [note("caf\u00e9 " * 30)]}
 
 
 def test_text() -> None:
@@ -191,32 +196,42 @@ def test_json() -> None:
     "release, level", [("5.7.19-generic", ERROR), ("5.8.0", OK), ("4.19.0-27-amd64", ERROR), ("6.12.1", OK)]
 )
 def test_oldest_kernel(release: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = Report()
     monkeypatch.setattr("os.uname", lambda: SimpleNamespace(release=release))
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    check_kernel(report)
-    first = report.findings[0]
+    first = next(check_kernel())
     assert (first.level, first.what) == (level, f"Linux {release}")
     assert ("5.8 or newer" in first.hint) == (level == ERROR)
 
 
 @pytest.mark.parametrize("version, level", [("3.8.18", ERROR), ("3.9.2", OK), ("3.10.0", OK), ("2.7.18", ERROR)])
 def test_oldest_python(version: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = Report()
     monkeypatch.setattr("shutil.which", lambda *_, **__: "/bin/python3")
     monkeypatch.setattr("imageos.checks.definition.version_of", lambda _: version)
-    check_python(report)
-    assert [(finding.level, finding.what) for finding in report.findings] == [(level, f"/bin/python3 {version}")]
+    assert [(found.level, found.what) for found in check_python()] == [(level, f"/bin/python3 {version}")]
 
 
 def test_what_a_user_may_not_read_is_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    report = Report()
-    report.failure(Failure("cannot read image /x: Permission denied"))
-    assert [finding.level for finding in report.findings] == [UNKNOWN]
-    assert verdict(report) == "this node can deploy its variants, as far as could be seen"
-    report.failure(Failure("cannot find image /y"))
-    assert report.errors == 1
+    unread = failed(Failure("cannot read image /x: Permission denied"))
+    assert unread.level == UNKNOWN
+    assert verdict({"images": [unread]}) == "this node can deploy its variants, as far as could be seen"
+    assert failed(Failure("cannot find image /y")).level == ERROR
+
+
+def test_a_check_that_cannot_go_on_says_why(tmp_path: Path) -> None:
+    """The checks after it are made nevertheless."""
+
+    def cannot_look() -> Iterator[Finding]:
+        yield ok("before")
+        yield from map(ok, (tmp_path / "missing").read_text())
+
+    def fails() -> Iterator[Finding]:
+        raise Failure("it fails", "mend it")
+        yield
+
+    found = list(findings([cannot_look(), fails(), iter([ok("after")])]))
+    assert [(each.level, each.hint) for each in found] == [(OK, ""), (UNKNOWN, ""), (ERROR, "mend it"), (OK, "")]
+    assert found[1].what == f"{tmp_path}/missing: No such file or directory: not all was looked at"
 
 
 @pytest.mark.parametrize("program, version, said", [
