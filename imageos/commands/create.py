@@ -153,7 +153,7 @@ def write_disk_image(context: Context, loop: LoopDevice) -> tuple[Volume, ...]:
 def complete(context: Context, loop: LoopDevice, volumes: tuple[Volume, ...], rsa: GetKey) -> None:
     """Turn filesystems into this instance's own system, and unmount them."""
     with ExitStack() as stack:
-        mounting.mount_all(stack, volumes, isolation.TARGET)
+        stack.enter_context(mounting.mounted_all(volumes))
         if context.deploy:
             with log.phase(f"unpacked {context.image.path}"):
                 context.deploy(context.image, isolation.TARGET)

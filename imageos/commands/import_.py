@@ -172,16 +172,15 @@ def restore_dumps(
     """Restore dumps onto partitions as `create` makes them."""
     intended = filesystem.plan_layout(settings, disk.size, has_boot=not instance.kernel_path)
     require("head", "tee", "restore", *filesystem.programs(intended, settings.filesystem))
-    with blockdev.attached(disk, direct=True) as loop, blockdev.disarmed_on_failure(loop), ExitStack() as stack:
+    with blockdev.attached(disk, direct=True) as loop, blockdev.disarmed_on_failure(loop):
         volumes = tuple(filesystem.plan_volumes(intended, settings.filesystem, loop.partition))
         blockdev.write_table(loop, intended)
         filesystem.make(volumes)
-        mounting.mount_all(stack, volumes, isolation.TARGET)
-        with opened_system(isolation.TARGET, instance, settings, loop.path, volumes) as root:
-            restore_both(source, members, root, any(volume.role == "boot" for volume in volumes))
-            fit(root, volumes)
-        blockdev.use_cache(loop)
-        stack.close()
+        with mounting.mounted_all(volumes):
+            with opened_system(isolation.TARGET, instance, settings, loop.path, volumes) as root:
+                restore_both(source, members, root, any(volume.role == "boot" for volume in volumes))
+                fit(root, volumes)
+            blockdev.use_cache(loop)
         blockdev.flush(loop)
 
 
@@ -251,9 +250,8 @@ def adapt(disk: Disk, instance: Instance, settings: Settings, is_larger: bool, o
                 return
         if is_clone:
             renew(instance, settings, loop, found, origin)
-        with ExitStack() as stack:
-            if names:
-                mounting.mount_all(stack, found.volumes, isolation.TARGET)
+        if names:
+            with mounting.mounted_all(found.volumes):
                 context = hooks.Context("import", os.environ, settings, isolation.TARGET, loop, found.volumes)
                 hooks.run_all(names, context)
                 with opened_system(isolation.TARGET, instance, settings, loop.path, found.volumes) as root:
@@ -263,11 +261,9 @@ def adapt(disk: Disk, instance: Instance, settings: Settings, is_larger: bool, o
 
 def renew(instance: Instance, settings: Settings, loop: LoopDevice, found: Found, origin: str) -> None:
     """Give a clone a machine-id and ssh host keys of its own: its original may be running."""
+    system = opened_system(isolation.TARGET, instance, settings, loop.path, found.volumes)
     try:
-        with ExitStack() as stack:
-            mounting.mount_all(stack, found.volumes, isolation.TARGET)
-            system = opened_system(isolation.TARGET, instance, settings, loop.path, found.volumes)
-            root = stack.enter_context(system)
+        with mounting.mounted_all(found.volumes), system as root:
             guest.forget_machine(root)
             hostkeys.replace(root)
             guest.request_relabel(root)

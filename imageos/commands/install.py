@@ -19,23 +19,10 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from imageos import __version__, log, settings
+from imageos import __version__, installation, log, settings
 from imageos.commandline import Parser
 from imageos.errors import Failure, Usage
-from imageos.installation import (
-    DIRECTORIES,
-    RECORD,
-    SITE_RECORD,
-    Entry,
-    Record,
-    content,
-    digest,
-    entries,
-    not_in_use,
-    read,
-    read_record,
-    under,
-)
+from imageos.installation import Entry, Record, content, digest, under
 
 EPOCH = 315532800  # of all files in packages (build.py)
 UNFINISHED = ".{}.tmp"  # behind the name of a file that is being written
@@ -51,10 +38,10 @@ def main(arguments: Sequence[str]) -> int:
     root = os.path.abspath(options.root)
     with alone(under(root, options.os_dir)):
         if options.site_files:
-            install_site_files(root, list(entries(options.os_dir, options.bin_dir)))
+            install_site_files(root, list(installation.entries(options.os_dir, options.bin_dir)))
         else:
-            install(root, options.os_dir, list(entries(options.os_dir, options.bin_dir)))
-    problem = not_in_use(root, options.os_dir)
+            install(root, options.os_dir, list(installation.entries(options.os_dir, options.bin_dir)))
+    problem = installation.not_in_use(root, options.os_dir)
     if problem:
         log.info(f"hint: {problem.hint}")
         log.warning(str(problem))
@@ -62,9 +49,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def install(root: str, os_dir: str, wanted: Sequence[Entry]) -> None:
-    before = read_record(root, os_dir, "upgrade")
+    before = installation.read_record(root, os_dir, "upgrade")
     warn_of_older(under(root, f"{os_dir}/imageos"))
-    changed = put_all(root, wanted, before, f"{os_dir}/{RECORD}")
+    changed = put_all(root, wanted, before, f"{os_dir}/{installation.RECORD}")
     log.info(
         f"imageos {__version__} is installed in {under(root, os_dir)}"
         + ("" if changed else ": nothing had to be changed")
@@ -74,12 +61,12 @@ def install(root: str, os_dir: str, wanted: Sequence[Entry]) -> None:
 def install_site_files(root: str, wanted: Sequence[Entry]) -> None:
     """Put in place what a package has not: the files that the site may change."""
     files = [entry for entry in wanted if entry.site and not entry.link]
-    known = {**told_by_package(root, files), **read(root, SITE_RECORD).files}
-    put_all(root, files, Record(known), SITE_RECORD)
+    known = {**told_by_package(root, files), **installation.read(root, installation.SITE_RECORD).files}
+    put_all(root, files, Record(known), installation.SITE_RECORD)
 
 
 def put_all(root: str, wanted: Sequence[Entry], before: Record, record: str) -> bool:
-    for directory in DIRECTORIES:
+    for directory in installation.DIRECTORIES:
         path = under(root, directory)
         try:
             os.makedirs(path, 0o700 if directory == settings.CACHE_DIR else 0o755, exist_ok=True)

@@ -64,7 +64,7 @@ def mount(name: str, path: str, options: argparse.Namespace, node: tuple[int, in
         found = discovery.find(loop, mounted=("/",))
         with ExitStack() as copied:  # as long as it is open, it keeps the disk
             with ExitStack() as mounted:
-                mounting.mount_all(mounted, found.volumes, isolation.TARGET, options.read_only)
+                mounted.enter_context(mounting.mounted_all(found.volumes, options.read_only))
                 log.info(f"found {', '.join(discovery.describe(found))}")
                 if options.shell:
                     return shell(name, mounted, loop)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 from imageos import ganeti, hooks, log
 from imageos.disks import blockdev, discovery, mounting
@@ -40,9 +39,8 @@ def main(_arguments: Sequence[str]) -> int:
 def rename(instance: Instance, old: str, settings: Settings, loop: LoopDevice, found: Found) -> Failure | None:
     """Return the failure of a hook instead of raising it: the guest lives on, and its new name must be flushed."""
     failure = None
-    with ExitStack() as stack:
-        mounting.mount_all(stack, found.volumes, isolation.TARGET)
-        root = stack.enter_context(target.opened_system(isolation.TARGET, instance, settings, loop.path, found.volumes))
+    system = target.opened_system(isolation.TARGET, instance, settings, loop.path, found.volumes)
+    with mounting.mounted_all(found.volumes), system as root:
         changed = False
         if old == instance.name:
             log.info(f"the guest's name {old} stays as it is")

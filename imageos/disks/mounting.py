@@ -14,7 +14,7 @@ from imageos.disks.btrfs import MountedTwice
 from imageos.disks.ext import Read
 from imageos.disks.filesystem import FILESYSTEMS, Volume
 from imageos.errors import DAMAGED, Failure, explained
-from imageos.node import linux
+from imageos.node import isolation, linux
 from imageos.node.confinement import Room
 from imageos.run import Command, output_of
 
@@ -164,24 +164,31 @@ def replay(device: str, kind: str) -> bool:
         return is_replayed
 
 
-def mount_all(stack: ExitStack, volumes: Iterable[Volume], top: str, read_only: bool = False) -> None:
-    """Mount the volumes of a guest, its root at `top`, until `stack` is left."""
-    for volume in sorted(volumes, key=lambda volume: volume.mount_point):
-        if not volume.mount_point:
-            continue
-        try:
-            path = top if volume.mount_point == "/" else _inside(top, volume.mount_point, make=not read_only)
-            if not stack.enter_context(mounted(volume.device, path, volume.kind, read_only, volume.options)):
-                log.warning(f"the guest's {volume.mount_point} {NOT_REPLAYED}")
-        except Failure as failure:
-            if volume.role != "data":
-                failure.args = (f"the guest's {volume.mount_point}: {failure}",)
-                raise
-            log.warning(f"the guest's {volume.mount_point} is left out: {failure}")
+@contextmanager
+def mounted_all(volumes: Iterable[Volume], read_only: bool = False) -> Iterator[None]:
+    """Mount the volumes of a guest, its root at isolation.TARGET."""
+    with ExitStack() as stack:
+        for volume in sorted(volumes, key=lambda volume: volume.mount_point):
+            if volume.mount_point:
+                _mount_volume(stack, volume, read_only)
+        yield
+
+
+def _mount_volume(stack: ExitStack, volume: Volume, read_only: bool) -> None:
+    """Mount it until `stack` is left; if the guest can do without it, only warn where that fails."""
+    try:
+        path = _inside(isolation.TARGET, volume.mount_point, make=not read_only)
+        if not stack.enter_context(mounted(volume.device, path, volume.kind, read_only, volume.options)):
+            log.warning(f"the guest's {volume.mount_point} {NOT_REPLAYED}")
+    except Failure as failure:
+        if volume.role != "data":
+            failure.args = (f"the guest's {volume.mount_point}: {failure}",)
+            raise
+        log.warning(f"the guest's {volume.mount_point} is left out: {failure}")
 
 
 def check_all(volumes: Iterable[Volume]) -> None:
-    """Fail if `mount_all` would, as far as that shows without mounting them."""
+    """Fail if `mounted_all` would, as far as that shows without mounting them."""
     for volume in volumes:
         if volume.mount_point and volume.role != "data":
             try:
@@ -248,6 +255,8 @@ def _cannot_mount(device: str, kind: str, reason: str) -> Failure:
 
 def _inside(top: str, path: str, make: bool) -> str:
     """Return the node's path of the guest's directory `path`; no link of the guest leads out of `top`."""
+    if path == "/":
+        return top
     with explained("nothing can be mounted there"), linux.closing(os.open(top, os.O_PATH | os.O_DIRECTORY)) as root:
         if make:
             _make_directory(root, path)

@@ -225,8 +225,8 @@ def copy(disk: Disk, used: Map, total: int, descriptor: int, destination: Destin
 
 def settle(found: Found, seal: bool) -> None:
     """Mount the copy once, so that its journals are replayed; and seal it."""
-    with log.phase("sealed the copy" if seal else "replayed what its journals held"), ExitStack() as stack:
-        mounting.mount_all(stack, found.volumes, isolation.TARGET)
+    done = "sealed the copy" if seal else "replayed what its journals held"
+    with log.phase(done), mounting.mounted_all(found.volumes):
         if seal:
             with target.opened(isolation.TARGET) as root:
                 sealing.seal(root)
@@ -241,8 +241,7 @@ def write_tarball(stack: ExitStack, copied: DiskCopy, destination: Destination) 
     tar = ["tar", "--create", "--file=-", "--format=posix", "--numeric-owner", "--acls", "--xattrs",
            "--xattrs-include=*", "--sparse", "--warning=no-file-ignored",
            "."]  # fmt: skip
-    with log.phase("packed all files"), ExitStack() as mounts:
-        mounting.mount_all(mounts, copied.found.volumes, isolation.TARGET, read_only=True)
+    with log.phase("packed all files"), mounting.mounted_all(copied.found.volumes, read_only=True):
         warn_of_hidden_attributes()
         yield write_output(stack, copied, destination, suffix, Command(tar, READING), Command(compress))
 
@@ -327,8 +326,7 @@ def not_dumped(volume: Volume) -> list[str]:
 
 def check_names(found: Found) -> None:
     """Fail if there is a name that is as long as names can be: restore(8) stumbles over it, and loses others."""
-    with ExitStack() as mounts:
-        mounting.mount_all(mounts, found.volumes, isolation.TARGET, read_only=True)
+    with mounting.mounted_all(found.volumes, read_only=True):
         find = ["find", ".", "-regextype", "posix-extended", "-regex", ".*/[^/]{255}", "-print", "-quit"]
         longest = run(Command(find, READING)).strip()
     if longest:
@@ -340,10 +338,8 @@ def check_names(found: Found) -> None:
 
 def drop_preallocated(found: Found) -> None:
     """dump before 0.4b48 takes what once was in blocks that are only reserved for the content of the file."""
-    with ExitStack() as mounts:
-        mounting.mount_all(mounts, found.volumes, isolation.TARGET)
-        with target.opened(isolation.TARGET) as root:
-            target.drop_preallocated(root)
+    with mounting.mounted_all(found.volumes), target.opened(isolation.TARGET) as root:
+        target.drop_preallocated(root)
 
 
 def compression() -> tuple[str, Sequence[str]]:

@@ -15,20 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 from imageos import log
 from imageos.errors import Failure
-from imageos.images.cache import (
-    Copy,
-    Verdict,
-    digests,
-    identity,
-    load,
-    locked,
-    opened,
-    reading,
-    remove,
-    save,
-    source_of,
-    sync,
-)
+from imageos.images import cache
+from imageos.images.cache import Copy, Verdict
 from imageos.images.checksums import Checksum, Policy, check, expected, policy
 from imageos.images.curl import Answer, Missing, Transient, Unreachable
 from imageos.images.urls import shown
@@ -62,12 +50,12 @@ def fetched(settings: Settings, urls: Sequence[str], judge: Judge = accept) -> t
         path, wanted = f"{settings.cache_dir}/{cache_name(url)}", policy(settings, url)
         try:
             os.makedirs(settings.cache_dir, mode=0o700, exist_ok=True)
-            with locked(path, url):
+            with cache.locked(path, url):
                 copy = _updated(web, wanted, url, path, start, judge)
                 _warn_unverified(copy, wanted, web, url)
-                descriptor = reading(path, copy.identity)
+                descriptor = cache.reading(path, copy.identity)
                 if settings.image_cleanup:
-                    remove(path)
+                    cache.remove(path)
                 return path, descriptor
         except (Missing, Unreachable) as problem:
             problems.append(problem)  # another one may be there, or in the cache
@@ -101,7 +89,7 @@ def _last(url: str) -> str:
 
 def _updated(web: Web, wanted: Policy, url: str, path: str, start: float, judge: Judge) -> Copy:
     """Make the file `path` what the URL has and the policy accepts."""
-    copy = load(path, url)
+    copy = cache.load(path, url)
     if copy and _is_enough(copy, path, wanted, start):
         return copy
     is_new = copy is not None and start <= copy.checked <= time.time()  # while we waited for the lock
@@ -129,7 +117,7 @@ def _updated(web: Web, wanted: Policy, url: str, path: str, start: float, judge:
     if wanted.is_published:
         found = ", ".join(checksum.source for checksum in checksums) or NOT_FOUND
         copy = copy.judged(wanted.key, Verdict(found, time.time()))
-    save(path, copy)
+    cache.save(path, copy)
     return copy
 
 
@@ -158,8 +146,8 @@ def _not_used(copy: Copy | None, wanted: Policy, problem: Unreachable) -> Unreac
 def _matches(copy: Copy, path: str, wanted: Iterable[Checksum]) -> bool:
     missing = {checksum.algorithm for checksum in wanted} - set(copy.digests)
     if missing:
-        copy.digests.update(digests(path, copy.identity, missing))
-        save(path, copy)
+        copy.digests.update(cache.digests(path, copy.identity, missing))
+        cache.save(path, copy)
     return all(copy.digests[checksum.algorithm] == checksum.hex for checksum in wanted)
 
 
@@ -176,7 +164,7 @@ def _warn_unverified(copy: Copy, wanted: Policy, web: Web, url: str) -> None:
 def is_kept(settings: Settings, url: str) -> bool:
     """Return True if the cache has the image, for when the server does not answer."""
     path = f"{settings.cache_dir}/{cache_name(url)}"
-    copy = load(path, url)
+    copy = cache.load(path, url)
     return copy is not None and _is_enough(copy, path, policy(settings, url))
 
 
@@ -189,21 +177,22 @@ def _downloaded(web: Web, url: str, path: str, wanted: Sequence[Checksum], judge
     try:
         with log.phase(f"downloaded {shown(url)}"):
             copy = web.patiently(url, lambda: _receive(web, url, part, judge), lambda: _size(part))
-        copy = dataclasses.replace(copy, identity=identity(part))
-        copy.digests.update(digests(part, copy.identity, {"sha256", *(checksum.algorithm for checksum in wanted)}))
+        copy = dataclasses.replace(copy, identity=cache.identity(part))
+        algorithms = {"sha256", *(checksum.algorithm for checksum in wanted)}
+        copy.digests.update(cache.digests(part, copy.identity, algorithms))
         try:
             check(shown(url), wanted, copy.digests)
         except Failure:
-            remove(part)
+            cache.remove(part)
             raise
         os.rename(part, path)
-        remove(part)
-        save(path, copy)
-        sync(os.path.dirname(path))
+        cache.remove(part)
+        cache.save(path, copy)
+        cache.sync(os.path.dirname(path))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        remove(part)
+        cache.remove(part)
         raise Failure(
             f"CACHE_DIR {os.path.dirname(path)} has no space left for image {shown(url)}: {error.strerror}",
             hint="make room there, or set CACHE_DIR to another directory",
@@ -213,17 +202,17 @@ def _downloaded(web: Web, url: str, path: str, wanted: Sequence[Checksum], judge
 
 def _receive(web: Web, url: str, part: str, judge: Judge) -> Copy:
     """Begin the download to `part`, or go on with it; one attempt."""
-    known = load(part, url)
+    known = cache.load(part, url)
     have = _size(part) if known and known.condition else 0
     ask = {"Range": f"bytes={have}-", "If-Range": known.condition} if known and have else {}
     with web.get(url, ask) as answer:
         if answer.status == 200:
             have = 0
             etag, last_modified = answer.headers.get("etag", ""), answer.headers.get("last-modified", "")
-            known = Copy(shown(url), etag, last_modified, answer.size, source=source_of(url))
-            remove(part)
+            known = Copy(shown(url), etag, last_modified, answer.size, source=cache.source_of(url))
+            cache.remove(part)
         elif not (known and _is_rest(known, have, answer)):
-            remove(part)
+            cache.remove(part)
             raise Transient("this is not the rest of what was downloaded before: starting over")
         elif answer.status == 416:
             return known  # nothing was missing
@@ -237,18 +226,18 @@ def _receive(web: Web, url: str, part: str, judge: Judge) -> Copy:
             try:
                 judge(shown(url), beginning, size)
             except Failure:
-                remove(part)
+                cache.remove(part)
                 raise
 
         judge_size(known.size or have + len(first))
         space.check(os.path.dirname(part), max(0, (known.size or have) - have))
         if not have:
-            save(part, known)
+            cache.save(part, known)
         have = _receive_body(answer, url, part, have, known, first, judge_size if known.size is None else None)
     if known.size is not None and have < known.size:
         raise Transient(f"cut off after {have} of {known.size} bytes")
     if known.size is not None and have > known.size:
-        remove(part)
+        cache.remove(part)
         raise Failure(f"{shown(url)}: the server sends more than the {known.size} bytes that it announced")
     return known
 
@@ -257,7 +246,7 @@ def _begun(answer: Answer, part: str, have: int, copy: Copy) -> tuple[bytes, byt
     """Return the first bytes of the file, of which `part` may have some, and the first of the answer."""
     beginning = first = b""
     if have:
-        with linux.closing(opened(part)) as descriptor:
+        with linux.closing(cache.opened(part)) as descriptor:
             beginning = os.pread(descriptor, BEGINNING, 0)
     end = BEGINNING if copy.size is None else min(BEGINNING, copy.size)
     while len(beginning) + len(first) < end and (chunk := answer.read()):
@@ -275,7 +264,7 @@ def _receive_body(
     Call `check` with each new number before the bytes are written.
     """
     progress = log.Progress(f"downloading {copy.url.rpartition('/')[2]}", copy.size or 0)
-    with linux.closing(opened(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND)) as descriptor:
+    with linux.closing(cache.opened(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND)) as descriptor:
         while copy.size is None or have <= copy.size:
             try:
                 chunk = first or answer.read(patience=GRACE if have == copy.size else None)

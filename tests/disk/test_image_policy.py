@@ -18,7 +18,7 @@ from http_server import Server, serving
 from support import run, wait_until
 
 from imageos.errors import Failure
-from imageos.images import curl, fetch, imagetypes
+from imageos.images import cache, curl, fetch, imagetypes
 from imageos.settings import Settings
 
 CONTENT = bytes(range(256)) * 256
@@ -232,12 +232,12 @@ def test_unverified_copy_is_named(server: Server, settings: Settings, capfd: pyt
 def test_one_cannot_keep_a_copy_new_for_others(server: Server, settings: Settings) -> None:
     """A copy that matches a pin is not what the server has, as far as others are concerned."""
     get(settings)
-    before = fetch.load(str(copy_of(settings)), settings.image_url)
+    before = cache.load(str(copy_of(settings)), settings.image_url)
     server.put("/a.tar", OTHER)
     server.put("/SHA256SUMS", f"{SHA256}  a.tar\n".encode())
     get(settings)
     get(settings, image_checksum=f"sha512:{SHA512}")
-    after = fetch.load(str(copy_of(settings)), settings.image_url)
+    after = cache.load(str(copy_of(settings)), settings.image_url)
     assert before and after and before.checked == after.checked
     assert get(settings, image_checksum="no") == OTHER
 

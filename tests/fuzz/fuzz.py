@@ -127,7 +127,7 @@ def deploy(one: Image, path: str, tell: Callable[..., None]) -> None:
     kind.check(opened)
     assert kind.deploy
     with blockdev.claimed(DISK) as device, blockdev.attached(device) as attached, ExitStack() as stack:
-        mounting.mount_all(stack, [Volume("root", "ext4", attached.path, "", "/")], isolation.TARGET)
+        stack.enter_context(mounting.mounted_all([Volume("root", "ext4", attached.path, "", "/")]))
         before = around()
         try:
             kind.deploy(opened, isolation.TARGET)
