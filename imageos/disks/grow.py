@@ -19,7 +19,7 @@ from imageos.errors import Failure
 from imageos.node import linux
 from imageos.node.confinement import Room
 from imageos.node.programs import environment, require
-from imageos.run import Command, pipeline, run
+from imageos.run import Command, Failed, pipeline, run
 
 CORRECTED, UNCORRECTED = 1, 4  # statuses of fsck(8)
 # resize2fs asks /sys if the kernel clears new inode tables later, as it has done since 2.6.37; its room has no /sys.
@@ -369,24 +369,27 @@ def _attempt(root: Part, *size: str) -> Failure | None:
 
 def _check(root: Part) -> None:
     """Check it, as its program demands before it grows it."""
-    checked = pipeline(Command([*FILESYSTEMS[root.kind].check, "-f", root.device], _room(root)))[0]
-    if checked.status > 0 and checked.status & UNCORRECTED:
-        failure = checked.failure()
+    checked = _fsck(root, "-f")
+    if checked and checked.finished.status > 0 and checked.finished.status & UNCORRECTED:
         # it would start with a shell that asks to repair it, at best
-        raise Damaged(f"the {root.kind} on {root} is damaged: {failure}", details=failure.details)
-    if checked.status not in (0, CORRECTED):
-        raise checked.failure()
+        raise Damaged(f"the {root.kind} on {root} is damaged: {checked}", details=checked.details)
+    if checked:
+        raise checked
 
 
 def _prove(root: Part) -> None:
     """Fail unless it is sound, or was easily made so."""
     # A program that gave up half way has left a mark, without which a check is over at once. None tells of
     # the list of orphans, with whose checksums as resize2fs 1.47.0 leaves them Linux does not mount it.
-    force = ["-f"] if mounting.ask(root.device, superblock.has_orphan_file) else []
-    checked = pipeline(Command([*FILESYSTEMS[root.kind].check, *force, root.device], _room(root)))[0]
-    if checked.status not in (0, CORRECTED):
-        failure = checked.failure()
-        raise Unsound(f"growing has damaged the {root.kind} on {root}: {failure}", details=failure.details)
+    checked = _fsck(root, *(["-f"] if mounting.ask(root.device, superblock.has_orphan_file) else []))
+    if checked:
+        raise Unsound(f"growing has damaged the {root.kind} on {root}: {checked}", details=checked.details)
+
+
+def _fsck(root: Part, *options: str) -> Failed | None:
+    """Return why it is not sound, although its program has corrected what is easily corrected."""
+    checked = pipeline(Command([*FILESYSTEMS[root.kind].check, *options, root.device], _room(root)))[0]
+    return None if checked.status in (0, CORRECTED) else checked.failure()
 
 
 def _room(root: Part) -> Room:

@@ -148,17 +148,13 @@ def check_free(destination: Destination, capture_format: CaptureFormat) -> None:
     if capture_format.image_type != "tarball":  # a tarball of the same name is another image
         known = tuple(suffix for suffix in known if suffix not in IMAGE_TYPES["tarball"].suffixes)
     before = known[: known.index(ours[0])]
-    for suffix in (*before, *ours, *known):
-        if destination.name + suffix in names and suffix in before and suffix not in ours:
-            raise Failure(
-                f"there is an image {destination.path(suffix)}, which would be deployed instead of the new one",
-                hint="move it away, or give the new one another name",
-            )
-        if destination.name + suffix in names and not destination.replace:
-            raise Failure(
-                f"there is an image {destination.path(suffix)} already",
-                hint="--force replaces it; or give the new one another name",
-            )
+    for suffix in (suffix for suffix in (*before, *ours, *known) if destination.name + suffix in names):
+        there = f"there is an image {destination.path(suffix)}"
+        if suffix in before and suffix not in ours:
+            hint = "move it away, or give the new one another name"
+            raise Failure(f"{there}, which would be deployed instead of the new one", hint)
+        if not destination.replace:
+            raise Failure(f"{there} already", hint="--force replaces it; or give the new one another name")
 
 
 # --- the copy --------------------------------------------------------------------------------------------
@@ -295,33 +291,21 @@ def write_qcow2(stack: ExitStack, copied: DiskCopy, destination: Destination) ->
 
 def check_dump(found: Found) -> None:
     """Fail if dump(8) would lose something."""
-    for volume in found.volumes:
-        if not volume.mount_point:
-            continue
-        if volume.role not in ("root", "boot"):
-            raise Failure(
-                f"the guest has {volume.mount_point} apart: a dump is of / and /boot only", hint=OTHER_THAN_DUMP
-            )
-        if not FILESYSTEMS[volume.kind].is_dumped:
-            raise Failure(
-                f"the guest's {volume.mount_point} is {volume.kind}: dump(8) knows ext only", hint=OTHER_THAN_DUMP
-            )
-        features = not_dumped(volume)
-        if features:
-            raise Failure(
-                f"the guest's {volume.mount_point} has the feature {' and '.join(features)}: "
-                "dump(8) would lose files without a word",
-                hint=OTHER_THAN_DUMP,
-            )
+    for reason in (why_not_dumped(volume) for volume in found.volumes if volume.mount_point):
+        if reason:
+            raise Failure(f"the guest {reason}", hint=OTHER_THAN_DUMP)
 
 
-def not_dumped(volume: Volume) -> list[str]:
+def why_not_dumped(volume: Volume) -> str:
+    if volume.role not in ("root", "boot"):
+        return f"has {volume.mount_point} apart: a dump is of / and /boot only"
+    if not FILESYSTEMS[volume.kind].is_dumped:
+        return f"has {volume.mount_point} on {volume.kind}: dump(8) knows ext only"
     superblock = mounting.ask(volume.device, lambda read: read(ext.SUPERBLOCK, ext.SUPERBLOCK))
-    return [
-        name
-        for (offset, bit), name in NOT_DUMPED.items()
-        if int.from_bytes(superblock[offset : offset + 4], "little") & bit
-    ]
+    words = {offset: int.from_bytes(superblock[offset : offset + 4], "little") for offset, _ in NOT_DUMPED}
+    features = " and ".join(name for (offset, bit), name in NOT_DUMPED.items() if words[offset] & bit)
+    lost = f"has the feature {features} on {volume.mount_point}: dump(8) would lose files without a word"
+    return lost if features else ""
 
 
 def check_names(found: Found) -> None:
@@ -439,12 +423,10 @@ def publish(destination: Destination, capture_format: CaptureFormat, files: Sequ
             for descriptor, name in ((checksum, f"{file.suffix}.sha256"), (file.descriptor, file.suffix)):
                 os.fsync(descriptor)
                 link_file(undo, destination.opened, descriptor, destination.name + name, destination.replace)
-        for suffix in set(capture_format.suffixes()) - {
-            file.suffix for file in files
-        }:  # of an older image, which is replaced
-            for name in (suffix, f"{suffix}.sha256"):
-                with suppress(FileNotFoundError):
-                    os.unlink(destination.name + name, dir_fd=destination.opened)
+        replaced = set(capture_format.suffixes()) - {file.suffix for file in files}  # of an older image
+        for name in (f"{suffix}{end}" for suffix in replaced for end in ("", ".sha256")):
+            with suppress(FileNotFoundError):
+                os.unlink(destination.name + name, dir_fd=destination.opened)
         os.fsync(destination.opened)
         undo.pop_all()
     for file in files:

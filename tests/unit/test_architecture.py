@@ -266,7 +266,7 @@ def test_stdout_belongs_to_the_backup(name: str) -> None:
 # follow a link of the guest to the node; Target resolves the guest's paths.
 ROOT = "imageos.node.isolation.TARGET"
 GIVEN_THE_ROOT = {
-    "imageos.disks.mounting._inside": "finds where below it the guest's filesystems are mounted",
+    "_inside": "finds where below it the guest's filesystems are mounted",
     "imageos.disks.mounting.writing_back": "has the kernel begin to write",
     "imageos.guests.target.opened": "makes a Target of it",
     "imageos.guests.target.opened_system": "makes a Target of it",
