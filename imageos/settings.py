@@ -233,6 +233,7 @@ RESERVED: dict[str, Mapping[str, Any]] = {
     "os-install-package": _reserved(_line, "archive that Ganeti's metadata daemon serves to the instance"),
     "os-package": _reserved(_line, "archive that Ganeti's metadata daemon serves to the instance"),
 }
+_ENTRIES = {**TABLE, **RESERVED}
 
 
 def load_settings(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> Settings:
@@ -348,11 +349,7 @@ def _assignment(name: str, default: str) -> str:
 
 def describe(name: str) -> str:
     """Return one line on a setting, for `parameters.list` and the help."""
-    return cast(str, _entry(name)["doc"])
-
-
-def _entry(name: str) -> Mapping[str, Any]:
-    return RESERVED[name] if name in RESERVED else TABLE[name]
+    return cast(str, _ENTRIES[name]["doc"])
 
 
 def _shown(entry: Mapping[str, Any], text: str) -> str:
@@ -362,7 +359,7 @@ def _shown(entry: Mapping[str, Any], text: str) -> str:
 
 
 def _parse(name: str, text: str, where: str, shown: str) -> Any:
-    entry = _entry(name)
+    entry = _ENTRIES[name]
     if text == "":
         text = entry["default"]  # empty means not set, as in ganeti-instance-image
         if text == "":
@@ -413,8 +410,12 @@ def _evaluate_files(
     from_ganeti: Mapping[str, str], defaults_file: str, warn: Callable[[str], None]
 ) -> list[tuple[str, dict[str, str]]]:
     """Return (path, variables that it set) of the defaults file, then of the variant's file."""
-    variant = _variant_name(ganeti.variant(from_ganeti))
-    words = [shlex.quote(_regular_file(defaults_file))] if os.path.lexists(defaults_file) else []
+    variant, has_defaults = ganeti.variant(from_ganeti), os.path.lexists(defaults_file)
+    if not re.fullmatch(r"[A-Za-z0-9_-]*", variant):
+        raise Failure(f"OS_VARIANT={variant!r} is not the name of a variant")
+    if has_defaults and not os.path.isfile(defaults_file):
+        raise Failure(f"settings file {defaults_file} is not a regular file")
+    words = [shlex.quote(defaults_file)] if has_defaults else []
     if variant:
         words.append(f'"${{VARIANTS_DIR:-{Settings.variants_dir}}}"/{variant}.conf')
     try:
@@ -453,18 +454,6 @@ def _lost_in_quotes(path: str, variable: str, known: Mapping[str, str]) -> list[
         return []
     reason = f"{variable} in {path} is in double quotes, in which the shell replaces ${lost}"
     return [Failure(reason, hint="put it in single quotes, or write \\$ for a $ that is part of it")]
-
-
-def _regular_file(path: str) -> str:
-    if not os.path.isfile(path):
-        raise Failure(f"settings file {path} is not a regular file")
-    return path
-
-
-def _variant_name(variant: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_-]*", variant):
-        raise Failure(f"OS_VARIANT={variant!r} is not the name of a variant")
-    return variant
 
 
 # Without them an image is accepted that they would refuse.

@@ -202,19 +202,14 @@ def foreign(begin: bytes) -> tuple[str, str | None]:
     """Return what a stream is that begins so and is no backup, for a message; and what to do with it."""
     image = "it is an image, no backup: make it one of a variant, and add the instance with that"
     if dumpfile.order_of(begin[: dumpfile.RECORD]):
-        return "a dump of one filesystem", image
+        return "is a dump of one filesystem", image
     form = formats.recognise(lambda offset, length: begin[offset : offset + length], HUGE)
     if form:
-        return f"a disk image ({form.name})", f"{image}; or convert it: qemu-img convert -O raw"
+        return f"is a disk image ({form.name})", f"{image}; or convert it: qemu-img convert -O raw"
     for mark, (what, hint) in FOREIGN.items():
         if begin.startswith(mark):
-            return what, hint
-    return "", None
-
-
-def printable(begin: bytes) -> str:
-    """Return the beginning of a stream for a message."""
-    return re.sub(rb"[^ -~]", b".", begin[:16]).decode()
+            return f"is {what}", hint
+    return f"begins with '{re.sub(rb'[^ -~]', b'.', begin[:16]).decode()}'", None
 
 
 def _size(field: bytes) -> int:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from imageos.checks import definition, kernel, node, programs, variants
-from imageos.checks.report import ERROR, Report, as_json, as_text, findings, levels
+from imageos.checks.report import ERROR, Finding, Report, as_json, as_text, findings, levels
 from imageos.checks.variants import Variant
 from imageos.commandline import Parser
 from imageos.node.programs import DEFAULT_PATH, GANETI_PATH
@@ -28,8 +28,13 @@ def main(arguments: Sequence[str]) -> int:
 def examine(os_dir: str) -> Report:
     callers_path = os.environ.get("PATH", DEFAULT_PATH)
     os.environ["PATH"] = GANETI_PATH  # what create finds counts
+    return {area: [*findings(of_area)] for area, of_area in checks(os_dir, callers_path).items()}
+
+
+def checks(os_dir: str, callers_path: str) -> dict[str, Sequence[Iterator[Finding]]]:
+    """Return the checks of each area, in the order in which they are to be made."""
     examined: list[Variant] = []  # those that the check of settings finds right, for the checks after it
-    checks = {
+    return {
         "OS definition": (definition.check_files(os_dir), definition.check_in_use(os_dir), definition.check_offers(),
                           definition.check_python()),
         "kernel": (kernel.check_kernel(),),
@@ -41,7 +46,6 @@ def examine(os_dir: str) -> Report:
         "space": (node.check_space(examined),),
         "leftovers": (node.check_leftovers(),),
     }  # fmt: skip
-    return {area: [*findings(of_area)] for area, of_area in checks.items()}
 
 
 def parser() -> Parser:

@@ -110,11 +110,7 @@ def restore_plain(source: Source, disk: Disk, finish: Callable[[], None], size: 
     table = legacy.read_table(begin)
     if table is None:
         what, hint = legacy.foreign(begin)
-        if what:
-            raise Failure(f"the stream at byte {source.position} is no backup and no disk: it is {what}", hint)
-        raise Failure(
-            f"the stream at byte {source.position} is no backup and no disk: it begins with '{legacy.printable(begin)}'"
-        )
+        raise Failure(f"the stream at byte {source.position} is no backup and no disk: it {what}", hint)
     least = max(size or 0, legacy.least_size(table, begin))
     if least > disk.size:
         raise too_small(disk, least)

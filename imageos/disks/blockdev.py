@@ -31,7 +31,6 @@ BUSY_TIMEOUT = 1.0
 # their backups, superblocks of filesystems (btrfs at 64 KiB), LVM and RAID metadata.
 SIGNATURES = MIB
 ZERO_STEP = 256 * MIB
-F_OFD_GETLK = 36  # fcntl.h
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,10 @@ def claimed(path: str, read_only: bool = False, shared: bool = False) -> Iterato
         _check_not_mounted(path)
     with ExitStack() as stack:
         descriptor = stack.enter_context(linux.closing(_open_exclusively(path, read_only, is_file)))
+        if not (is_file or read_only) and linux.is_read_only(descriptor):
+            raise Failure(f"disk {path} is read-only")
+        lock = fcntl.LOCK_SH if read_only else fcntl.LOCK_EX
+        _wait(lambda: _is_locked(descriptor, lock), _in_use(path, "another process has locked it"), BUSY_TIMEOUT)
         if not shared:
             _check_unused(path, descriptor)
         size = os.fstat(descriptor).st_size if is_file else linux.device_size(descriptor)
@@ -95,7 +98,7 @@ def claimed(path: str, read_only: bool = False, shared: bool = False) -> Iterato
         yield Disk(path, descriptor, size, is_file)
         stack.close()
     if not (is_file or read_only):
-        _wait(lambda: _is_free(path), f"disk {path} is still in use after {DEADLINE:.0f} s")
+        _wait(lambda: _is_free(path), Failure(f"disk {path} is still in use after {DEADLINE:.0f} s"))
 
 
 @contextmanager
@@ -185,7 +188,7 @@ def let_go(path: str) -> Iterator[None]:
     if number and not read_only:
         name = os.path.basename(sysfs.device_directory(number))
         node = f"/dev/{name.replace('!', '/')}"
-        _wait(lambda: _is_free(node), f"disk {node} is still in use after {DEADLINE:.0f} s")
+        _wait(lambda: _is_free(node), Failure(f"disk {node} is still in use after {DEADLINE:.0f} s"))
 
 
 def last_write(disk: Disk) -> int:
@@ -310,9 +313,9 @@ def set_partitions(loop: LoopDevice, wanted: list[tuple[int, int, int]]) -> None
         have = existing.get(number, (None, None))
         with explained(f"cannot make {loop.partition(number)}"):
             if have[0] != start:
-                linux.add_partition(loop.descriptor, number, start, size)
+                linux.change_partition(loop.descriptor, linux.BLKPG_ADD_PARTITION, number, start, size)
             elif have[1] != size:
-                linux.resize_partition(loop.descriptor, number, start, size)
+                linux.change_partition(loop.descriptor, linux.BLKPG_RESIZE_PARTITION, number, start, size)
         _await_node(loop.partition(number))
 
 
@@ -333,14 +336,14 @@ def _delete_partition(loop: LoopDevice, number: int) -> None:
 
     def is_gone() -> bool:
         try:
-            linux.delete_partition(loop.descriptor, number)
+            linux.change_partition(loop.descriptor, linux.BLKPG_DEL_PARTITION, number)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 return False
             raise Failure(f"cannot take away {loop.partition(number)}: {error.strerror}") from None
         return True
 
-    _wait(is_gone, f"{loop.partition(number)} is still in use after {DEADLINE:.0f} s")
+    _wait(is_gone, Failure(f"{loop.partition(number)} is still in use after {DEADLINE:.0f} s"))
 
 
 def _kernel_partitions(loop: LoopDevice) -> dict[int, tuple[int, int]]:
@@ -348,28 +351,23 @@ def _kernel_partitions(loop: LoopDevice) -> dict[int, tuple[int, int]]:
 
 
 def _open_exclusively(path: str, read_only: bool, is_file: bool) -> int:
-    flags = os.O_RDONLY if read_only else os.O_RDWR
     # O_EXCL on a block device: refused while it is mounted, or a part of something (device-mapper, RAID)
-    exclusive = 0 if is_file or read_only else os.O_EXCL
+    flags = os.O_RDONLY if read_only else os.O_RDWR | (0 if is_file else os.O_EXCL)
     try:
-        descriptor = os.open(path, flags | exclusive)
+        return os.open(path, flags)
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise _in_use(path, "it is mounted, part of another device, or another process has it") from None
         raise Failure(f"disk {path}: {error.strerror}") from None
-    if not (is_file or read_only) and linux.is_read_only(descriptor):
-        os.close(descriptor)
-        raise Failure(f"disk {path} is read-only")
-    deadline = time.monotonic() + BUSY_TIMEOUT
-    while True:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                raise _in_use(path, "another process has locked it") from None
-        time.sleep(0.005)
+
+
+def _is_locked(descriptor: int, lock: int) -> bool:
+    """Return whether we have the lock now."""
+    try:
+        fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _check_not_mounted(path: str) -> None:
@@ -424,7 +422,7 @@ def _check_unused(path: str, descriptor: int) -> None:
     # qemu holds open-file-description locks on the images that it uses
     query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     try:
-        answer = fcntl.fcntl(descriptor, F_OFD_GETLK, query)
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, query)
     except OSError:
         return  # some filesystems have no such locks
     if struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK:
@@ -527,10 +525,8 @@ def _attribute(loop: str, name: str) -> str:
 
 def _await_detached(loop: str, backing: str) -> None:
     """Wait until the loop device is not attached to `backing`; another process may have attached it to another disk."""
-    _wait(
-        lambda: not backing or _attribute(loop, "backing_file") != backing,
-        f"{loop} is still attached to its disk after {DEADLINE:.0f} s",
-    )
+    complaint = Failure(f"{loop} is still attached to its disk after {DEADLINE:.0f} s")
+    _wait(lambda: not backing or _attribute(loop, "backing_file") != backing, complaint)
 
 
 def _is_free(path: str) -> bool:
@@ -541,17 +537,17 @@ def _is_free(path: str) -> bool:
     return True
 
 
-def _wait(condition: Callable[[], bool], complaint: str) -> None:
+def _wait(condition: Callable[[], bool], otherwise: Failure, seconds: float = DEADLINE) -> None:
     """Poll until `condition`: neither udev nor the kernel notifies us."""
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise Failure(complaint)
+            raise otherwise
         time.sleep(0.005)
 
 
 def _await_node(path: str) -> None:
-    _wait(lambda: os.path.exists(path), f"{path} did not appear within {DEADLINE:.0f} s")
+    _wait(lambda: os.path.exists(path), Failure(f"{path} did not appear within {DEADLINE:.0f} s"))
 
 
 def _in_use(path: str, how: str, hint: str | None = None) -> Failure:

@@ -16,7 +16,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from imageos.disks.filesystem import Volume
 from imageos.disks.layout import MIB
@@ -146,7 +146,9 @@ class Target:
                 if follow:
                     raise Failure(f"the guest's {path} is a directory, not a file")
                 _remove_tree(parent, name)
-            _write_new(parent, temporary, text.encode("utf-8", "surrogateescape"), mode)
+            with _new_file(parent, temporary) as file:
+                file.write(text.encode("utf-8", "surrogateescape"))
+                os.fchmod(file.fileno(), mode)
             if old and stat.S_ISREG(old.st_mode):
                 _copy_attributes(parent, name, temporary, old)
 
@@ -251,7 +253,8 @@ class Target:
             if stat.S_ISLNK(status.st_mode):
                 os.symlink(os.readlink(source), temporary, dir_fd=parent)
             else:
-                _copy_content(source, parent, temporary)
+                with open(source, "rb") as original, _new_file(parent, temporary) as copy:
+                    shutil.copyfileobj(original, copy, MIB)
             _copy_metadata(source, status, f"/proc/self/fd/{parent}/{temporary}")
         return False
 
@@ -451,11 +454,8 @@ def _lstat(parent: int, name: str) -> os.stat_result | None:
         return None
 
 
-def _write_new(parent: int, name: str, data: bytes, mode: int) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with open(os.open(name, flags, 0o600, dir_fd=parent), "wb") as file:
-        file.write(data)
-        os.fchmod(file.fileno(), mode)
+def _new_file(parent: int, name: str) -> BinaryIO:
+    return open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=parent), "wb")
 
 
 def _copy_attributes(parent: int, old_name: str, new_name: str, old: os.stat_result) -> None:
@@ -469,12 +469,6 @@ def _copy_attributes(parent: int, old_name: str, new_name: str, old: os.stat_res
         for attribute in os.listxattr(source):
             if attribute in COPIED_ATTRIBUTES or attribute.startswith("user."):
                 os.setxattr(copy, attribute, os.getxattr(source, attribute))
-
-
-def _copy_content(source: str, parent: int, name: str) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with open(source, "rb") as original, open(os.open(name, flags, 0o600, dir_fd=parent), "wb") as copy:
-        shutil.copyfileobj(original, copy, MIB)
 
 
 def _copy_metadata(source: str, status: os.stat_result, copy: str) -> None:

@@ -52,7 +52,7 @@ KEYCTL_JOIN_SESSION_KEYRING = 1  # keyctl.h
 # openat2 fails with EAGAIN on a path with `..` if any process on the node renames or mounts meanwhile: try again
 OPEN_ATTEMPTS = 1000
 # capability.h
-CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1, 2, 3, 4
+CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID = 0, 1, 3, 4
 CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_LINUX_IMMUTABLE = 5, 6, 7, 9
 CAP_SYS_ADMIN, CAP_MKNOD, CAP_SETFCAP, CAP_MAC_ADMIN = 21, 27, 31, 33
 CAPABILITY_VERSION_3 = 0x20080522
@@ -63,7 +63,6 @@ FS_IOC_SHUTDOWN, SHUTDOWN_NO_LOG_FLUSH = 0x8004587D, 2
 FITRIM = 0xC0185879
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_FIXED_FL = 0x80086601, 0x40086602, 0x30  # immutable, append-only
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10  # falloc.h
-F_OFD_SETLK = 37  # fcntl.h
 F_SETPIPE_SZ = 1031  # fcntl.h; Python's fcntl has it since 3.10
 LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LOOP_GET_STATUS64, LOOP_SET_STATUS64 = 0x4C82, 0x4C0A, 0x4C05, 0x4C04
 LOOP_SET_DIRECT_IO = 0x4C08
@@ -347,16 +346,6 @@ def _loop_values(loop: int) -> tuple[int, ...]:
     return struct.unpack(LOOP_INFO, fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(struct.calcsize(LOOP_INFO))))
 
 
-def add_partition(disk: int, number: int, start: int, length: int) -> None:
-    """Tell the kernel about a partition; `start` and `length` in bytes."""
-    _blkpg(disk, BLKPG_ADD_PARTITION, number, start, length)
-
-
-def resize_partition(disk: int, number: int, start: int, length: int) -> None:
-    """Tell the kernel the new length of a partition, which may be in use; `start` cannot change (Linux 3.6)."""
-    _blkpg(disk, BLKPG_RESIZE_PARTITION, number, start, length)
-
-
 def lock_btrfs(control: int, number: int) -> bool:
     """Lock `number`, of 62 bits, among all processes that have /dev/btrfs-control open; False if another one has it.
 
@@ -364,7 +353,7 @@ def lock_btrfs(control: int, number: int) -> bool:
     """
     lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0)
     try:
-        fcntl.fcntl(control, F_OFD_SETLK, lock)
+        fcntl.fcntl(control, fcntl.F_OFD_SETLK, lock)
     except BlockingIOError:
         return False
     return True
@@ -405,12 +394,11 @@ def writable_subvolume(directory: int) -> Iterator[bool]:
             fcntl.ioctl(directory, BTRFS_IOC_SUBVOL_SETFLAGS, struct.pack("=Q", flags))
 
 
-def delete_partition(disk: int, number: int) -> None:
-    """Make the kernel forget a partition; EBUSY while any process has it open."""
-    _blkpg(disk, BLKPG_DEL_PARTITION, number, 0, 0)
+def change_partition(disk: int, operation: int, number: int, start: int = 0, length: int = 0) -> None:
+    """Have the kernel add, resize or delete (BLKPG_*) a partition; `start` and `length` in bytes.
 
-
-def _blkpg(disk: int, operation: int, number: int, start: int, length: int) -> None:
+    One that is in use can be resized, if its start stays (Linux 3.6); EBUSY for its deletion.
+    """
     values = struct.pack("@qqi64s64s4x", start, length, number, b"", b"")  # struct blkpg_partition: 152 bytes
     partition = ctypes.create_string_buffer(values, 152)
     argument = struct.pack("@iiiP", operation, 0, 152, ctypes.addressof(partition))

@@ -214,11 +214,11 @@ def test_partition_is_told(operation: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(fcntl, "ioctl", ioctl)
     if operation == "add":
-        linux.add_partition(7, 3, MIB, 4 * MIB)
+        linux.change_partition(7, linux.BLKPG_ADD_PARTITION, 3, MIB, 4 * MIB)
         assert seen == [(7, 0x1269, 1, 152, (MIB, 4 * MIB, 3))]
     elif operation == "resize":
-        linux.resize_partition(7, 3, MIB, 4 * MIB)
+        linux.change_partition(7, linux.BLKPG_RESIZE_PARTITION, 3, MIB, 4 * MIB)
         assert seen == [(7, 0x1269, 3, 152, (MIB, 4 * MIB, 3))]
     else:
-        linux.delete_partition(7, 3)
+        linux.change_partition(7, linux.BLKPG_DEL_PARTITION, 3)
         assert seen == [(7, 0x1269, 2, 152, (0, 0, 3))]
