@@ -52,11 +52,11 @@ PROGRAMS = (
     "tests/disk/test_images_dump.py::test_root_and_boot",
     "tests/disk/test_images_dump.py::test_compressed",
     "tests/disk/test_images_dump.py::test_full_of_zeroes",
-    "tests/disk/test_image_url.py::test_signed",
+    "tests/disk/test_image_url_verified.py::test_signed",
     "tests/disk/test_export_import.py::test_ext",
     "tests/disk/test_export_import.py::test_guests",
-    "tests/disk/test_export_import.py::test_dumps",
-    "tests/disk/test_export_import.py::test_disk_img",
+    "tests/disk/test_import_foreign.py::test_dumps",
+    "tests/disk/test_import_foreign.py::test_disk_img",
     "tests/disk/test_rename.py::test_every_place",
 )
 # Tests for a cluster of Ganeti 3.1; all of tests/ganeti run with the 3.0 of Debian 12.

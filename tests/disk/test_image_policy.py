@@ -6,25 +6,23 @@ import hashlib
 import json
 import os
 import stat
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
 import pytest
+from downloads import Gpg, get, gone
+from downloads import gpg as gpg
 from http_server import Server, serving
-from support import run, wait_until
+from support import wait_until
 
 from imageos.errors import Failure
-from imageos.images import cache, curl, fetch, imagetypes
+from imageos.images import cache, curl, fetch
 from imageos.settings import Settings
 
 CONTENT = bytes(range(256)) * 256
 OTHER = CONTENT[::-1]
 SHA256, SHA512 = (hashlib.new(name, CONTENT).hexdigest() for name in ("sha256", "sha512"))
-Gpg = Callable[..., bytes]
 
 
 @pytest.fixture
@@ -33,40 +31,11 @@ def settings(server: Server, tmp_path: Path) -> Settings:
     return Settings(image_url=server.put("/a.tar", CONTENT), image_type="tarball", cache_dir=str(tmp_path / "cache"))
 
 
-@pytest.fixture(scope="session")
-def gpg(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gpg]:
-    """Sign as alice or mallory: gpg("alice", content, "--detach-sign"); gpg("alice") is her keyring."""
-    home = tmp_path_factory.mktemp("gpg")
-    home.chmod(0o700)
-    command = ["gpg", "--homedir", str(home), "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
-
-    def call(*arguments: str, input: bytes = b"") -> bytes:
-        return subprocess.run([*command, *arguments], input=input, check=True, capture_output=True).stdout
-
-    for name in ("alice", "mallory"):
-        call("--quick-gen-key", f"{name} <{name}@example.org>", "ed25519", "sign", "never")
-
-    def sign(name: str, content: bytes = b"", *how: str) -> bytes:
-        what = [*how, "--local-user", name, "--output", "-"] if how else ["--export", name]
-        return call(*what, input=content)
-
-    yield sign
-    run("gpgconf", "--homedir", home, "--kill", "all")
-
-
 @pytest.fixture
 def keyrings(gpg: Gpg, tmp_path: Path) -> dict[str, str]:
     for name in ("alice", "mallory"):
         (tmp_path / f"{name}.gpg").write_bytes(gpg(name))
     return {name: str(tmp_path / f"{name}.gpg") for name in ("alice", "mallory")}
-
-
-def get(settings: Settings, **others: object) -> bytes:
-    """Return the content of the file that `fetched` gives."""
-    settings = replace(settings, **others)
-    _, descriptor = fetch.fetched(settings, imagetypes.urls(settings))
-    with open(descriptor, "rb") as file:
-        return file.read()
 
 
 def outcome(settings: Settings, **others: object) -> bytes | str:
@@ -77,16 +46,6 @@ def outcome(settings: Settings, **others: object) -> bytes | str:
         return "unreachable"
     except Failure:
         return "refused"
-
-
-@contextmanager
-def gone(server: Server) -> Iterator[None]:
-    """It answers nobody."""
-    files, server.files = server.files, {}
-    for path in files:
-        server.put(path, b"", status=503)
-    yield
-    server.files = files
 
 
 def downloads(server: Server) -> int:

@@ -306,4 +306,4 @@ def test_what_is_there_is_judged_when_it_is_gone_on_with(server: Server, small: 
     assert len(found(settings, 20 * MIB)) == 20 * MIB
 
 
-# --- IMAGE_DIR: see test_images_captured ------------------------------------------------------------------
+# --- IMAGE_DIR: see test_capture_refused ------------------------------------------------------------------

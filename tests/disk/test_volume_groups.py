@@ -13,9 +13,9 @@ import lvmdisks
 import pytest
 import trees
 from backups import MARKER, exported, restore
+from captures import capture
 from guestdisks import BIOS, DATA, Guest, by_number, place
 from support import MIB, PATH, Gate, Node, Result, attached, digest, mounted, run, signatures, wait_until
-from test_images_captured import capture
 
 MakeDisk = Callable[..., Path]
 SIZE = 500  # MiB of the instance's disk
