@@ -124,12 +124,6 @@ def pipeline(
     with ExitStack() as stack:
         given = None if input is None else input.encode()
         processes = _start_all(stack, commands, stdin, given, [subprocess.PIPE] * len(commands))
-        selector = stack.enter_context(selectors.DefaultSelector())
-
-        def stream(pipe: IO[bytes]) -> _Stream:
-            made = _Stream(pipe, on_line)
-            selector.register(pipe, selectors.EVENT_READ, made.read)
-            return made
 
         def at_exit() -> int:
             nonlocal has_ended
@@ -139,21 +133,20 @@ def pipeline(
                 on_exit()
             return 0
 
-        printed = stream(processes[-1].stdout)
-        said = [stream(process.stderr) for process in processes]
+        selector = stack.enter_context(selectors.DefaultSelector())
+        pipes = [processes[-1].stdout, *(process.stderr for process in processes)]
+        printed, *said = streams = [_Stream(pipe, on_line) for pipe in pipes]
+        for pipe, stream in zip(pipes, streams):
+            selector.register(pipe, selectors.EVENT_READ, stream.read)
         ended = os.pidfd_open(processes[-1].popen.pid)  # readable once it has ended
         stack.callback(os.close, ended)
         selector.register(ended, selectors.EVENT_READ, at_exit)
         _attend(selector, commands[0].argv[0], timeout, longest, tick, lambda: leaves and has_ended)
         outputs = [*[b""] * (len(commands) - 1), bytes(printed.kept)]
-        finished = [
-            Finished(command.argv, process.status(), stdout, _text(stderr.kept))
+        return [
+            _finished(command, process, stdout, _text(stderr.kept))
             for command, process, stdout, stderr in zip(commands, processes, outputs, said)
         ]
-    for command, end in zip(commands, finished):
-        if not command.private:
-            log.debug(_text(end.stdout) + end.stderr)
-    return finished
 
 
 @contextmanager
@@ -171,10 +164,9 @@ def output_of(
         def check() -> None:
             for process in processes[:-1]:
                 process.stdout.close()
-            ended = [
-                Finished(command.argv, process.status(), b"", _said(error))
-                for command, process, error in zip(commands, processes, errors)
-            ]
+            # the position of a file from `_memory`, which the program writes to, is ours, too
+            said = [_text(os.pread(error, os.lseek(error, 0, os.SEEK_CUR), 0)) for error in errors]
+            ended = map(_finished, commands, processes, [b""] * len(commands), said)
             failed = [program for program in ended if program.status]
             # what stops because nobody reads any more is not at fault: who should have read is
             for culprit in ([program for program in failed if program.status != -signal.SIGPIPE] or failed)[:1]:
@@ -359,11 +351,11 @@ def _memory(size: int) -> Iterator[int]:
         yield descriptor
 
 
-def _said(descriptor: int) -> str:
-    """Return the output of a program so far, in the file from `_memory`: its position there is ours, too."""
-    said = _text(os.pread(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR), 0))
-    log.debug(said)
-    return said
+def _finished(command: Command, process: Process, stdout: bytes, stderr: str) -> Finished:
+    """Wait for the end of a process that has said this."""
+    if not command.private:
+        log.debug(_text(stdout) + stderr)
+    return Finished(command.argv, process.status(), stdout, stderr)
 
 
 def _text(data: bytes | bytearray) -> str:
