@@ -141,7 +141,14 @@ if sys.version_info < (3, 9):
 _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 # Absolute, because commands change directory before they import their last modules.
-sys.path[0] = os.path.join(os.path.realpath(sys.path[0]), "site-packages")
+program = os.path.realpath(sys.path[0])
+sys.path[0] = program + "/site-packages"
+
+# What `install` has compiled of this build (imageos/bytecode.py), where only root can have put it.
+BUILD = "@BUILD@"
+directory = os.stat(os.path.dirname(program))
+if directory.st_uid == 0 and not directory.st_mode & 0o022:
+    sys.path.insert(0, program + ".compiled/" + BUILD)
 
 from imageos.cli import main
 
@@ -418,10 +425,16 @@ def run_shiv(python: Path, stage: Path, output: Path) -> None:
 def archive_members(shiv_file: Path) -> dict[str, bytes]:
     """Return the files of shiv's archive, with MAIN instead of its bootstrap."""
     with zipfile.ZipFile(shiv_file) as archive:
-        names = [name for name in archive.namelist() if not name.startswith("_bootstrap/")]
+        names = [name for name in archive.namelist() if not name.startswith(("_bootstrap/", "__main__.py"))]
         members = {name: archive.read(name) for name in names}
-    members["__main__.py"] = MAIN.encode()
+    members["__main__.py"] = MAIN.replace("@BUILD@", build_name(members)).encode()
     return members
+
+
+def build_name(members: Mapping[str, bytes]) -> str:
+    """Return a digest of these files and their names."""
+    sums = "".join(f"{hashlib.sha256(members[name]).hexdigest()}  {name}\n" for name in sorted(members))
+    return hashlib.sha256(sums.encode()).hexdigest()[:32]
 
 
 def write_archive(members: Mapping[str, bytes]) -> None:

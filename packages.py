@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from imageos import __version__
-from imageos.installation import OS_DIR, SITE_RECORD
+from imageos.installation import COMPILED, OS_DIR, SITE_RECORD
 from imageos.settings import CACHE_DIR, SITE_DIR
 
 PACKAGE = "ganeti-instance-image"  # that of the program that imageos replaces, so that an upgrade installs it
@@ -57,6 +57,13 @@ POSTINST = f"""\
 set -e
 if [ "$1" = configure ]; then
   dpkg-query --show --showformat='${{Conffiles}}' {PACKAGE} | {INSTALL}
+fi
+"""
+PRERM = f"""\
+#!/bin/sh
+set -e
+if [ "$1" = remove ]; then
+  rm -f {OS_DIR}/imageos{COMPILED}
 fi
 """
 # Nothing of the program is there any more.
@@ -127,7 +134,7 @@ def deb(tree: Path, built: Path) -> list[str]:
     sums = "".join(f"{hashlib.md5(path.read_bytes()).hexdigest()}  {path.relative_to(tree)}\n" for path in files)
     size = sum(-(-path.stat().st_size // 1024) for path in files)
     write(tree / "DEBIAN/md5sums", sums)
-    for name, script in {"postinst": POSTINST, "postrm": POSTRM % removed}.items():
+    for name, script in {"postinst": POSTINST, "prerm": PRERM, "postrm": POSTRM % removed}.items():
         write(tree / "DEBIAN" / name, script)
         (tree / "DEBIAN" / name).chmod(0o755)
     write(tree / "DEBIAN/control", debian_control(size))
@@ -151,6 +158,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, Path], list[str]]]] = {
 
 def complete(tree: Path, zipapp: Path, zsh_completions: str) -> None:
     """Add the manual page, completions and documents to the tree of `imageos install`, and make its links relative."""
+    (tree / OS_DIR[1:] / f"imageos{COMPILED}").unlink()  # of the builder's Python
     # This tells `imageos` to ask the package manager which files the site has changed.
     write(tree / OS_DIR[1:] / "installed.json", json.dumps({"package": PACKAGE}) + "\n")
     for link in (tree / "usr/sbin").iterdir():

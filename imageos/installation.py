@@ -16,6 +16,7 @@ from imageos.errors import Failure
 
 OS_DIR = "/usr/share/ganeti/os/image"
 TOOLS = ("mount-disks", "umount-disks", "make-dump", "make-qemu-img", "ganeti-image")
+COMPILED = ".compiled"  # behind the path of the program: the archive of its bytecode
 RECORD = "installed.json"  # in the directory of the OS definition
 # With a package: the record of the site's files, which are in no package: a package manager would ask what to do with
 # those that the site has changed, and Ganeti's gnt-cluster command has no terminal to ask at.
@@ -62,6 +63,7 @@ class Record:
 def entries(os_dir: str, bin_dir: str) -> Iterator[Entry]:
     """Yield all that is put in place, in an order in which no link dangles."""
     yield Entry(f"{os_dir}/imageos", _program(), mode=0o755)
+    yield compiled(os_dir)
     site, defaults = settings.SITE_DIR, _shipped("defaults")
     yield from script_links(os_dir)
     yield Entry(f"{os_dir}/ganeti_api_version", "".join(f"{n}\n" for n in ganeti.API_VERSIONS).encode())
@@ -75,6 +77,13 @@ def entries(os_dir: str, bin_dir: str) -> Iterator[Entry]:
         yield Entry(f"{site}/hooks/{name}", hook, site=True)
     for command in ("imageos", *TOOLS):
         yield Entry(f"{bin_dir}/{command}", link=f"{os_dir}/imageos", site=command != "imageos")
+
+
+def compiled(os_dir: str) -> Entry:
+    from imageos import bytecode  # late: of all commands, only install needs it
+
+    path = f"{os_dir}/imageos{COMPILED}"
+    return Entry(path, bytecode.compiled(_program(), path))
 
 
 def script_links(os_dir: str) -> Iterator[Entry]:
@@ -144,7 +153,7 @@ def under(root: str, path: str) -> str:
 def program_file() -> str:
     """Return the file that we run from: the zipapp, or in a source tree the package's directory."""
     package = os.path.dirname(os.path.abspath(__file__))
-    archive = os.path.dirname(os.path.dirname(package))
+    archive = os.path.dirname(os.path.dirname(package)).removesuffix(COMPILED)
     return archive if os.path.isfile(archive) else package
 
 

@@ -7,10 +7,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 
-from imageos import settings
+from imageos import bytecode, settings
 from imageos.checks.report import ERROR, NOTE, Finding, error, finding, note, ok, version
 from imageos.errors import Failure
-from imageos.installation import content, not_in_use, parameters_list, program_file, script_links, search_path
+from imageos.installation import (
+    COMPILED,
+    content,
+    not_in_use,
+    parameters_list,
+    program_file,
+    script_links,
+    search_path,
+)
 from imageos.node.programs import GANETI_PATH
 from imageos.run import Command, pipeline
 
@@ -31,6 +39,8 @@ def check_files(os_dir: str) -> Iterator[Finding]:
     ours = program_file()
     if os.path.isfile(ours) and content(program) != content(ours):
         yield note(f"{program} is another version than {ours}", f"{ours} install")
+    elif not bytecode.is_compiled(content(program) or b"", program + COMPILED):
+        yield note(f"{program} is compiled anew at each start", f"{program} install, or the package again")
     if not errors:
         yield ok(os_dir)
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from imageos import __version__, installation, log, settings
 from imageos.commandline import Parser
 from imageos.errors import Failure, Usage
-from imageos.installation import Entry, Record, content, digest, under
+from imageos.installation import COMPILED, Entry, Record, content, digest, under
 
 EPOCH = 315532800  # of all files in packages (build.py)
 UNFINISHED = ".{}.tmp"  # behind the name of a file that is being written
@@ -59,8 +59,8 @@ def install(root: str, os_dir: str, wanted: Sequence[Entry]) -> None:
 
 
 def install_site_files(root: str, wanted: Sequence[Entry]) -> None:
-    """Put in place what a package has not: the files that the site may change."""
-    files = [entry for entry in wanted if entry.site and not entry.link]
+    """Put in place what a package has not: the files that the site may change, and the bytecode."""
+    files = [entry for entry in wanted if (entry.site or entry.path.endswith(COMPILED)) and not entry.link]
     known = {**told_by_package(root, files), **installation.read(root, installation.SITE_RECORD).files}
     put_all(root, files, Record(known), installation.SITE_RECORD)
 

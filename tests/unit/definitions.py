@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     build.stage_sources(tmp_path / "stage")
     package = tmp_path / "stage/imageos"
     program = tmp_path / "imageos"
-    program.write_text("the built file")
+    with zipfile.ZipFile(program, "w") as archive:
+        archive.writestr("__main__.py", f'BUILD = "{32 * "0"}"')
+        archive.writestr("site-packages/imageos/cli.py", "")
     monkeypatch.setattr("importlib.resources.files", lambda _: package)
     monkeypatch.setattr(installation, "program_file", lambda: str(program))
     return package

@@ -38,7 +38,7 @@ ORDER = [
     ),
     *("node.sysfs", "node.mounts", "node.cgroup", "node.isolation"),
     # input from Ganeti and the site
-    *("ganeti", "shellfiles", "logins", "settings", "installation", "remote", "cluster"),
+    *("ganeti", "shellfiles", "logins", "settings", "bytecode", "installation", "remote", "cluster"),
     # disks and filesystems
     *("disks.layout", "disks.blockdev", "disks.ext", "disks.superblock", "disks.ends", "disks.btrfs"),
     *("disks.filesystem", "disks.mounting", "disks.lvm", "disks.partitions", "disks.fstab"),
@@ -334,6 +334,7 @@ HARMLESS = {
     *("ipaddress", "itertools", "json", "mmap", "re", "resource", "secrets", "select", "selectors"),
     *("shlex", "signal", "socket", "stat", "struct", "subprocess", "sys", "textwrap", "time", "traceback"),
     *("types", "typing", "urllib.parse", "uuid", "zipimport", "zlib"),
+    *("importlib.util", "py_compile"),
 }
 # Harmless names of other modules, and names in every source.
 NEVER = {
@@ -347,8 +348,9 @@ TOUCHES = {
         *("os.statvfs", "os.walk", "os.path.exists", "os.path.getsize", "os.path.isdir", "os.path.isfile"),
         *("os.path.islink", "os.path.ismount", "os.path.lexists", "os.path.realpath", "glob.glob", "shutil.which"),
     },
-    "opens": {"open", "os.open", "imageos.node.linux.forget_btrfs", "imageos.node.linux.scan_btrfs"},
+    "opens": {"open", "os.open", "zipfile.ZipFile", "imageos.node.linux.forget_btrfs", "imageos.node.linux.scan_btrfs"},
     "changes": {
+        "compileall.compile_dir",
         *("os.chmod", "os.chown", "os.link", "os.makedirs", "os.mkdir", "os.mknod", "os.rename", "os.rmdir"),
         *("os.setxattr", "os.symlink", "os.unlink", "os.utime"),
     },
@@ -404,9 +406,17 @@ TAKES_NO_PATH = {
     ),
     *("os.write", "os.writev", "os.devnull", "os.path.abspath", "os.path.basename", "os.path.commonpath"),
     *("glob.escape", "os.path.dirname", "os.path.join", "os.path.normpath", "os.path.samestat", "os.path.split"),
-    *("shutil.copyfileobj", "io.BufferedReader", "io.RawIOBase", "bz2.BZ2Decompressor"),
+    *(
+        "shutil.copyfileobj",
+        "io.BufferedReader",
+        "io.BytesIO",
+        "io.RawIOBase",
+        "bz2.BZ2Decompressor",
+        "zipfile.BadZipFile",
+        "zipfile.ZipInfo",
+    ),
 }
-JUDGED = ("os", "os.path", "bz2", "glob", "shutil", "tempfile", "io", "importlib")
+JUDGED = ("os", "os.path", "bz2", "compileall", "glob", "shutil", "tempfile", "io", "importlib", "zipfile")
 
 # Every source that accesses files of the node by name: how, and which. All others get open files or text, and access
 # the guest through Target only.
@@ -452,6 +462,7 @@ MAY_TOUCH = {
     "images.wholeness": ("opens", "an open dump, again"),
     "backups.legacy": ("looks temporary", "a dump, put aside until all of it is there"),
     "hooks": ("looks opens", "the site's hooks, and processes that they leave"),
+    "bytecode": ("looks opens changes temporary", "the archive beside the program; a directory of its own"),
     "installation": ("looks opens loads", "what is in place on the node"),
     "commands.install": ("looks opens changes", "what it puts in place on the node"),
     "commands.uninstall": ("looks changes", "what install has put in place"),

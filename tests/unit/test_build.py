@@ -171,10 +171,17 @@ def test_start_replaces_the_bootstrap(tmp_path: Path) -> None:
         archive.writestr("__main__.py", "import _bootstrap")
         archive.writestr("site-packages/imageos/cli.py", "x = 1")
     (tmp_path / "shiv").write_bytes(packed.getvalue())
-    assert build.archive_members(tmp_path / "shiv") == {
-        "__main__.py": build.MAIN.encode(),
-        "site-packages/imageos/cli.py": b"x = 1",
-    }
+    members = build.archive_members(tmp_path / "shiv")
+    start = members.pop("__main__.py").decode()
+    assert members == {"site-packages/imageos/cli.py": b"x = 1"}
+    assert start == build.MAIN.replace("@BUILD@", build.build_name(members))
+
+
+def test_another_build_has_another_name() -> None:
+    names = [
+        build.build_name(members) for members in ({}, {"a": b"1"}, {"a": b"2"}, {"b": b"2"}, {"a": b"1", "b": b""})
+    ]
+    assert len(set(names)) == len(names)
 
 
 def test_old_python_can_read_the_start() -> None:

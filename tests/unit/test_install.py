@@ -266,7 +266,7 @@ def test_command(shipped: Path, root: Path, capfd: pytest.CaptureFixture[str]) -
     assert stat.S_IMODE((root / "var/cache/ganeti-instance-image").stat().st_mode) == 0o700, "images hold secrets"
     assert "nothing had to be changed" not in capfd.readouterr().err
     assert os.readlink(root / "usr/sbin/imageos") == "/srv/ganeti/os/image/imageos"
-    assert (root / "srv/ganeti/os/image/imageos").read_text() == "the built file"
+    assert (root / "srv/ganeti/os/image/imageos").read_bytes() == Path(installation.program_file()).read_bytes()
     assert not (root / "usr/share/ganeti").exists()
     assert install.main(["--root", str(root), "--os-dir", "/srv/ganeti/os/image", "--bin-dir", "/usr/sbin"]) == 0
     assert "nothing had to be changed" in capfd.readouterr().err
