@@ -100,6 +100,7 @@ def test_what_is_in_both_is_what_install_puts_in_place(
     for link in (tree / "usr/sbin").iterdir():
         link.unlink()
         link.symlink_to("../share/ganeti/os/image/imageos")
+    (tree / OS_DIR / "imageos.compiled").unlink()  # the scripts make it
     (tree / OS_DIR / "installed.json").write_text(f'{{"package": "{NAME}"}}\n')
     everything = {path: what for path, what in listing(tree).items() if not path.startswith("etc/")}
     for tree in (deb, rpm):
@@ -131,6 +132,7 @@ def test_installed_by_apt(bare: Path) -> None:
     """With its dependencies, and with all paths that automation for ganeti-instance-image uses; until it is purged."""
     readme_install(bare)
     assert done(bare, "imageos", "--version").startswith("imageos ")
+    assert (bare / OS_DIR / "imageos.compiled").is_file()
     for program in ("sfdisk", "mkfs.ext4", "mkswap", "tar"):
         done(bare, "which", program)
     for directory in ("variants", "hooks", "overlays", "networks/instances", "networks/subnets"):
