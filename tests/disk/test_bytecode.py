@@ -96,3 +96,10 @@ def test_install_renews_it(os_dir: Path, tmp_path: Path) -> None:
     run(program, "install", "--root", root)
     assert (root / OS_DIR / "imageos.compiled").read_bytes() == whole
     assert not list((root / OS_DIR).glob(".*"))
+
+
+def test_doctor_says_where_it_is_missing(os_dir: Path) -> None:
+    words = "is compiled anew at each start"
+    assert words not in run(os_dir / "imageos", "doctor", "--json", "--os-dir", os_dir, check=False)
+    rewrite(os_dir / "imageos.compiled", other_python)
+    assert words in run(os_dir / "imageos", "doctor", "--json", "--os-dir", os_dir, check=False)
