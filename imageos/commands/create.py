@@ -14,7 +14,7 @@ from imageos.disks.filesystem import Volume
 from imageos.disks.layout import Layout
 from imageos.errors import Failure
 from imageos.ganeti import Instance
-from imageos.guests import cloudboot, cloudinit, guest, hostkeys, hostname, target
+from imageos.guests import cloudboot, cloudinit, guest, hostkeys, hostname, initramfs, target
 from imageos.guests.hostkeys import GetKey
 from imageos.guests.target import Target
 from imageos.images import diskimage, imagetypes, preview
@@ -24,6 +24,9 @@ from imageos.network import Interface, files
 from imageos.node import isolation
 from imageos.node.programs import require
 from imageos.settings import Settings, load_settings, reserved_parameters
+
+BY_HOOK = ("SSH_AUTHORIZED_KEYS", "ROOT_PASSWORD_HASH")  # by cloud-init, or the hook ssh
+LOGINS = (*BY_HOOK, "USER_DATA")
 
 
 def main(_arguments: Sequence[str]) -> int:
@@ -176,6 +179,7 @@ def configure(context: Context, loop: LoopDevice, volumes: tuple[Volume, ...], r
         guest.check_root(root)
         if context.deploy:
             write_fstab(root, volumes)
+            forget_swap(root, context)
         if instance.serial_console:
             guest.enable_serial_console(root, "ttyS0", instance.serial_speed)
         hostname.write(root, instance.name)
@@ -185,8 +189,8 @@ def configure(context: Context, loop: LoopDevice, volumes: tuple[Volume, ...], r
             if isinstance(context.interfaces, Failure):
                 raise context.interfaces
             cloudinit.write_seed(root, instance, settings, context.interfaces)
-        elif cloudinit.is_present(root):
-            log.warning("the image has cloud-init, but does not start it: keys, password and user-data are not seeded")
+        else:
+            warn_of_unread(root, context)
         guest.request_relabel(root)
 
 
@@ -194,3 +198,23 @@ def write_fstab(root: Target, volumes: tuple[Volume, ...]) -> None:
     if any(volume.role == "esp" for volume in volumes):
         root.mkdir("/boot/efi")
     root.write("/etc/fstab", fstab.render(volumes))
+
+
+def forget_swap(root: Target, context: Context) -> None:
+    """Take the image's swap out of what the guest boots with; the hook grub sees to the initramfs that is there."""
+    if initramfs.forget_swap(root) and not (context.instance.kernel_path or "grub" in context.hooks):
+        log.warning(
+            "the image's initramfs waits for the image's swap when the guest boots: have it made anew "
+            f"(update-initramfs -u), or boot with {initramfs.NORESUME}, as the hook grub does"
+        )
+
+
+def warn_of_unread(root: Target, context: Context) -> None:
+    """Name the settings that only cloud-init would have read, or the hook ssh."""
+    given = {name: getattr(context.settings, name.lower()) for name in LOGINS}
+    unread = [name for name in LOGINS if given[name] and not (name in BY_HOOK and "ssh" in context.hooks)]
+    if unread:
+        why = "does not start its cloud-init" if cloudinit.is_present(root) else "has no cloud-init"
+        hook = f", and the hook ssh is off (chmod +x {context.settings.customize_dir}/ssh)"
+        off = hook if set(unread) & set(BY_HOOK) else ""
+        log.warning(f"{' and '.join(unread)} will have no effect: the image {why}{off}")

@@ -24,7 +24,7 @@ from imageos.disks.filesystem import Volume
 from imageos.disks.layout import MIB
 from imageos.errors import Failure
 from imageos.ganeti import Instance
-from imageos.guests import guest, hostkeys
+from imageos.guests import guest, hostkeys, initramfs
 from imageos.guests.target import Target, opened_system
 from imageos.images import diskimage, dump, tarball, wholeness
 from imageos.images.imagefile import compression_of, exact
@@ -214,10 +214,11 @@ def restore_both(source: Source, members: Iterable[Member], root: Target, separa
 
 
 def fit(root: Target, volumes: tuple[Volume, ...]) -> None:
-    """Adapt a guest that was restored onto new filesystems: fstab, and names of interfaces."""
+    """Adapt a guest that was restored onto new filesystems: fstab, swap, and names of interfaces."""
     kept = legacy.other_mounts(root.read("/etc/fstab") or "", ["/", "/boot", "/boot/efi"])
     root.write("/etc/fstab", fstab.render(volumes) + "".join(f"{line}\n" for line in kept))
     root.remove("/etc/udev/rules.d/z*_persistent-net.rules")
+    initramfs.forget_swap(root)
     guest.request_relabel(root)
 
 

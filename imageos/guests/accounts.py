@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from imageos import logins
+from imageos import log, logins
 from imageos.errors import Failure
 from imageos.guests.services import is_enabled
-from imageos.guests.target import Target
+from imageos.guests.target import LINK_LIMIT, Target
 from imageos.logins import AuthorizedKey
 
 PASSWD, SHADOW = "/etc/passwd", "/etc/shadow"
@@ -34,12 +35,22 @@ def authorize(target: Target, keys: Sequence[AuthorizedKey]) -> str:
     """Add the keys to root's, each in the place of what root has of that key; return the file."""
     file = keys_file(target)
     home = file.removesuffix(AUTHORIZED_KEYS)
-    target.mkdir(home, mode=0o700)
-    target.mkdir(f"{home}.ssh", mode=0o700)
+    for directory in (home, f"{home}.ssh"):
+        make_directory(target, directory.rstrip("/") or "/")
     if target.link(file) == "/dev/null":  # what is written there is for nobody
         target.remove(file)
     target.edit(file, partial(with_keys, keys=keys), mode=0o600)
     return file
+
+
+def make_directory(target: Target, path: str) -> None:
+    """Make one of root's directories where it is missing: if it is a link to nothing, what that leads to."""
+    place, links = path, 0
+    while not target.exists(place) and (link := target.link(place)) is not None and links < LINK_LIMIT:
+        place, links = os.path.join(os.path.dirname(place), link), links + 1
+    target.mkdir(place, mode=0o700)
+    if links:
+        log.warning(f"the guest's {path} is a link to {place}, which the image does not have: it is made")
 
 
 def withdraw(target: Target, keys: Sequence[AuthorizedKey]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -113,6 +114,60 @@ def test_ssh_password_that_is_none_is_refused_before_the_first_write(value: str,
     result = node.create(target, OSP_ROOT_PASSWORD_HASH=value).failed("ROOT_PASSWORD_HASH", "openssl passwd -6")
     assert value.split("\n")[0] not in result.log
     assert digest(target) == before
+
+
+def test_settings_that_nobody_reads(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
+    """Neither cloud-init nor the hook ssh: one line says so, unless nothing is set."""
+    target = disk()
+    given = {"OSP_SSH_AUTHORIZED_KEYS": KEYS, "OSP_ROOT_PASSWORD_HASH": HASH, "OSP_USER_DATA": "#cloud-config\n"}
+    off = f"and the hook ssh is off (chmod +x {SITE}/hooks/ssh)"
+
+    def said(**given: str) -> list[str]:
+        return re.findall("warning: (.* will have no effect: .*)", node.create(target, **given).ok().log)
+
+    names = "SSH_AUTHORIZED_KEYS and ROOT_PASSWORD_HASH and USER_DATA"
+    assert said(**given) == [f"{names} will have no effect: the image has no cloud-init, {off}"]
+    assert said() == []
+    enable("ssh")
+    assert said(**given) == ["USER_DATA will have no effect: the image has no cloud-init"]
+    (SITE / "hooks/ssh").chmod(0o644)
+    cloud = {"usr/bin/cloud-init": "#!/bin/sh\n", "etc/cloud/cloud.cfg": "", "etc/cloud/cloud-init.disabled": ""}
+    image_with(node, small_tree, cloud, tmp_path, 0o755)
+    del given["OSP_USER_DATA"], given["OSP_ROOT_PASSWORD_HASH"]
+    said_of_cloud = f"SSH_AUTHORIZED_KEYS will have no effect: the image does not start its cloud-init, {off}"
+    assert said(**given) == [said_of_cloud]
+    (tmp_path / "tree/etc/cloud/cloud-init.disabled").unlink()
+    trees.tarball(tmp_path / "tree", node.images / f"tiny-{trees.ARCH}.tar.gz")
+    assert said(**given) == []
+
+
+def test_swap_of_the_image(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
+    """Without the hook grub, nobody tells the initramfs that is there."""
+    resume = "etc/initramfs-tools/conf.d/resume"
+    image_with(node, small_tree, {resume: "RESUME=UUID=1\n"}, tmp_path)
+    target = disk()
+    assert "initramfs waits for the image's swap" in node.create(target).ok().log
+    with guest_of(target, tmp_path / "root") as top:
+        assert (top / resume).read_text() == ""
+    kernel = {"INSTANCE_HV_kernel_path": "/boot/vmlinuz"}
+    assert "initramfs waits" not in node.create(target, **kernel).ok().log
+
+
+def test_network_on_import(node: Node, disk: MakeDisk) -> None:
+    """It stays that of the backup unless the site says otherwise: one line says how."""
+    target = disk()
+    node.create(target).ok()
+    stream = backups.exported(node, target, INSTANCE_NAME="inst1.example.org")
+
+    def said(**given: object) -> str:
+        log = backups.restore(node, stream, target, **given).ok().log
+        return "".join(re.findall("the guest's network is as in the backup; (.*)", log))
+
+    how = "IMPORT_HOOKS with interfaces fits it to this instance"
+    assert said() == f"{how} (first: chmod +x {SITE}/hooks/interfaces)"
+    enable("interfaces")
+    assert said() == how
+    assert said(NIC_COUNT="0") == said(OSP_NOMOUNT="yes") == ""
 
 
 # overlays

@@ -56,6 +56,41 @@ def test_root_is_admitted(before: str, after: str) -> None:
     assert accounts.admitted(f"{others}root:{before}\n{others}", TODAY) == f"{others}root:{after}\n{others}"
 
 
+@pytest.mark.parametrize(
+    ("links", "made"),
+    [
+        ({}, ""),
+        ({"root": "/home/root"}, "/home/root"),
+        ({"root": "home/../srv/root"}, "/srv/root"),
+        ({"root": "/a", "a": "b"}, "/b"),
+        ({"root/.ssh": "/srv/keys"}, "/srv/keys"),
+        ({"root/.ssh": "../../../srv/keys"}, "/srv/keys"),
+        ({"root": "/home", "home/.ssh": "keys"}, "/home/keys"),
+    ],
+)
+def test_directories_that_are_links_to_nothing(
+    links: dict[str, str], made: str, guest: Path, target: Target, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What they lead to is made, inside the guest."""
+    for name, link in links.items():
+        path = guest / name
+        path.parent.mkdir(exist_ok=True)
+        if link == "/home":
+            (guest / "home").mkdir()
+        path.symlink_to(link)
+    accounts.authorize(target, logins.authorized_keys(KEY))
+    assert target.read("/root/.ssh/authorized_keys") == f"{KEY}\n"
+    said = capfd.readouterr().err
+    assert ("which the image does not have: it is made" in said) == bool(made)
+    assert not made or (guest / made.lstrip("/")).stat().st_mode & 0o777 == 0o700
+
+
+def test_directory_that_cannot_be(guest: Path, target: Target) -> None:
+    (guest / "root").symlink_to("root")
+    with pytest.raises(Failure, match="the guest's /root: Too many levels of symbolic links"):
+        accounts.authorize(target, logins.authorized_keys(KEY))
+
+
 def test_today_is_a_day_of_shadow(target: Target) -> None:
     target.write("/etc/shadow", "root:*:0:0:99999:7:::\n")
     assert accounts.admit(target) and not accounts.admit(target)

@@ -54,7 +54,7 @@ ORDER = [
         "disks.grow",
     ),
     # what makes it boot
-    *("guests.bootconfig", "guests.esp", "guests.bootloaders"),
+    *("guests.bootconfig", "guests.esp", "guests.bootloaders", "guests.initramfs"),
     # the guest's network
     *("network", "network.files", "network.render", "guests.yaml", "guests.cloudboot", "guests.cloudinit"),
     *("network.existing", "network.resolver", "network.backends"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from imageos.disks.filesystem import Volume
 from imageos.errors import Failure
 from imageos.ganeti import Instance
-from imageos.guests import bootconfig, esp
+from imageos.guests import bootconfig, esp, initramfs
 from imageos.guests.bootconfig import Change
 from imageos.guests.target import READ_LIMIT, Target
 from imageos.hook import Hook
@@ -386,6 +386,45 @@ def test_firmware(
     assert seen.esp == ({"EFI/BOOT/BOOTX64.EFI": b"core image"} if MKIMAGE in programs else {})
     printed = capfd.readouterr().err
     assert said in printed and bool(said) == bool(printed)
+
+
+@pytest.mark.parametrize(
+    ("maker", "image_type", "arguments", "added"),
+    [
+        ("etc/initramfs-tools", "tarball", "", True),
+        ("usr/lib/dracut", "dump", "quiet", True),
+        ("etc/initramfs-tools", "qcow2", "", False),  # its swap is where it was
+        ("etc/initramfs-tools", "tarball", "resume=/dev/vda2", False),
+        ("etc/mkinitfs", "tarball", "", False),
+    ],
+)
+def test_initramfs_does_not_wait_for_the_swap_of_the_image(
+    maker: str, image_type: str, arguments: str, added: bool, guest: Path, target: Target, seen: Seen
+) -> None:
+    plant(guest, BIOS, menu=GRUB_CFG)
+    (guest / maker).mkdir(parents=True)
+    call(target, image_type=image_type, kernel_args=arguments, table="msdos", root="/dev/loop0p1")
+    assert (" noresume'" in (guest / "etc/default/grub").read_text()) == added
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("RESUME=UUID=1\n", ""),
+        ("# RESUME=x\n export RESUME='/dev/sda5'\nBUSYBOX=y\n", "# RESUME=x\nBUSYBOX=y\n"),
+        ("RESUME=none\n", "RESUME=none\n"),
+        ('RESUME="auto" # comment\n', 'RESUME="auto" # comment\n'),
+        ("RESUME=\n", "RESUME=\n"),
+        ("RESUME=autofs\nX=1", "X=1"),
+    ],
+)
+def test_swap_of_the_image_is_forgotten(before: str, after: str, guest: Path, target: Target) -> None:
+    for path in ("initramfs.conf", "conf.d/resume"):
+        target.write(f"/etc/initramfs-tools/{path}", before)
+    assert initramfs.forget_swap(target) == (before != after)
+    for path in ("initramfs.conf", "conf.d/resume"):
+        assert target.read(f"/etc/initramfs-tools/{path}") == after
+    assert not initramfs.forget_swap(target)
 
 
 def test_a_root_on_lvm_keeps_its_name(guest: Path, target: Target, seen: Seen) -> None:
