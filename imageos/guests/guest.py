@@ -24,12 +24,21 @@ UNIQUE = (
     # keys
     *("/var/lib/systemd/credential.secret", "/var/lib/NetworkManager/secret_key"),
     *("/etc/salt/minion_id", "/etc/salt/pki/minion/minion.*"),
+    # ids by which servers count machines, or tell one from another
+    *("/var/lib/yum/uuid", "/etc/docker/key.json", "/var/lib/docker/engine-id", "/var/lib/mysql/auto.cnf"),
     # leases, and the ids of DHCP clients
     *("/var/lib/dhcp/*", "/var/lib/dhclient/*", "/var/lib/dhcpcd/*", "/var/lib/dhcpcd5/*", "/etc/dhcpcd.duid"),
+    *("/etc/dhcpcd.secret", "/var/lib/dhcpv6/dhcp6c_duid", "/var/lib/wicked/duid.xml", "/var/lib/wicked/iaid.xml"),
     *("/var/lib/NetworkManager/*.lease", "/var/lib/NetworkManager/*.leases", "/var/lib/systemd/network"),
     # names of NVMe hosts
     *("/etc/nvme/hostid", "/etc/nvme/hostnqn"),
 )
+# The same, but nobody makes them anew, and without them the guest does not do what it should
+KEPT = (
+    *("/etc/krb5.keytab", "/etc/pki/consumer/cert.pem", "/etc/chef/client.pem", "/etc/wireguard/*.conf"),
+    "/var/lib/tailscale/tailscaled.state",
+)
+POPULARITY_CONTEST = "/etc/popularity-contest.conf"
 INITIATOR = "/etc/iscsi/initiatorname.iscsi"
 SERIAL_GETTY = "serial-getty@.service"
 
@@ -61,6 +70,12 @@ def forget_machine(target: Target) -> None:
         target.remove(INITIATOR)
         if target.exists("/etc/debian_version"):
             target.write(INITIATOR, "GenerateName=yes\n", mode=0o600)
+    if target.is_file(POPULARITY_CONTEST):
+        own = rf'\g<1>"{uuid.uuid4().hex}"'
+        target.edit(POPULARITY_CONTEST, lambda text: re.sub(r"^([ \t]*MY_HOSTID=).*", own, text, flags=re.MULTILINE))
+    kept = [path for pattern in KEPT for path in target.glob(pattern)]
+    if kept:
+        log.warning(f"shared by all that is made of this, until somebody makes them anew: {log.few(kept)}")
 
 
 def forget_machine_id(target: Target) -> None:

@@ -1,4 +1,4 @@
-"""The guest's ssh host keys: new ones of the types that its own ssh-keygen makes."""
+"""The guest's ssh host keys, new ones of the types that its own ssh-keygen makes, and Debian's certificate."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ KEYS = "/etc/ssh/ssh_host_*"
 DROPBEAR = ("/etc/dropbear", "/etc/dropbear/initramfs", "/etc/dropbear-initramfs")
 DROPBEAR_KEYS = tuple(f"{directory}/dropbear_*_host_key" for directory in DROPBEAR)
 RSA = "/etc/ssh/ssh_host_rsa_key"
+# Of Debian's ssl-cert: web, mail and database servers take it where they have no other
+SNAKEOIL = "/etc/ssl/private/ssl-cert-snakeoil.key"
 # PEM is read by every OpenSSH, its own format by 6.5 and later; 3072 bits are the default of ssh-keygen(1)
 NEW_RSA = ("ssh-keygen", "-q", "-t", "rsa", "-b", "3072", "-m", "PEM", "-N", "")
 
@@ -72,6 +74,7 @@ def rsa_made_meanwhile(hostname: str) -> Iterator[GetKey]:
 def replace(target: Target, rsa: GetKey = no_key) -> None:
     """Remove the image's ssh host keys and make new ones: not every guest does so at boot."""
     _replace_dropbear(target)
+    _replace_snakeoil(target)
     target.remove(KEYS)
     keygen = target.which("ssh-keygen")
     if not (keygen and target.is_dir("/etc/ssh")):
@@ -103,6 +106,18 @@ def _replace_dropbear(target: Target) -> None:
                 target.run([keygen or "", "-t", kind, "-f", file])
             except Failure as failure:  # a type that it does not know
                 log.debug(str(failure))
+
+
+def _replace_snakeoil(target: Target) -> None:
+    maker = target.which("make-ssl-cert")
+    if not target.exists(SNAKEOIL):
+        return
+    try:
+        if not maker:
+            raise Failure("the guest has no make-ssl-cert")
+        target.run([maker, "generate-default-snakeoil", "--force-overwrite"])
+    except Failure as failure:
+        log.warning(f"{SNAKEOIL} is that of the image: {failure}")
 
 
 def _take(path: str) -> str:

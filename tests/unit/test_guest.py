@@ -203,7 +203,10 @@ def test_identity_is_forgotten(guest: Path, target: Target) -> None:
     seeds = ("var/lib/systemd/random-seed", "var/lib/urandom/random-seed", "var/lib/misc/random-seed")
     tree(guest, {"etc/machine-id": "x", "var/lib/cloud/seed/nocloud/meta-data": "instance-id: seeded\n"})
     tree(guest, dict.fromkeys((*seeds, "var/lib/seedrng/seed.credit"), "seed"))
-    names = ("var/lib/dhcp/dhclient.leases", "etc/dhcpcd.duid", "etc/nvme/hostnqn", "etc/salt/pki/minion/minion.pem")
+    names = (
+        *("var/lib/dhcp/dhclient.leases", "etc/dhcpcd.duid", "etc/nvme/hostnqn", "etc/salt/pki/minion/minion.pem"),
+        *("var/lib/wicked/duid.xml", "var/lib/dhcpv6/dhcp6c_duid", "var/lib/mysql/auto.cnf", "etc/docker/key.json"),
+    )
     tree(guest, dict.fromkeys((*names, "var/lib/systemd/network/id", "etc/iscsi/initiatorname.iscsi"), "the image's"))
     tree(guest, {f"var/lib/cloud/{name}": "" for name in ("data/instance-id", "instances/i-1/boot-finished")})
     (guest / "var/lib/cloud/instance").symlink_to("instances/i-1")
@@ -220,6 +223,27 @@ def test_name_of_the_iscsi_initiator(is_debian: bool, guest: Path, target: Targe
         tree(guest, {"etc/debian_version": "12\n"})
     system.forget_machine(target)
     assert target.read("/etc/iscsi/initiatorname.iscsi") == ("GenerateName=yes\n" if is_debian else None)
+
+
+def test_id_of_popularity_contest(guest: Path, target: Target) -> None:
+    """Its cron job does nothing without one."""
+    text = '# config\nPARTICIPATE="yes"\n{}\nDAY="3"\n'
+    tree(guest, {"etc/popularity-contest.conf": text.format('MY_HOSTID="0123456789abcdef0123456789abcdef"')})
+    system.forget_machine(target)
+    made = target.read("/etc/popularity-contest.conf") or ""
+    assert re.fullmatch(text.format('MY_HOSTID="([0-9a-f]{32})"'), made) and "0123456789abcdef" not in made
+
+
+def test_identity_that_nobody_makes_anew(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
+    names = ("etc/krb5.keytab", "etc/wireguard/wg0.conf")
+    tree(guest, dict.fromkeys(names, "secret"))
+    system.forget_machine(target)
+    assert "shared by all that is made of this" in (said := capfd.readouterr().err) and "secret" not in said
+    assert all(f"/{name}" in said and (guest / name).read_text() == "secret" for name in names)
+    (guest / names[0]).unlink()
+    (guest / names[1]).unlink()
+    system.forget_machine(target)
+    assert capfd.readouterr().err == ""
 
 
 # The console

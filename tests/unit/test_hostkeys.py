@@ -98,3 +98,20 @@ def test_keys_of_dropbear_that_cannot_be_made(guest: Path, target: Target) -> No
     (guest / "etc/dropbear/dropbear_rsa_host_key").write_text("the image's")
     hostkeys.replace(target)  # it makes them itself, with -R
     assert os.listdir(guest / "etc/dropbear") == []
+
+
+@pytest.mark.parametrize("has_maker", [True, False])
+def test_certificate_of_debian(
+    has_maker: bool, guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(Target, "run", lambda _self, argv: ran.append(argv))
+    if has_maker:
+        target.write("/usr/sbin/make-ssl-cert", "", mode=0o755)
+    hostkeys.replace(target)
+    assert ran == []
+    target.write(hostkeys.SNAKEOIL, "of the image")
+    hostkeys.replace(target)
+    wanted = ["/usr/sbin/make-ssl-cert", "generate-default-snakeoil", "--force-overwrite"]
+    assert ran == ([wanted] if has_maker else [])
+    assert ("is that of the image" in capfd.readouterr().err) == (not has_maker)
