@@ -267,9 +267,8 @@ def _tell_network_manager(target: Target, interfaces: Interfaces, is_ours: bool)
     )
     if not is_ours:
         return render.network_manager_conf("dns=none", interfaces)
-    # resolved has a resolvconf, which NetworkManager prefers to the file, and which fails without it
-    is_file = resolver.has_only_resolvectl(target) and not is_enabled(target, resolver.RESOLVED)
-    return render.network_manager_conf("rc-manager=file" if is_file else "", interfaces if is_limited else (), True)
+    main = "rc-manager=file" if resolver.has_idle_resolvconf(target) else ""
+    return render.network_manager_conf(main, interfaces if is_limited else (), True)
 
 
 def _network_manager_tells_dns(target: Target) -> bool:
@@ -304,7 +303,8 @@ def _tell_connman(target: Target, _interfaces: Interfaces, is_ours: bool) -> Map
 
 
 def _dhcpcd(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
-    conf = render.dhcpcd_conf(target.read(DHCPCD) or "", render.dhcpcd(interfaces))
+    sections = render.dhcpcd(interfaces, resolver.has_idle_resolvconf(target))
+    conf = render.dhcpcd_conf(target.read(DHCPCD) or "", sections)
     return {DHCPCD: conf, DHCPCD_HOOK: render.dhcpcd_hook(interfaces)}
 
 
@@ -315,11 +315,17 @@ def _tell_dhcpcd(target: Target, _interfaces: Interfaces, is_ours: bool) -> Mapp
 
 
 def _ifupdown(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
-    """Also keep the DHCP clients from replacing configured DNS servers or another interface's default route."""
     sources = re.findall(SOURCES, target.read(existing.INTERFACES) or "", re.MULTILINE)
     if not target.is_dir(f"{existing.INTERFACES}.d"):
         sources = []  # busybox's ifup would refuse the whole file
-    files = render.interfaces_file(interfaces, _tells_dns(target), sources)
+    return render.interfaces_file(interfaces, _tells_dns(target), sources)
+
+
+def _tell_ifupdown(target: Target, interfaces: Interfaces, is_ours: bool) -> Mapping[str, str]:
+    """Keep its DHCP clients from replacing configured DNS servers or another interface's default route."""
+    if not is_ours:
+        return {}
+    files = {}
     keep_dns = any(render.dns(interfaces)) and not _tells_dns(target)
     no_gateway = [interface.name for interface in interfaces if not interface.takes_gateway]
     if any(interface.dhcp for interface in interfaces) and (keep_dns or no_gateway):
@@ -329,7 +335,7 @@ def _ifupdown(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
             files["/etc/udhcpc/udhcpc.conf"] = render.udhcpc_conf(keep_dns, no_gateway)
     if target.which("dhcpcd"):
         dhcp = [interface.name for interface in interfaces if interface.dhcp]
-        sections = render.dhcpcd_client(dhcp, keep_dns, no_gateway)
+        sections = render.dhcpcd_client(dhcp, keep_dns, no_gateway, resolver.has_idle_resolvconf(target))
         files[DHCPCD] = render.dhcpcd_conf(target.read(DHCPCD) or "", sections)
     return files
 
@@ -437,6 +443,7 @@ BACKENDS = {
         lambda target: _has_ifupdown(target) and is_enabled(target, "networking"),
         _ifupdown,
         clear=existing.ifupdown,
+        tell=_tell_ifupdown,
         may_act=_has_ifupdown,  # udev starts it for `allow-hotplug`
         can_be_enabled=lambda target: _has_ifupdown(target) and _is_openrc(target, "networking"),
         links=_ifupdown_links,

@@ -22,6 +22,7 @@ DEFAULT = {4: "0.0.0.0/0", 6: "::/0"}
 DHCPCD_SECTIONS = "# imageos: what this instance needs, to the end of the file"
 NETWORKD_WAIT = "/etc/systemd/system/systemd-networkd-wait-online.service.d/imageos.conf"
 NETWORK_MANAGER_CONF = "/etc/NetworkManager/conf.d/zz-imageos.conf"
+DHCPCD_TO_FILE = "env resolvconf=none"  # its hook writes resolv.conf itself where that program is not found
 DHCPCD_DENIED = "# imageos: another program rules these"
 DHCPCD_DENY = "denyinterfaces eth* en*"
 CONNMAN_BLACKLIST = "vmnet,vboxnet,virbr,ifb,ve-,vb-,ham,veth"  # its default
@@ -229,21 +230,25 @@ def dhclient_hook(keep_dns: bool, no_gateway: Sequence[str]) -> str:
     return HEADER + "\n".join(lines) + "\n"
 
 
-def dhcpcd_client(names: Sequence[str], keep_dns: bool, no_gateway: Sequence[str]) -> list[str]:
-    """Return the sections of dhcpcd.conf(5) for the interfaces `names`, for which ifupdown starts it."""
+def dhcpcd_client(names: Sequence[str], keep_dns: bool, no_gateway: Sequence[str], to_file: bool = False) -> list[str]:
+    """Return the sections of dhcpcd.conf(5) for the interfaces `names`, for which ifupdown starts it.
+
+    `to_file`: it writes resolv.conf itself even if there is a resolvconf.
+    """
     sections = []
     for name in names:
-        lines = [*(["nohook resolv.conf"] if keep_dns else []), *(["nogateway"] if name in no_gateway else [])]
+        lines = ["nohook resolv.conf"] if keep_dns else [DHCPCD_TO_FILE] if to_file else []
+        lines += ["nogateway"] if name in no_gateway else []
         sections += [f"interface {name}", *lines] if lines else []
     return sections
 
 
-def dhcpcd(interfaces: Interfaces) -> list[str]:
+def dhcpcd(interfaces: Interfaces, to_file: bool = False) -> list[str]:
     """Return the sections for a dhcpcd that rules the network; its hook sets the routes that it cannot."""
     servers, search = dns(interfaces)
     sections = []
     for interface in interfaces:
-        sections += [f"interface {interface.name}"]
+        sections += [f"interface {interface.name}", *([DHCPCD_TO_FILE] if to_file else [])]
         sections += [f"static ip_address={interface.address}"] if interface.address else ["ipv4"]
         sections += [f"static ip6_address={interface.address6}", "noipv6rs"] if interface.address6 else []
         sections += [] if interface.takes_gateway or not interface.dhcp else ["nogateway"]

@@ -59,6 +59,11 @@ def has_only_resolvectl(target: Target) -> bool:
     return program is not None and (real(target, program) or "").endswith("/resolvectl")
 
 
+def has_idle_resolvconf(target: Target) -> bool:
+    """Return whether resolvconf fails: NetworkManager and dhcpcd prefer it to the file, but its resolved is off."""
+    return has_only_resolvectl(target) and not is_enabled(target, RESOLVED)
+
+
 def _leads_to_resolved(target: Target) -> bool:
     return RESOLVED in FILLED.get(_directory(target), ())
 
