@@ -28,6 +28,7 @@ COMMANDS = {
     "grow": "grow a stopped instance's filesystems to its disks",
     "install": "put the OS definition, defaults and hooks in place on this node",
     "uninstall": "remove what install has put in place and the site has not changed",
+    "variants": "show, enable, fetch and try the variants of this node and of the catalog",
     "doctor": "say whether this node can deploy its variants",
 }
 

@@ -98,6 +98,7 @@ ORDER = [
     *("commands.install", "commands.uninstall"),
     *("checks", "checks.report", "checks.variants", "checks.programs", "checks.definition", "checks.kernel"),
     *("checks.node", "commands.doctor"),
+    *("variants", "variants.trial", "commands.variants"),
     "cli",
 ]
 MODULES = {

@@ -13,7 +13,7 @@ from imageos.errors import Usage
 EVERY_COMMAND = {
     *("create", "import", "export", "rename", "verify"),
     *("mount-disks", "umount-disks", "make-dump", "make-qemu-img", "ganeti-image", "grow"),
-    *("install", "uninstall", "doctor"),
+    *("install", "uninstall", "variants", "doctor"),
 }
 
 Calls = list[tuple[str, list[str]]]
