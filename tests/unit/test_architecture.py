@@ -96,9 +96,10 @@ ORDER = [
     *("commands.mount_disks", "commands.umount_disks", "commands.grow"),
     *("commands.ganeti_image", "commands.make_dump", "commands.make_qemu_img"),
     *("commands.install", "commands.uninstall"),
+    *("variants", "variants.record"),
     *("checks", "checks.report", "checks.variants", "checks.programs", "checks.definition", "checks.kernel"),
     *("checks.node", "commands.doctor"),
-    *("variants", "variants.trial", "commands.variants"),
+    *("variants.trial", "commands.variants"),
     "cli",
 ]
 MODULES = {
@@ -474,6 +475,7 @@ MAY_TOUCH = {
     "checks.node": ("looks", "/sys, and how full the node's filesystems are"),
     "checks.programs": ("looks", "programs in PATH"),
     "checks.variants": ("looks opens", "the site's variants and hooks"),
+    "variants.record": ("opens changes", "the results of trials"),
     "cli": ("loads", "the module of the command that is called"),
 }
 
