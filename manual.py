@@ -53,8 +53,17 @@ STATUS = (
 )
 SEE_ALSO = ".BR gnt\\-instance (8),\n.BR gnt\\-backup (8),\n.BR gnt\\-os (8),\n.BR ganeti\\-os\\-interface (7)"
 
-# Every node has this list of instances
-INSTANCES = shtab.cmd("cat /var/lib/ganeti/ssconf_instance_list 2>/dev/null")
+# Those of the catalog, in sections, and those in the list
+VARIANTS = (
+    rf"sed -n 's/^\[\(.*\)]$/\1/p; /^[A-Za-z0-9._-]*$/p' {OS_DIR}/catalog.conf {settings.SITE_DIR}/*.{{conf,list}}"
+)
+# By the name of an argument; every node has the list of instances
+COMPLETIONS = {
+    "DIR": shtab.DIRECTORY,
+    "IMAGE_DIR": shtab.DIRECTORY,
+    "INSTANCE": shtab.cmd("cat /var/lib/ganeti/ssconf_instance_list 2>/dev/null"),
+    "VARIANT": shtab.cmd(f"{VARIANTS} 2>/dev/null"),
+}
 
 # A tool's name is a command of imageos.
 BASH_TOOLS = f"""
@@ -104,12 +113,17 @@ def command_parser(name: str) -> argparse.ArgumentParser:
         raw = argparse.RawDescriptionHelpFormatter
         about = (module.__doc__ or "").partition(": ")[2]
         made = argparse.ArgumentParser(f"imageos {name}", description=about, formatter_class=raw, add_help=False)
-    for action in made._actions:
-        if str(action.metavar).endswith("DIR"):
-            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-        elif action.metavar == "INSTANCE":
-            action.complete = INSTANCES  # type: ignore[attr-defined]
+    for part in parts(made):
+        for action in part._actions:
+            if str(action.metavar) in COMPLETIONS:
+                action.complete = COMPLETIONS[str(action.metavar)]  # type: ignore[attr-defined]
     return made
+
+
+def parts(whole: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Return a command's parser, and those of its actions."""
+    actions = [action for action in whole._actions if isinstance(action, argparse._SubParsersAction)]
+    return [whole, *(part for action in actions for part in action.choices.values())]
 
 
 def page() -> str:

@@ -69,6 +69,7 @@ def entries(os_dir: str, bin_dir: str) -> Iterator[Entry]:
     yield Entry(f"{os_dir}/ganeti_api_version", "".join(f"{n}\n" for n in ganeti.API_VERSIONS).encode())
     yield Entry(f"{os_dir}/parameters.list", parameters_list().encode())
     yield Entry(f"{os_dir}/common.sh", defaults["common.sh"])
+    yield Entry(f"{os_dir}/catalog.conf", defaults["catalog.conf"])
     yield Entry(f"{site}/variants.list", defaults["variants.list"], site=True, offered=False)
     yield Entry(f"{os_dir}/variants.list", link=f"{site}/variants.list")
     yield Entry(f"{site}/variants/default.conf", defaults["default.conf"], site=True)

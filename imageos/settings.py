@@ -79,13 +79,14 @@ def _line(text: str) -> str:
     return text
 
 
-_URL = r"https?://[^\s/]+(/\S*)?"
+_URL = r"(?i:https?)://[^\s/]+(/([ \S]*\S)?)?"
 
 _mebibytes = _at_least_one("MiB")
 _seconds = _at_least_one("seconds")
 _arch = _matching(r"[A-Za-z0-9_]+", "an architecture, such as x86_64")
 _directory = _matching(r"/(?s:.*)", "an absolute path")
 _url = _matching(_URL, "a URL that begins with http:// or https://")
+_fingerprints = _matching(r"[0-9A-F]{40}( [0-9A-F]{40})*", "fingerprints of keys: 40 digits each, 0-9 and A-F")
 _hook_names = _matching(r"[A-Za-z0-9_\s-]*", "names of hooks, separated by spaces")
 
 
@@ -176,7 +177,11 @@ class Settings:
     image_checksum: str = _parameter(
         _checksum, "", "sha256:HEX or sha512:HEX of the image; or its checksum file, a URL or a name beside it; or no"
     )
-    image_keyring: str = _setting(_directory, "", "gpgv keyring that must have signed the checksum file")
+    image_keyring: str = _setting(_directory, "", "gpgv keyring that must have signed the checksum file, or the image")
+    image_signer: str = _setting(_fingerprints, "", "fingerprint of the key of IMAGE_KEYRING that must have signed")
+    image_signed_name: str = _setting(
+        _line, "", "pattern (as of files) of the name that a signed checksum may have instead of the image's"
+    )
     image_verify: bool = _setting(_yes_no, "yes", "check an image against its checksum")
     image_cleanup: bool = _setting(_yes_no, "no", "remove a downloaded image after use")
     cache_dir: str = _setting(_directory, CACHE_DIR, "where downloads are kept, and images unpacked")

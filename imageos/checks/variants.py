@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,8 @@ from imageos.images.imagefile import Image
 from imageos.node import isolation
 from imageos.node.programs import available
 from imageos.settings import SITE_DIR, Settings, examine_settings
+
+LISTING = f"{SITE_DIR}/variants.list"
 
 
 @dataclass(frozen=True)
@@ -46,23 +48,33 @@ class Variant:
         return filesystem.plan_layout(self.settings.with_sizes(memory=1024), 1 << 40, has_boot=True)
 
 
+def listed() -> list[str]:
+    """Return the names of the variants that Ganeti offers; fail if there is no list of them."""
+    with explained(LISTING, "imageos install"), open(LISTING, encoding="utf-8", errors="backslashreplace") as file:
+        return [line.strip() for line in file if line.strip() and not line.startswith("#")]
+
+
+def examine(name: str, warn: Callable[[str], None]) -> tuple[Variant, list[Failure]]:
+    """Return a variant, and what is wrong with its settings."""
+    try:
+        settings, problems = examine_settings({**ganeti.EXAMPLE, "OS_VARIANT": name}, warn=warn)
+    except Failure as failure:
+        settings, problems = Settings(), [failure]
+    return Variant(name, settings), problems
+
+
 def check_settings(variants: list[Variant]) -> Iterator[Finding]:
     """Report wrong settings, and add the variants whose settings are right to `variants`."""
-    listing = f"{SITE_DIR}/variants.list"
-    with explained(listing, "imageos install"), open(listing, encoding="utf-8", errors="backslashreplace") as file:
-        names = [line.strip() for line in file if line.strip() and not line.startswith("#")]
+    names = listed()
     if not names:
-        yield error(f"{listing} names no variant: Ganeti takes the OS for invalid")
+        yield error(f"{LISTING} names no variant: Ganeti takes the OS for invalid")
     warned: list[str] = []
     for name in names:
-        try:
-            settings, problems = examine_settings({**ganeti.EXAMPLE, "OS_VARIANT": name}, warn=warned.append)
-        except Failure as failure:
-            problems = [failure]
+        variant, problems = examine(name, warned.append)
         for problem in problems:
             yield failed(problem, of=f"variant {name}: ")
         if not problems:
-            variants.append(Variant(name, settings))
+            variants.append(variant)
             yield ok(f"variant {name}")
     for warning in dict.fromkeys(warned):
         yield note(warning)
@@ -70,7 +82,7 @@ def check_settings(variants: list[Variant]) -> Iterator[Finding]:
     with suppress(OSError):
         for name in sorted(os.listdir(directory)):
             if name.endswith(".conf") and name[: -len(".conf")] not in names:
-                yield note(f"{directory}/{name} is not in {listing}: Ganeti does not offer it")
+                yield note(f"{directory}/{name} is not in {LISTING}: Ganeti does not offer it")
 
 
 def check_hooks(variants: Iterable[Variant]) -> Iterator[Finding]:

@@ -1,16 +1,18 @@
 """variants: show, enable, fetch and try the variants of this node and of the catalog.
 
-Without a further word it prints a table of them. It works on a node alone, with or without Ganeti.
+Without an action it prints a table of them, in which no server is asked. The catalog is catalog.conf in the directory
+of the OS definition; a site's own entries are in /etc/ganeti/instance-image/catalog.conf. Each call is for one node:
+gnt-cluster command runs it on all. Without Ganeti it works as well.
 """
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 
 from imageos.commandline import Parser
-from imageos.errors import Failure
-from imageos.variants import trial
+from imageos.variants import catalog, download, site, table, trial
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -21,45 +23,68 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def show(options: Namespace) -> int:
-    raise Failure("not yet")
+    entries, arch = catalog.load(options.os_dir), site.defaults().arch
+    enabled = table.rows()
+    if options.json:
+        print(table.as_json(enabled, entries, arch), end="")
+    else:
+        width = os.get_terminal_size(1).columns if os.isatty(1) else 0
+        print(table.as_text(enabled, entries, arch, width), end="")
+    return 0
 
 
 def enable(options: Namespace) -> int:
-    raise Failure("not yet")
+    site.enable(options.names, catalog.load(options.os_dir))
+    return 0
 
 
 def disable(options: Namespace) -> int:
-    raise Failure("not yet")
+    site.disable(options.names, options.os_dir)
+    return 0
 
 
 def fetch(options: Namespace) -> int:
-    raise Failure("not yet")
+    try:
+        download.fetch_all(options.names)
+    finally:
+        if options.prune:
+            download.prune()
+    return 0
+
+
+def try_variant(options: Namespace) -> int:
+    for label, value in trial.try_variant(options):
+        print(f"{label:<16} {value}")
+    return 0
 
 
 def parser() -> Parser:
     options = Parser("imageos variants", __doc__)
     options.add_argument("--json", action="store_true", help="for programs: one JSON object")
+    options.add_os_dir()
     options.set_defaults(action=None)
-    actions = options.add_subparsers(title="actions", metavar="ACTION", parser_class=Parser)
+    actions = options.add_subparsers(
+        title="actions", metavar="ACTION", parser_class=Parser, help="see imageos variants ACTION --help"
+    )
 
     def add(name: str, about: str) -> Parser:
         made: Parser = actions.add_parser(name, about=f"{name}: {about}", help=about)
         return made
 
     enabling = add("enable", "take variants from the catalog")
-    enabling.add_argument("names", nargs="+", metavar="NAME", help="as the table has it")
+    enabling.add_argument("names", nargs="+", metavar="VARIANT", help="its name in the table")
     enabling.set_defaults(action=enable)
     disabling = add("disable", "take back what enable has written, unless instances use it")
-    disabling.add_argument("names", nargs="+", metavar="NAME")
+    disabling.add_argument("names", nargs="+", metavar="VARIANT", help="one that is enabled")
     disabling.set_defaults(action=disable)
     fetching = add("fetch", "download and verify the images of variants now, as create would at the first use")
-    fetching.add_argument("names", nargs="*", metavar="NAME", help="default: all that are enabled")
+    fetching.add_argument("names", nargs="*", metavar="VARIANT", help="default: all that are enabled")
     fetching.add_argument("--prune", action="store_true", help="remove from CACHE_DIR what no enabled variant names")
     fetching.set_defaults(action=fetch)
     trying = add("try", "deploy a variant to a scratch file, and boot that in qemu to its login prompt")
-    trying.add_argument("name", metavar="NAME")
+    trying.add_argument("name", metavar="VARIANT", help="one that is enabled")
     trying.add_argument("--uefi", action="store_true", help="boot by UEFI instead of BIOS")
     trying.add_argument("--timeout", type=int, default=600, metavar="SECONDS", help="default: %(default)s")
     trying.add_argument("--keep", action="store_true", help="keep the scratch file, and say where it is")
-    trying.set_defaults(action=trial.try_variant)
+    trying.set_defaults(action=try_variant)
     return options

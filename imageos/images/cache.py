@@ -11,16 +11,19 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from imageos import log
-from imageos.images.checksums import digests_of
+from imageos.images.checksums import Checksum, digests_of
 from imageos.images.urls import shown
 from imageos.node import linux
 
+# The name of a file that belongs to a download (fetch.cache_name), and in it that of the download
+DOWNLOAD = r"([0-9a-f]{16}-.+?)(?:\.part)?(?:\.json|\.lock)?"
 MOST_VERDICTS = 32  # of one copy: whoever may set OS parameters can ask for any number
 
 
@@ -149,10 +152,10 @@ def reading(path: str, expected: tuple[int, ...]) -> int:
     return descriptor
 
 
-def digests(path: str, expected: tuple[int, ...], algorithms: Iterable[str]) -> dict[str, str]:
-    """algorithm -> hex, of the copy that is known as `expected`."""
+def digests(path: str, expected: tuple[int, ...], wanted: Sequence[str | Checksum]) -> dict[str, str]:
+    """As `digests_of`, of the copy that is known as `expected`."""
     with linux.closing(reading(path, expected)) as descriptor:
-        return digests_of(f"/proc/self/fd/{descriptor}", algorithms)
+        return digests_of(f"/proc/self/fd/{descriptor}", wanted)
 
 
 def remove(path: str) -> None:
@@ -166,8 +169,8 @@ def _unlink(path: str) -> None:
 
 
 @contextmanager
-def locked(path: str, url: str) -> Iterator[None]:
-    """Be the only one who looks at `path`."""
+def locked(path: str, url: str, wait: bool = True) -> Iterator[None]:
+    """Be the only one who looks at `path`. With `wait` False, BlockingIOError if another process does."""
     name = path + ".lock"
     is_first = True
     with suppress(FileNotFoundError):
@@ -180,6 +183,8 @@ def locked(path: str, url: str) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not wait:
+                    raise
                 if is_first:
                     log.info(f"waiting for another process that downloads {shown(url)}")
                 is_first = False
@@ -189,6 +194,25 @@ def locked(path: str, url: str) -> Iterator[None]:
                 stack.callback(_unlink, name)
                 yield
                 return
+
+
+def prune(directory: str, keep: Collection[str]) -> Iterator[tuple[str, int | None]]:
+    """Remove the downloads whose names are not in `keep`. Yield each with its bytes, or with None if it is in use."""
+    with suppress(FileNotFoundError):
+        names = {match[1] for name in os.listdir(directory) if (match := re.fullmatch(DOWNLOAD, name))}
+        for name in sorted(names - set(keep)):
+            path = f"{directory}/{name}"
+            try:
+                with locked(path, "", wait=False):
+                    files = [file for file in (path, path + ".part") if os.path.exists(file)]
+                    size = sum(os.path.getsize(file) for file in files)
+                    remove(path)
+                    remove(path + ".part")
+            except BlockingIOError:
+                yield name, None
+            else:
+                yield name, size
+        sync(directory)
 
 
 def sync(directory: str) -> None:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from urllib.parse import quote, unquote, urlsplit
 
 from imageos import log
@@ -29,6 +30,21 @@ MOST_FURTHER = 8  # files of an index that are looked into
 ALGORITHMS = {40: "sha1", 64: "sha256", 128: "sha512"}  # by the number of digits
 CHUNK = 1 << 20  # bytes
 INLINE = "-----BEGIN PGP SIGNED MESSAGE-----"
+DETACHED = b"-----BEGIN PGP SIGNATURE-----"
+GOOD = "good"  # what is found of a signature that verifies; else it is the reason
+KEYRING_HINT = "the keyring must be as gpg --export writes it (an armored one: gpg --dearmor)"
+
+
+@dataclass(frozen=True)
+class Signer:
+    """A key that may sign."""
+
+    keyring: str = ""  # path; empty: nothing need be signed
+    keyring_id: str = ""
+    keys: str = ""  # fingerprints of those that count; empty: all
+
+    def __str__(self) -> str:
+        return f"signed by a key of {self.keyring}"
 
 
 @dataclass(frozen=True)
@@ -39,30 +55,39 @@ class Checksum:
 
 
 @dataclass(frozen=True)
+class Signature(Checksum):
+    """A detached signature of the image itself. What is found of it (GOOD or not) is kept as that of a checksum is."""
+
+    content: bytes
+    signer: Signer
+
+
+@dataclass(frozen=True)
 class Policy:
     """The demands of the settings on one image before it is used."""
 
     pin: Checksum | None = None  # that it must have, whatever the server says
     is_published: bool = False  # whether a checksum is looked for at a server, or in IMAGE_DIR
     file: str = ""  # URL of the only file that may have it; without that, one of CHECKSUMS
-    keyring: str = ""  # that which must have signed it
-    keyring_id: str = ""
+    signer: Signer = Signer()
+    signed_name: str = ""  # pattern of a name that is as good as the image's, in what is signed
 
     @property
     def key(self) -> str:
         """The name under which an answer is kept: policies with the same key get the same answer."""
         asked = f"file {hashlib.sha256(self.file.encode()).hexdigest()}" if self.file else "beside"
-        return f"{asked}, signed: {self.keyring_id}" if self.keyring else asked
+        signed = " ".join(filter(None, (self.signer.keyring_id, self.signer.keys, self.signed_name)))
+        return f"{asked}, signed: {signed}" if signed else asked
 
     def is_covered_by(self, key: str) -> bool:
         """Return True if an answer that is kept under `key` is enough: it asked for the same, or for more."""
-        return key == self.key or (not self.keyring and key.startswith(f"{self.key}, signed: "))
+        return key == self.key or (not self.signer.keyring and key.startswith(f"{self.key}, signed: "))
 
     def __str__(self) -> str:
         wanted = [self.pin.source] if self.pin else []
         if self.is_published:
             file = shown(self.file) if self.file else "a checksum beside it"
-            wanted.append(file + (f", signed by a key of {self.keyring}" if self.keyring else ""))
+            wanted.append(f"{file}, {self.signer}" if self.signer.keyring else file)
         return " and ".join(wanted)
 
 
@@ -95,26 +120,30 @@ def verify_file(settings: Settings, path: str, descriptor: int) -> None:
     url = quote(path)
     wanted = policy(settings, url)
     node = Node({**os.environ, **settings.unknown})
-    checksums = expected(node, replace(wanted, keyring=""), url)
-    if checksums and wanted.keyring:
+    checksums = expected(node, replace(wanted, signer=Signer()), url)
+    if checksums and wanted.signer.keyring:
         checksums = expected(node, wanted, url)
     if not checksums:
         return
     with log.phase(f"verified {path}"):
-        found = digests_of(f"/proc/self/fd/{descriptor}", {checksum.algorithm for checksum in checksums})
+        found = digests_of(f"/proc/self/fd/{descriptor}", checksums)
         check(path, checksums, found)
 
 
 def check(name: str, checksums: Iterable[Checksum], found: Mapping[str, str]) -> None:
     """Fail unless `found` (algorithm -> hex) of the image `name` has all `checksums`."""
     for checksum in checksums:
+        is_signature = isinstance(checksum, Signature)
+        if is_signature and found[checksum.algorithm] != GOOD:
+            why = found[checksum.algorithm]
+            raise Failure(f"image {name} is not verified {checksum.source}: {why}", hint=KEYRING_HINT)
         if found[checksum.algorithm] != checksum.hex:
             raise Failure(
                 f"image {name} has the wrong {checksum.algorithm}: "
                 f"expected {checksum.hex} ({checksum.source}), found {found[checksum.algorithm]}",
                 hint="the image has changed, or its checksum is of another one: replace what is wrong",
             )
-        log.info(f"verified: {checksum.algorithm} of {checksum.source}")
+        log.info(f"verified{'' if is_signature else f': {checksum.algorithm} of'} {checksum.source}")
 
 
 def policy(settings: Settings, url: str) -> Policy:
@@ -126,7 +155,10 @@ def policy(settings: Settings, url: str) -> Policy:
     if text not in ("", "no") and not is_pin(text):
         file = cleaned(text) if "://" in text else beside(url, quote(text, safe=""))
     is_published = bool(keyring or file or not text)
-    return Policy(pinned(settings), is_published, file, keyring, keyring_id(keyring) if keyring else "")
+    if not keyring:
+        return Policy(pinned(settings), is_published, file)
+    signer = Signer(keyring, keyring_id(keyring), settings.image_signer)
+    return Policy(pinned(settings), is_published, file, signer, settings.image_signed_name)
 
 
 def expected(web: Web, wanted: Policy, url: str, *, further: bool = False) -> list[Checksum]:
@@ -152,27 +184,39 @@ def keyring_id(path: str) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def digests_of(path: str, algorithms: Iterable[str]) -> dict[str, str]:
-    """Return algorithm -> hex of a file, which is read once."""
-    hashes = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
+def digests_of(path: str, wanted: Sequence[str | Checksum]) -> dict[str, str]:
+    """Return algorithm -> what is found of a file: hex, or of a Signature, GOOD or what is wrong."""
+    signatures = {one.algorithm: one for one in wanted if isinstance(one, Signature)}
+    names = {one if isinstance(one, str) else one.algorithm for one in wanted}
+    hashes = {name: hashlib.new(name, usedforsecurity=False) for name in names - set(signatures)}
     with open(path, "rb", buffering=0) as file:
         progress = log.Progress("verifying", os.fstat(file.fileno()).st_size)
-        while chunk := file.read(CHUNK):
+        while hashes and (chunk := file.read(CHUNK)):
             for digest in hashes.values():
                 digest.update(chunk)
             progress.update(file.tell())
         progress.close()
-    return {name: digest.hexdigest() for name, digest in hashes.items()}
+        found = {name: digest.hexdigest() for name, digest in hashes.items()}
+        for name, signature in signatures.items():
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+            verdict = _judge(signature.signer, [signature.content], stdin=file.fileno())
+            found[name] = verdict.problem or GOOD
+    return found
 
 
-def checksum_in(text: str, name: str, algorithms: Sequence[str], is_only: bool = False) -> tuple[str, str] | None:
-    """Return the strongest (algorithm, hex) that a checksum file has for `name`.
+def checksum_in(
+    text: str, name: str, algorithms: Sequence[str], is_only: bool = False, pattern: str = ""
+) -> tuple[str, str] | None:
+    """Return the strongest (algorithm, hex) that a checksum file has for `name`, or for the one that fits `pattern`.
 
     `is_only`: the file is about one image, as its own name says; a single entry counts whatever it names, or nothing.
     """
     entries = [entry for entry in _entries(text) if entry[1] in algorithms]
     if not (is_only and len(entries) == 1):
+        fitting = [entry for entry in entries if fnmatchcase(entry[0], pattern)]
         entries = [entry for entry in entries if entry[0] in (name, f"./{name}")]
+        if not entries and len({entry[0] for entry in fitting}) == 1:
+            entries = fitting
     return max(((algorithm, digest) for _, algorithm, digest in entries), key=lambda entry: len(entry[1]), default=None)
 
 
@@ -230,7 +274,7 @@ def checksum_files(listed: Sequence[str], image: str) -> list[str] | None:
 
 
 def _published(web: Web, url: str, wanted: Policy, further: bool) -> list[Checksum]:
-    keyring, name = wanted.keyring, unquote(urlsplit(url).path.rpartition("/")[2])
+    signer, name = wanted.signer, unquote(urlsplit(url).path.rpartition("/")[2])
     problems = []
     places = [(wanted.file, STRONG, True)] if wanted.file else _places(web, url, further)
     for place, algorithms, is_only in places:
@@ -238,19 +282,30 @@ def _published(web: Web, url: str, wanted: Policy, further: bool) -> list[Checks
         if content is None:
             continue
         text: str | None = content.decode("utf-8", "replace")
-        entry = checksum_in(text or "", name, algorithms, is_only)
-        if entry and keyring:
-            text = _signed(web, place, content, keyring)
+        entry = checksum_in(text or "", name, algorithms, is_only, wanted.signed_name)
+        if entry and signer.keyring:
+            text = _signed(web, place, content, signer)
             # Who has signed a checksum says what it is of in the same breath: a server could call anything as it likes.
-            entry = checksum_in(text or "", name, algorithms)
+            entry = checksum_in(text or "", name, algorithms, pattern=wanted.signed_name)
             problems.append(f"{shown(place)} " + ("is not signed" if text is None else f"does not name {name}"))
         if entry:
             if entry[0] == "sha1":
                 log.warning(f"{shown(place)} holds a SHA-1, which is weak: make a SHA256SUMS")
-            return [Checksum(*entry, shown(place) + (f", signed by a key of {keyring}" if keyring else ""))]
+            return [Checksum(*entry, shown(place) + (f", {signer}" if signer.keyring else ""))]
+    if signer.keyring and not wanted.file:
+        signature = _signature(web, url, signer)
+        if signature:
+            return [signature]
+    _fail_unpublished(url, wanted, problems)
+    return []
+
+
+def _fail_unpublished(url: str, wanted: Policy, problems: Sequence[str]) -> None:
+    """Fail if there had to be a checksum of the image, or a signature."""
+    keyring, name = wanted.signer.keyring, unquote(urlsplit(url).path.rpartition("/")[2])
     if wanted.file:
         problem = problems[0] if problems else f"{shown(wanted.file)} is not there, or has no checksum of {name}"
-        more = f", signed by a key of {keyring}" if keyring else "; IMAGE_CHECKSUM=no skips the check"
+        more = f", {wanted.signer}" if keyring else "; IMAGE_CHECKSUM=no skips the check"
         raise Failure(f"image {shown(url)}: {problem}", hint=f"correct IMAGE_CHECKSUM, or publish that file{more}")
     if keyring:
         raise Failure(
@@ -258,41 +313,90 @@ def _published(web: Web, url: str, wanted: Policy, further: bool) -> list[Checks
             hint=f"put beside it what `sha256sum {shlex.quote(name)} > SHA256SUMS` and "
             "`gpg --detach-sign SHA256SUMS` make, or set IMAGE_KEYRING to nothing in the variant's file",
         )
-    return []
 
 
-def _signed(web: Web, url: str, content: bytes, keyring: str) -> str | None:
-    """Return the signed part of the checksum file; None without a signature. Fail if the signature is wrong."""
-    if content.startswith(INLINE.encode()):
-        return _verified(url, ["--output", "-"], [content], keyring)
-    for suffix in SIGNATURES:
-        parts = urlsplit(url)
-        signature = web.small(parts._replace(path=parts.path + suffix).geturl())
-        if signature is not None:
-            _verified(url, [], [signature, content], keyring)
-            return content.decode("utf-8", "replace")
+def _signature(web: Web, url: str, signer: Signer) -> Signature | None:
+    """Return the signature beside the image itself; what else is there under such a name is none."""
+    for place, content in _beside(web, url):
+        if content.startswith(DETACHED) or content[:1] >= b"\x80":  # RFC 4880, 4.2: of a packet
+            facts = f"{signer.keyring_id} {signer.keys} {hashlib.sha256(content).hexdigest()}"
+            algorithm = f"signature {hashlib.sha256(facts.encode()).hexdigest()}"
+            return Signature(algorithm, GOOD, f"by {shown(place)}, {signer}", content, signer)
     return None
 
 
-def _verified(url: str, options: Sequence[str], contents: Sequence[bytes], keyring: str) -> str:
-    """Return the output of gpgv for `contents`: a signature and its text, or a text with its signature inside."""
+def _beside(web: Web, url: str) -> Iterator[tuple[str, bytes]]:
+    """Yield the URL and the content of the files that may be the signature of `url`."""
+    parts = urlsplit(url)
+    for suffix in SIGNATURES:
+        place = parts._replace(path=parts.path + suffix).geturl()
+        content = web.small(place)
+        if content is not None:
+            yield place, content
+
+
+def _signed(web: Web, url: str, content: bytes, signer: Signer) -> str | None:
+    """Return the signed part of the checksum file; None without a signature. Fail if the signature is wrong."""
+    if content.startswith(INLINE.encode()):
+        return _verified(url, _judge(signer, [content], ["--output", "-"]))
+    for _, signature in _beside(web, url):
+        _verified(url, _judge(signer, [signature, content]))
+        return content.decode("utf-8", "replace")
+    return None
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What gpgv says of a signature."""
+
+    signer: Signer
+    problem: str  # empty: it is good
+    signed: str = ""  # the text, if the signature is inside
+    details: Sequence[str] = ()
+
+
+def _judge(
+    signer: Signer, contents: Sequence[bytes], options: Sequence[str] = (), stdin: int | None = None
+) -> _Verdict:
+    """Ask gpgv about `contents`: a signature and its text, or a text with its signature inside.
+
+    `stdin`: descriptor of what a signature alone is of.
+    """
     require("gpgv")
-    keyring_id(keyring)  # it can be read
+    keyring_id(signer.keyring)  # it can be read
     with ExitStack() as stack:
         files = [stack.enter_context(_stored(content)) for content in contents]
-        check = ["gpgv", "--status-fd", "2", "--keyring", keyring, *options, *files]
-        done = pipeline(Command(check, Room([keyring, *files], capabilities=[CAP_DAC_OVERRIDE])))[0]
-    lines = done.stderr.splitlines()
-    verdicts = {line.split()[1] for line in lines if line.startswith("[GNUPG:] ") and len(line.split()) > 1}
-    if "GOODSIG" not in verdicts or "BADSIG" in verdicts:  # not its status: keys that we do not have are no fault
-        said = [line for line in lines if line.startswith("gpgv: ")]
-        why = cause("gpgv", "\n".join(said)).replace("gpgv: ", "", 1)
-        raise Failure(
-            f"{shown(url)} has no good signature by a key of IMAGE_KEYRING {keyring}" + (f": {why}" if why else ""),
-            hint="the keyring must be as gpg --export writes it (an armored one: gpg --dearmor)",
-            details=said[:-1],
+        check = ["gpgv", "--status-fd", "2", "--keyring", signer.keyring, *options, *files]
+        command = Command(
+            [*check, *([] if stdin is None else ["-"])],
+            Room([signer.keyring, *files], capabilities=[CAP_DAC_OVERRIDE]),
         )
-    return done.stdout.decode("utf-8", "replace")
+        done = (pipeline(command) if stdin is None else pipeline(command, stdin=stdin))[0]
+    lines = done.stderr.splitlines()
+    status = [line.split()[1:] for line in lines if line.startswith("[GNUPG:] ")]
+    verdicts = {words[0] for words in status if words}
+    said = [line for line in lines if line.startswith("gpgv: ")]
+    if "GOODSIG" not in verdicts or "BADSIG" in verdicts:  # not its status: keys that we do not have are no fault
+        why = cause("gpgv", "\n".join(said)).replace("gpgv: ", "", 1) or "no signature was found"
+        return _Verdict(signer, why, details=said[:-1])
+    # of each good one, the fingerprint of the key that signed, and of the primary key that it belongs to
+    keys = [{words[1], words[-1]} for words in status if words[:1] == ["VALIDSIG"] and len(words) > 1]
+    if signer.keys and not any(known & set(signer.keys.split()) for known in keys):
+        others = " and ".join(sorted({words[-1] for words in status if words[:1] == ["VALIDSIG"]}))
+        return _Verdict(signer, f"it is by the key {others}, not by IMAGE_SIGNER {signer.keys}")
+    return _Verdict(signer, "", done.stdout.decode("utf-8", "replace"))
+
+
+def _verified(url: str, verdict: _Verdict) -> str:
+    """Return the text that is signed; fail if the signature is not good."""
+    if verdict.problem:
+        keyring = verdict.signer.keyring
+        raise Failure(
+            f"{shown(url)} has no good signature by a key of IMAGE_KEYRING {keyring}: {verdict.problem}",
+            hint=KEYRING_HINT,
+            details=verdict.details,
+        )
+    return verdict.signed
 
 
 @contextmanager

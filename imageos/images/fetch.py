@@ -144,7 +144,7 @@ def _not_used(copy: Copy | None, wanted: Policy, problem: Unreachable) -> Unreac
 
 
 def _matches(copy: Copy, path: str, wanted: Iterable[Checksum]) -> bool:
-    missing = {checksum.algorithm for checksum in wanted} - set(copy.digests)
+    missing = [checksum for checksum in wanted if checksum.algorithm not in copy.digests]
     if missing:
         copy.digests.update(cache.digests(path, copy.identity, missing))
         cache.save(path, copy)
@@ -178,8 +178,7 @@ def _downloaded(web: Web, url: str, path: str, wanted: Sequence[Checksum], judge
         with log.phase(f"downloaded {shown(url)}"):
             copy = web.patiently(url, lambda: _receive(web, url, part, judge), lambda: _size(part))
         copy = dataclasses.replace(copy, identity=cache.identity(part))
-        algorithms = {"sha256", *(checksum.algorithm for checksum in wanted)}
-        copy.digests.update(cache.digests(part, copy.identity, algorithms))
+        copy.digests.update(cache.digests(part, copy.identity, ["sha256", *wanted]))
         try:
             check(shown(url), wanted, copy.digests)
         except Failure:

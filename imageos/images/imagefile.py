@@ -93,7 +93,10 @@ class Image:
 
     @cached_property
     def unpacked_size(self) -> tuple[int, bool]:
-        """The size of its content as far as it is told, and whether that is exact; else a lower bound."""
+        """The size of its content as far as it is told, and whether that is exact; else a lower bound.
+
+        What gzip says at its end is neither: the size modulo 4 GiB of the last member, or what was appended to it.
+        """
         if self.layers:
             return self.known_size or 0, self.known_size is not None
         if self.compression == "zstd":
@@ -104,10 +107,6 @@ class Image:
             check_stages(self, listed)
             totals = re.search(rb"^totals\t\d+\t\d+\t\d+\t(\d+)", listed[0].stdout, re.MULTILINE)
             return (int(totals[1]), True) if totals else (0, False)
-        if self.compression == "gzip" and self.whole:
-            # RFC 1952: the size modulo 4 GiB of the last member, unless garbage follows
-            size = int.from_bytes(os.pread(self.descriptor, 4, max(0, self.size - 4)), "little")
-            return (0 if size % SECTOR else size), False
         return 0, False
 
 

@@ -19,7 +19,10 @@ from imageos.node import linux
 from imageos.node.programs import require
 from imageos.settings import Settings, is_pin
 
-WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
+WEB_PAGE = re.compile(
+    rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)*<(!doctype|html|head|body|title|meta|script|h1|\?xml)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,14 @@ def verify(settings: Settings, image: Image) -> None:
     if image.boot and is_pin(settings.image_checksum):
         raise _one_of_two()
     for file in (image, image.boot) if image.boot else (image,):
-        if settings.image_checksum or _has_checksum(file.path):
+        if settings.image_checksum or has_checksum(file.path):
             from imageos.images import checksums  # late: most images have none
 
             checksums.verify_file(settings, file.path, file.descriptor)
 
 
-def _has_checksum(path: str) -> bool:
+def has_checksum(path: str) -> bool:
+    """Return True if a checksum is beside an image in IMAGE_DIR."""
     directory, name = os.path.split(path)
     return any(os.path.lexists(f"{directory}/{pattern.format(name)}") for pattern, _ in CHECKSUMS)
 
@@ -156,7 +160,10 @@ def _find_at_url(settings: Settings, with_boot: bool, disk_size: int | None) -> 
 def check_beginning(image_type: ImageType, url: str, beginning: bytes, size: int, disk_size: int | None) -> None:
     """Fail if an image that begins so, and has at least `size` bytes, is known not to be what it should."""
     if WEB_PAGE.match(beginning):
-        raise Failure(f"image {url} is a web page", hint="a server may send its error page as if it were the image")
+        raise Failure(
+            f"image {url} is a web page: the server sent that instead of the image",
+            hint="look at it with a browser: a login page, or an error that the server sends as if all were well",
+        )
     with linux.closing(os.memfd_create("imageos", os.MFD_CLOEXEC)) as descriptor:
         os.pwrite(descriptor, beginning, 0)
         image = dataclasses.replace(open_image(url, descriptor), size=size, whole=False)

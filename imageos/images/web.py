@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from imageos import log
 from imageos.errors import Failure
@@ -20,6 +22,8 @@ SMALL = 1 << 20  # bytes of a file that is read into memory
 SMALL_TIME = 120  # seconds for one attempt at it
 INDEX_TIME = 15  # seconds for an index that nobody needs
 
+# Content-Encoding -> the ends of names of files that are so by themselves
+ENCODINGS = {"gzip": (".gz", ".tgz"), "x-gzip": (".gz", ".tgz"), "zstd": (".zst",), "br": (".br",), "deflate": ()}
 SENT_ON = (301, 302, 303, 307, 308)
 ABSENT = (403, 404, 410)  # 403: what S3 says of a file that is not there
 BUSY = (408, 425, 429, 500, 502, 503, 504)
@@ -77,7 +81,13 @@ class Web:
     def get(self, url: str, headers: Mapping[str, str] | None = None) -> Iterator[Answer]:
         """The answer, which has the file or the rest of it (or is 416); one attempt."""
         with self._answered(url, headers or {}) as answer:
-            yield _checked(url, answer)
+            if not _is_encoded(url, answer):
+                yield _checked(url, answer)
+                return
+        log.info(f"{shown(url)}: the server packs it, although nobody has asked for that")
+        with self._answered(url, {}, curl.UNPACKED) as answer:  # all of it: its ranges are of what is packed
+            known = {name: value for name, value in answer.headers.items() if name != "content-length"}
+            yield _checked(url, dataclasses.replace(answer, headers=known))
 
     def patiently(self, url: str, attempt: Callable[[], T], so_far: Callable[[], int] = lambda: 0) -> T:
         """Return the result of `attempt`; repeat it when it raises Transient. In the end raise Unreachable.
@@ -113,6 +123,12 @@ class Web:
                     return
                 at = redirected(at, answer.headers.get("location", ""))
         raise Failure(f"{shown(url)}: more than {REDIRECTS} redirects")
+
+
+def _is_encoded(url: str, answer: Answer) -> bool:
+    """Return True if the content was packed on its way; a file that is packed anyway may be announced as if it were."""
+    encoding = answer.headers.get("content-encoding", "").lower()
+    return encoding in ENCODINGS and not urlsplit(url).path.lower().endswith(ENCODINGS[encoding] or "/")
 
 
 def _content(answer: Answer) -> bytes:

@@ -7,6 +7,6 @@ from argparse import Namespace
 from imageos.errors import Failure
 
 
-def try_variant(options: Namespace) -> int:
-    """Return the exit status of `imageos variants try NAME [--uefi] [--timeout SECONDS] [--keep]`."""
+def try_variant(options: Namespace) -> list[tuple[str, str]]:
+    """Return the rows of the table of `imageos variants try NAME [--uefi] [--timeout SECONDS] [--keep]`."""
     raise Failure(f"variant {options.name} cannot be tried yet")

@@ -38,6 +38,8 @@ def test_bash_completes(imageos: Path, tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     (tmp_path / "file").touch()
     assert completed(imageos, "imageos", "install", "--root", f"{tmp_path}/") == {f"{tmp_path}/directory"}
+    assert completed(imageos, "imageos", "variants", "f") == {"fetch"}
+    assert completed(imageos, "imageos", "variants", "fetch", "--p") == {"--prune"}
     assert completed(imageos, "imageos", "ganeti-image", "-t", "") == {"tarball", "dump", "qemu-img"}
 
 

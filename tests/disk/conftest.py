@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import trees
+from certificates import make_certificate, trust
 from debian import flavours
 from http_server import Server, serving
 from support import MIB, Node, run
@@ -63,6 +64,16 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(web, "PAUSES", (0.01, 0.01, 0.01))
     with serving() as server:
         yield server
+
+
+@pytest.fixture
+def certificate(etc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Key and certificate of a server; its CA is in this machine's store until the test ends."""
+    ca = make_certificate(tmp_path, "ca", "ca")
+    trust(ca)
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    return make_certificate(tmp_path, "server", "server", ca)
 
 
 @pytest.fixture

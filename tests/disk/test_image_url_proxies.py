@@ -3,77 +3,20 @@
 from __future__ import annotations
 
 import base64
-import os
-import ssl
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from certificates import make_certificate
 from downloads import CONTENT, get
 from downloads import settings as settings
 from http_server import Server, serving
-from support import run
 
 from imageos.errors import Failure
 from imageos.images import curl
 from imageos.settings import Settings
 
 # --- proxies and https ------------------------------------------------------------------------------------
-
-
-def make_certificate(directory: Path, name: str, extensions: str, ca: Path | None = None) -> Path:
-    """A key, and a certificate signed with the key of `ca` or its own; both are in the file returned."""
-    config, key, request, made = (directory / f"{name}.{suffix}" for suffix in ("cnf", "key", "csr", "pem"))
-    config.write_text(
-        "[req]\ndistinguished_name=dn\n[dn]\n"
-        "[server]\nsubjectAltName=IP:127.0.0.1\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid:always\n"
-        "[ca]\nbasicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\nsubjectKeyIdentifier=hash\n"
-    )
-    run(
-        "openssl",
-        "req",
-        "-new",
-        "-config",
-        config,
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-keyout",
-        key,
-        "-out",
-        request,
-        "-subj",
-        f"/CN={name}",
-        "-sha256",
-    )
-    signer = ["-CA", ca, "-CAkey", ca, "-CAcreateserial"] if ca else ["-signkey", key]
-    run("openssl", "x509", "-req", "-in", request, "-out", made, "-extfile", config, "-extensions", extensions, *signer)
-    made.write_text(key.read_text() + made.read_text())
-    return made
-
-
-@pytest.fixture
-def certificate(etc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Key and certificate of a server; its CA is in this machine's store until the test ends."""
-    ca = make_certificate(tmp_path, "ca", "ca")
-    trust(ca)
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    return make_certificate(tmp_path, "server", "server", ca)
-
-
-def trust(ca: Path) -> None:
-    """As update-ca-certificates does it, in what is a private layer over /etc."""
-    paths = ssl.get_default_verify_paths()
-    certificate = run("openssl", "x509", "-in", ca)
-    name = run("openssl", "x509", "-noout", "-hash", "-in", ca).strip()
-    # .0: OpenSSL does not look for .1 where there is none, and Debian 11's has no file, only this directory
-    bundles = (os.path.realpath(paths.openssl_cafile), "/etc/ssl/certs/ca-certificates.crt")  # Debian's curl wants that
-    for path in dict.fromkeys((*bundles, f"{os.path.realpath(paths.openssl_capath)}/{name}.0")):
-        if path.startswith("/etc/"):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "a") as file:
-                file.write(certificate)
 
 
 def test_https(certificate: Path, settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:

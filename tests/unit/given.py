@@ -25,6 +25,8 @@ CONTRACT = [
     ("IMAGE_URL", "", True),
     ("IMAGE_CHECKSUM", "", True),
     ("IMAGE_KEYRING", "", False),
+    ("IMAGE_SIGNER", "", False),
+    ("IMAGE_SIGNED_NAME", "", False),
     ("IMAGE_VERIFY", "yes", False),
     ("IMAGE_CLEANUP", "no", False),
     ("CACHE_DIR", CACHE, False),

@@ -99,6 +99,7 @@ ORDER = [
     *("variants", "variants.record"),
     *("checks", "checks.report", "checks.variants", "checks.programs", "checks.definition", "checks.kernel"),
     *("checks.node", "commands.doctor"),
+    *("variants.catalog", "variants.site", "variants.download", "variants.table"),
     *("variants.trial", "commands.variants"),
     "cli",
 ]
@@ -330,7 +331,17 @@ def test_who_is_given_the_mounted_root_exists() -> None:
 
 # Modules of the standard library that open no files by name, or no files that anybody can choose.
 HARMLESS = {
-    *("__future__", "argparse", "array", "base64", "bisect", "collections", "collections.abc", "concurrent.futures"),
+    *(
+        "__future__",
+        "argparse",
+        "array",
+        "base64",
+        "bisect",
+        "collections",
+        "collections.abc",
+        "concurrent.futures",
+        "configparser",
+    ),
     *("contextlib", "enum", "html", "math", "zlib"),
     *("ctypes", "dataclasses", "difflib", "errno", "fcntl", "fnmatch", "functools", "hashlib"),
     *("ipaddress", "itertools", "json", "mmap", "re", "resource", "secrets", "select", "selectors"),
@@ -475,6 +486,9 @@ MAY_TOUCH = {
     "checks.node": ("looks", "/sys, and how full the node's filesystems are"),
     "checks.programs": ("looks", "programs in PATH"),
     "checks.variants": ("looks opens", "the site's variants and hooks"),
+    "variants.catalog": ("opens", "the catalog"),
+    "variants.site": ("looks opens changes", "the files of variants, and their list"),
+    "variants.table": ("looks", "how large the downloads are"),
     "variants.record": ("opens changes", "the results of trials"),
     "cli": ("loads", "the module of the command that is called"),
 }

@@ -14,6 +14,12 @@ from imageos.errors import Failure, Usage
 from imageos.installation import TOOLS
 
 TYPED = [name for name in cli.COMMANDS if name not in ganeti.SCRIPTS]
+# Each parser by what is typed: `variants enable` has one of its own
+WITH_ACTIONS = {
+    part.prog.replace("imageos ", "") if name not in TOOLS else name: part
+    for name in cli.COMMANDS
+    for part in manual.parts(manual.command_parser(name))
+}
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +30,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_page_has_every_command_and_setting() -> None:
     lines = manual.page().splitlines()
     described = [line for line in lines if line.startswith(".SS ")]
-    assert described == [rf".SS \fBimageos {name}\fR".replace("-", r"\-") for name in cli.COMMANDS]
+    assert described == [rf".SS \fBimageos {name}\fR".replace("-", r"\-") for name in WITH_ACTIONS]
     for name in (*settings.TABLE, *settings.RESERVED):
         shown = name.upper() if name in settings.TABLE else name
         assert f".B {manual.escape(shown)}" in lines
@@ -34,14 +40,14 @@ def test_page_has_every_command_and_setting() -> None:
     assert all(line.isascii() for line in lines)
 
 
-@pytest.mark.parametrize("name", TYPED)
+@pytest.mark.parametrize("name", [name for name in WITH_ACTIONS if name not in ganeti.SCRIPTS])
 def test_page_describes_every_option_and_argument(name: str) -> None:
     """It shows their help with the defaults filled in."""
     _, _, text = manual.page().partition(f".SS \\fBimageos {name}\\fR\n".replace("-", r"\-"))
     part = text.partition("\n.S")[0]
-    made = manual.command_parser(name)
-    for action in made._actions:
-        if "--help" not in action.option_strings and action.help != argparse.SUPPRESS:
+    for action in WITH_ACTIONS[name]._actions:
+        is_list = isinstance(action, argparse._SubParsersAction)  # each of them is a section
+        if "--help" not in action.option_strings and action.help != argparse.SUPPRESS and not is_list:
             for word in action.option_strings or [str(action.metavar)]:
                 assert rf"\fB{manual.escape(word)}\fR" in part, word
             assert manual.escape((action.help or "") % vars(action)) in part
@@ -65,7 +71,7 @@ def test_roff_takes_text_as_it_stands(text: str, escaped: str) -> None:
 def test_values_are_completed() -> None:
     actions = {action.dest: action for action in manual.command_parser("ganeti-image")._actions}
     found = [vars(actions[name]).get("complete") for name in ("image_dir", "instance", "name")]
-    assert found == [shtab.DIRECTORY, manual.INSTANCES, None]
+    assert found == [shtab.DIRECTORY, manual.COMPLETIONS["INSTANCE"], None]
 
 
 def test_zsh_completes_the_tools_too() -> None:
@@ -90,7 +96,8 @@ def test_wrong_options_of_every_command(
     name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """They look like all other errors: prefix, hint, the cause last."""
-    monkeypatch.setattr("sys.argv", [name, "x", "-tdump", "-ix", "y", "--frobnicate"])
+    words = [name, "enable"] if name == "variants" else [name]
+    monkeypatch.setattr("sys.argv", [*words, "x", "-tdump", "-ix", "y", "--frobnicate"])
     with pytest.raises(SystemExit) as raised:
         cli.main()
     assert raised.value.code == 2
@@ -111,5 +118,6 @@ def test_help_of_every_command(name: str, capfd: pytest.CaptureFixture[str]) -> 
     module = cli._load(name)
     first = (module.__doc__ or "").partition("\n\n")[0].partition(": ")[2]
     assert " ".join(first.split()).rstrip(".") in " ".join(shown.split()), "it says what the command is for"
-    for action in module.parser()._actions:
-        assert action.help, f"{name} {action.dest} has no help"
+    for part in manual.parts(module.parser()):
+        for action in part._actions:
+            assert action.help, f"{part.prog} {action.dest} has no help"

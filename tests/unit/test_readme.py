@@ -87,7 +87,7 @@ def test_the_two_commands() -> None:
 def test_overview() -> None:
     """The picture shows every command for an instance, and every hook."""
     words = set(re.findall(r"[\w-]+", readme.block("images: tarball")))
-    assert set(cli.COMMANDS) - {"verify", "install", "uninstall", "doctor"} <= words
+    assert set(cli.COMMANDS) - {"verify", "install", "uninstall", "variants", "doctor"} <= words
     assert set(HOOKS) <= words
 
 

@@ -127,7 +127,7 @@ def test_yes_or_no(name: str, text: str, value: bool) -> None:
         ("image_url", "file:///etc/shadow", "a URL that begins with http:// or https://"),
         ("image_url", "http://", "a URL that begins with http:// or https://"),
         ("image_url", "https:///etc", "a URL that begins with http:// or https://"),
-        ("image_url", "https://example.org/a b", "a URL that begins with http:// or https://"),
+        ("image_url", "https://example.org/a\tb", "a URL that begins with http:// or https://"),
         ("dns_servers", "192.0.2.1, 192.0.2.2", "IP addresses, separated by spaces"),
         ("dns_servers", "dns.example.org", "IP addresses, separated by spaces"),
         ("dns_servers", "fe80::1%eth0", "IP addresses, separated by spaces"),
@@ -153,7 +153,7 @@ def test_yes_or_no(name: str, text: str, value: bool) -> None:
             for text in (
                 *("md5:00", "sha256:abc", "sha512:" + "0" * 64, "SHA256:" + "0" * 64, "0" * 64, "A" * 128, "NO", "yes"),
                 *("../SHA256SUMS", "a/b", "/etc/SHA256SUMS", "..", ".sums", "a\nb", "a\x1bb", "ftp://example.org/sums"),
-                *("file:///etc/shadow", "http://", "https:///sums", "https://example.org/a b", "//example.org/sums"),
+                *("file:///etc/shadow", "http://", "https:///sums", "https://example.org/a\tb", "//example.org/sums"),
             )
         ),
     ],
@@ -175,6 +175,7 @@ def test_refused(name: str, text: str, accepted: str) -> None:
         ("arch", "aarch64"),
         ("kernel_args", "console=tty0 quiet\tsplash='a b'"),
         ("image_url", "http://example.org"),
+        ("image_url", "HTTPS://example.org/my images/a.img"),
         ("image_url", "https://[2001:db8::1]:8080/images/debian-12-x86_64.tar.zst?x=1"),
         ("dns_search", "example.org sub.example.org. _tcp.a"),
         ("image_checksum", "no"),

@@ -23,7 +23,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (Trial(NOON, "/images/a.img", NOON - 86400 * 2), "tried on 2026-11-30 with the image of 2026-11-28: ok"),
         (Trial(NOON, problem="no image"), "tried on 2026-11-30: no image"),
-        (Trial(NOON, "/a", NOON, "uefi", "it hangs"), "tried by UEFI on 2026-11-30 with the image of 2026-11-30: it hangs"),
+        (Trial(NOON, "/a", NOON, "uefi", "hangs"), "tried by UEFI on 2026-11-30 with the image of 2026-11-30: hangs"),
     ],
 )  # fmt: skip
 def test_a_trial_that_is_kept_is_read_and_shown(trial: Trial, shown: str) -> None:

@@ -1,0 +1,89 @@
+"""Fetch the images of variants before anybody needs them: as create does, for all variants of the node."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from imageos import log
+from imageos.checks.variants import Variant, examine, listed
+from imageos.errors import Failure
+from imageos.images import cache, fetch, imagetypes
+from imageos.settings import is_pin
+
+
+def fetch_all(names: Sequence[str]) -> None:
+    """Download and verify the images of the variants `names`, or of all; fail in the end if one has failed."""
+    wanted = list(dict.fromkeys(names)) or listed()
+    failed = []
+    for name in wanted:
+        try:
+            fetch_one(known(name))
+        except Failure as failure:
+            failed.append(name)
+            _report(name, failure)
+    if failed:
+        raise Failure(f"{len(failed)} of {len(wanted)} variants could not be fetched: {', '.join(failed)}")
+
+
+def known(name: str) -> Variant:
+    """Return an enabled variant; fail unless its settings are right."""
+    if name not in listed():
+        raise Failure("it is not enabled", hint=f"imageos variants enable {name}")
+    variant, problems = examine(name, log.warning)
+    if problems:
+        raise problems[0]
+    return variant
+
+
+def fetch_one(variant: Variant) -> None:
+    settings = variant.settings
+    if not variant.has_image:
+        log.info(f"variant {variant.name} has no image of its own")
+        return
+    if settings.image_url and settings.image_cleanup:
+        log.info(f"variant {variant.name}: IMAGE_CLEANUP=yes, so downloads are not kept")
+        return
+    image = imagetypes.find(settings)
+    try:
+        imagetypes.check(imagetypes.IMAGE_TYPES[settings.image_type], image)
+        imagetypes.verify(settings, image)
+    finally:
+        for file in (image, image.boot) if image.boot else (image,):
+            os.close(file.descriptor)
+    log.info(f"variant {variant.name} is on this node: {image.path}, {log.size(image.size)}")
+
+
+def _report(name: str, failure: Failure) -> None:
+    for line in failure.details:
+        log.info(f"| {line}")
+    if failure.hint:
+        log.info(f"hint: {failure.hint}")
+    log.info(f"variant {name}: {failure}")
+
+
+def prune() -> None:
+    """Remove from the caches what no enabled variant names; fail if a variant does not say what it names."""
+    variants = []
+    for name in listed():
+        variant, problems = examine(name, log.warning)
+        if problems:
+            raise Failure(f"nothing is removed: variant {name}: {problems[0]}", hint=problems[0].hint)
+        variants.append(variant)
+    keep = {fetch.cache_name(url) for variant in variants for url in _urls(variant)}
+    for directory in sorted({variant.settings.cache_dir for variant in variants}):
+        total = 0
+        for name, size in cache.prune(directory, keep):
+            log.info(f"{directory}/{name}: " + ("in use, kept" if size is None else f"removed, {log.size(size)}"))
+            total += size or 0
+        log.info(f"{log.size(total)} of {directory} are free again" if total else f"{directory}: nothing to remove")
+
+
+def _urls(variant: Variant) -> list[str]:
+    """Return the URLs at which the images of a variant may be."""
+    settings = variant.settings
+    if not variant.has_image or not settings.image_url:
+        return []
+    boot_path = imagetypes.IMAGE_TYPES[settings.image_type].boot_path
+    boot = imagetypes.urls(settings, boot_path) if boot_path and not is_pin(settings.image_checksum) else []
+    return [*imagetypes.urls(settings), *boot]
