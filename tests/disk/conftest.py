@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -74,6 +75,27 @@ def certificate(etc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         monkeypatch.delenv(name, raising=False)
     return make_certificate(tmp_path, "server", "server", ca)
+
+
+@pytest.fixture(scope="session")
+def gpg(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., bytes]]:
+    """Sign as alice or mallory: gpg("alice", content, "--detach-sign"); gpg("alice") is her keyring."""
+    home = tmp_path_factory.mktemp("gpg")
+    home.chmod(0o700)
+    command = ["gpg", "--homedir", str(home), "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
+
+    def call(*arguments: str, input: bytes = b"") -> bytes:
+        return subprocess.run([*command, *arguments], input=input, check=True, capture_output=True).stdout
+
+    for name in ("alice", "mallory"):
+        call("--quick-gen-key", f"{name} <{name}@example.org>", "ed25519", "sign", "never")
+
+    def sign(name: str, content: bytes = b"", *how: str) -> bytes:
+        what = [*how, "--local-user", name, "--output", "-"] if how else ["--export", name]
+        return call(*what, input=content)
+
+    yield sign
+    run("gpgconf", "--homedir", home, "--kill", "all")
 
 
 @pytest.fixture

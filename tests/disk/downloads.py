@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 from http_server import Server
 from leftovers import descendants
-from support import run
 
 from imageos.images import fetch, imagetypes
 from imageos.settings import Settings
@@ -67,24 +65,3 @@ def gone(server: Server) -> Iterator[None]:
         server.put(path, b"", status=503)
     yield
     server.files = files
-
-
-@pytest.fixture(scope="session")
-def gpg(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gpg]:
-    """Sign as alice or mallory: gpg("alice", content, "--detach-sign"); gpg("alice") is her keyring."""
-    home = tmp_path_factory.mktemp("gpg")
-    home.chmod(0o700)
-    command = ["gpg", "--homedir", str(home), "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
-
-    def call(*arguments: str, input: bytes = b"") -> bytes:
-        return subprocess.run([*command, *arguments], input=input, check=True, capture_output=True).stdout
-
-    for name in ("alice", "mallory"):
-        call("--quick-gen-key", f"{name} <{name}@example.org>", "ed25519", "sign", "never")
-
-    def sign(name: str, content: bytes = b"", *how: str) -> bytes:
-        what = [*how, "--local-user", name, "--output", "-"] if how else ["--export", name]
-        return call(*what, input=content)
-
-    yield sign
-    run("gpgconf", "--homedir", home, "--kill", "all")

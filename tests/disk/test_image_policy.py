@@ -12,7 +12,6 @@ from threading import Thread
 
 import pytest
 from downloads import Gpg, get, gone
-from downloads import gpg as gpg
 from http_server import Server, serving
 from support import wait_until
 

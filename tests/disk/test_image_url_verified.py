@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from downloads import CONTENT, NAMES, OTHER, SHA256, Gpg, cached, get, gone, notes
-from downloads import gpg as gpg
 from downloads import settings as settings
 from http_server import Server, serving
 

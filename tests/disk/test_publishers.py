@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
@@ -12,8 +13,10 @@ import pytest
 from http_server import Server
 
 from imageos.errors import Failure
-from imageos.images import checksums, fetch, imagetypes, urls, web
-from imageos.settings import Settings
+from imageos.images import checksums, diskimage, fetch, imagetypes, urls, web
+from imageos.settings import PARAMETERS, Settings, parse_setting
+
+Gpg = Callable[..., bytes]
 
 CONTENT = b"QFI\xfb" + bytes(range(256)) * 256
 HEX = {name: hashlib.new(name, CONTENT).hexdigest() for name in ("md5", "sha1", "sha256", "sha512", "blake2b")}
@@ -141,3 +144,178 @@ def test_most_of_an_index() -> None:
     listed = ["a", *(f"{number}-CHECKSUM" for number in range(100)), "a.SHA256SUM"]
     found = checksums.checksum_files(listed, "a") or []
     assert found[0] == "a.SHA256SUM" and len(found) == checksums.MOST_FURTHER
+
+
+# --- signed -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def signed(server: Server, gpg: Gpg, tmp_path: Path) -> Settings:
+    """An image whose publisher is alice."""
+    (tmp_path / "alice.gpg").write_bytes(gpg("alice"))
+    return replace(publish(server, "a-latest.qcow2", tmp_path), image_keyring=str(tmp_path / "alice.gpg"))
+
+
+def sign(server: Server, gpg: Gpg, path: str, suffix: str, *how: str, by: str = "alice") -> None:
+    server.put(path + suffix, gpg(by, server.files[path].content, *(how or ("--detach-sign",))))
+
+
+IMAGE = "/images/a-latest.qcow2"
+
+
+@pytest.mark.parametrize(("suffix", "how"), [(".sig", []), (".asc", ["--detach-sign", "--armor"])])
+def test_signature_of_the_image(
+    suffix: str, how: list[str], server: Server, signed: Settings, gpg: Gpg, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As Arch, Alpine and Gentoo have it; the checksum beside it, which is not signed, counts for nothing."""
+    server.put(f"{IMAGE}.SHA256", PLAIN.format(name="a-latest.qcow2", **HEX).encode())
+    sign(server, gpg, IMAGE, suffix, *how)
+    get(signed)
+    assert (
+        f"verified by {server.url}{IMAGE}{suffix}, signed by a key of {signed.image_keyring}" in capfd.readouterr().err
+    )
+    calls = server.count(IMAGE)
+    get(signed)
+    assert server.count(IMAGE) == calls == 1
+
+
+@pytest.mark.parametrize("case", ["other key", "other content", "garbage", "a web page", "none", "a checksum"])
+def test_image_that_is_not_signed(case: str, server: Server, signed: Settings, gpg: Gpg) -> None:
+    if case == "other key":
+        sign(server, gpg, IMAGE, ".sig", by="mallory")
+    contents = {
+        "other content": lambda: gpg("alice", b"other", "--detach-sign"),
+        "garbage": lambda: b"\x88" + bytes(99),
+        "a web page": lambda: b"<html>no such file</html>",
+        "a checksum": lambda: HEX["sha1"].encode(),
+    }
+    if case in contents:
+        server.put(f"{IMAGE}.sig", contents[case]())
+    with pytest.raises(Failure, match="KEYRING"):
+        get(signed)
+    assert not list(Path(signed.cache_dir).glob("*.qcow2"))
+
+
+def test_signature_of_an_image_that_has_changed(server: Server, signed: Settings, gpg: Gpg) -> None:
+    """The old copy is not what the new signature is of: the new image is downloaded, and the other way round."""
+    sign(server, gpg, IMAGE, ".sig")
+    get(signed)
+    server.put(IMAGE, CONTENT[::-1])
+    with pytest.raises(Failure, match="is not verified"):
+        get(signed)
+    sign(server, gpg, IMAGE, ".sig")
+    get(signed)
+    server.put(f"{IMAGE}.sig", gpg("mallory", CONTENT[::-1], "--detach-sign"))
+    with pytest.raises(Failure, match="is not verified"):
+        get(signed)
+
+
+def fingerprint(gpg: Gpg, name: str) -> str:
+    listed = gpg(name, b"", "--with-colons", "--list-keys", name).decode()
+    return next(line.split(":")[9] for line in listed.splitlines() if line.startswith("fpr:"))
+
+
+@pytest.mark.parametrize("what", ["image", "checksums", "text"])
+def test_key_that_must_have_signed(what: str, server: Server, signed: Settings, gpg: Gpg) -> None:
+    """A keyring of a distribution has many keys."""
+    Path(signed.image_keyring).write_bytes(gpg("alice") + gpg("mallory"))
+    server.put("/images/SHA256SUMS", PLAIN.format(name="a-latest.qcow2", **HEX).encode())
+    if what == "text":
+        server.put("/images/SHA256SUMS", gpg("alice", server.files["/images/SHA256SUMS"].content, "--clearsign"))
+    else:
+        sign(server, gpg, *(("/images/SHA256SUMS", ".gpg") if what == "checksums" else (IMAGE, ".sig")))
+    get(replace(signed, image_signer=fingerprint(gpg, "alice")))
+    get(replace(signed, image_signer=f"{'0' * 40} {fingerprint(gpg, 'alice')}"))
+    with pytest.raises(Failure, match="it is by the key .*, not by IMAGE_SIGNER"):
+        get(replace(signed, image_signer=fingerprint(gpg, "mallory")))
+
+
+PATTERN = "a.x86_64-*-Build*.qcow2"
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "is_right"),
+    [
+        (["a.x86_64-1.0-Build7.qcow2"], PATTERN, True),  # as openSUSE has it behind a link to the latest
+        (["a.x86_64-1.0-Build7.qcow2"], "", False),
+        (["b.x86_64-1.0-Build7.qcow2"], PATTERN, False),
+        (["a.x86_64-1.0-Build7.qcow2", "b.qcow2"], PATTERN, True),
+        (["a.x86_64-1.0-Build7.qcow2", "a.x86_64-1.0-Build8.qcow2"], PATTERN, False),  # which one?
+    ],
+)
+def test_signed_under_another_name(
+    names: list[str], pattern: str, is_right: bool, server: Server, signed: Settings, gpg: Gpg
+) -> None:
+    path = f"{IMAGE}.sha256"
+    server.put(path, "".join(PLAIN.format(name=name, **HEX) for name in names).encode())
+    sign(server, gpg, path, ".asc", "--detach-sign", "--armor")
+    signed = replace(signed, image_signed_name=pattern)
+    if is_right:
+        get(signed)
+        server.put(IMAGE, CONTENT[::-1])
+        with pytest.raises(Failure, match="has the wrong sha256"):
+            get(signed)
+    else:
+        with pytest.raises(Failure, match="KEYRING"):
+            get(signed)
+
+
+def test_what_a_user_may_not_say() -> None:
+    """Who must have signed, and under which name, is the site's business."""
+    assert not {"image_keyring", "image_signer", "image_signed_name"} & set(PARAMETERS)
+
+
+# --- servers as they are ----------------------------------------------------------------------------------
+
+
+def test_image_that_is_packed_on_its_way(server: Server, tmp_path: Path) -> None:
+    """Although identity was asked for; also when the connection breaks in the middle."""
+    settings = publish(server, "a.qcow2", tmp_path)
+    server.put("/images/a.qcow2", gzip.compress(CONTENT), encoding="gzip", cuts=[50, 50, 50])
+    server.put("/images/SHA256SUMS", PLAIN.format(name="a.qcow2", **HEX).encode())
+    path, _ = fetch.fetched(settings, imagetypes.urls(settings))
+    assert Path(path).read_bytes() == CONTENT
+    get(settings)
+
+
+def test_packed_image_that_is_announced_as_such(server: Server, tmp_path: Path) -> None:
+    """Apache says so of every FILE.gz; it is to be kept as it is."""
+    settings = replace(publish(server, "a.raw.gz", tmp_path), image_type="raw")
+    packed = gzip.compress(CONTENT)
+    server.put("/images/a.raw.gz", packed, encoding="x-gzip")
+    path, _ = fetch.fetched(settings, imagetypes.urls(settings))
+    assert Path(path).read_bytes() == packed
+
+
+@pytest.mark.parametrize("scheme", ["HTTP", "Http"])
+def test_url_as_people_write_it(scheme: str, server: Server, tmp_path: Path) -> None:
+    publish(server, "my image.qcow2", tmp_path)
+    url = f"{scheme}{server.url[4:]}/images/my image.qcow2"
+    text = parse_setting("image_url", url, "here")
+    get(Settings(image_url=text, image_type="qcow2", cache_dir=str(tmp_path / "cache")))
+    with pytest.raises(Failure, match="IMAGE_URL"):
+        parse_setting("image_url", url + "\nX", "here")
+
+
+PAGES = [b"<html>", b"\n <!-- a comment -->\n<HTML>", b"<head>", b"<title>Login</title>", b"<script>", b"<?xml ?>"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("form", ["a.raw", "a.qcow2", "a.raw.gz", "a.img"])
+def test_web_page_instead_of_an_image(page: bytes, form: str, server: Server, tmp_path: Path) -> None:
+    """A login page, or an error with status 200: also when nobody would look into the image (NOMOUNT)."""
+    kind = "qcow2" if "qcow2" in form else "raw" if "raw" in form else "qemu"
+    settings = replace(publish(server, form, tmp_path), image_type=kind, nomount=True, image_checksum="no")
+    server.put(f"/images/{form}", page.ljust(4096))
+    with pytest.raises(Failure, match="is a web page: the server sent that"):
+        imagetypes.find(settings)
+
+
+def test_bytes_behind_a_gzip_are_no_size(server: Server, tmp_path: Path) -> None:
+    """OpenWrt appends what its own upgrade reads: as a size it would be huge."""
+    settings = replace(publish(server, "a.img.gz", tmp_path), image_type="qemu", image_checksum="no")
+    raw = bytes(1 << 20)
+    server.put("/images/a.img.gz", gzip.compress(raw) + (0xFFFFFE00).to_bytes(4, "little"))
+    image = imagetypes.find(settings, disk_size=4 << 20)
+    diskimage.check_size(image, 4 << 20)
+    assert image.unpacked_size == (0, False)

@@ -1,0 +1,302 @@
+"""`imageos variants` on a node, as the operator calls it, with a publisher's server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from http_server import Server, serving
+from support import DEFAULTS, HANGS, SITE, Node, Result, run, wait_until
+
+MakeDisk = Callable[..., Path]
+LISTING = SITE / "variants.list"
+WITHOUT_GANETI = "/usr/bin:/bin"
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A qcow2 image of a disk of 4 MiB, which nobody mounts."""
+    directory = tmp_path_factory.mktemp("image")
+    (directory / "raw").write_bytes(os.urandom(1 << 20) + bytes(3 << 20))
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", directory / "raw", directory / "qcow2")
+    return (directory / "qcow2").read_bytes()
+
+
+@pytest.fixture
+def publisher(certificate: Path, image: bytes) -> Iterator[Server]:
+    """It speaks https, and sends on from a link to the latest image, as publishers do."""
+    with serving(certificate) as server:
+        server.put("/images/1.0/guest.qcow2", image)
+        server.put("/images/latest/guest.qcow2", b"", status=302, location="/images/1.0/guest.qcow2")
+        server.put("/images/latest/SHA256SUMS", f"{hashlib.sha256(image).hexdigest()} *guest.qcow2\n".encode())
+        server.put("/images/broken.qcow2", b"<!DOCTYPE html><title>Please log in</title>" * 99)
+        server.put("/images/other.qcow2", image)
+        yield server
+
+
+@pytest.fixture
+def site(node: Node, publisher: Server) -> Node:
+    """A node whose site has added entries of that publisher to the catalog."""
+    entries = {"guest": "latest/guest", "again": "latest/guest", "broken": "broken", "other": "other"}
+    text = "".join(
+        f"[{name}]\ntitle = {name.title()} of ours\nnomount = yes\n"
+        + "".join(f"{arch} = {publisher.url}/images/{path}.qcow2\n" for arch in ("x86_64", "aarch64"))
+        for name, path in entries.items()
+    )
+    node.write(SITE / "catalog.conf", text)
+    node.defaults(f"CACHE_DIR={node.work}/cache\n")
+    return node
+
+
+def call(node: Node, *arguments: str) -> Result:
+    return node.tool("variants", "--os-dir", str(node.os_dir), *arguments, path=WITHOUT_GANETI)
+
+
+def rows(node: Node) -> dict[str, dict[str, object]]:
+    done = subprocess.run(
+        [node.os_dir / "imageos", "variants", "--os-dir", node.os_dir, "--json"], check=True, capture_output=True
+    )
+    return {row["name"]: row for row in json.loads(done.stdout)["enabled"]}
+
+
+def state() -> dict[str, str]:
+    return {path.name: path.read_text() for path in (LISTING, *(SITE / "variants").iterdir())}
+
+
+def test_the_three_lines(site: Node, publisher: Server, disk: MakeDisk, image: bytes) -> None:
+    """From the catalog to a disk, of which create has downloaded nothing."""
+    call(site, "enable", "guest").ok()
+    log = call(site, "fetch", "guest").ok().log
+    assert f"verified: sha256 of {publisher.url}/images/latest/SHA256SUMS" in log
+    assert f"variant guest is on this node: {site.work}/cache/" in log
+    before = publisher.count("/images/1.0/guest.qcow2")
+    target = disk(16)
+    result = site.create(target, OS_VARIANT="guest", OSP_IMAGE_NAME=None).ok()
+    assert "the copy in CACHE_DIR is current" in result.log
+    assert publisher.count("/images/1.0/guest.qcow2") == before == 1
+    written = run(
+        "qemu-img", "compare", "-f", "qcow2", "-F", "raw", next((site.work / "cache").glob("*.qcow2")), target
+    )
+    assert "identical" in written
+    row = rows(site)["guest"]
+    assert (row["image"], row["size"], row["problem"]) == ("cache", len(image), "")
+    assert str(row["verified"]).endswith("/images/latest/SHA256SUMS")
+
+
+def test_enable_and_disable(site: Node) -> None:
+    before = state()
+    call(site, "enable", "guest", "other").ok()
+    enabled = state()
+    assert enabled["variants.list"] == before["variants.list"] + "guest\nother\n"
+    assert "IMAGE_URL=https://" in enabled["guest.conf"] and "NOMOUNT=yes" in enabled["guest.conf"]
+    assert "was enabled already" in call(site, "enable", "guest").ok().log
+    assert state() == enabled
+    call(site, "disable", "guest", "other").ok()
+    assert state() == before
+    assert "variant guest is not enabled" in call(site, "disable", "guest").ok().log
+    assert state() == before
+
+
+def test_own_file_of_the_site(site: Node) -> None:
+    """It is never touched, whether it was the site's from the beginning or has become so."""
+    own = SITE / "variants/guest.conf"
+    site.write(own, "IMAGE_NAME=ours\n")
+    assert "is the site's own" in call(site, "enable", "guest").ok().log
+    assert own.read_text() == "IMAGE_NAME=ours\n" and "guest" in LISTING.read_text().split()
+    site.write(SITE / "variants/mine.conf", "IMAGE_NAME=mine\n")
+    call(site, "enable", "mine", "other").ok()  # it is in no catalog
+    other = SITE / "variants/other.conf"
+    other.write_text(other.read_text() + "GROW=no\n")
+    changed = other.read_text()
+    call(site, "enable", "other").ok()
+    log = call(site, "disable", "guest", "mine", "other").ok().log
+    assert log.count("is the site's own, and kept") == 3
+    assert other.read_text() == changed and own.read_text() == "IMAGE_NAME=ours\n"
+    assert LISTING.read_text().split() == ["default"]
+
+
+def test_catalog_has_changed(site: Node) -> None:
+    """What was not changed since is brought up to date."""
+    call(site, "enable", "guest").ok()
+    path = SITE / "catalog.conf"
+    path.write_text(path.read_text().replace("latest/guest", "1.0/guest"))
+    call(site, "enable", "guest").ok()
+    assert "/1.0/guest.qcow2" in (SITE / "variants/guest.conf").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["enable", "other", "gues"], ["the catalog has no 'gues'", "did you mean guest"]),
+        (["enable", "../default"], ["the catalog has no"]),
+        (["disable", "default"], ["would leave Ganeti without a variant"]),
+        (["fetch", "guest"], ["variant guest: it is not enabled", "1 of 1 variants could not be fetched"]),
+    ],
+)
+def test_refused(arguments: list[str], words: list[str], site: Node) -> None:
+    before = state()
+    log = call(site, *arguments).failed().log
+    assert all(word in log for word in words), log
+    assert state() == before, "all of it, or nothing"
+
+
+def test_list_that_is_a_link(site: Node) -> None:
+    """A site's configuration management may have its files elsewhere; comments and blank lines are its own."""
+    elsewhere = SITE / "managed"
+    elsewhere.write_text("# ours\n\ndefault\n")
+    LISTING.unlink()
+    LISTING.symlink_to(elsewhere)
+    call(site, "enable", "guest").ok()
+    assert LISTING.is_symlink() and elsewhere.read_text() == "# ours\n\ndefault\nguest\n"
+    assert elsewhere.stat().st_mode & 0o777 == 0o644
+
+
+def test_many_at_once(site: Node) -> None:
+    names = ["guest", "again", "broken", "other"]
+    calls = [site.start_tool("variants", "--os-dir", str(site.os_dir), "enable", name) for name in names]
+    for one in calls:
+        one.result().ok()
+    assert sorted(LISTING.read_text().split()) == sorted(["default", *names])
+    assert not list(SITE.rglob("*.tmp"))
+
+
+def test_key_of_the_publisher(site: Node) -> None:
+    """Without it, that is said, and how to get it; with it, the signature is demanded."""
+    with (SITE / "catalog.conf").open("a") as file:
+        arch = "".join(f"{name} = https://example.org/a.qcow2\n" for name in ("x86_64", "aarch64"))
+        file.write(f"[signed]\n{arch}keyring = us\nkey = {'A' * 40}\nkey_from = hkps://keys.example.org\n")
+    log = call(site, "enable", "signed").ok().log
+    assert "its publisher signs" in log and f"gpg --export {'A' * 40} > {SITE}/us.gpg" in log
+    assert "IMAGE_KEYRING" not in (SITE / "variants/signed.conf").read_text()
+    site.write(SITE / "us.gpg", "")
+    assert "its publisher signs" not in call(site, "enable", "signed").ok().log
+    text = (SITE / "variants/signed.conf").read_text()
+    assert f"IMAGE_KEYRING={SITE}/us.gpg\nIMAGE_SIGNER={'A' * 40}\n" in text
+
+
+def test_fetch_all(site: Node, publisher: Server) -> None:
+    """After one that fails the others are tried; what two name is downloaded once; a local one is looked at."""
+    call(site, "enable", "guest", "again", "broken", "other").ok()
+    with DEFAULTS.open("a") as file:
+        file.write(f"IMAGE_NAME=tiny\nIMAGE_DIR={site.images}\n")
+    result = call(site, "fetch").failed("1 of 5 variants could not be fetched: broken")
+    assert "variant broken: image" in result.log and "a web page: the server sent that" in result.log
+    assert result.log.index("variant broken") < result.log.index("variant other is on this node")
+    assert f"variant default is on this node: {site.images}/tiny" in result.log
+    assert publisher.count("/images/1.0/guest.qcow2") == 1
+    assert [row["image"] for row in rows(site).values()] == ["directory", "cache", "cache", "URL", "cache"]
+
+
+def test_fetch_shows_progress_and_goes_on(site: Node, publisher: Server, image: bytes) -> None:
+    call(site, "enable", "guest").ok()
+    publisher.put("/images/1.0/guest.qcow2", image, stalls_at=len(image) // 2, cuts=[len(image) // 2])
+    running = site.start_tool("variants", "--os-dir", str(site.os_dir), "fetch", path=WITHOUT_GANETI)
+    part = site.work / "cache"
+    wait_until(lambda: any(path.stat().st_size > 500_000 for path in part.glob("*.part")), HANGS)
+    running.kill(signal.SIGKILL)
+    publisher.put("/images/1.0/guest.qcow2", image)
+    log = call(site, "fetch").ok().log
+    assert "going on with a download of" in log
+    assert re.search(r"downloaded https://\S+ \([0-9.]+ s\)", log)
+
+
+def test_prune(site: Node, publisher: Server, image: bytes) -> None:
+    call(site, "enable", "guest", "other").ok()
+    call(site, "fetch", "guest", "other").ok()
+    cache = site.work / "cache"
+    own = [cache / "debian-12-x86_64.qcow2", cache / "notes.json", cache / "backup.lock"]
+    for path in own:
+        path.write_text("the site's own")
+    orphan = cache / f"{'0' * 16}-old.img.part"
+    orphan.write_bytes(bytes(1 << 20))
+    call(site, "disable", "other").ok()
+    log = call(site, "fetch", "--prune").ok().log
+    assert "-other.qcow2: removed" in log and "-old.img: removed, 1 MiB" in log
+    kept = {path.name for path in cache.iterdir()} - {path.name for path in own}
+    assert {name.partition("-")[2] for name in kept} == {"guest.qcow2", "guest.qcow2.json"}
+    assert all(path.exists() for path in own)
+    assert "nothing to remove" in call(site, "fetch", "--prune").ok().log
+
+
+def test_prune_leaves_what_is_in_use(site: Node, publisher: Server, image: bytes) -> None:
+    call(site, "enable", "guest", "other").ok()
+    publisher.put("/images/other.qcow2", image, stalls_at=len(image) // 2)
+    running = site.start_tool("variants", "--os-dir", str(site.os_dir), "fetch", "other", path=WITHOUT_GANETI)
+    cache = site.work / "cache"
+    wait_until(lambda: any(cache.glob("*other.qcow2.part")), HANGS)
+    call(site, "disable", "other").ok()
+    assert "-other.qcow2: in use, kept" in call(site, "fetch", "--prune").ok().log
+    assert list(cache.glob("*other.qcow2.part"))
+    running.kill(signal.SIGKILL)
+
+
+def test_prune_without_knowing_what_is_named(site: Node) -> None:
+    call(site, "enable", "guest").ok()
+    site.variant("wrong", "IMAGE_TYPE=iso\n")
+    cache = site.work / "cache"
+    cache.mkdir()
+    (cache / f"{'0' * 16}-old.img").write_bytes(b"x")
+    call(site, "fetch", "guest", "--prune").failed("nothing is removed: variant wrong: IMAGE_TYPE='iso'")
+    assert (cache / f"{'0' * 16}-old.img").exists()
+
+
+def test_table(site: Node) -> None:
+    """It asks no server; a variant that is wrong is a line, not the end."""
+    call(site, "enable", "guest").ok()
+    site.variant("wrong", "IMAGE_TYPE=iso\n")
+    done = subprocess.run(
+        [site.os_dir / "imageos", "variants", "--os-dir", site.os_dir],
+        check=True, capture_output=True, text=True, env={"PATH": WITHOUT_GANETI},
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["VARIANT", "TYPE", "IMAGE", "SIZE", "DATE", "VERIFIED", "BY", "TRIED", "PLACE"]
+    assert lines[2].split()[:3] == ["guest", "qcow2", "URL"]
+    assert any(line.startswith("wrong: IMAGE_TYPE='iso'") for line in lines)
+    assert any(line.startswith("debian-13 ") for line in lines), "in the catalog"
+    assert done.stderr == ""
+
+
+# Ganeti: what it says is that of gnt-instance on a real cluster
+
+
+def with_ganeti(node: Node, answer: str) -> str:
+    """Return a PATH on which this node is the master of a cluster whose gnt-instance gives an answer."""
+    directory = node.work / "ganeti"
+    for name, text in {"gnt-cluster": f"echo {os.uname().nodename}", "gnt-instance": answer}.items():
+        node.write(directory / name, f"#!/bin/sh\n{text}\n")
+        (directory / name).chmod(0o755)
+    return f"{directory}:{WITHOUT_GANETI}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "refusal"),
+    [
+        ("echo 'web1.example.org|image+guest'", "variant guest is used by web1.example.org"),
+        ("echo 'web1.example.org|image+guest2'", ""),
+        ("echo 'web1.example.org|other+guest'", ""),
+        ("true", ""),
+    ],
+)
+def test_variant_in_use(answer: str, refusal: str, site: Node) -> None:
+    call(site, "enable", "guest").ok()
+    path = with_ganeti(site, answer)
+    result = site.tool("variants", "--os-dir", str(site.os_dir), "disable", "guest", path=path)
+    if refusal:
+        result.failed(refusal)
+    else:
+        result.ok()
+    assert ("guest" in LISTING.read_text().split()) == bool(refusal)
+
+
+def test_ganeti_that_does_not_answer(site: Node) -> None:
+    call(site, "enable", "guest").ok()
+    path = with_ganeti(site, "echo 'Cannot communicate with the master daemon.' >&2; exit 1")
+    result = site.tool("variants", "--os-dir", str(site.os_dir), "disable", "guest", path=path).ok()
+    assert "whether instances use variant guest is not known" in result.log
