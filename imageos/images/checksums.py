@@ -133,17 +133,22 @@ def verify_file(settings: Settings, path: str, descriptor: int) -> None:
 def check(name: str, checksums: Iterable[Checksum], found: Mapping[str, str]) -> None:
     """Fail unless `found` (algorithm -> hex) of the image `name` has all `checksums`."""
     for checksum in checksums:
-        is_signature = isinstance(checksum, Signature)
-        if is_signature and found[checksum.algorithm] != GOOD:
-            why = found[checksum.algorithm]
-            raise Failure(f"image {name} is not verified {checksum.source}: {why}", hint=KEYRING_HINT)
+        if isinstance(checksum, Signature):
+            if found[checksum.algorithm] != GOOD:
+                raise Failure(
+                    f"image {name}: {checksum.source} is no good signature of it by a key of IMAGE_KEYRING "
+                    f"{checksum.signer.keyring}: {found[checksum.algorithm]}",
+                    hint=KEYRING_HINT,
+                )
+            log.info(f"verified: by {checksum.source}")
+            continue
         if found[checksum.algorithm] != checksum.hex:
             raise Failure(
                 f"image {name} has the wrong {checksum.algorithm}: "
                 f"expected {checksum.hex} ({checksum.source}), found {found[checksum.algorithm]}",
                 hint="the image has changed, or its checksum is of another one: replace what is wrong",
             )
-        log.info(f"verified{'' if is_signature else f': {checksum.algorithm} of'} {checksum.source}")
+        log.info(f"verified: {checksum.algorithm} of {checksum.source}")
 
 
 def policy(settings: Settings, url: str) -> Policy:
@@ -321,7 +326,7 @@ def _signature(web: Web, url: str, signer: Signer) -> Signature | None:
         if content.startswith(DETACHED) or content[:1] >= b"\x80":  # RFC 4880, 4.2: of a packet
             facts = f"{signer.keyring_id} {signer.keys} {hashlib.sha256(content).hexdigest()}"
             algorithm = f"signature {hashlib.sha256(facts.encode()).hexdigest()}"
-            return Signature(algorithm, GOOD, f"by {shown(place)}, {signer}", content, signer)
+            return Signature(algorithm, GOOD, f"{shown(place)}, {signer}", content, signer)
     return None
 
 

@@ -44,7 +44,8 @@ header = "Connection: close"
 """
 # One more:
 HEAD = "head\n"  # no content, please
-UNPACKED = "compressed\n"  # undo a Content-Encoding, which some servers choose although we ask for none
+# Undo a Content-Encoding, which some servers choose although we ask for none; its end is for curl to find then.
+UNPACKED = "compressed\nno-ignore-content-length\n"
 # Exit status of curl -> in our words, with its own in the place of {}
 WORDS = {1: "not what an http server says ({})", 7: "Connection refused, or no route", 28: "timed out ({})"}
 STORE = "/usr/local/share/ca-certificates and update-ca-certificates"

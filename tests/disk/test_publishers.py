@@ -172,7 +172,7 @@ def test_signature_of_the_image(
     sign(server, gpg, IMAGE, suffix, *how)
     get(signed)
     assert (
-        f"verified by {server.url}{IMAGE}{suffix}, signed by a key of {signed.image_keyring}" in capfd.readouterr().err
+        f"verified: by {server.url}{IMAGE}{suffix}, signed by a key of {signed.image_keyring}" in capfd.readouterr().err
     )
     calls = server.count(IMAGE)
     get(signed)
@@ -197,16 +197,19 @@ def test_image_that_is_not_signed(case: str, server: Server, signed: Settings, g
 
 
 def test_signature_of_an_image_that_has_changed(server: Server, signed: Settings, gpg: Gpg) -> None:
-    """The old copy is not what the new signature is of: the new image is downloaded, and the other way round."""
+    """A signature tells better than the server's word, as a checksum does: the copy that it is of stays."""
     sign(server, gpg, IMAGE, ".sig")
     get(signed)
     server.put(IMAGE, CONTENT[::-1])
-    with pytest.raises(Failure, match="is not verified"):
-        get(signed)
+    get(signed)
+    assert server.count(IMAGE) == 1
+    with pytest.raises(Failure, match="is no good signature of it"):
+        get(replace(signed, cache_dir=f"{signed.cache_dir}2"))
     sign(server, gpg, IMAGE, ".sig")
     get(signed)
+    assert server.count(IMAGE) == 3
     server.put(f"{IMAGE}.sig", gpg("mallory", CONTENT[::-1], "--detach-sign"))
-    with pytest.raises(Failure, match="is not verified"):
+    with pytest.raises(Failure, match="is no good signature of it"):
         get(signed)
 
 
@@ -254,7 +257,7 @@ def test_signed_under_another_name(
         get(signed)
         server.put(IMAGE, CONTENT[::-1])
         with pytest.raises(Failure, match="has the wrong sha256"):
-            get(signed)
+            get(replace(signed, cache_dir=f"{signed.cache_dir}2"))
     else:
         with pytest.raises(Failure, match="KEYRING"):
             get(signed)
