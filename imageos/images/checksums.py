@@ -17,7 +17,17 @@ from urllib.parse import quote, unquote, urlsplit
 from imageos import log
 from imageos.causes import cause
 from imageos.errors import Failure, explained
-from imageos.images.urls import CHECKSUMS, FURTHER_CHECKSUMS, LIKE_CHECKSUMS, STRONG, beside, cleaned, linked, shown
+from imageos.images.urls import (
+    CHECKSUMS,
+    FURTHER_CHECKSUMS,
+    LIKE_CHECKSUMS,
+    SIGNATURES,
+    STRONG,
+    beside,
+    cleaned,
+    linked,
+    shown,
+)
 from imageos.images.web import SMALL, Web
 from imageos.node.confinement import Room
 from imageos.node.linux import CAP_DAC_OVERRIDE
@@ -25,7 +35,6 @@ from imageos.node.programs import require
 from imageos.run import Command, pipeline
 from imageos.settings import Settings, is_pin
 
-SIGNATURES = (".gpg", ".sign", ".asc", ".sig")
 MOST_FURTHER = 8  # files of an index that are looked into
 ALGORITHMS = {40: "sha1", 64: "sha256", 128: "sha512"}  # by the number of digits
 CHUNK = 1 << 20  # bytes
@@ -115,13 +124,13 @@ class Node(Web):
 def verify_file(settings: Settings, path: str, descriptor: int) -> None:
     """Fail if the image `path` of this node, open as `descriptor`, has another checksum than it must have.
 
-    Nobody need have published an image that root has put there: without a checksum beside it, there is nothing to sign.
+    Nobody need have published an image that root has put there: it may have neither checksum nor signature beside it.
     """
     url = quote(path)
     wanted = policy(settings, url)
     node = Node({**os.environ, **settings.unknown})
     checksums = expected(node, replace(wanted, signer=Signer()), url)
-    if checksums and wanted.signer.keyring:
+    if wanted.signer.keyring and (checksums or _signature(node, url, wanted.signer)):
         checksums = expected(node, wanted, url)
     if not checksums:
         return

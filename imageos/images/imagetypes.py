@@ -14,7 +14,7 @@ from imageos import log
 from imageos.errors import Failure
 from imageos.images import diskimage, dump, tarball, wholeness
 from imageos.images.imagefile import Image, open_image
-from imageos.images.urls import CHECKSUMS, cleaned, shown
+from imageos.images.urls import CHECKSUMS, SIGNATURES, cleaned, shown
 from imageos.node import linux
 from imageos.node.programs import require
 from imageos.settings import Settings, is_pin
@@ -114,9 +114,10 @@ def verify(settings: Settings, image: Image) -> None:
 
 
 def has_checksum(path: str) -> bool:
-    """Return True if a checksum is beside an image in IMAGE_DIR."""
+    """Return True if a checksum or a signature is beside an image in IMAGE_DIR."""
     directory, name = os.path.split(path)
-    return any(os.path.lexists(f"{directory}/{pattern.format(name)}") for pattern, _ in CHECKSUMS)
+    patterns = [*(pattern for pattern, _ in CHECKSUMS), *(f"{{}}{suffix}" for suffix in SIGNATURES)]
+    return any(os.path.lexists(f"{directory}/{pattern.format(name)}") for pattern in patterns)
 
 
 def _one_of_two() -> Failure:

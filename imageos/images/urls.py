@@ -24,6 +24,8 @@ CHECKSUMS: Sequence[tuple[str, Sequence[str]]] = (
     ("{}.sha512", STRONG),
     ("{}.sig", (*STRONG, "sha1")),
 )
+# Behind the name of a checksum file, or of the image itself
+SIGNATURES = (".gpg", ".sign", ".asc", ".sig")
 # Where publishers have it, too: asked for at servers that show no index of the image's directory.
 FURTHER_CHECKSUMS = (
     *("{}.SHA256SUM", "{}.SHA512SUM", "{}.SHA256", "{}.SHA512", "{}.CHECKSUM", "{}.DIGESTS", "{}.sha256sum"),

@@ -213,6 +213,26 @@ def test_signature_of_an_image_that_has_changed(server: Server, signed: Settings
         get(signed)
 
 
+def test_signature_beside_an_image_of_the_node(gpg: Gpg, tmp_path: Path) -> None:
+    """Root need not have put one there; but what is there counts."""
+    (tmp_path / "alice.gpg").write_bytes(gpg("alice"))
+    image = tmp_path / "a-x86_64.qcow2"
+    image.write_bytes(CONTENT)
+    settings = Settings(
+        image_name="a",
+        arch="x86_64",
+        image_type="qcow2",
+        image_dir=str(tmp_path),
+        image_keyring=str(tmp_path / "alice.gpg"),
+    )
+    imagetypes.verify(settings, imagetypes.find(settings))
+    (tmp_path / f"{image.name}.asc").write_bytes(gpg("alice", CONTENT, "--detach-sign", "--armor"))
+    imagetypes.verify(settings, imagetypes.find(settings))
+    image.write_bytes(CONTENT[::-1])
+    with pytest.raises(Failure, match="is no good signature of it"):
+        imagetypes.verify(settings, imagetypes.find(settings))
+
+
 def fingerprint(gpg: Gpg, name: str) -> str:
     listed = gpg(name, b"", "--with-colons", "--list-keys", name).decode()
     return next(line.split(":")[9] for line in listed.splitlines() if line.startswith("fpr:"))
