@@ -227,7 +227,7 @@ def checksum_in(
     """
     entries = [entry for entry in _entries(text) if entry[1] in algorithms]
     if not (is_only and len(entries) == 1):
-        fitting = [entry for entry in entries if fnmatchcase(entry[0], pattern)]
+        fitting = [entry for entry in entries if entry[0] and fnmatchcase(entry[0], pattern)]
         entries = [entry for entry in entries if entry[0] in (name, f"./{name}")]
         if not entries and len({entry[0] for entry in fitting}) == 1:
             entries = fitting
