@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def show(options: Namespace) -> int:
-    entries, arch = catalog.load(options.os_dir), site.defaults().arch
+    entries, arch = catalog.load(options.os_dir), site.architecture()
     enabled = table.rows()
     if options.json:
         print(table.as_json(enabled, entries, arch), end="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,12 @@ from imageos.settings import SITE_DIR, Settings, examine_settings
 from imageos.variants.catalog import Entry, choose, is_as_written
 
 
+def architecture() -> str:
+    """Return the node's, as the catalog names it; ARCH is part of the names of a site's own files."""
+    machine = os.uname().machine
+    return "x86" if re.fullmatch("i[3-6]86", machine) else machine
+
+
 def defaults() -> Settings:
     """Return the settings of a variant without a file of its own."""
     settings, _ = examine_settings(ganeti.EXAMPLE, warn=lambda _: None)
@@ -27,7 +34,7 @@ def enable(names: Sequence[str], entries: Mapping[str, Entry]) -> None:
     """Have Ganeti offer the variants `names`: all of them, or none if one cannot be."""
     settings = defaults()
     with alone():
-        planned = {name: _plan(name, entries, settings) for name in names}
+        planned = {name: _plan(name, entries, settings.variants_dir) for name in names}
         for name, text in planned.items():
             path = f"{settings.variants_dir}/{name}.conf"
             is_new = name not in listed()
@@ -40,16 +47,15 @@ def enable(names: Sequence[str], entries: Mapping[str, Entry]) -> None:
                 _tell_of_key(entries[name])
 
 
-def _plan(name: str, entries: Mapping[str, Entry], settings: Settings) -> str | None:
+def _plan(name: str, entries: Mapping[str, Entry], variants_dir: str) -> str | None:
     """Return what the variant's file is to hold; None if the site has its own, which stays as it is."""
-    path = f"{settings.variants_dir}/{name}.conf"
-    entry = entries.get(name)
+    path = f"{variants_dir}/{name}.conf"
     known = None if "/" in name else _content(path)  # else the catalog does not have it either
     if known is not None and not is_as_written(known):
         log.info(f"{path} is the site's own, and stays as it is")
         return None
     entry = choose(entries, name)
-    return entry.variant_file(settings.arch, os.path.exists(entry.keyring_path))
+    return entry.variant_file(architecture(), os.path.exists(entry.keyring_path))
 
 
 def _tell_of_key(entry: Entry) -> None:

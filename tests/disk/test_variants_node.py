@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -159,12 +161,24 @@ def test_list_that_is_a_link(site: Node) -> None:
 
 
 def test_many_at_once(site: Node) -> None:
-    names = ["guest", "again", "broken", "other"]
-    calls = [site.start_tool("variants", "--os-dir", str(site.os_dir), "enable", name) for name in names]
+    """Each waits until the one before has ended, so that no line of it is lost."""
+    names = ["guest", "again", "other"]
+    with closing(os.open(SITE, os.O_RDONLY)) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        calls = [site.start_tool("variants", "--os-dir", str(site.os_dir), "enable", name) for name in names]
+        wanted = re.compile(rf"-> FLOCK .*:{os.stat(SITE).st_ino} ")
+        wait_until(lambda: len(wanted.findall(Path("/proc/locks").read_text())) == len(names), HANGS)
+        assert LISTING.read_text() == "default\n"
     for one in calls:
         one.result().ok()
     assert sorted(LISTING.read_text().split()) == sorted(["default", *names])
     assert not list(SITE.rglob("*.tmp"))
+
+
+@contextmanager
+def closing(descriptor: int) -> Iterator[int]:
+    yield descriptor
+    os.close(descriptor)
 
 
 def test_key_of_the_publisher(site: Node) -> None:
