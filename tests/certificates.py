@@ -14,7 +14,7 @@ def make_certificate(directory: Path, name: str, extensions: str, ca: Path | Non
     config, key, request, made = (directory / f"{name}.{suffix}" for suffix in ("cnf", "key", "csr", "pem"))
     config.write_text(
         "[req]\ndistinguished_name=dn\n[dn]\n"
-        "[server]\nsubjectAltName=IP:127.0.0.1\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid:always\n"
+        "[server]\nsubjectAltName=IP:127.0.0.1,DNS:cloud.debian.org\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid:always\n"
         "[ca]\nbasicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\nsubjectKeyIdentifier=hash\n"
     )
     run(

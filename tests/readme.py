@@ -13,6 +13,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TEXT = (CHECKOUT / "README.rst").read_text()
+CONTRIBUTING = (CHECKOUT / "CONTRIBUTING.rst").read_text()
 
 
 def blocks() -> Iterator[str]:
@@ -29,10 +30,9 @@ def block(start: str) -> str:
 
 
 def rows(title: str) -> list[list[str]]:
-    """Return the cells of the list-table whose first one is `title`, row by row."""
-    (table,) = (
-        part for part in TEXT.split(".. list-table::\n   :header-rows: 1\n\n") if part.startswith(f"   * - {title}\n")
-    )
+    """Return the cells of the list-table of CONTRIBUTING.rst whose first one is `title`, row by row."""
+    tables = CONTRIBUTING.split(".. list-table::\n   :header-rows: 1\n\n")
+    (table,) = (part for part in tables if part.startswith(f"   * - {title}\n"))
     table = re.match(r"(?: .*\n|\n)*", table)[0]  # type: ignore[index]
     return [
         [" ".join(cell.split()) for cell in re.split(r"(?m)^     - ", row)]
@@ -42,7 +42,7 @@ def rows(title: str) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Rights:
-    """A program's rights according to README.rst."""
+    """A program's rights according to CONTRIBUTING.rst."""
 
     who: str
     capabilities: int  # as in /proc/PID/status
@@ -55,7 +55,7 @@ class Rights:
 
 
 def rights(numbers: Mapping[str, int]) -> list[Rights]:
-    """Return the rows of programs that have fewer rights than root.
+    """Return the rows of programs that have fewer rights than root, from CONTRIBUTING.rst.
 
     `numbers` are those of capabilities, by name without CAP_.
     """
@@ -68,7 +68,7 @@ def rights(numbers: Mapping[str, int]) -> list[Rights]:
 
 def in_every_dev() -> frozenset[str]:
     """Return what the sentence above the table says of every program's /dev."""
-    (devices,) = re.findall(r"in /dev besides ``([^`]+)``:\n", TEXT)
+    (devices,) = re.findall(r"in /dev besides ``([^`]+)``:\n", CONTRIBUTING)
     return frozenset(devices.split())
 
 

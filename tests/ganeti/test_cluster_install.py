@@ -34,13 +34,17 @@ exec "$@"
 """
 
 
-def on_cluster(script: str, work: Path) -> str:
-    """Run `script` after FUNCTIONS on a cluster of one node without changing the machine; return its output."""
+def layered(script: str, work: Path, *options: str) -> list[str]:
+    """Return a command that runs `script` after FUNCTIONS on a cluster of one node without changing the machine."""
     work.mkdir()
-    argv = ["unshare", "--mount", "bash", "-c", LAYERED, "bash", str(work)]
-    argv += [str(CLUSTER), "bash", "-euo", "pipefail", "-c", FUNCTIONS + script]
+    argv = ["unshare", "--mount", "bash", "-c", LAYERED, "bash", str(work), str(CLUSTER), *options]
+    return [*argv, "bash", "-euo", "pipefail", "-c", FUNCTIONS + script]
+
+
+def on_cluster(script: str, work: Path) -> str:
+    """Run `script` there; return its output."""
     log = work.with_suffix(".log")
-    with started(argv, log) as process:
+    with started(layered(script, work), log) as process:
         return printed(process, log)
 
 

@@ -32,14 +32,16 @@ from imageos.settings import Settings
 README = readme.TEXT
 
 
-def section(title: str) -> str:
+def section(title: str, document: str = README) -> str:
     """Return the text under a heading, up to the next heading of its kind."""
-    return re.split(r"\n\n[^\n]+\n-{3,}\n", README.split(f"\n{title}\n---", 1)[1])[0]
+    return re.split(r"\n\n[^\n]+\n-{3,}\n", document.split(f"\n{title}\n---", 1)[1])[0]
 
 
-def rows(title: str, heading: str) -> Iterator[list[str]]:
+def rows(title: str, heading: str, document: str = README) -> Iterator[list[str]]:
     """Return the rows of the table under a title whose header begins with `heading`; join continued rows."""
-    _, columns, text = re.split(rf"(?m)^(=+(?:  =+)+)\n{re.escape(heading)}.*\n\1\n", section(title), maxsplit=1)
+    _, columns, text = re.split(
+        rf"(?m)^(=+(?:  =+)+)\n{re.escape(heading)}.*\n\1\n", section(title, document), maxsplit=1
+    )
     starts = [match.start() for match in re.finditer("=+", columns)]
     found: list[list[str]] = []
     for line in text.partition(f"\n{columns}")[0].splitlines():
@@ -252,7 +254,7 @@ def test_what_doctor_looks_at() -> None:
 
 def test_packages() -> None:
     there = {f"{path.parent.name}/" for path in (CHECKOUT / "imageos").glob("*/__init__.py")}
-    holds = (CHECKOUT / "CONTRIBUTING.rst").read_text().split("``imageos/`` holds ")[1].split(".\n")[0]
+    holds = readme.CONTRIBUTING.split("``imageos/`` holds ")[1].split(".\n")[0]
     assert set(literals(holds)) == there
 
 
@@ -282,7 +284,7 @@ def test_what_hooks_find() -> None:
 
 def test_what_is_defended_is_proven() -> None:
     """The table has all tests of attacks; one of another directory has it before its name."""
-    named = {name for name, _ in rows("Security", "in tests/faults")}
+    named = {name for name, _ in rows("Security", "in tests/faults", readme.CONTRIBUTING)}
     there = {path.stem.removeprefix("test_") for path in (CHECKOUT / "tests/faults").glob("test_*.py")}
     assert named == there | {"boot/panic"}
     assert (CHECKOUT / "tests/boot/test_panic.py").exists()

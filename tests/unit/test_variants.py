@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import readme
 
 from imageos import settings
 from imageos.errors import Failure
@@ -182,3 +183,32 @@ def test_terminal_gets_no_control_characters() -> None:
 def test_settings_of_an_entry_are_settings() -> None:
     names = {name for entry in ENTRIES.values() for arch in entry.urls for name in entry.settings(arch, True)}
     assert {name.lower() for name in names} <= set(Settings().variables() and settings.TABLE)
+
+
+def test_picture_in_readme() -> None:
+    directory = "/var/cache/ganeti-instance-image"
+    midnight = 20787 * 86400.0
+    shown = [
+        Row(
+            "debian-13",
+            "qcow2",
+            "cache",
+            f"{directory}/0123456789abcdef-https%3A%2F%2Fcloud.debian.org%2Fdebian-13-genericcloud-amd64.qcow2",
+            338 << 20,
+            midnight,
+            "sha512 of https://cloud.debian.org/images/cloud/trixie/latest/SHA512SUMS",
+            midnight,
+            "ok",
+        ),
+        Row("ubuntu-24.04", "qemu", "URL", ENTRIES["ubuntu-24.04"].urls["x86_64"]),
+        Row(
+            "web",
+            "tarball",
+            "directory",
+            f"{directory}/web-x86_64.tar.zst",
+            212 << 20,
+            midnight,
+            "a checksum beside it",
+        ),
+    ]
+    assert readme.block("VARIANT ") == table.as_text(shown, {}, "x86_64", 108)
