@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
 
 import shtab
 from argparse_manpage.manpage import Manpage
 
 from imageos import __version__, cli, ganeti, settings
 from imageos.installation import OS_DIR, TOOLS
+from imageos.settings import Entry
 
 SYNOPSIS = r""".nh
 .ad l
@@ -139,7 +139,7 @@ def page() -> str:
     manual = Manpage(parser(cli.COMMANDS, described=False), facts, format="single-commands-section")
     manual.add_section("synopsis", "=", SYNOPSIS)
     table = [(name.upper(), setting(entry)) for name, entry in settings.TABLE.items()]
-    reserved = [(name, settings.describe(name)) for name in settings.RESERVED]
+    reserved = [(name, entry.doc) for name, entry in settings.RESERVED.items()]
     also = "\n.PP\nOS parameters that Ganeti reads itself, whatever the OS:\n"
     manual.add_section("settings", "=", f"{SETTINGS}\n{items(table)}{also}{items(reserved)}")
     manual.add_section("files", "=", items(FILES))
@@ -148,9 +148,9 @@ def page() -> str:
     return str(manual)
 
 
-def setting(entry: Mapping[str, Any]) -> str:
-    default = f"; default {entry['default']}" if entry["default"] else ""
-    return f"{entry['doc']}{default}{' (also an OS parameter)' if entry['parameter'] else ''}"
+def setting(entry: Entry) -> str:
+    default = f"; default {entry.default}" if entry.default else ""
+    return f"{entry.doc}{default}{' (also an OS parameter)' if entry.parameter else ''}"
 
 
 def items(pairs: Iterable[tuple[str, str]]) -> str:

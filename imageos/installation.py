@@ -97,7 +97,7 @@ def script_links(os_dir: str) -> Iterator[Entry]:
 
 def parameters_list() -> str:
     """Return the OS parameters in Ganeti's format: `name description`, no other line (ganeti-os-interface(7))."""
-    return "".join(f"{name} {settings.describe(name)}\n" for name in (*settings.PARAMETERS, *settings.RESERVED))
+    return "".join(f"{name} {settings.ENTRIES[name].doc}\n" for name in (*settings.PARAMETERS, *settings.RESERVED))
 
 
 def search_path(root: str = "/") -> tuple[str, ...]:

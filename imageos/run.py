@@ -153,7 +153,7 @@ def pipeline(
 def output_of(
     *commands: Command, stdin: int = subprocess.DEVNULL, input: bytes | None = None
 ) -> Iterator[tuple[int, Callable[[], None]]]:
-    """Run commands as in `pipeline`; the descriptor of the last one's stdout, and a function to call at its end.
+    """Run commands as in `pipeline`; yield the descriptor of the last one's stdout, and a function to call at its end.
 
     That function raises Failed unless every status is 0.
     """
@@ -176,7 +176,7 @@ def output_of(
 
 
 def foreground(command: Command) -> int:
-    """Run a command that talks to the user: with our stdin, stdout and stderr. Its status; negative for a signal."""
+    """Run a command with our stdin, stdout and stderr, and return its status; negative for a signal."""
     log.debug(f"$ {shlex.join(command.argv)}")
     with ExitStack() as stack:
         return _start(stack, command, None, None, None).status()
@@ -201,7 +201,7 @@ class Process:
         return self.popen.stderr
 
     def status(self) -> int:
-        """How it has ended, once it has: negative for a signal."""
+        """Wait for its end, and return its status: negative for a signal."""
         status = self.popen.wait()
         # process 1 of its namespace has ended with it, and as a shell would (confinement.exit_as)
         return 128 - status if self.confined and 128 < status <= 128 + signal.NSIG else status
@@ -281,7 +281,7 @@ class _Stream:
         self.kept = bytearray()
 
     def read(self) -> int:
-        """Take what is there; how many bytes that is."""
+        """Take what is there, and return how many bytes that is."""
         data = os.read(self._pipe.fileno(), 1 << 16)
         self.kept += data
         if len(self.kept) > 2 * OUTPUT_LIMIT:
@@ -328,7 +328,7 @@ def _attend(
 
 
 def _run_dry(processes: Sequence[Process]) -> None:
-    """The last stage has ended: if it wants no more of good input, let those before it come to their own end.
+    """After the end of the last stage, let those before it come to their own end if it wants no more of good input.
 
     tar stops at the end of its archive; only the decompressor's end tells whether what it gave was right.
     """
@@ -341,7 +341,7 @@ def _run_dry(processes: Sequence[Process]) -> None:
 
 @contextmanager
 def _memory(size: int) -> Iterator[int]:
-    """A file in memory, for what would fill a pipe that nobody empties meanwhile.
+    """Yield a file in memory, for what would fill a pipe that nobody empties meanwhile.
 
     It cannot grow: who writes more than `size` bytes gets an error (EPERM, memfd_create(2)).
     """

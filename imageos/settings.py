@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from imageos import ganeti, log, logins, shellfiles
 from imageos.errors import Failure
@@ -137,14 +137,26 @@ def _for_ganeti(text: str) -> str:
     return text
 
 
-def _setting(
-    kind: Callable[[str], Any], default: str, doc: str, *, parameter: bool = False, secret: bool = False
-) -> Any:
-    """Return a field of Settings. `default` is text as in a file; empty means none: decided when needed."""
-    value = kind(default) if default else (None if kind is _mebibytes else "")
-    return dataclasses.field(
-        default=value, metadata={"kind": kind, "default": default, "doc": doc, "parameter": parameter, "secret": secret}
-    )
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A setting in the table."""
+
+    kind: Callable[[str], Any]  # text -> value
+    default: str  # text as in a file; empty means none: decided when needed
+    doc: str
+    parameter: bool = False  # it may be an OS parameter
+    secret: bool = False
+
+    def value(self, text: str) -> Any:
+        """Return the value of a text, which means not set if it is empty, as in ganeti-instance-image."""
+        text = text or self.default
+        return self.kind(text) if text else None if self.kind is _mebibytes else ""
+
+
+def _setting(kind: Callable[[str], Any], default: str, doc: str, **marks: bool) -> Any:
+    """Return a field of Settings."""
+    entry = Entry(kind, default, doc, **marks)
+    return dataclasses.field(default=entry.value(""), metadata={"entry": entry})
 
 
 _parameter = partial(_setting, parameter=True)
@@ -219,26 +231,20 @@ class Settings:
         return {**self.unknown, **{name.upper(): _as_text(getattr(self, name)) for name in TABLE}}
 
 
-TABLE: dict[str, Mapping[str, Any]] = {
-    field.name: field.metadata for field in dataclasses.fields(Settings) if field.metadata
+TABLE: dict[str, Entry] = {
+    field.name: field.metadata["entry"] for field in dataclasses.fields(Settings) if field.metadata
 }
 # The installed defaults file sets these better values; the built-in ones cannot change, as old sites rely on them.
 SHIPPED = {"filesystem": "ext4"}
-PARAMETERS = tuple(name for name, entry in TABLE.items() if entry["parameter"])
-
-
-def _reserved(kind: Callable[[str], Any], doc: str) -> Mapping[str, Any]:
-    return {"kind": kind, "default": "", "doc": doc, "secret": False}
-
-
+PARAMETERS = tuple(name for name, entry in TABLE.items() if entry.parameter)
 # OS parameters that Ganeti reads itself for any OS. They are not settings, but parameters.list must contain them, or
 # Ganeti refuses them. Its master daemon reads the first, its metadata daemon the others.
-RESERVED: dict[str, Mapping[str, Any]] = {
-    "os-image": _reserved(_for_ganeti, "path or URL of a disk image that Ganeti itself writes to the first disk"),
-    "os-install-package": _reserved(_line, "archive that Ganeti's metadata daemon serves to the instance"),
-    "os-package": _reserved(_line, "archive that Ganeti's metadata daemon serves to the instance"),
+RESERVED = {
+    "os-image": Entry(_for_ganeti, "", "path or URL of a disk image that Ganeti itself writes to the first disk"),
+    "os-install-package": Entry(_line, "", "archive that Ganeti's metadata daemon serves to the instance"),
+    "os-package": Entry(_line, "", "archive that Ganeti's metadata daemon serves to the instance"),
 }
-_ENTRIES = {**TABLE, **RESERVED}
+ENTRIES = {**TABLE, **RESERVED}
 
 
 def load_settings(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE) -> Settings:
@@ -279,7 +285,7 @@ def examine_settings(
     for path, variables in layers:
         for variable, text in variables.items():
             if variable.lower() in TABLE and variable.isupper():
-                if TABLE[variable.lower()]["secret"]:
+                if TABLE[variable.lower()].secret:
                     problems += _lost_in_quotes(path, variable, {**from_ganeti, **known})
                 set_value(variable.lower(), text, f"in {path}", variable)
             elif variable not in from_ganeti:
@@ -340,39 +346,30 @@ def defaults_file() -> str:
         "",
     ]
     for name, entry in TABLE.items():
-        parameter = f"; OS parameter {name}" if entry["parameter"] else ""
-        lines += [f"# {name.upper()}: {entry['doc']}{parameter}", _assignment(name, entry["default"]), ""]
+        parameter = f"; OS parameter {name}" if entry.parameter else ""
+        lines += [f"# {name.upper()}: {entry.doc}{parameter}", _assignment(name, entry.default), ""]
     return "\n".join(lines[:-1]) + "\n"
 
 
 def _assignment(name: str, default: str) -> str:
     if name in SHIPPED:
         return f'{name.upper()}="{SHIPPED[name]}"'
-    quote = "'" if TABLE[name]["secret"] else '"'  # the shell replaces no $ in single quotes
+    quote = "'" if TABLE[name].secret else '"'  # the shell replaces no $ in single quotes
     return f"# {name.upper()}={quote}{default}{quote}"
 
 
-def describe(name: str) -> str:
-    """Return one line on a setting, for `parameters.list` and the help."""
-    return cast(str, _ENTRIES[name]["doc"])
-
-
-def _shown(entry: Mapping[str, Any], text: str) -> str:
+def _shown(entry: Entry, text: str) -> str:
     """Return a value for messages, without secrets. A URL may contain a password."""
-    hidden = entry["secret"] or (entry["kind"] in (_url, _for_ganeti, _checksum) and "@" in text)
+    hidden = entry.secret or (entry.kind in (_url, _for_ganeti, _checksum) and "@" in text)
     return "(secret)" if hidden else repr(text)
 
 
 def _parse(name: str, text: str, where: str, shown: str) -> Any:
-    entry = _ENTRIES[name]
-    if text == "":
-        text = entry["default"]  # empty means not set, as in ganeti-instance-image
-        if text == "":
-            return None if entry["kind"] is _mebibytes else ""
+    entry = ENTRIES[name]
     try:
         if "\0" in text:
             raise ValueError("text without NUL")
-        return entry["kind"](text)
+        return entry.value(text)
     except ValueError as error:
         raise Failure(f"{shown}={_shown(entry, text)} {where} is not accepted: it must be {error}") from None
 
@@ -463,7 +460,7 @@ def _lost_in_quotes(path: str, variable: str, known: Mapping[str, str]) -> list[
 
 # Without them an image is accepted that they would refuse.
 _VITAL = ("IMAGE_KEYRING", "IMAGE_CHECKSUM")
-_SECRETS = tuple(name.upper() for name, entry in TABLE.items() if entry["secret"])
+_SECRETS = tuple(name.upper() for name, entry in TABLE.items() if entry.secret)
 _SHORT = 4  # characters; what is shorter is in too many words
 
 

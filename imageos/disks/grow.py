@@ -174,7 +174,7 @@ def _grow(loop: LoopDevice, table: Table, root: Part) -> Failure | None:
 
 def _behind(loop: LoopDevice, table: Table, part: Part) -> int:
     """Return the bytes that nothing has, and that a filesystem on `part` could have if nothing were in its way."""
-    end = max((one.end for one in table.partitions), default=0)
+    end = max((other.end for other in table.partitions), default=0)
     spare = max(0, _last_end(loop, table) // MIB * MIB - end) if table.kind else 0
     if not part.volume:
         return spare

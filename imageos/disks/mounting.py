@@ -29,7 +29,7 @@ class NotWritten(Failure):
 
 
 class NotMountable(Failure):
-    """What a superblock says forbids to mount a filesystem."""
+    """The superblock of a filesystem forbids to mount it."""
 
 
 @contextmanager

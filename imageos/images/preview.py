@@ -40,7 +40,7 @@ HINT = "set NOMOUNT=yes if this is not Linux, or cannot be read (encrypted, RAID
 
 
 class _Unknown(Failure):
-    """What there is shows only when it is written."""
+    """The content of an image cannot be judged before it is on the disk."""
 
 
 def find(loop: LoopDevice) -> Found:

@@ -40,7 +40,7 @@ def strace(node: Node, command: str) -> str:
 @pytest.mark.parametrize("command", ["create", "rename", "import", "export"])
 def test_nowhere(command: str, node: Node, sources: Path, disk: MakeDisk, tmp_path: Path) -> None:
     """Not in command lines, not in file names, and not in the log with IMAGE_DEBUG=yes."""
-    assert {f"OSP_{name.upper()}" for name, entry in TABLE.items() if entry["secret"]} <= SECRETS.keys()
+    assert {f"OSP_{name.upper()}" for name, entry in TABLE.items() if entry.secret} <= SECRETS.keys()
     assert all(MARK in secret for secret in SECRETS.values())
     node.hook("site", "#!/bin/sh\n/bin/true $(id -u)\n")
     trace = strace(node, command)

@@ -132,14 +132,14 @@ def test_settings() -> None:
     shown = in_table_of_settings()
     assert shown.keys() == {name.upper() for name in settings.TABLE} | settings.RESERVED.keys()
     for name, entry in settings.TABLE.items():
-        default = f" [{entry['default']}]" if entry["default"] else ""
-        assert shown[name.upper()] == ["yes" if entry["parameter"] else "no", entry["doc"] + default]
+        default = f" [{entry.default}]" if entry.default else ""
+        assert shown[name.upper()] == ["yes" if entry.parameter else "no", entry.doc + default]
 
 
 def test_parameters_of_ganeti() -> None:
     shown = in_table_of_settings()
     for name, entry in settings.RESERVED.items():
-        assert shown[name] == ["yes", entry["doc"]]
+        assert shown[name] == ["yes", entry.doc]
 
 
 def test_settings_that_others_read() -> None:

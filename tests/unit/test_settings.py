@@ -57,8 +57,8 @@ def refused(**parameters: str) -> str:
 @pytest.mark.parametrize(("name", "default", "parameter"), CONTRACT)
 def test_contract(name: str, default: str, parameter: bool) -> None:
     entry = settings.TABLE[name.lower()]
-    assert entry["default"] == default
-    assert entry["parameter"] is parameter
+    assert entry.default == default
+    assert entry.parameter is parameter
     assert Settings().variables()[name] == default
     assert (name.lower() in settings.PARAMETERS) is parameter
 
@@ -68,12 +68,12 @@ def test_nothing_but_the_contract() -> None:
 
 
 def test_secrets_are_marked() -> None:
-    assert {name.upper() for name, entry in settings.TABLE.items() if entry["secret"]} == SECRETS
+    assert {name.upper() for name, entry in settings.TABLE.items() if entry.secret} == SECRETS
 
 
 def test_descriptions_are_one_line_of_ascii() -> None:
-    for name in settings.TABLE:
-        assert re.fullmatch(r"[ -~]{3,}", settings.describe(name))
+    for entry in settings.TABLE.values():
+        assert re.fullmatch(r"[ -~]{3,}", entry.doc)
 
 
 def test_sizes_that_depend_on_others() -> None:
