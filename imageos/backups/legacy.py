@@ -162,12 +162,8 @@ def staged(source: Source, member: Member, directory: str) -> Iterator[Image]:
 
 def other_mounts(fstab: str, ours: Sequence[str]) -> list[str]:
     """Return the lines of an fstab that are neither for swap nor for one of the mount points `ours`."""
-    lines = []
-    for line in fstab.splitlines():
-        fields = line.split()
-        if len(fields) >= 3 and not line.startswith("#") and fields[1] not in ours and fields[2] != "swap":
-            lines.append(line)
-    return lines
+    rows = [(line, line.split()) for line in fstab.splitlines() if not line.startswith("#")]
+    return [line for line, row in rows if len(row) >= 3 and row[1] not in ours and row[2] != "swap"]
 
 
 def read_table(begin: bytes, size: int = HUGE) -> partitions.Table | None:

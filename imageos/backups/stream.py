@@ -319,11 +319,8 @@ def read_runs(source: Source, manifest: Manifest) -> Iterator[tuple[int, memoryv
         yield offset, data
     _read_end(source, position, size, digest, totals)
     if (totals.runs, totals.bytes) != (manifest.runs, manifest.bytes):
-        raise damaged(
-            position,
-            f"{totals.runs} runs with {totals.bytes} bytes came, the manifest says "
-            f"{manifest.runs} with {manifest.bytes}",
-        )
+        promised = f"the manifest says {manifest.runs} with {manifest.bytes}"
+        raise damaged(position, f"{totals.runs} runs with {totals.bytes} bytes came, {promised}")
 
 
 def damaged(position: int, why: str) -> Failure:

@@ -259,18 +259,14 @@ def _inside(top: str, path: str, make: bool) -> str:
         return top
     with explained("nothing can be mounted there"), linux.closing(os.open(top, os.O_PATH | os.O_DIRECTORY)) as root:
         if make:
-            _make_directory(root, path)
+            above, name = os.path.split(path)
+            directory = linux.open_in_root(root, above, os.O_PATH | os.O_DIRECTORY)
+            with linux.closing(directory), suppress(FileExistsError):
+                os.mkdir(name, 0o755, dir_fd=directory)
         found = _real_path(root, path)
         if found == _real_path(root, "/"):
             raise Failure("nothing can be mounted there: it is the root directory")
         return found
-
-
-def _make_directory(root: int, path: str) -> None:
-    above, name = os.path.split(path)
-    directory = linux.open_in_root(root, above, os.O_PATH | os.O_DIRECTORY)
-    with linux.closing(directory), suppress(FileExistsError):
-        os.mkdir(name, 0o755, dir_fd=directory)
 
 
 def _real_path(root: int, path: str) -> str:

@@ -61,14 +61,12 @@ def fetched(settings: Settings, urls: Sequence[str], judge: Judge = accept) -> t
             problems.append(problem)  # another one may be there, or in the cache
         except OSError as error:
             raise Failure(f"CACHE_DIR {settings.cache_dir}: {error.strerror or error}") from None
-    first = next((problem for problem in problems if isinstance(problem, Unreachable)), problems[0])
-    others = log.few([unquote(_last(url)) for url in urls[1:]]) if isinstance(first, Missing) else ""
-    if isinstance(first, Unreachable):
-        raise Unreachable(f"cannot download image {first}", hint=first.hint)
-    raise Missing(
-        f"cannot find image {first}" + (f" (nor {others})" if others else ""),
-        hint="set IMAGE_URL, IMAGE_NAME, ARCH or IMAGE_TYPE",
-    )
+    silent = next((server for server in problems if isinstance(server, Unreachable)), None)
+    if silent:
+        raise Unreachable(f"cannot download image {silent}", hint=silent.hint)
+    others = f" (nor {log.few([unquote(_last(url)) for url in urls[1:]])})" if urls[1:] else ""
+    hint = "set IMAGE_URL, IMAGE_NAME, ARCH or IMAGE_TYPE"
+    raise Missing(f"cannot find image {problems[0]}{others}", hint)
 
 
 def cache_name(url: str) -> str:
@@ -103,7 +101,8 @@ def _updated(web: Web, wanted: Policy, url: str, path: str, start: float, judge:
         checksums = expected(web, wanted, url, further=not before or before.found != NOT_FOUND)
     except Unreachable as problem:
         if not copy or not _is_enough(copy, path, wanted):
-            raise _not_used(copy, wanted, problem) from None
+            why = f"; nobody has checked the copy in CACHE_DIR against {wanted}, so it is not used" if copy else ""
+            raise Unreachable(f"{problem}{why}", hint=problem.hint) from None
         log.warning(f"{problem}: the copy in CACHE_DIR is used, of {time.strftime('%F', time.localtime(copy.checked))}")
         return copy
     # A checksum tells better than the server's word: mirrors have other ETags for the same file.
@@ -128,19 +127,11 @@ def _is_enough(copy: Copy, path: str, wanted: Policy, since: float | None = None
     """
     if wanted.pin and not _matches(copy, path, [wanted.pin]):
         return False
-    if not wanted.is_published:
-        asked = [copy.checked]
-    else:
-        asked = [verdict.checked for key, verdict in copy.verdicts.items() if wanted.is_covered_by(key)]
-    is_pinned = bool(wanted.pin) and not wanted.is_published
-    return is_pinned or any(since is None or since <= moment <= time.time() for moment in asked)
-
-
-def _not_used(copy: Copy | None, wanted: Policy, problem: Unreachable) -> Unreachable:
-    if not copy:
-        return problem
-    why = f"nobody has checked the copy in CACHE_DIR against {wanted}"
-    return Unreachable(f"{problem}; {why}, so it is not used", hint=problem.hint)
+    if wanted.pin and not wanted.is_published:
+        return True
+    answers = [verdict.checked for key, verdict in copy.verdicts.items() if wanted.is_covered_by(key)]
+    asked = answers if wanted.is_published else [copy.checked]
+    return any(since is None or since <= moment <= time.time() for moment in asked)
 
 
 def _matches(copy: Copy, path: str, wanted: Iterable[Checksum]) -> bool:
