@@ -8,14 +8,7 @@ from pathlib import Path
 
 import guestdisks
 import pytest
-from support import (
-    PATH,
-    Call,
-    Name,
-    Node,
-    Result,
-    run,
-)
+from support import PATH, Call, Name, Node, Result, run
 
 MakeDisk = Callable[..., Path]
 TYPES = {"tarball": "tarball", "dump": "dump", "qemu-img": "qemu"}  # ganeti-image's -> IMAGE_TYPE

@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 from backups import MARKER, exported
 from guestdisks import make
-from support import (
-    MIB,
-    Node,
-    partitions,
-    run,
-)
+from support import MIB, Node, partitions, run
 
 MakeDisk = Callable[..., Path]
 

@@ -13,17 +13,7 @@ import pytest
 from backups import exported, is_disarmed, restore, start_export
 from streams import MakeDisk, soil
 from streams import backup as backup
-from support import (
-    MIB,
-    Node,
-    locked,
-    mounted,
-    partitions,
-    recorded,
-    session,
-    signatures,
-    wait_until,
-)
+from support import MIB, Node, locked, mounted, partitions, recorded, session, signatures, wait_until
 
 
 @pytest.fixture

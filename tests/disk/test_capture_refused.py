@@ -13,19 +13,7 @@ import pytest
 from captures import BOOT, FILES, TYPES, MakeDisk, capture, start, unchanged
 from captures import disks as disks
 from captures import node as node
-from support import (
-    MIB,
-    PATH,
-    Gate,
-    Node,
-    attached,
-    describe,
-    mounted,
-    partitions,
-    run,
-    session,
-    wait_until,
-)
+from support import MIB, PATH, Gate, Node, attached, describe, mounted, partitions, run, session, wait_until
 
 # Other disks
 

@@ -12,19 +12,7 @@ import pytest
 from backups import MARKER, exported, free_ranges, read_only, restore, same, start_export, use, without
 from guestdisks import make, place
 from streams import MakeDisk, soil
-from support import (
-    MIB,
-    Node,
-    attached,
-    digest,
-    locked,
-    mounted,
-    partitions,
-    probe,
-    recorded,
-    run,
-    signatures,
-)
+from support import MIB, Node, attached, digest, locked, mounted, partitions, probe, recorded, run, signatures
 
 EXT = {
     "ext2-1k": ["-t", "ext2", "-b", "1024"],

@@ -15,15 +15,7 @@ import trees
 from captures import BOOT, FILES, TYPES, MakeDisk, capture, unchanged
 from captures import disks as disks
 from captures import node as node
-from support import (
-    MIB,
-    Node,
-    attached,
-    describe,
-    mounted,
-    partitions,
-    run,
-)
+from support import MIB, Node, attached, describe, mounted, partitions, run
 
 # Files that `create` changes in a system, or that belong to its old filesystem
 OTHERWISE = (b"etc/fstab", b"etc/host", b"etc/machine-id", b"etc/ssh", b"var/lib/dbus", b"var/lib/cloud", b"lost+found")

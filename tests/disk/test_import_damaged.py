@@ -11,12 +11,7 @@ import readme
 from backups import is_disarmed, restore, same
 from streams import MakeDisk, soil
 from streams import backup as backup
-from support import (
-    MIB,
-    Node,
-    digest,
-    run,
-)
+from support import MIB, Node, digest, run
 
 
 @pytest.mark.parametrize("where", [0, 1, 511, 512, 1536, 2048, 0.1, 0.5, 0.999, -1, -1024, -1025, -2560])

@@ -14,15 +14,7 @@ from backups import exported, is_disarmed, restore, same
 from guestdisks import blank, make, place
 from streams import MakeDisk, archive, soil
 from streams import backup as backup
-from support import (
-    MIB,
-    Node,
-    attached,
-    digest,
-    mounted,
-    partitions,
-    run,
-)
+from support import MIB, Node, attached, digest, mounted, partitions, run
 
 
 def compressed(data: Path, *command: str) -> Path:
