@@ -5,6 +5,7 @@ One image of each suite holds every program, and each test enables a few: so wha
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,10 +37,11 @@ LINKS = {
     "resolved": ("*.wants/systemd-resolved.service", "dbus-org.freedesktop.resolve1.service"),
 }
 ALWAYS_OFF = ("*.wants/report-facts.service", "*.wants/ssh*.service", "*.wants/apt-daily*", "*.wants/e2scrub*")
-# netplan matches the permanent MAC, which a NIC here has not; so its generator is followed by another one
-GENERATOR = """#!/bin/sh
-/usr/lib/systemd/system-generators/netplan "$@"
-sed -i s/PermanentMACAddress/MACAddress/ /run/systemd/network/*.network
+# netplan matches the permanent MAC, which a NIC here has not; so what it has generated is changed
+GENERATE = """#!/bin/bash
+(exec -a "$0" /usr/libexec/netplan/generate.real "$@") || exit
+sed -i s/PermanentMACAddress/MACAddress/ /run/systemd/network/*.network 2>/dev/null
+exit 0
 """
 STATIC = {
     "NIC_0_IP": "192.0.2.10",
@@ -73,6 +75,7 @@ PLANS = {
         frozenset([("", MACS[0])]),
     ),
     "two": Plan(STATIC, DNS, [["192.0.2.10/24"], [f"{LEASES[1]}/24"]], frozenset([GATEWAY])),
+    "none": Plan({}, DNS, [], frozenset(), ""),
 }
 
 
@@ -84,8 +87,12 @@ class Image:
     rules: str
     files: Mapping[str, str] = field(default_factory=dict)  # `-> ` is a link
     names: tuple[str, ...] = ("ens13", "ens14")  # of the NICs
+    without: tuple[str, ...] = ()  # programs that are removed
+    flavour: str = "networks"
+    suites: tuple[str, ...] = SUITES
 
 
+NG = "-> /usr/lib/systemd/system/networking.service"
 STUB, PLAIN = "-> ../run/systemd/resolve/stub-resolv.conf", "nameserver 192.0.2.99\n"
 HOTPLUG = "auto lo\niface lo inet loopback\n\nauto eth0\nallow-hotplug eth0\niface eth0 inet dhcp\n"
 DHCP_NETWORK = "[Match]\nName=e*\n[Network]\nDHCP=yes\n"
@@ -98,7 +105,9 @@ COMMENT = (
     "# Use renderer: NetworkManager on desktops\nnetwork:\n  ethernets:\n    e: {dhcp4: true, match: {name: e*}}\n"
 )
 ETH = ("eth0", "eth1")
-NETPLAN = {"etc/systemd/system-generators/netplan": GENERATOR}
+NETPLAN = {"usr/libexec/netplan/generate": GENERATE}
+NETPLAN_FOR_NM = {**NETPLAN, "etc/netplan/01.yaml": "network:\n  renderer: 'NetworkManager' # x\n"}
+LAST = ("trixie",)
 NO_NETPLAN = {"etc/systemd/system-generators/netplan": "-> /dev/null"}
 IMAGES = {
     "ifupdown": Image(("ifupdown",), "ifupdown", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH),
@@ -130,12 +139,7 @@ IMAGES = {
     "netplan-ifupdown": Image(
         ("networkd", "resolved", "ifupdown"), "netplan", {**NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH
     ),
-    "netplan-NetworkManager": Image(
-        ("NetworkManager",),
-        "netplan",
-        {**NETPLAN, "etc/netplan/01.yaml": "network:\n  renderer: 'NetworkManager' # x\n"},
-        ETH,
-    ),
+    "netplan-NetworkManager": Image(("NetworkManager",), "netplan", NETPLAN_FOR_NM, ETH),
     "dhcpcd": Image(("dhcpcd",), "dhcpcd", {**NO_NETPLAN, "etc/resolv.conf": STUB}, ETH),
     "cloud-init-off": Image(
         ("cloud-init", "networkd", "resolved"),
@@ -143,33 +147,65 @@ IMAGES = {
         {**NETPLAN, "etc/cloud/cloud-init.disabled": "", "etc/netplan/50-cloud-init.yaml": COMMENT},
         ETH,
     ),
+    "connman": Image(("connman",), "connman", {**NO_NETPLAN, "etc/resolv.conf": STUB}, ETH),
+    "ifupdown-dhcpcd": Image(
+        ("ifupdown",), "ifupdown", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH, ("dhclient",)
+    ),
+    "ifupdown2": Image(
+        ("ifupdown",), "ifupdown", {"etc/network/interfaces": HOTPLUG}, ETH, flavour="ifupdown2", suites=LAST
+    ),
+    "ifupdown-ng": Image(
+        ("ifupdown",),
+        "ifupdown",
+        {"etc/network/interfaces": HOTPLUG, "etc/systemd/system/multi-user.target.wants/networking.service": NG},
+        ETH,
+        flavour="ifupdown-ng",
+        suites=LAST,
+    ),
+    "sysvinit": Image(("ifupdown",), "ifupdown", {"etc/network/interfaces": HOTPLUG}, ETH, (), "sysvinit", LAST),
+    "openrc": Image(("ifupdown",), "ifupdown", {"etc/network/interfaces": HOTPLUG}, ETH, (), "openrc", LAST),
+    "cloud-init-ifupdown": Image(("cloud-init", "ifupdown"), "cloud-init", NO_NETPLAN, ETH),
+    "cloud-init-netplan": Image(("cloud-init", "networkd", "resolved"), "cloud-init", NETPLAN, ETH),
+    "cloud-init-netplan-NetworkManager": Image(("cloud-init", "NetworkManager"), "cloud-init", NETPLAN_FOR_NM, ETH),
+    "cloud-init-networkd": Image(("cloud-init", "networkd", "resolved"), "cloud-init", NO_NETPLAN, ETH),
+    "cloud-init-NetworkManager": Image(("cloud-init", "NetworkManager"), "cloud-init", NO_NETPLAN, ETH),
 }
+EVERY_PLAN = (
+    *("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd", "connman"),
+    *("ifupdown2", "ifupdown-ng", "sysvinit", "openrc"),
+)
+ABOVE_CLOUD_INIT = [name for name, image in IMAGES.items() if image.rules == "cloud-init"]
 CELLS = {
     *((name, "static") for name in IMAGES),
-    *((name, plan) for name in ("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd") for plan in PLANS),
-} - {("dhcpcd", "dhcp")}  # it gives the offered servers to the resolvconf of resolved, which is off
+    *((name, plan) for name in EVERY_PLAN for plan in PLANS),
+    *((name, plan) for name in ABOVE_CLOUD_INIT for plan in ("dual", "routed", "two")),
+    ("ifupdown-dhcpcd", "dhcp"),
+}
+TESTS = sorted(
+    ((suite, IMAGES[name].flavour), name, planned) for name, planned in CELLS for suite in IMAGES[name].suites
+)
 
 
-@pytest.fixture(scope="session", params=SUITES)
-def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture(scope="session")
+def system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Return the tree of an image, without a kernel. Tests must not change it."""
-    tree = tmp_path_factory.mktemp("guests") / request.param
+    tree = tmp_path_factory.mktemp("guests") / "tree"
     tree.mkdir()
     without = ("--exclude=./boot/*", "--exclude=./usr/lib/modules/*")
-    run("tar", "-xf", debian(request.param, "networks").tarball, "-C", tree, *without)
+    run("tar", "-xf", debian(*request.param).tarball, "-C", tree, *without)
     yield tree
     shutil.rmtree(tree)
 
 
 @pytest.fixture
-def tree(suite: Path, tmp_path: Path) -> Iterator[Path]:
+def tree(system: Path, tmp_path: Path) -> Iterator[Path]:
     """Return a layer over the image."""
     root = tmp_path / "root"
     root.mkdir()
     run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", tmp_path)
     for name in ("upper", "work", "root"):
         (tmp_path / name).mkdir()
-    layers = f"lowerdir={suite},upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    layers = f"lowerdir={system},upperdir={tmp_path}/upper,workdir={tmp_path}/work"
     run("mount", "-t", "overlay", "-o", layers, "overlay", root)
     yield root
     run("umount", root)
@@ -184,17 +220,38 @@ def prepare(tree: Path, image: Image) -> None:
             pattern.rstrip("*") + "*"
         ):  # else a link to nothing is not found
             path.unlink()
-    (tree / "etc/resolv.conf").unlink()
-    with (tree / "etc/dhcpcd.conf").open("a") as conf:
-        conf.write("nodev\n")  # no udev here that it could wait for
+    (tree / "etc/resolv.conf").unlink(missing_ok=True)
+    if (tree / "etc/dhcpcd.conf").exists():
+        with (tree / "etc/dhcpcd.conf").open("a") as conf:
+            conf.write("nodev\n")  # no udev here that it could wait for
+    if (tree / "usr/libexec/netplan").exists():
+        (tree / "usr/libexec/netplan/generate").rename(tree / "usr/libexec/netplan/generate.real")
+    for program in image.without:
+        (tree / "usr/sbin" / program).unlink()
+    if (tree / "etc/inittab").exists():
+        calm(tree)
     for name, text in image.files.items():
         path = tree / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
         if text.startswith("-> "):
             path.symlink_to(text[3:])
         else:
             path.write_text(text)
             path.chmod(0o755 if text.startswith("#!") else 0o600 if "NetworkManager" in name else 0o644)
+
+
+def calm(tree: Path) -> None:
+    """Leave of sysvinit's scripts and terminals only what starts the network: the others are for a whole machine."""
+    for script in (tree / "etc/init.d").iterdir():
+        if script.name not in ("rc", "rcS", "networking", "functions.sh") and not script.name.startswith("."):
+            comments = [] if script.is_symlink() else re.findall("^#(?!!).*", script.read_text(), re.MULTILINE)
+            script.unlink()  # may be a link out of the tree
+            script.write_text("\n".join(["#!/bin/sh", *comments, ""]))  # they say what it is needed for
+            script.chmod(0o755)
+    inittab = tree / "etc/inittab"
+    lines = inittab.read_text().splitlines()
+    inittab.write_text("".join(f"{line}\n" for line in lines if ":respawn:" not in line))
 
 
 def deploy(tree: Path, nics: Mapping[str, str], count: int, dns: str) -> str:
@@ -215,7 +272,11 @@ def deploy(tree: Path, nics: Mapping[str, str], count: int, dns: str) -> str:
         return backends.find(target)
 
 
-@pytest.mark.parametrize(("name", "planned"), sorted(CELLS))
+@pytest.mark.parametrize(
+    ("system", "name", "planned"),
+    [pytest.param(system, *cell, id="-".join([system[0], *cell])) for system, *cell in TESTS],
+    indirect=["system"],
+)
 def test_network(name: str, planned: str, tree: Path) -> None:
     image, wanted = IMAGES[name], PLANS[planned]
     prepare(tree, image)
@@ -226,3 +287,26 @@ def test_network(name: str, planned: str, tree: Path) -> None:
     assert seen.routes == wanted.routes
     assert seen.who == wanted.who
     assert seen.state == "running"
+
+
+@pytest.mark.parametrize("planned", [name for name in PLANS if name != "none"])
+@pytest.mark.parametrize("system", [(suite, "networks") for suite in SUITES], indirect=True, ids=SUITES)
+def test_network_manager_reads_what_netplan_writes(system: Path, planned: str, tree: Path) -> None:
+    """It refuses a whole profile for one word that it does not know; nothing is booted."""
+    wanted = PLANS[planned]
+    prepare(tree, IMAGES["netplan-NetworkManager"])
+    deploy(tree, wanted.nics, len(wanted.addresses), wanted.dns)
+    profiles = "run/NetworkManager/system-connections"
+    read = f'for file in {profiles}/*; do chroot . nmcli --offline connection modify connection.zone "" <$file; done'
+    said = run(
+        *("unshare", "--mount", "bash", "-euc"),
+        f'cd "$1"\nmount -t tmpfs tmpfs run\nchroot . netplan generate 2>&1\n{read} 2>&1',
+        *("bash", tree),
+    )
+    assert said.count("[connection]") == len(wanted.addresses) and "rror" not in said, said
+    keys = ("address", "gateway", "route", "dns=")
+    lines = [line for line in said.splitlines() if line.startswith(keys) and not line.startswith("address-data")]
+    values = [value for line in lines for value in re.split("[=,;]", line)]
+    static = {one for addresses in wanted.addresses for one in addresses if not one.startswith(LEASES)}
+    gateways = {gateway for gateway, _ in wanted.routes if gateway and static}
+    assert {*static, *gateways, *wanted.dns.split()} <= set(values), said
