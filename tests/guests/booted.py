@@ -37,6 +37,10 @@ for name in $names; do
   number=$((number + 1))
 done
 ip link set lo up
+ip link add uplink type veth peer name internet  # a node answers for every address that it would send there
+ip link set internet up
+ip link set uplink up
+ip route add default dev uplink
 if [ -n "$names" ]; then
   ip address add 192.0.2.1/24 dev lan0
   ip address add 192.0.2.53/24 dev lan0
