@@ -459,7 +459,7 @@ def _lost_in_quotes(path: str, variable: str, known: Mapping[str, str]) -> list[
 
 
 # Without them an image is accepted that they would refuse.
-_VITAL = ("IMAGE_KEYRING", "IMAGE_CHECKSUM")
+_VITAL = ("IMAGE_KEYRING", "IMAGE_SIGNER", "IMAGE_CHECKSUM")
 _SECRETS = tuple(name.upper() for name, entry in TABLE.items() if entry.secret)
 _SHORT = 4  # characters; what is shorter is in too many words
 

@@ -44,7 +44,7 @@ def enable(names: Sequence[str], entries: Mapping[str, Entry]) -> None:
             _write_line(name)
             log.info(f"variant {name} is enabled" if is_new else f"variant {name} was enabled already")
             if text is not None:
-                _tell_of_key(entries[name])
+                _tell_of_key(entries[name], text)
 
 
 def _plan(name: str, entries: Mapping[str, Entry], variants_dir: str) -> str | None:
@@ -55,15 +55,14 @@ def _plan(name: str, entries: Mapping[str, Entry], variants_dir: str) -> str | N
         log.info(f"{path} is the site's own, and stays as it is")
         return None
     entry = choose(entries, name)
-    return entry.variant_file(architecture(), os.path.exists(entry.keyring_path))
+    is_demanded = b"\nIMAGE_KEYRING=" in (known or b"")  # a key that is lost makes the demand no smaller
+    return entry.variant_file(architecture(), is_demanded or os.path.exists(entry.keyring_path))
 
 
-def _tell_of_key(entry: Entry) -> None:
+def _tell_of_key(entry: Entry, text: str) -> None:
     if entry.keyring and not os.path.exists(entry.keyring_path):
-        log.info(
-            f"variant {entry.name}: its publisher signs, but {entry.keyring_path} is not there: the image is verified "
-            "by its checksum alone"
-        )
+        so = "there is no download without it" if "IMAGE_KEYRING=" in text else "only its checksum counts"
+        log.info(f"variant {entry.name}: its publisher signs, but {entry.keyring_path} is not there: {so}")
         log.info(f"hint: {entry.get_key}; then imageos variants enable {entry.name}")
 
 

@@ -91,6 +91,8 @@ def test_environment(node: Node, disk: MakeDisk) -> None:
         "IMAGE_URL": "",
         "IMAGE_CHECKSUM": "",
         "IMAGE_KEYRING": "",
+        "IMAGE_SIGNER": "",
+        "IMAGE_SIGNED_NAME": "",
         "CDINSTALL": "no",
         "GROW": "yes",
         "NOMOUNT": "no",

@@ -191,6 +191,8 @@ def test_wrong_value(setting: str, value: str, accepted: str, where: str, node: 
         "CACHE_DIR",
         "EXPORT_DIR",
         "IMAGE_KEYRING",
+        "IMAGE_SIGNER",
+        "IMAGE_SIGNED_NAME",
         "HOOK_TIMEOUT",
         "GUEST_TIMEOUT",
         "IMPORT_HOOKS",

@@ -65,6 +65,7 @@ MISTAKES = [
         "delimited by end-of-file",
     ),
     ("keyring", "IMAGE_KEYRING=$(cat /etc/missing)\n", 0, "IMAGE_KEYRING is empty, as line 1 failed with status 1"),
+    ("signer", "IMAGE_SIGNER=$(cat /etc/missing)\n", 0, "IMAGE_SIGNER is empty, as line 1 failed with status 1"),
     ("keyring, exported", "export IMAGE_KEYRING=$(cat /etc/missing)\n", 0, "IMAGE_KEYRING is empty, as line 1 failed"),
 ]
 mistakes = pytest.mark.parametrize(

@@ -193,6 +193,9 @@ def test_key_of_the_publisher(site: Node) -> None:
     assert "its publisher signs" not in call(site, "enable", "signed").ok().log
     text = (SITE / "variants/signed.conf").read_text()
     assert f"IMAGE_KEYRING={SITE}/us.gpg\nIMAGE_SIGNER={'A' * 40}\n" in text
+    (SITE / "us.gpg").unlink()
+    call(site, "enable", "signed").ok()
+    assert (SITE / "variants/signed.conf").read_text() == text, "it is still demanded"
 
 
 def test_fetch_all(site: Node, publisher: Server) -> None:
