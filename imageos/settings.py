@@ -22,6 +22,7 @@ DEFAULTS_FILE = "/etc/default/ganeti-instance-image"
 SITE_DIR = "/etc/ganeti/instance-image"
 CACHE_DIR = "/var/cache/ganeti-instance-image"
 READ_LIMIT = 1 << 20  # characters of a file
+VARIANT = r"(?!\.)[A-Za-z0-9_.-]+"  # a name of a variant
 
 
 # --- kinds: text -> value; ValueError says what is accepted -----------------------------------------------
@@ -413,7 +414,7 @@ def _evaluate_files(
 ) -> list[tuple[str, dict[str, str]]]:
     """Return (path, variables that it set) of the defaults file, then of the variant's file."""
     variant, has_defaults = ganeti.variant(from_ganeti), os.path.lexists(defaults_file)
-    if not re.fullmatch(r"[A-Za-z0-9_-]*", variant):
+    if variant and not re.fullmatch(VARIANT, variant):
         raise Failure(f"OS_VARIANT={variant!r} is not the name of a variant")
     if has_defaults and not os.path.isfile(defaults_file):
         raise Failure(f"settings file {defaults_file} is not a regular file")

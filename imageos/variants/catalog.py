@@ -13,10 +13,9 @@ from urllib.parse import unquote, urlsplit
 from imageos import log
 from imageos.errors import Failure
 from imageos.installation import OS_DIR
-from imageos.settings import SITE_DIR, parse_setting
+from imageos.settings import SITE_DIR, VARIANT, parse_setting
 
 FILE = "catalog.conf"  # in the directory of the OS definition, and the site's own in SITE_DIR
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # what Ganeti takes for the name of a variant, and no path
 ARCHITECTURES = ("x86_64", "x86", "aarch64", "ppc64le", "riscv64", "s390x")
 ONE_FOR_EACH = ("checksum", "signed_name")  # these may have .ARCHITECTURE behind their names
 TEXTS = ("title", "page", "type", "keyring", "key", "key_from", "user", "disk", "nomount", *ONE_FOR_EACH)
@@ -122,7 +121,7 @@ def _entry(name: str, texts: Mapping[str, str], path: str) -> Entry:
     where = f"in [{name}] of {path}"
     known = [*TEXTS, *ARCHITECTURES, *(f"{key}.{arch}" for key in ONE_FOR_EACH for arch in ARCHITECTURES)]
     unknown = [key for key in texts if key not in known]
-    if not re.fullmatch(NAME, name):
+    if not re.fullmatch(VARIANT, name):
         raise Failure(f"{where}: this cannot be the name of a variant")
     if unknown:
         raise Failure(f"{where}: {unknown[0]} is not known there", hint=f"known are {', '.join(known)}")
@@ -155,7 +154,7 @@ def _check(entry: Entry, where: str) -> None:
     """Fail unless the entry makes a variant whose settings are right."""
     if not entry.urls:
         raise Failure(f"{where}: no URL", hint=f"set one for an architecture: {', '.join(ARCHITECTURES)}")
-    if entry.keyring and not (entry.key and entry.key_from and re.fullmatch(rf"{NAME}|/\S+", entry.keyring)):
+    if entry.keyring and not (entry.key and entry.key_from and re.fullmatch(rf"{VARIANT}|/\S+", entry.keyring)):
         raise Failure(f"{where}: a keyring needs a name or a path, and key and key_from")
     if not all(line.isprintable() for line in (entry.title, entry.page, entry.user)):
         raise Failure(f"{where}: each text is one line")

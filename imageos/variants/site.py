@@ -14,7 +14,7 @@ from imageos.checks.variants import LISTING, listed
 from imageos.errors import Failure, explained
 from imageos.node import linux
 from imageos.node.programs import available
-from imageos.settings import SITE_DIR, Settings, examine_settings
+from imageos.settings import SITE_DIR, VARIANT, Settings, examine_settings
 from imageos.variants.catalog import Entry, choose, is_as_written
 
 
@@ -50,7 +50,7 @@ def enable(names: Sequence[str], entries: Mapping[str, Entry]) -> None:
 def _plan(name: str, entries: Mapping[str, Entry], variants_dir: str) -> str | None:
     """Return what the variant's file is to hold; None if the site has its own, which stays as it is."""
     path = f"{variants_dir}/{name}.conf"
-    known = None if "/" in name else _content(path)  # else the catalog does not have it either
+    known = _content(path) if re.fullmatch(VARIANT, name) else None  # nor does the catalog have another name
     if known is not None and not is_as_written(known):
         log.info(f"{path} is the site's own, and stays as it is")
         return None
