@@ -128,7 +128,7 @@ class Web:
 def _is_encoded(url: str, answer: Answer) -> bool:
     """Return True if the content was packed on its way; a file that is packed anyway may be announced as if it were."""
     encoding = answer.headers.get("content-encoding", "").lower()
-    return encoding in ENCODINGS and not urlsplit(url).path.lower().endswith(ENCODINGS[encoding] or "/")
+    return encoding in ENCODINGS and not urlsplit(url).path.lower().endswith(ENCODINGS[encoding])
 
 
 def _content(answer: Answer) -> bytes:
