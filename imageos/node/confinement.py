@@ -25,6 +25,7 @@ from typing import NoReturn
 from imageos.node import limits, linux, seccomp
 
 MEMORY = 4 << 30  # bytes of address space that a program may take, whatever an archive claims
+KVM = "/dev/kvm"
 TEMPORARY = "/tmp"  # in there
 TEMPORARY_LIMITS = "mode=0700,size=1g,nr_inodes=1k"  # restore keeps all directories of a dump there
 # Directories of programs and libraries; of those at the top, most are links on most nodes
@@ -64,7 +65,7 @@ UNPACKING = (
 class Room:
     """The surroundings of a program, in addition to programs and libraries."""
 
-    sees: Sequence[str] = ()  # block devices, to read and to write; files and directories, to read
+    sees: Sequence[str] = ()  # devices, to read and to write; files and directories, to read
     mount: str = ""  # of its filesystem, which it is to grow: to be found in /proc, and writable
     work: str = ""  # the directory that it works in, which has no `..`, and where it may write
     capabilities: Sequence[int] = ()
@@ -92,14 +93,14 @@ def entering(room: Room, path: str, kept: Iterable[int] = ()) -> Callable[[], No
     shown = [*_programs(path), *filter(os.path.exists, CONFIGURATION)]
     for seen in (*room.sees, *(filter(os.path.exists, NETWORK) if room.network else ())):
         status = os.stat(seen)
-        if stat.S_ISBLK(status.st_mode):
-            nodes[seen] = (stat.S_IFBLK | 0o600, status.st_rdev)
+        if stat.S_ISBLK(status.st_mode) or stat.S_ISCHR(status.st_mode):
+            nodes[seen] = (stat.S_IFMT(status.st_mode) | 0o600, status.st_rdev)
         else:
             # a link needs the file that it leads to
             shown += [place for place in dict.fromkeys((seen, os.path.realpath(seen))) if not _is_beneath(place, shown)]
     if room.mount:
         shown.append(room.mount)
-    calls = seccomp.helper(room.network)
+    calls = seccomp.helper(room.network, KVM in room.sees)
     files = [descriptor for descriptor in kept if stat.S_ISREG(os.fstat(descriptor).st_mode)]
 
     def enter() -> None:

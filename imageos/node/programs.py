@@ -26,6 +26,7 @@ PACKAGES = {
     "mcopy": "mtools",
     "mkfs.vfat": "dosfstools",
     "qemu-img": "qemu-utils",
+    "qemu-system-x86_64": "qemu-system-x86",
     "restore": "dump",
     "sfdisk": "fdisk",
     "ssh": "openssh-client",

@@ -26,8 +26,8 @@ MACHINES = {
     **dict.fromkeys(("armv7l", "armv8l"), ("aarch64", "arm")),
 }
 AUDIT = {"x86_64": 0xC000003E, "i386": 0x40000003, "aarch64": 0xC00000B7, "arm": 0x40000028}  # audit.h
-# bpf_common.h: load a word, compare it with the operand, jump, return
-LOAD, EQUAL_OR_MORE, ANY_BIT, JUMP, RETURN = 0x20, 0x35, 0x45, 0x05, 0x06
+# bpf_common.h: load a word, keep the bits of the operand, compare it with the operand, jump, return
+LOAD, AND, EQUAL, EQUAL_OR_MORE, ANY_BIT, JUMP, RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x05, 0x06
 NUMBER, ARCHITECTURE, FIRST, SECOND = 0, 4, 16, 24  # struct seccomp_data; low halves of arguments (little-endian)
 LONGEST_JUMP = 255
 
@@ -48,6 +48,7 @@ BLKSECTGET 1267, BLKBSZSET 40081271 40041271, BLKDISCARD 1277, BLKZEROOUT 127F, 
 BLKGETNRZONES 80041285, XFS_IOC_DIOINFO 800C581E, XFS_IOC_FSGEOMETRY_V1 80705864, XFS_IOC_FSGEOMETRY_V4 8070587C,
 XFS_IOC_FSGEOMETRY 8100587E, XFS_IOC_FSGROWFSDATA 4010586E, BTRFS_IOC_RESIZE 50009403
 """
+KVM_TYPE = 0xAE  # KVMIO of kvm.h: the second byte of a request is its type (ioctl.h)
 # exec_domain: Linux, also posing as a 32-bit machine or as version 2.6; 0xFFFFFFFF only reads it
 PERSONALITIES = (0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
 SYS_SOCKET, SYS_SOCKETPAIR = 1, 8  # net.h, for socketcall, whose family is in memory
@@ -59,13 +60,16 @@ def guest(machine: str = "") -> bytes:
     return _filter(abis, _values(IOCTLS), (socket.AF_UNIX,))
 
 
-def helper(network: bool = False, machine: str = "") -> bytes:
-    """Return the filter for a program of the node, which has the same ABI as this Python."""
+def helper(network: bool = False, kvm: bool = False, machine: str = "") -> bytes:
+    """Return the filter for a program of the node, which has the same ABI as this Python.
+
+    With `kvm`, for one that makes virtual machines: KVM has some hundred requests, all of its own type.
+    """
     native = 0 if struct.calcsize("P") == 8 else 1
     abis = MACHINES.get(machine or os.uname().machine, ())[native:][:1]
     # Never both: the network namespace contains abstract sockets of AF_UNIX, some of them of the node's daemons.
     families = (socket.AF_INET, socket.AF_INET6) if network else (socket.AF_UNIX,)
-    return _filter(abis, _values(IOCTLS) | _values(DISK_IOCTLS), families)
+    return _filter(abis, _values(IOCTLS) | _values(DISK_IOCTLS), families, KVM_TYPE if kvm else None)
 
 
 def _values(requests: str) -> frozenset[int]:
@@ -73,20 +77,27 @@ def _values(requests: str) -> frozenset[int]:
 
 
 @cache
-def _filter(abis: Collection[str], ioctls: frozenset[int], families: Collection[int]) -> bytes:
+def _filter(
+    abis: Collection[str], ioctls: frozenset[int], families: Collection[int], ioctl_type: int | None = None
+) -> bytes:
     if not abis:
         return b""
-    calls = {AUDIT[abi]: _calls(numbers(abi), ioctls, families) for abi in abis}
+    calls = {AUDIT[abi]: _calls(numbers(abi), ioctls, families, ioctl_type) for abi in abis}
     program = _switch(ARCHITECTURE, calls, _refuse(errno.ENOSYS))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-def _calls(by_name: Mapping[str, int], ioctls: Collection[int], families: Collection[int]) -> Block:
+def _calls(
+    by_name: Mapping[str, int], ioctls: Collection[int], families: Collection[int], ioctl_type: int | None
+) -> Block:
     """Return the rules for the calls of an ABI; `by_name`: name -> number of each allowed call."""
+    requests = _switch(SECOND, dict.fromkeys(ioctls, ALLOWED), _refuse(errno.ENOTTY))
+    if ioctl_type is not None:
+        requests = [(LOAD, 0, 0, SECOND), (AND, 0, 0, 0xFF00), (EQUAL, 0, 1, ioctl_type << 8), *ALLOWED, *requests]
     no_family, not_permitted = _refuse(errno.EAFNOSUPPORT), _refuse(errno.EPERM)
     no_sockets = dict.fromkeys(() if socket.AF_INET in families else (SYS_SOCKET, SYS_SOCKETPAIR), no_family)
     checked = {
-        "ioctl": _switch(SECOND, dict.fromkeys(ioctls, ALLOWED), _refuse(errno.ENOTTY)),
+        "ioctl": requests,
         "socket": _switch(FIRST, dict.fromkeys(families, ALLOWED), no_family),
         "socketpair": _switch(FIRST, {socket.AF_UNIX: ALLOWED}, no_family),
         "socketcall": _switch(FIRST, no_sockets, ALLOWED),

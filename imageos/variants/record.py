@@ -10,6 +10,7 @@ import json
 import os
 import time
 
+from imageos import log
 from imageos.installation import SITE_RECORD
 
 DIRECTORY = f"{os.path.dirname(SITE_RECORD)}/trials"
@@ -53,11 +54,14 @@ def last_trial(name: str) -> Trial | None:
 
 def keep(name: str, trial: Trial) -> None:
     """Keep the result of the last trial of the variant `name`, in the place of the one before."""
-    os.makedirs(DIRECTORY, exist_ok=True)
     path = _path(name)
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(trial), file, indent=1)
-    os.rename(f"{path}.new", path)
+    try:
+        os.makedirs(DIRECTORY, exist_ok=True)
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(trial), file, indent=1)
+        os.rename(f"{path}.new", path)
+    except OSError as error:  # which is no fault of the variant
+        log.warning(f"the result is not kept in {path}: {error.strerror}")
 
 
 def _path(name: str) -> str:

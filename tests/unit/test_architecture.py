@@ -100,7 +100,7 @@ ORDER = [
     *("checks", "checks.report", "checks.variants", "checks.programs", "checks.definition", "checks.kernel"),
     *("checks.node", "commands.doctor"),
     *("variants.catalog", "variants.site", "variants.download", "variants.table"),
-    *("variants.trial", "commands.variants"),
+    *("variants.console", "variants.guestboot", "variants.journal", "variants.trial", "commands.variants"),
     "cli",
 ]
 MODULES = {
@@ -386,6 +386,7 @@ TAKES_NO_PATH = {
         "os.closerange",
         "os.dup",
         "os.dup2",
+        "os.set_blocking",
         "os.environ",
         "os.fchmod",
         "os.fchown",
@@ -489,6 +490,9 @@ MAY_TOUCH = {
     "variants.catalog": ("opens", "the catalog"),
     "variants.site": ("looks opens changes", "the files of variants, and their list"),
     "variants.table": ("looks", "how large the downloads are"),
+    "variants.guestboot": ("looks", "whether there is KVM and UEFI"),
+    "variants.journal": ("opens temporary", "a copy of the guest's journal"),
+    "variants.trial": ("looks changes temporary", "the scratch disk"),
     "variants.record": ("opens changes", "the results of trials"),
     "cli": ("loads", "the module of the command that is called"),
 }

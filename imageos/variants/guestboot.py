@@ -1,0 +1,265 @@
+"""Boot a disk in qemu as Ganeti's KVM would, wait for the login prompt on its serial console, and power it off.
+
+qemu has a room of its own, as every program that reads what a stranger has made, with the disk and nothing else of the
+node. It talks to us by two sockets, and ends with us: its PID namespace is in ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+from imageos import log
+from imageos.errors import Failure
+from imageos.node import linux
+from imageos.node.children import PIPE_SIZE
+from imageos.node.confinement import KVM, Room
+from imageos.node.programs import require
+from imageos.run import Command, Finished, pipeline
+from imageos.variants import console
+from imageos.variants.console import Verdict
+
+ARCHITECTURES = ("x86_64", "x86")
+PROGRAM = "qemu-system-x86_64"
+MEMORY = 1024  # MiB
+ADDRESS_SPACE = 8 << 30  # bytes that qemu may take: the guest's memory, translated code, stacks
+MAC = "52:54:00:00:00:01"
+CHIPSETS = {"bios": "pc", "uefi": "q35"}
+# UEFI and the variables that it begins with: of Debian, and of older ones, then of Fedora
+UEFI = (
+    ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
+    ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
+)
+# Accelerator -> CPU. Without KVM a guest has all that qemu can emulate: some need more than the first x86-64 had.
+CPUS = {"kvm": "host", "tcg": "max"}
+ACCELERATORS = {"kvm": "KVM", "tcg": "software emulation"}
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+POWER_OFF = 60.0  # seconds that a guest may take to power off
+PRESSED_AGAIN = 5.0  # seconds until the power button is pressed once more: nobody may have listened yet
+KEYBOARD = 30.0  # seconds until Ctrl-Alt-Delete is pressed, which every init knows
+SETTLED = 3.0  # seconds without a word, after which what a hopeless guest says is complete
+SPEAKS = 20.0  # seconds until any firmware has said something: a KVM under which it does not does not work
+MOST_RESETS = 3  # SELinux labels a disk at the first boot, and starts it again
+MOST_SAID = 1 << 18  # bytes of a console that are kept
+
+
+@dataclass(frozen=True)
+class Booted:
+    """A guest that came up, and how that went; times in seconds."""
+
+    name: str  # in its prompt
+    accelerator: str
+    booted_in: float
+    powered_off_in: float | None  # None: it did not when asked to
+
+
+class NoPrompt(Failure):
+    """The guest did not come up."""
+
+
+def check(arch: str, firmware: str) -> None:
+    """Fail if this node cannot boot a guest of the architecture `arch` by `firmware`, bios or uefi."""
+    if arch not in ARCHITECTURES:
+        raise Failure(f"an image for {arch} cannot be tried: only those for {' and '.join(ARCHITECTURES)} can")
+    require(PROGRAM)
+    if firmware == "uefi" and not uefi_files():
+        raise Failure(f"missing on this node: {UEFI[0][0]}", hint="install ovmf")
+
+
+def uefi_files() -> tuple[str, str] | None:
+    return next((files for files in UEFI if all(map(os.path.exists, files))), None)
+
+
+def boot(disk: str, firmware: str, timeout: float) -> Booted:
+    """Boot the block device `disk`, and return when the guest is off; NoPrompt says why it did not come up.
+
+    `timeout` in seconds is for the login prompt; to power off it may take POWER_OFF more.
+    """
+    for accelerator in ("kvm", "tcg") if os.path.exists(KVM) else ("tcg",):
+        session, ended = _run(disk, firmware, accelerator, timeout)
+        if session.raw or accelerator == "tcg":
+            break
+        said = console.last_lines(ended.stderr, 1) if ended else ()
+        log.info(
+            f"KVM does not work on this node, so software emulation has to do{': ' if said else ''}{''.join(said)}"
+        )
+    if session.name is None:
+        if ended and ended.status and not session.raw:
+            raise ended.failure()
+        verdict = session.judge()
+        raise NoPrompt(
+            f"the guest has no login prompt: {verdict.problem}", verdict.hint, console.last_lines(session.text)
+        )
+    off = session.ended - session.asked if session.is_off else None
+    return Booted(session.name, ACCELERATORS[accelerator], session.asked - session.started, off)
+
+
+def _run(disk: str, firmware: str, accelerator: str, timeout: float) -> tuple[_Session, Finished | None]:
+    """Boot it, and return what was learnt when qemu has ended; None: it was ended."""
+    with ExitStack() as stack:
+        serial, written = os.pipe()  # not a socket, in which every byte would take the room of a packet
+        ours, theirs = socket.socketpair()
+        for descriptor in (serial, written):
+            stack.callback(os.close, descriptor)
+        for end in (ours, theirs):
+            stack.enter_context(end)
+        linux.enlarge_pipe(serial, PIPE_SIZE)
+        argv = machine(firmware, accelerator, disk)
+        argv += ["-add-fd", f"fd={written},set=1", "-chardev", "file,id=serial,path=/dev/fdset/1,append=on"]
+        argv += ["-serial", "chardev:serial"]
+        argv += ["-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control"]
+        sees = [disk, *([KVM] if accelerator == "kvm" else [])]
+        session = _Session(serial, ours, firmware, accelerator, timeout)
+        command = Command(argv, Room(sees, memory=ADDRESS_SPACE), keep=[written, theirs.fileno()])
+        try:
+            ended = pipeline(command, tick=session.step)[0]
+        except _Over:
+            ended = None
+        session.end()
+        return session, ended
+
+
+def machine(firmware: str, accelerator: str, disk: str) -> list[str]:
+    """Return the command of a machine with one disk, one serial port, and a network where it is alone with qemu."""
+    argv = [PROGRAM, "-nodefaults", "-no-user-config", "-sandbox", SANDBOX, "-display", "none"]
+    # graphics=off: the BIOS speaks on the serial port, too
+    argv += ["-machine", f"{CHIPSETS[firmware]},graphics=off", "-accel", accelerator, "-cpu", CPUS[accelerator]]
+    argv += ["-m", str(MEMORY), "-boot", "strict=on", "-device", "VGA"]
+    argv += ["-drive", f"file={disk},format=raw,if=none,id=disk,cache=unsafe,discard=unmap"]
+    argv += ["-device", "virtio-blk-pci,drive=disk,bootindex=0"]
+    argv += ["-netdev", "user,id=net,restrict=on", "-device", f"virtio-net-pci,netdev=net,mac={MAC},romfile="]
+    return [*argv, *_firmware(firmware)]
+
+
+def typed(firmware: str, disk: str) -> str:
+    """Return the command by which an operator boots the file `disk`, with its console in the terminal."""
+    argv = [PROGRAM, "-machine", f"{CHIPSETS[firmware]},accel=kvm:tcg", "-cpu", "max", "-m", str(MEMORY), "-nographic"]
+    argv += ["-drive", f"file={disk},format=raw,if=virtio", "-nic", "user,model=virtio-net-pci,restrict=on"]
+    return shlex.join([*argv, *_firmware(firmware)])
+
+
+def _firmware(firmware: str) -> Sequence[str]:
+    """Return the options for UEFI, whose variables are forgotten; BIOS is what qemu has by itself."""
+    files = uefi_files() if firmware == "uefi" else None
+    if not files:
+        return ()
+    return [
+        *("-drive", f"if=pflash,format=raw,readonly=on,file={files[0]}"),
+        *("-drive", f"if=pflash,format=raw,snapshot=on,file={files[1]}"),
+    ]
+
+
+class _Over(Exception):
+    """There is nothing more to be learnt of this guest."""
+
+
+class _Session:
+    """A running guest: what it says, and what it is asked."""
+
+    def __init__(self, serial: int, qmp: socket.socket, firmware: str, accelerator: str, timeout: float) -> None:
+        self._serial, self._qmp = serial, qmp
+        self._firmware, self._accelerator, self._timeout = firmware, accelerator, timeout
+        os.set_blocking(serial, False)
+        qmp.setblocking(False)
+        self._answers = b""
+        self.raw = b""  # all that the console said since the last reset
+        self.text = ""  # the same, to be read
+        self.name: str | None = None  # in its prompt
+        self.is_off = False  # it powered itself off
+        self._verdict: Verdict | None = None
+        self._resets = 0
+        self.started = self._heard = self.ended = time.monotonic()
+        self.asked = self._pressed = 0.0  # to power off
+
+    def step(self) -> None:
+        """Take what has come, and do what is due; _Over ends the guest."""
+        self._listen()
+        now = time.monotonic()
+        if self.is_off:
+            return  # qemu ends
+        if self.asked:
+            self._wait_for_end(now)
+        else:
+            self._wait_for_prompt(now)
+
+    def end(self) -> None:
+        self._listen()
+        self.ended = time.monotonic()
+
+    def judge(self) -> Verdict:
+        """Return why there was no prompt."""
+        if self._verdict:
+            return self._verdict
+        if self.is_off and not self.asked:
+            return Verdict("it powers itself off", "see the lines before")
+        return console.hopeless(self.text, self._firmware) or console.silent(self.text, self.is_off)
+
+    def _wait_for_prompt(self, now: float) -> None:
+        self.name = console.prompt(self.text)
+        if self.name is not None or now > self.started + self._timeout:
+            self.asked = now
+            self._press(now)
+            return
+        if not self.raw and self._accelerator == "kvm" and now > self.started + SPEAKS:
+            raise _Over
+        if self._resets > MOST_RESETS:
+            self._verdict = Verdict("it starts again and again", "see the lines before")
+        elif now > self._heard + SETTLED:
+            self._verdict = console.hopeless(self.text, self._firmware)
+        if self._verdict:
+            raise _Over
+
+    def _wait_for_end(self, now: float) -> None:
+        if now > self.asked + min(POWER_OFF, self._timeout):
+            raise _Over
+        if now > self._pressed + PRESSED_AGAIN:
+            self._press(now)
+            if self.name is not None and now > self.asked + KEYBOARD:  # of a kernel that hangs it proves nothing
+                keys = [{"type": "qcode", "data": key} for key in ("ctrl", "alt", "delete")]
+                self._say("send-key", keys=keys)
+
+    def _press(self, now: float) -> None:
+        self._pressed = now
+        self._say("system_powerdown")
+
+    def _say(self, command: str, **arguments: object) -> None:
+        with suppress(OSError):  # it has just ended
+            self._qmp.send(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+
+    def _listen(self) -> None:
+        said = _received(self._serial)
+        if said:
+            self._heard = time.monotonic()
+            self.raw = (self.raw + said)[-MOST_SAID:]
+            self.text = console.clean(self.raw)
+        *lines, self._answers = (self._answers + _received(self._qmp.fileno())).split(b"\n")
+        for line in lines:
+            answer = json.loads(line)
+            if "QMP" in answer:
+                self._say("qmp_capabilities")
+            self._note(answer.get("event", ""), answer.get("data", {}))
+
+    def _note(self, event: str, data: dict[str, object]) -> None:
+        if event == "SHUTDOWN" and data.get("guest"):
+            self.is_off = True
+        elif event == "RESET" and data.get("guest"):
+            if self.asked and self.name is not None:  # Ctrl-Alt-Delete: all is written
+                self.is_off = True
+                self._say("quit")
+            self._resets += 1
+            self.raw, self.text = self.raw[-1:], ""
+
+
+def _received(descriptor: int) -> bytes:
+    """Return what has come, but not all at once of who floods us; empty if that is nothing."""
+    try:
+        return os.read(descriptor, PIPE_SIZE)
+    except BlockingIOError:
+        return b""
