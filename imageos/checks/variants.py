@@ -19,6 +19,7 @@ from imageos.images.imagefile import Image
 from imageos.node import isolation
 from imageos.node.programs import available
 from imageos.settings import SITE_DIR, Settings, examine_settings
+from imageos.variants.record import last_trial
 
 LISTING = f"{SITE_DIR}/variants.list"
 
@@ -126,6 +127,20 @@ def check_images(variants: Iterable[Variant]) -> Iterator[Finding]:
                 yield ok(f"variant {variant.name} has no image of its own: {reason}")
         except Failure as failure:
             yield failed(failure, of=f"variant {variant.name}: ")
+
+
+def check_trials(variants: Iterable[Variant]) -> Iterator[Finding]:
+    """Say how the last trial of each variant ended, and whether its image is another now."""
+    for variant in variants:
+        trial = last_trial(variant.name)
+        if not trial:
+            continue
+        now = trial.image_time
+        with suppress(Failure):  # check_images names it
+            now = os.fstat(variant.image.descriptor).st_mtime if variant.image else now
+        is_other = trial.is_ok and now != trial.image_time
+        what = f"variant {variant.name} was {trial}{'; its image is another now' if is_other else ''}"
+        yield note(what, f"imageos variants try {variant.name}") if is_other or not trial.is_ok else ok(what)
 
 
 def check_image(variant: Variant, image: Image) -> Iterator[Finding]:

@@ -40,7 +40,7 @@ def checks(os_dir: str, callers_path: str) -> dict[str, Sequence[Iterator[Findin
         "kernel": (kernel.check_kernel(),),
         "settings": (variants.check_settings(examined), variants.check_hooks(examined),
                      variants.check_overlays(examined)),
-        "images": (variants.check_images(examined),),
+        "images": (variants.check_images(examined), variants.check_trials(examined)),
         "programs": (programs.check_programs(examined, callers_path),),
         "filesystems": (kernel.check_filesystems(examined),),
         "space": (node.check_space(examined),),

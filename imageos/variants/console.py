@@ -6,13 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# ECMA-48: a sequence that places the cursor begins another line for us; all others are dropped
-_PLACED = re.compile(r"\x1b\[\d*(?:;\d*)?[Hf]|\x1b\[\d*[EJ]")
+# ECMA-48: what places the cursor in the first column, or clears the screen, begins another line; all else is dropped
+_PLACED = re.compile(r"\x1b\[(?:\d*;)?0*1?[Hf]|\x1b\[\d*[EJ]")
 _SEQUENCES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?")
 # Of any getty: `NAME login: `; the kernel may say something behind it.
 _PROMPT = re.compile(r"^(?:([A-Za-z0-9][A-Za-z0-9._-]*) )?login: *(?:\[ *\d+\.\d+\].*)?$", re.MULTILINE)
+# Of the kernel, or of an init that the kernel has started
 _KERNEL = re.compile(
-    r"^\[ *\d+\.\d+\] |^(?:\[ *\d+\.\d+\] )?Linux version |^Welcome to (?!GRUB)|systemd\[1\]: ", re.MULTILINE
+    r"^\[(?: *\d+\.\d+|  OK  |FAILED|DEPEND)\] |^Linux version |^Welcome to (?!GRUB)\S|systemd\[1\]: ", re.MULTILINE
 )
 _LOADER = re.compile(
     r"SeaBIOS|BdsDxe|^Booting from|GRUB|SYSLINUX|Loading (?:Linux|initial ramdisk)|Decompressing Linux"
@@ -66,7 +67,7 @@ def clean(raw: bytes) -> str:
     """Return what is read on a console, without the sequences that move and colour."""
     text = raw.decode("utf-8", "backslashreplace").replace("\0", "")
     text = _SEQUENCES.sub("", _PLACED.sub("\n", text))
-    return re.sub(r"\r+\n|\r", "\n", text)
+    return re.sub(r"\r+\n?", "\n", text)
 
 
 def prompt(text: str) -> str | None:

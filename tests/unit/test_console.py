@@ -1,0 +1,111 @@
+"""What a serial console is taken for. The files in consoles are what real guests have printed, or the end of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from imageos.variants import console
+
+CONSOLES = Path(__file__).parent / "consoles"
+# file -> what its verdict says; None: none before the guest's time is over
+VERDICTS = {
+    "no-loader": "no boot loader",
+    "uefi-shell": "no boot loader",
+    "grub-rescue": "`grub rescue>`",
+    "grub-prompt": "`grub>`",
+    "grub-only": None,
+    "initramfs": "initramfs does not find the root filesystem",
+    "emergency": "emergency mode",
+    "panic": "its kernel panics: VFS: Unable to mount root fs on unknown-block(0,0)",
+    "hang": None,
+    "good": None,
+}
+
+
+def text_of(name: str) -> str:
+    return console.clean((CONSOLES / name).read_bytes())
+
+
+def test_all_consoles_are_judged() -> None:
+    assert {path.name for path in CONSOLES.iterdir()} == set(VERDICTS)
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_verdicts(name: str) -> None:
+    verdict, expected = console.hopeless(text_of(name), "uefi"), VERDICTS[name]
+    assert bool(verdict) == bool(expected)
+    if verdict and expected:
+        assert expected in verdict.problem
+        assert verdict.hint and "{" not in verdict.problem + verdict.hint
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_no_beginning_of_a_good_console_is_hopeless(name: str) -> None:
+    """And no bad one has a prompt, wherever it is cut."""
+    raw = (CONSOLES / name).read_bytes()
+    for end in range(0, len(raw), 7):
+        text = console.clean(raw[:end])
+        assert name == "good" or console.prompt(text) is None
+        assert VERDICTS[name] or console.hopeless(text, "bios") is None
+
+
+@pytest.mark.parametrize(
+    "name, obeyed, problem",
+    [
+        ("grub-only", True, "says nothing on a serial console"),
+        ("grub-only", False, "kernel says nothing on the serial console"),
+        ("hang", True, "no login on the serial console"),
+        ("hang", False, "it hangs: the last that it said is '[    9.677991] ledtrig-cpu"),
+    ],
+)
+def test_silence(name: str, obeyed: bool, problem: str) -> None:
+    assert problem in console.silent(text_of(name), obeyed).problem
+
+
+def test_a_console_that_says_nothing() -> None:
+    assert "nothing at all" in console.silent("", False).problem
+    assert console.last_lines("") == []
+
+
+PROMPTS = {
+    "\nDebian GNU/Linux 12 try-a ttyS0\n\ntry-a login: ": "try-a",
+    "\r\n\x1b[?2004hlocalhost login: ": "localhost",
+    "\nWelcome to Alpine Linux 3.20\nKernel 6.6 on an x86_64 (/dev/ttyS0)\n\nweb1.example.org login: ": "web1.example.org",
+    "\nFreeBSD/amd64 (freebsd) (ttyu0)\n\nlogin: ": "",
+    "\nfedora login: [   23.345678] random: crng init done\n": "fedora",
+    "\nLast login: Mon Nov 30 12:00:00 on ttyS0": None,
+    "\nlast login: Mon": None,
+    "\n[  OK  ] Started systemd-logind.service - User Login Management.\n": None,
+    "\ncloud-init: login:x": None,
+    "\nroot@try-a's login: ": None,
+}
+
+
+@pytest.mark.parametrize("raw", PROMPTS)
+def test_prompts(raw: str) -> None:
+    assert console.prompt(console.clean(raw.encode())) == PROMPTS[raw]
+
+
+def test_the_prompt_of_a_real_guest() -> None:
+    assert console.prompt(text_of("good")) == "image"
+
+
+def test_nothing_is_left_that_a_terminal_obeys() -> None:
+    raw = b"\x1b[31mred\x1b[0m \x1b]0;title\x07\x1b]52;c;aGk=\x1b\\\x1bP1$r\x1b\\\x1bc\x1b(B\x9b31m a\0b\x1b[2;1Hnext\r\n\x1b"
+    text = console.clean(raw)
+    assert "\x1b" not in text and "\0" not in text
+    assert "title" not in text and "aGk" not in text
+    assert text.startswith("red ") and text.endswith("ab\nnext\n")
+    for name in VERDICTS:
+        assert "\x1b" not in text_of(name)
+
+
+def test_a_console_is_cleaned_in_linear_time() -> None:
+    """Whoever controls the guest chooses what it says."""
+    for piece in (b"\x1b[", b"\x1b]", b"\x1b[;", b"[ 1.1] ", b"login: ", b"\r", b"Kernel panic"):
+        text = console.clean(piece * (1 << 16))
+        console.prompt(text)
+        console.hopeless(text, "bios")
+        console.silent(text, False)
