@@ -25,6 +25,7 @@ VARIANTS = {
     "hang": f"IMAGE_NAME=mbr\nIMAGE_TYPE=raw\nKERNEL_ARGS='{QUICK} rdinit=/bin/cat'",
     "no_console": "IMAGE_NAME=mbr\nIMAGE_TYPE=raw\nNOMOUNT=yes",  # its menu has none, and create adds none
     "no_image": "IMAGE_NAME=none\nIMAGE_TYPE=raw",
+    "no_room": "IMAGE_NAME=bookworm\nIMAGE_TYPE=tarball\nPARTITION_TABLE=gpt\nBOOT_SIZE=1",
 }
 LIB = Path("/var/lib")
 
@@ -107,9 +108,10 @@ def test_variants_that_say_why(node: Node) -> None:
     panic.failed("no login prompt", "its kernel panics: VFS: Unable to mount root fs")
     assert doctor(node, "no_loader").startswith("note: tried on ")
     assert "no boot loader" in doctor(node, "no_loader")
-    (no_image,) = attempt(node, ["no_image"])
+    no_image, no_room = attempt(node, ["no_image"], ["no_room"])
     no_image.failed("cannot find image")
     assert "cannot find image" in doctor(node, "no_image")
+    no_room.failed("it cannot be deployed: ", "/boot")  # create's last line
 
 
 def test_variants_that_say_nothing(node: Node) -> None:
@@ -120,19 +122,27 @@ def test_variants_that_say_nothing(node: Node) -> None:
     assert re.search(r"\| \[ *\d+\.\d+\]", hang.log)
 
 
-def test_killed(node: Node) -> None:
-    """Nothing stays, as is seen after each test: no process, no loop device, no file; nor a result."""
+def test_confined_and_killed(node: Node) -> None:
+    """qemu has nothing of the node; and nothing stays, as is seen after each test, nor is there a result."""
     call = node.start_tool("variants", "try", "no_console")
-    call.wait_for(lambda: qemus(node), "qemu runs")
+    call.wait_for(lambda: "for a login prompt" in call.log() and len(qemus()) > 1, "qemu runs")
+    for pid in qemus():
+        status = dict(re.findall(r"^(\w+):\s*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
+        if not int(status["Seccomp"]):
+            continue  # process 1 of its namespace, which is ours
+        assert {int(status[name], 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapAmb")} == {0}
+        assert status["NoNewPrivs"] == "1"
+        assert os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
+        there = Path(f"/proc/{pid}/root")
+        assert {path.name for path in there.iterdir()}.isdisjoint({"root", "var", "srv", "home", "boot", "run", "sys"})
+        assert not (there / "etc/shadow").exists()
+        assert len([path for path in (there / "dev").iterdir() if path.is_block_device()]) == 1
     call.kill(signal.SIGKILL)
     call.process.wait()
-    wait_until(lambda: not qemus(node), "qemu has ended")
+    wait_until(lambda: not qemus(), "qemu has ended")
     assert not list(LIB.rglob("*.json"))
-    assert not list(node.images.glob("try-*"))
 
 
-def qemus(node: Node) -> list[str]:
-    """Return the virtual machines of this test, whose processes are children of ours, however far."""
-    lines = run("ps", "--no-headers", "-e", "-o", "stat,pid,args").splitlines()
-    ours = {str(pid) for pid in descendants(os.getpid())}
-    return [line for line in lines if "qemu-system" in line and line[0] != "Z" and line.split()[1] in ours]
+def qemus() -> list[int]:
+    """Return the processes of virtual machines that this run has started."""
+    return [pid for pid, command in descendants(os.getpid()).items() if "qemu-system" in command]

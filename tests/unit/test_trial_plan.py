@@ -1,0 +1,110 @@
+"""variants try: the instance that it tells create of, its disk and its machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from imageos import ganeti
+from imageos.checks.report import NOTE, OK, Report
+from imageos.checks.variants import Variant, check_trials
+from imageos.errors import Failure
+from imageos.images.imagefile import Image, open_image
+from imageos.settings import Settings
+from imageos.variants import guestboot, record, trial
+from imageos.variants.record import Trial
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    "variant, name",
+    [
+        ("debian-12", "try-debian-12.example"),
+        ("my_variant-", "try-my-variant.example"),
+        ("x" * 80, f"try-{'x' * 59}.example"),
+        ("x" * 58 + "_" + "y" * 20, f"try-{'x' * 58}.example"),
+    ],
+)
+def test_host_names(variant: str, name: str) -> None:
+    assert trial.host_name(variant) == name
+
+
+def test_create_takes_it_for_an_instance() -> None:
+    environ = {**trial.environment("debian-12"), "DISK_0_PATH": "/dev/loop9", "DISK_0_SIZE": "2048"}
+    instance = ganeti.instance(environ)
+    assert instance.name == "try-debian-12.example" and instance.short_name == "try-debian-12"
+    assert ganeti.variant(environ) == "debian-12"
+    assert [(disk.path, disk.size) for disk in instance.disks] == [("/dev/loop9", 2 * GIB)]
+    assert [nic.mac for nic in instance.nics] == [guestboot.MAC]
+    assert instance.serial_console and not instance.kernel_path and not instance.reinstall
+    assert instance.memory == guestboot.MEMORY
+
+
+def image_of(tmp_path: Path, content: bytes = b"", size: int = 0) -> Image:
+    path = tmp_path / "image"
+    path.write_bytes(content)
+    os.truncate(path, size or len(content))
+    return open_image(str(path))
+
+
+def test_the_disk_of_a_disk_image_has_room_to_grow(tmp_path: Path) -> None:
+    settings = Settings(image_type="raw", arch="x86_64")
+    assert trial.disk_size(settings, image_of(tmp_path, size=3 * GIB + 512)) == 4 * GIB + MIB
+
+
+def test_the_disk_of_files_has_room_for_all_partitions(tmp_path: Path) -> None:
+    settings = Settings(image_type="tarball", arch="x86_64").with_sizes(guestboot.MEMORY)
+    plain = trial.disk_size(settings, image_of(tmp_path, size=GIB))
+    assert plain == GIB + trial.ROOT + trial.ESP_SIZE + (100 + 1024) * MIB
+    without = trial.disk_size(dataclasses.replace(settings, swap=False), image_of(tmp_path, size=GIB))
+    assert plain - without == GIB
+    packed = trial.disk_size(settings, image_of(tmp_path, b"\x28\xb5\x2f\xfd" + bytes(32), size=GIB))
+    assert packed == plain + (trial.EXPANDED - 1) * GIB
+
+
+def test_the_machine_reaches_nothing(tmp_path: Path) -> None:
+    for firmware, accelerator in (("bios", "kvm"), ("bios", "tcg")):
+        words = guestboot.machine(firmware, accelerator, "/dev/loop9")
+        assert {"-nodefaults", "-no-user-config"} <= set(words)
+        assert words[words.index("-netdev") + 1] == "user,id=net,restrict=on"
+        assert words[words.index("-accel") + 1] == accelerator
+        assert "spawn=deny" in words[words.index("-sandbox") + 1]
+        assert [word for word in words if "/" in word and "file=" in word] == [
+            "file=/dev/loop9,format=raw,if=none,id=disk,cache=unsafe,discard=unmap"
+        ]
+    assert "file=/a b,format" in guestboot.typed("bios", "/a b") and "'" in guestboot.typed("bios", "/a b")
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="aarch64"):
+        guestboot.check("aarch64", "bios")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Failure, match="qemu-system-x86_64") as caught:
+        guestboot.check("x86_64", "bios")
+    assert "install qemu-system-x86 " in str(caught.value.hint)
+    (tmp_path / "qemu-system-x86_64").touch(0o755)
+    guestboot.check("x86_64", "bios")
+    monkeypatch.setattr(guestboot, "UEFI", ((str(tmp_path / "none"), "/"),))
+    with pytest.raises(Failure) as caught:
+        guestboot.check("x86_64", "uefi")
+    assert caught.value.hint == "install ovmf"
+
+
+def test_doctor_says_how_the_last_trial_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "DIRECTORY", str(tmp_path))
+    image = image_of(tmp_path, b"x")
+    time = os.fstat(image.descriptor).st_mtime
+    record.keep("good", Trial(time, "/image", time))
+    record.keep("older", Trial(time, "/image", time - 86400))
+    record.keep("bad", Trial(time, "/image", time, problem="it hangs"))
+    report = Report()
+    check_trials(report, [Variant(name, Settings(), image) for name in ("good", "older", "bad", "never")])
+    good, older, bad = report.findings
+    assert (good.level, good.hint) == (OK, "") and good.what.endswith(": ok")
+    assert (older.level, older.hint) == (NOTE, "imageos variants try older") and "another now" in older.what
+    assert (bad.level, bad.hint) == (NOTE, "imageos variants try bad") and bad.what.endswith(": it hangs")
