@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import socket
+import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ UEFI = (
     ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
     ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
 )
+VARIABLES = "variables.fd"  # the guest's own
 # Accelerator -> CPU. Without KVM a guest has all that qemu can emulate: some need more than the first x86-64 had.
 CPUS = {"kvm": "host", "tcg": "max"}
 ACCELERATORS = {"kvm": "KVM", "tcg": "software emulation"}
@@ -115,9 +117,15 @@ def _run(disk: str, firmware: str, accelerator: str, timeout: float) -> tuple[_S
         argv += ["-add-fd", f"fd={written},set=1", "-chardev", "file,id=serial,path=/dev/fdset/1,append=on"]
         argv += ["-serial", "chardev:serial"]
         argv += ["-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control"]
-        sees = [disk, *([KVM] if accelerator == "kvm" else [])]
+        work = stack.enter_context(tempfile.TemporaryDirectory(prefix="boot.", dir=os.environ.get("TMPDIR")))
+        if firmware == "uefi":
+            with open(_uefi()[1], "rb") as original, open(f"{work}/{VARIABLES}", "xb") as own:
+                shutil.copyfileobj(original, own)
+            argv += ["-drive", f"if=pflash,format=raw,readonly=on,file={_uefi()[0]}"]
+            argv += ["-drive", f"if=pflash,format=raw,file={VARIABLES}"]
+        room = Room([disk, *([KVM] if accelerator == "kvm" else [])], work=work, memory=ADDRESS_SPACE)
         session = _Session(serial, ours, firmware, accelerator, timeout)
-        command = Command(argv, Room(sees, memory=ADDRESS_SPACE), keep=[written, theirs.fileno()])
+        command = Command(argv, room, keep=[written, theirs.fileno()])
         try:
             ended = pipeline(command, tick=session.step)[0]
         except _Over:
@@ -135,25 +143,23 @@ def machine(firmware: str, accelerator: str, disk: str) -> list[str]:
     argv += ["-drive", f"file={disk},format=raw,if=none,id=disk,cache=unsafe,discard=unmap"]
     argv += ["-device", "virtio-blk-pci,drive=disk,bootindex=0"]
     argv += ["-netdev", "user,id=net,restrict=on", "-device", f"virtio-net-pci,netdev=net,mac={MAC},romfile="]
-    return [*argv, *_firmware(firmware)]
+    return argv
 
 
 def typed(firmware: str, disk: str) -> str:
     """Return the command by which an operator boots the file `disk`, with its console in the terminal."""
     argv = [PROGRAM, "-machine", f"{CHIPSETS[firmware]},accel=kvm:tcg", "-cpu", "max", "-m", str(MEMORY), "-nographic"]
     argv += ["-drive", f"file={disk},format=raw,if=virtio", "-nic", "user,model=virtio-net-pci,restrict=on"]
-    return shlex.join([*argv, *_firmware(firmware)])
+    if firmware == "uefi":
+        argv += ["-drive", f"if=pflash,format=raw,readonly=on,file={_uefi()[0]}"]
+        argv += ["-drive", f"if=pflash,format=raw,snapshot=on,file={_uefi()[1]}"]
+    return shlex.join(argv)
 
 
-def _firmware(firmware: str) -> Sequence[str]:
-    """Return the options for UEFI, whose variables are forgotten; BIOS is what qemu has by itself."""
-    files = uefi_files() if firmware == "uefi" else None
-    if not files:
-        return ()
-    return [
-        *("-drive", f"if=pflash,format=raw,readonly=on,file={files[0]}"),
-        *("-drive", f"if=pflash,format=raw,snapshot=on,file={files[1]}"),
-    ]
+def _uefi() -> tuple[str, str]:
+    files = uefi_files()
+    assert files  # `check` has looked
+    return files
 
 
 class _Over(Exception):

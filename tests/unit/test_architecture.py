@@ -490,7 +490,7 @@ MAY_TOUCH = {
     "variants.catalog": ("opens", "the catalog"),
     "variants.site": ("looks opens changes", "the files of variants, and their list"),
     "variants.table": ("looks", "how large the downloads are"),
-    "variants.guestboot": ("looks", "whether there is KVM and UEFI"),
+    "variants.guestboot": ("looks opens temporary", "whether there is KVM and UEFI; a copy of its variables"),
     "variants.journal": ("opens temporary", "a copy of the guest's journal"),
     "variants.trial": ("looks changes temporary", "the scratch disk"),
     "variants.record": ("opens changes", "the results of trials"),
