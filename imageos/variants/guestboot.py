@@ -92,9 +92,9 @@ def boot(disk: str, firmware: str, timeout: float) -> Booted:
         log.info(
             f"KVM does not work on this node, so software emulation has to do{': ' if said else ''}{''.join(said)}"
         )
+    if ended and ended.status:
+        raise ended.failure()
     if session.name is None:
-        if ended and ended.status and not session.raw:
-            raise ended.failure()
         verdict = session.judge()
         raise NoPrompt(
             f"the guest has no login prompt: {verdict.problem}", verdict.hint, console.last_lines(session.text)
@@ -246,13 +246,18 @@ class _Session:
             self.raw = (self.raw + said)[-MOST_SAID:]
             self.text = console.clean(self.raw)
         *lines, self._answers = (self._answers + _received(self._qmp.fileno())).split(b"\n")
-        for line in lines:
-            answer = json.loads(line)
-            if "QMP" in answer:
-                self._say("qmp_capabilities")
-            self._note(answer.get("event", ""), answer.get("data", {}))
+        try:
+            if len(self._answers) > MOST_SAID:
+                raise ValueError
+            for line in lines:
+                answer = json.loads(line)
+                if "QMP" in answer:
+                    self._say("qmp_capabilities")
+                self._note(answer.get("event"), answer.get("data") or {})
+        except (ValueError, AttributeError, TypeError, RecursionError):  # the guest may have taken it over
+            raise Failure(f"{PROGRAM} does not answer as it should") from None
 
-    def _note(self, event: str, data: dict[str, object]) -> None:
+    def _note(self, event: object, data: dict[str, object]) -> None:
         if event == "SHUTDOWN" and data.get("guest"):
             self.is_off = True
         elif event == "RESET" and data.get("guest"):

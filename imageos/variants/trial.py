@@ -71,19 +71,19 @@ def try_image(
     options: Namespace, settings: Settings, environ: Mapping[str, str], image: Image, firmware: str
 ) -> list[Row]:
     size = disk_size(settings, image)
-    with scratch([settings.cache_dir, ELSEWHERE], image.size, size) as file, ExitStack() as at_end:
+    directory = roomiest([settings.cache_dir, ELSEWHERE])
+    with scratch(directory, image.size, size) as file, ExitStack() as at_end:
         disk = Disk("for the trial", file.fileno(), size, is_file=True)
         with blockdev.attached(disk) as loop:
             began = time.monotonic()
-            # create locks it, as it does any disk
-            fcntl.flock(loop.descriptor, fcntl.LOCK_UN)
+            fcntl.flock(loop.descriptor, fcntl.LOCK_UN)  # create locks it, as it does any disk
             deploy({**environ, "DISK_0_PATH": loop.path, "DISK_0_SIZE": str(size // MIB)})
             fcntl.flock(loop.descriptor, fcntl.LOCK_EX)
             deployed_in = time.monotonic() - began
             if options.keep:
-                path = f"{os.path.realpath(settings.cache_dir)}/try-{options.name}.raw"
+                path = f"{directory}/try-{options.name}.raw"
                 at_end.callback(keep, file, path, guestboot.typed(firmware, path))
-            log.info(f"boots it by {firmware.upper()}, and waits {log.duration(options.timeout)} for a login prompt")
+            log.info(f"waiting for a login prompt, at most {log.duration(options.timeout)}")
             booted = guestboot.boot(loop.path, firmware, options.timeout)
             blockdev.flush(loop)
         rows = [
@@ -172,11 +172,15 @@ def _whole(size: int) -> int:
     return -(-size // MIB) * MIB
 
 
+def roomiest(directories: Sequence[str]) -> str:
+    """Return that of the directories which has the most room."""
+    there = [os.path.realpath(directory) for directory in directories if os.path.isdir(directory)]
+    return max(there, key=lambda path: os.statvfs(path).f_bavail * os.statvfs(path).f_frsize)
+
+
 @contextmanager
-def scratch(directories: Sequence[str], need: int, size: int) -> Iterator[IO[bytes]]:
-    """Yield a sparse file of `size` bytes without a name, where there is the most room, and room for `need`."""
-    there = [directory for directory in directories if os.path.isdir(directory)]
-    directory = max(there, key=lambda path: os.statvfs(path).f_bavail * os.statvfs(path).f_frsize)
+def scratch(directory: str, need: int, size: int) -> Iterator[IO[bytes]]:
+    """Yield a sparse file of `size` bytes without a name; fail if the directory has no room for `need` and a bit more."""
     with ExitStack() as stack:
         with explained(f"cannot make a disk of {log.size(size)} in {directory}", "set CACHE_DIR to a place with room"):
             space.check(directory, need + GROWTH)

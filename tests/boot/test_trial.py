@@ -125,7 +125,7 @@ def test_variants_that_say_nothing(node: Node) -> None:
 def test_confined_and_killed(node: Node) -> None:
     """qemu has nothing of the node; and nothing stays, as is seen after each test, nor is there a result."""
     call = node.start_tool("variants", "try", "no_console")
-    call.wait_for(lambda: "for a login prompt" in call.log() and len(qemus()) > 1, "qemu runs")
+    call.wait_for(lambda: "waiting for a login prompt" in call.log() and len(qemus()) > 1, "qemu runs")
     for pid in qemus():
         status = dict(re.findall(r"^(\w+):\s*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
         if not int(status["Seccomp"]):
