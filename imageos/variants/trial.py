@@ -180,7 +180,7 @@ def roomiest(directories: Sequence[str]) -> str:
 
 @contextmanager
 def scratch(directory: str, need: int, size: int) -> Iterator[IO[bytes]]:
-    """Yield a sparse file of `size` bytes without a name; fail if the directory has no room for `need` and a bit more."""
+    """Yield a sparse file of `size` bytes without a name; fail without room for `need` and a bit more."""
     with ExitStack() as stack:
         with explained(f"cannot make a disk of {log.size(size)} in {directory}", "set CACHE_DIR to a place with room"):
             space.check(directory, need + GROWTH)
