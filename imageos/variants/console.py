@@ -18,6 +18,8 @@ _KERNEL = re.compile(
 _LOADER = re.compile(
     r"SeaBIOS|BdsDxe|^Booting from|GRUB|SYSLINUX|Loading (?:Linux|initial ramdisk)|Decompressing Linux"
 )
+# What systemd could not start, or waited for in vain
+_FAILED = re.compile(r"^\[(?:FAILED| TIME |DEPEND)\] ([^\n]*)", re.MULTILINE)
 SHOWN = 15  # lines of a console
 
 
@@ -51,7 +53,7 @@ HOPELESS = (
     (
         r"You are in (?:emergency|rescue) mode|Give root password for|Press Enter for (?:maintenance|system maint)"
         r"|Cannot open access to console, the root account is locked",
-        "it is in emergency mode: something that it needs to boot has failed",
+        "it is in emergency mode: {}",
         "often a filesystem in /etc/fstab that is on no disk of the instance",
     ),
     (
@@ -81,8 +83,9 @@ def hopeless(text: str, firmware: str) -> Verdict | None:
     for pattern, problem, hint in HOPELESS:
         found = re.search(pattern, text, re.MULTILINE)
         if found:
-            what = found[1].strip() if found.re.groups else ""
-            return Verdict(problem.replace("{}", what), hint.replace("{firmware}", firmware.upper()))
+            failed = _FAILED.search(text)
+            what = found[1] if found.re.groups else failed[1] if failed else "something that it needs has failed"
+            return Verdict(problem.replace("{}", what.strip()), hint.replace("{firmware}", firmware.upper()))
     return None
 
 

@@ -116,7 +116,7 @@ def test_variants_that_say_why(node: Node) -> None:
 
 def test_variants_that_say_nothing(node: Node) -> None:
     """One system is up, as its power button shows, the other is not; there is time for both to boot."""
-    no_console, hang = attempt(node, ["no_console", "--timeout", "60"], ["hang", "--timeout", "30"])
+    no_console, hang = attempt(node, ["no_console", "--timeout", "90"], ["hang", "--timeout", "30"])
     no_console.failed("its system is up", "says nothing on a serial console")
     hang.failed("it hangs: the last that it said is")
     assert re.search(r"\| \[ *\d+\.\d+\]", hang.log)

@@ -51,6 +51,12 @@ def test_no_beginning_of_a_good_console_is_hopeless(name: str) -> None:
         assert VERDICTS[name] or console.hopeless(text, "bios") is None
 
 
+def test_emergency_mode_names_what_has_failed() -> None:
+    lines = "[ TIME ] Timed out waiting for device dev-vdb1 - /dev/vdb1.\n[DEPEND] Dependency failed for data.mount.\n"
+    verdict = console.hopeless(console.clean(lines.encode()) + text_of("emergency"), "bios")
+    assert verdict and verdict.problem.endswith("emergency mode: Timed out waiting for device dev-vdb1 - /dev/vdb1.")
+
+
 @pytest.mark.parametrize(
     "name, obeyed, problem",
     [
