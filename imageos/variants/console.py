@@ -20,6 +20,7 @@ _LOADER = re.compile(
 )
 # What systemd could not start, or waited for in vain
 _FAILED = re.compile(r"^\[(?:FAILED| TIME |DEPEND)\] ([^\n]*)", re.MULTILINE)
+COLUMNS = 80  # of a screen
 SHOWN = 15  # lines of a console
 
 
@@ -65,11 +66,21 @@ HOPELESS = (
 )
 
 
+NO_CONSOLE = "KERNEL_ARGS=console=ttyS0 with the hook grub, and a login there: gnt-instance console needs them"
+
+
 def clean(raw: bytes) -> str:
     """Return what is read on a console, without the sequences that move and colour."""
     text = raw.decode("utf-8", "backslashreplace").replace("\0", "")
     text = _SEQUENCES.sub("", _PLACED.sub("\n", text))
     return re.sub(r"\r+\n?", "\n", text)
+
+
+def screen(dump: str) -> str:
+    """Return the lines of a screen in text mode from what the monitor prints of its memory, as words in hex."""
+    words = [int(word, 16) for word in re.findall(r"\b0x([0-9a-f]{4})\b", dump)]
+    text = "".join(chr(word & 0xFF) if 0x20 <= word & 0xFF < 0x7F else " " for word in words)
+    return "\n".join(text[start : start + COLUMNS].rstrip() for start in range(0, len(text), COLUMNS)).strip("\n")
 
 
 def prompt(text: str) -> str | None:
@@ -89,11 +100,13 @@ def hopeless(text: str, firmware: str) -> Verdict | None:
     return None
 
 
-def silent(text: str, obeyed: bool) -> Verdict:
-    """Return why a guest that ran until its time was over said nothing more.
+def silent(text: str, screen: str, obeyed: bool) -> Verdict:
+    """Return why a guest that ran until its time was over said nothing more: `text` on its console, `screen` beside.
 
     `obeyed`: it powered itself off when asked to, so a system runs there.
     """
+    if not _KERNEL.search(text) and (prompt(screen) is not None or _KERNEL.search(screen)):
+        return Verdict("it speaks on its screen, and not on a serial console", NO_CONSOLE)
     if obeyed and _KERNEL.search(text):
         return Verdict(
             "its system is up, since it powers off when asked to, but there is no login on the serial console",
@@ -102,7 +115,7 @@ def silent(text: str, obeyed: bool) -> Verdict:
     if obeyed:
         return Verdict(
             "its system is up, since it powers off when asked to, but says nothing on a serial console",
-            "KERNEL_ARGS=console=ttyS0 with the hook grub, and a login there: gnt-instance console needs them",
+            NO_CONSOLE,
         )
     if _KERNEL.search(text):
         said = last_lines(text, 1)
@@ -111,7 +124,7 @@ def silent(text: str, obeyed: bool) -> Verdict:
         )
     return Verdict(
         "its kernel says nothing on the serial console, and it does not power off when asked to"
-        if _LOADER.search(text)
+        if _LOADER.search(f"{screen}\n{text}")
         else "nothing at all is said on its serial console, and it does not power off when asked to",
         "it hangs, needs more time (--timeout), or has no serial console: KERNEL_ARGS=console=ttyS0 with the hook grub",
     )

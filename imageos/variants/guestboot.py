@@ -46,6 +46,8 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 POWER_OFF = 60.0  # seconds that a guest may take to power off
 PRESSED_AGAIN = 5.0  # seconds until the power button is pressed once more: nobody may have listened yet
 KEYBOARD = 30.0  # seconds until Ctrl-Alt-Delete is pressed, which every init knows
+LOOKS = 2.0  # seconds between two looks at the screen, on which BIOS and boot loaders speak
+SCREEN = "xp /1000hx 0xb8000"  # 25 lines of 80 characters with their colours: VGA's text mode
 SETTLED = 3.0  # seconds without a word, after which what a hopeless guest says is complete
 SPEAKS = 20.0  # seconds until any firmware has said something: a KVM under which it does not does not work
 MOST_RESETS = 3  # SELinux labels a disk at the first boot, and starts it again
@@ -86,7 +88,7 @@ def boot(disk: str, firmware: str, timeout: float) -> Booted:
     """
     for accelerator in ("kvm", "tcg") if os.path.exists(KVM) else ("tcg",):
         session, ended = _run(disk, firmware, accelerator, timeout)
-        if session.raw or accelerator == "tcg":
+        if session.raw or session.screen or accelerator == "tcg":
             break
         said = console.last_lines(ended.stderr, 1) if ended else ()
         log.info(
@@ -96,9 +98,7 @@ def boot(disk: str, firmware: str, timeout: float) -> Booted:
         raise ended.failure()
     if session.name is None:
         verdict = session.judge()
-        raise NoPrompt(
-            f"the guest has no login prompt: {verdict.problem}", verdict.hint, console.last_lines(session.text)
-        )
+        raise NoPrompt(f"the guest has no login prompt: {verdict.problem}", verdict.hint, session.last_lines())
     off = session.ended - session.asked if session.is_off else None
     return Booted(session.name, ACCELERATORS[accelerator], session.asked - session.started, off)
 
@@ -137,8 +137,7 @@ def _run(disk: str, firmware: str, accelerator: str, timeout: float) -> tuple[_S
 def machine(firmware: str, accelerator: str, disk: str) -> list[str]:
     """Return the command of a machine with one disk, one serial port, and a network where it is alone with qemu."""
     argv = [PROGRAM, "-nodefaults", "-no-user-config", "-sandbox", SANDBOX, "-display", "none"]
-    # graphics=off: the BIOS speaks on the serial port, too
-    argv += ["-machine", f"{CHIPSETS[firmware]},graphics=off", "-accel", accelerator, "-cpu", CPUS[accelerator]]
+    argv += ["-machine", CHIPSETS[firmware], "-accel", accelerator, "-cpu", CPUS[accelerator]]
     argv += ["-m", str(MEMORY), "-boot", "strict=on", "-device", "VGA"]
     argv += ["-drive", f"file={disk},format=raw,if=none,id=disk,cache=unsafe,discard=unmap"]
     argv += ["-device", "virtio-blk-pci,drive=disk,bootindex=0"]
@@ -177,12 +176,14 @@ class _Session:
         self._answers = b""
         self.raw = b""  # all that the console said since the last reset
         self.text = ""  # the same, to be read
+        self.screen = ""
         self.name: str | None = None  # in its prompt
         self.is_off = False  # it powered itself off
         self._verdict: Verdict | None = None
         self._resets = 0
         self.started = self._heard = self.ended = time.monotonic()
         self.asked = self._pressed = 0.0  # to power off
+        self._looked = 0.0
 
     def step(self) -> None:
         """Take what has come, and do what is due; _Over ends the guest."""
@@ -205,7 +206,14 @@ class _Session:
             return self._verdict
         if self.is_off and not self.asked:
             return Verdict("it powers itself off", "see the lines before")
-        return console.hopeless(self.text, self._firmware) or console.silent(self.text, self.is_off)
+        return self._hopeless() or console.silent(self.text, self.screen, self.is_off)
+
+    def last_lines(self) -> list[str]:
+        screen = [f"(screen) {line}" for line in console.last_lines(self.screen)]
+        return [*screen, *console.last_lines(self.text)]
+
+    def _hopeless(self) -> Verdict | None:
+        return console.hopeless(f"{self.screen}\n{self.text}", self._firmware)
 
     def _wait_for_prompt(self, now: float) -> None:
         self.name = console.prompt(self.text)
@@ -213,12 +221,15 @@ class _Session:
             self.asked = now
             self._press(now)
             return
-        if not self.raw and self._accelerator == "kvm" and now > self.started + SPEAKS:
+        if self._firmware == "bios" and now > self._looked + LOOKS:
+            self._looked = now
+            self._say("human-monitor-command", **{"command-line": SCREEN})
+        if not (self.raw or self.screen) and self._accelerator == "kvm" and now > self.started + SPEAKS:
             raise _Over
         if self._resets > MOST_RESETS:
             self._verdict = Verdict("it starts again and again", "see the lines before")
         elif now > self._heard + SETTLED:
-            self._verdict = console.hopeless(self.text, self._firmware)
+            self._verdict = self._hopeless()
         if self._verdict:
             raise _Over
 
@@ -253,9 +264,16 @@ class _Session:
                 answer = json.loads(line)
                 if "QMP" in answer:
                     self._say("qmp_capabilities")
+                if isinstance(answer.get("return"), str):
+                    self._see(console.screen(answer["return"]))
                 self._note(answer.get("event"), answer.get("data") or {})
         except (ValueError, AttributeError, TypeError, RecursionError):  # the guest may have taken it over
             raise Failure(f"{PROGRAM} does not answer as it should") from None
+
+    def _see(self, screen: str) -> None:
+        if screen != self.screen:
+            self._heard = time.monotonic()
+            self.screen = screen
 
     def _note(self, event: object, data: dict[str, object]) -> None:
         if event == "SHUTDOWN" and data.get("guest"):
@@ -265,7 +283,7 @@ class _Session:
                 self.is_off = True
                 self._say("quit")
             self._resets += 1
-            self.raw, self.text = self.raw[-1:], ""
+            self.raw, self.text, self.screen = b"", "", ""
 
 
 def _received(descriptor: int) -> bytes:

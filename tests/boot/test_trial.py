@@ -12,6 +12,7 @@ import pytest
 from bootdisks import BootDisk, boot_disks
 from debian import debian
 from leftovers import descendants
+from qemu import DEADLINE
 from support import DEFAULTS, MIB, SITE, Node, Result, partitions, run, wait_until
 
 # A busy machine that emulates one makes a guest's kernel doubt its timers
@@ -60,6 +61,8 @@ def node(disks: dict[str, BootDisk], node: Node, tmp_path: Path) -> Iterator[Nod
 def attempt(node: Node, *tries: Sequence[str]) -> list[Result]:
     """Try variants at the same time, one for each core."""
     calls = [node.start_tool("variants", "try", *words) for words in tries]
+    for call in calls:
+        call.process.wait(DEADLINE)
     results = [call.result() for call in calls]
     kept = {path.name for path in node.images.iterdir() if path.name.startswith("try-")}
     assert kept == {f"try-{words[0]}.raw" for words in tries if "--keep" in words}
@@ -104,7 +107,7 @@ def test_good_variants(node: Node) -> None:
 def test_variants_that_say_why(node: Node) -> None:
     no_loader, panic = attempt(node, ["no_loader"], ["panic"])
     no_loader.failed("no login prompt", "no boot loader")
-    assert "| No bootable device." in no_loader.log
+    assert "| (screen) No bootable device." in no_loader.log
     panic.failed("no login prompt", "its kernel panics: VFS: Unable to mount root fs")
     assert doctor(node, "no_loader").startswith("note: tried on ")
     assert "no boot loader" in doctor(node, "no_loader")

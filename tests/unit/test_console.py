@@ -67,11 +67,33 @@ def test_emergency_mode_names_what_has_failed() -> None:
     ],
 )
 def test_silence(name: str, obeyed: bool, problem: str) -> None:
-    assert problem in console.silent(text_of(name), obeyed).problem
+    assert problem in console.silent(text_of(name), "", obeyed).problem
+
+
+def dump_of(lines: list[str]) -> str:
+    """Return what `xp /1000hx 0xb8000` prints of a screen."""
+    words = [f"0x07{ord(character):02x}" for line in lines for character in line.ljust(80)]
+    rows = range(0, len(words), 8)
+    return "\r\n".join(f"{0xB8000 + 2 * start:016x}: {' '.join(words[start : start + 8])}" for start in rows)
+
+
+def test_a_screen() -> None:
+    lines = ["SeaBIOS (version 1.16.2)", "", "Booting from Hard Disk...", *[""] * 21, "x" * 80]
+    text = console.screen(dump_of(lines))
+    assert text.split("\n") == lines
+    assert console.screen(dump_of(["\0\x1b[2J\xff", *[""] * 24])).strip() == "[2J"
+    assert console.screen("") == console.screen("unknown command") == ""
+
+
+@pytest.mark.parametrize("line", ["debian login: ", "[    1.0] Linux version 6.1"])
+def test_a_guest_that_speaks_on_its_screen(line: str) -> None:
+    for obeyed in (True, False):
+        assert "on its screen" in console.silent(text_of("grub-only"), line, obeyed).problem
+    assert "hangs" in console.silent(text_of("hang"), line, False).problem
 
 
 def test_a_console_that_says_nothing() -> None:
-    assert "nothing at all" in console.silent("", False).problem
+    assert "nothing at all" in console.silent("", "", False).problem
     assert console.last_lines("") == []
 
 
@@ -114,4 +136,4 @@ def test_a_console_is_cleaned_in_linear_time() -> None:
         text = console.clean(piece * (1 << 16))
         console.prompt(text)
         console.hopeless(text, "bios")
-        console.silent(text, False)
+        console.silent(text, text, False)
