@@ -271,7 +271,7 @@ class _Session:
             raise Failure(f"{PROGRAM} does not answer as it should") from None
 
     def _see(self, screen: str) -> None:
-        if screen != self.screen:
+        if screen and screen != self.screen:  # in a graphics mode there is no text
             self._heard = time.monotonic()
             self.screen = screen
 
