@@ -58,12 +58,6 @@ def try_variant(options: Namespace) -> int:
     return 0
 
 
-def try_variant(options: Namespace) -> int:
-    for label, value in trial.try_variant(options):
-        print(f"{label:<16} {value}")
-    return 0
-
-
 def parser() -> Parser:
     options = Parser("imageos variants", __doc__)
     options.add_argument("--json", action="store_true", help="for programs: one JSON object")

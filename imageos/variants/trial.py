@@ -215,7 +215,7 @@ def system_rows(disk: Disk) -> Iterator[Row]:
     with blockdev.attached(disk, read_only=True) as loop, log.muted(), ExitStack() as stack:
         try:
             found = discovery.find(loop)
-            mounting.mount_all(stack, found.volumes, isolation.TARGET, read_only=True)
+            stack.enter_context(mounting.mounted_all(found.volumes, read_only=True))
         except Failure as failure:
             yield "filesystem", str(failure)
             return

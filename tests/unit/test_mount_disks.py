@@ -46,7 +46,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(blockdev, "claimed", lambda *_, **__: holding("disk", device))
     monkeypatch.setattr(blockdev, "attached", lambda *_: holding("loop", attached))
     monkeypatch.setattr(discovery, "find", lambda *_, **__: Found(Table("", (part,), 0), part, ()))
-    monkeypatch.setattr(mounting, "mount_all", lambda stack, *_: stack.enter_context(holding("mounts", None)))
+    monkeypatch.setattr(mounting, "mounted_all", lambda *_, **__: holding("mounts", None))
     monkeypatch.setattr(linux, "copy_mounts", copy_mounts)
     monkeypatch.setattr(os, "close", close)
     return names

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from imageos import ganeti
-from imageos.checks.report import NOTE, OK, Report
+from imageos.checks.report import NOTE, OK
 from imageos.checks.variants import Variant, check_trials
 from imageos.errors import Failure
 from imageos.images.imagefile import Image, open_image
@@ -102,9 +102,10 @@ def test_doctor_says_how_the_last_trial_ended(tmp_path: Path, monkeypatch: pytes
     record.keep("good", Trial(time, "/image", time))
     record.keep("older", Trial(time, "/image", time - 86400))
     record.keep("bad", Trial(time, "/image", time, problem="it hangs"))
-    report = Report()
-    check_trials(report, [Variant(name, Settings(), image) for name in ("good", "older", "bad", "never")])
-    good, older, bad = report.findings
+    variants = [Variant(name, Settings()) for name in ("good", "older", "bad", "never")]
+    for variant in variants:
+        vars(variant)["image"] = image
+    good, older, bad = check_trials(variants)
     assert (good.level, good.hint) == (OK, "") and good.what.endswith(": ok")
     assert (older.level, older.hint) == (NOTE, "imageos variants try older") and "another now" in older.what
     assert (bad.level, bad.hint) == (NOTE, "imageos variants try bad") and bad.what.endswith(": it hangs")
