@@ -144,13 +144,16 @@ def network_files(target: Target, interfaces: Sequence[Interface], inner: str) -
         return {}
     if not inner:
         return {NETWORK_CONFIG: network_config(target, interfaces)}
-    version = render.version2 if inner in ("netplan", "networkd") else version1
-    return {NETWORK_CONFIG: _document(version(interfaces))}
+    if inner in ("netplan", "networkd"):
+        return {NETWORK_CONFIG: _document(render.version2(interfaces))}
+    return {NETWORK_CONFIG: _document(version1(interfaces, inner == "NetworkManager"))}
 
 
 def network_config(target: Target, interfaces: Sequence[Interface]) -> str:
     """Return the network configuration, in the version that this guest's network programs can follow."""
-    return _document((render.version2 if _understands_routes(target) else version1)(interfaces))
+    if _understands_routes(target):
+        return _document(render.version2(interfaces))
+    return _document(version1(interfaces, not target.which("ifup")))
 
 
 def _understands_routes(target: Target) -> bool:
@@ -163,10 +166,11 @@ def _understands_routes(target: Target) -> bool:
     return target.which("netplan") is not None or not target.which("NetworkManager")
 
 
-def version1(interfaces: Sequence[Interface]) -> dict[str, Any]:
+def version1(interfaces: Sequence[Interface], for_network_manager: bool = False) -> dict[str, Any]:
     """Return the network for ifupdown and NetworkManager. They reach any gateway on the link, and need one for a route.
 
-    With version 2, cloud-init would hand the gateway to route(8), which a guest need not have.
+    With version 2, cloud-init would hand the gateway to route(8), which a guest need not have. NetworkManager refuses
+    the whole profile if it has an IPv6 server, but no IPv6 address: 22.4 writes such a one.
     """
     config: list[dict[str, Any]] = []
     for interface in interfaces:
@@ -175,7 +179,9 @@ def version1(interfaces: Sequence[Interface]) -> dict[str, Any]:
             subnet = {"type": "static", "address": interface.address}
             gateway = interface.gateway or (render.LINK_GATEWAY if interface.on_link else "")
             subnet.update({"gateway": gateway} if gateway else {})
-        subnet.update({"dns_nameservers": list(interface.dns)} if interface.dns else {})
+        is_ipv4 = for_network_manager and not interface.address6
+        servers = [server for server in interface.dns if not (is_ipv4 and ":" in server)]
+        subnet.update({"dns_nameservers": servers} if servers else {})
         subnet.update({"dns_search": list(interface.search)} if interface.search else {})
         subnets = [subnet]
         if interface.address6:

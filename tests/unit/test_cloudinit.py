@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from credentials import public_key
@@ -186,3 +187,16 @@ def test_rename_without_another_instance(is_seeded: bool, target: Target) -> Non
 )
 def test_user_data_that_cloud_init_knows(user_data: str, is_known: bool) -> None:
     assert cloudinit.is_known(user_data) == is_known
+
+
+def test_servers_that_network_manager_would_refuse() -> None:
+    """It refuses a profile with an IPv6 server and no IPv6 address."""
+    servers = ("192.0.2.53", "2001:db8::53")
+    interface = Interface("eth0", "aa:00:00:00:00:01", False, "192.0.2.10/24", dns=servers)
+
+    def given(interface: Interface, for_network_manager: bool) -> object:
+        return cloudinit.version1([interface], for_network_manager)["config"][0]["subnets"][0]["dns_nameservers"]
+
+    assert given(interface, for_network_manager=False) == list(servers)
+    assert given(interface, for_network_manager=True) == ["192.0.2.53"]
+    assert given(replace(interface, address6="2001:db8::1/64"), for_network_manager=True) == list(servers)
