@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -127,11 +128,10 @@ def test_a_variant_that_hangs(node: Node) -> None:
 def test_confined_and_killed(node: Node) -> None:
     """qemu has nothing of the node; and nothing stays, as is seen after each test, nor is there a result."""
     call = node.start_tool("variants", "try", "no_console")
-    call.wait_for(lambda: "waiting for a login prompt" in call.log() and len(qemus()) > 1, "qemu runs")
+    call.wait_for(lambda: is_running(qemus()), "qemu runs")
     for pid in qemus():
         status = dict(re.findall(r"^(\w+):\s*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
-        if not int(status["Seccomp"]):
-            continue  # process 1 of its namespace, which is ours
+        assert status["Seccomp"] == "2"
         assert {int(status[name], 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapAmb")} == {0}
         assert status["NoNewPrivs"] == "1"
         assert os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
@@ -143,6 +143,12 @@ def test_confined_and_killed(node: Node) -> None:
     call.process.wait()
     wait_until(lambda: not qemus(), "qemu has ended")
     assert not list(LIB.rglob("*.json"))
+
+
+def is_running(pids: list[int]) -> bool:
+    """Return True for processes that stay: with a KVM that does not work qemu ends at once."""
+    time.sleep(1)
+    return bool(pids) and pids == qemus()
 
 
 def qemus() -> list[int]:
