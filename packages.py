@@ -117,9 +117,7 @@ DEPENDENCIES = (
     Dependency("Recommends", "zstd", "zstd", "compressed images"),
     Dependency("Suggests", "lbzip2", "lbzip2", "unpacks bzip2 on all processors"),
     Dependency("Suggests", "ovmf", "edk2-ovmf", "variants try --uefi"),
-    Dependency("Suggests", "ovmf", "edk2-ovmf", "imageos variants try --uefi"),
     Dependency("Suggests", "pigz", "pigz", "unpacks gzip faster"),
-    Dependency("Suggests", "qemu-system-x86", "qemu-system-x86", "imageos variants try"),
     Dependency("Suggests", "qemu-system-x86", "qemu-system-x86-core", "variants try"),
     Dependency("Enhances", "ganeti", "ganeti", "which calls it"),
 )

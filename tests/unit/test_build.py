@@ -206,7 +206,7 @@ def test_helper_that_fails_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> N
 def test_package_wants_every_program_that_imageos_runs() -> None:
     """A new program in programs.PACKAGES needs a line, with the reason, in DEPENDENCIES of packages.py."""
     always_there = {"util-linux", "coreutils", "tar", "gzip"}  # Essential: yes
-    kinds = ("Depends", "Recommends", "Enhances")
+    kinds = packages.STRENGTHS
     wanted = {name.split()[0] for kind in kinds for name in packages.requirements(kind, "deb")}
     assert set(programs.PACKAGES.values()) <= wanted | always_there
     for dependency in packages.DEPENDENCIES:

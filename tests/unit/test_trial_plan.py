@@ -11,6 +11,7 @@ import pytest
 from imageos import ganeti
 from imageos.checks.report import NOTE, OK
 from imageos.checks.variants import Variant, check_trials
+from imageos.disks import layout
 from imageos.errors import Failure
 from imageos.images.imagefile import Image, open_image
 from imageos.settings import Settings
@@ -26,6 +27,7 @@ MIB = 1 << 20
     [
         ("debian-12", "try-debian-12.example"),
         ("my_variant-", "try-my-variant.example"),
+        ("ubuntu-24.04", "try-ubuntu-24-04.example"),
         ("x" * 80, f"try-{'x' * 59}.example"),
         ("x" * 58 + "_" + "y" * 20, f"try-{'x' * 58}.example"),
     ],
@@ -60,7 +62,7 @@ def test_the_disk_of_a_disk_image_has_room_to_grow(tmp_path: Path) -> None:
 def test_the_disk_of_files_has_room_for_all_partitions(tmp_path: Path) -> None:
     settings = Settings(image_type="tarball", arch="x86_64").with_sizes(guestboot.MEMORY)
     plain = trial.disk_size(settings, image_of(tmp_path, size=GIB))
-    assert plain == GIB + trial.ROOT + trial.ESP_SIZE + (100 + 1024) * MIB
+    assert plain == GIB + trial.ROOT + layout.ESP_SIZE + (100 + 1024) * MIB
     without = trial.disk_size(dataclasses.replace(settings, swap=False), image_of(tmp_path, size=GIB))
     assert plain - without == GIB
     packed = trial.disk_size(settings, image_of(tmp_path, b"\x28\xb5\x2f\xfd" + bytes(32), size=GIB))
