@@ -32,9 +32,10 @@ class Verdict:
     hint: str
 
 
+PANIC = "its kernel panics: "
 # What a guest says that will never have a prompt -> the verdict; {} is what the group matched. The first that fits.
 HOPELESS = (
-    (r"Kernel panic - not syncing: ([^\n]*)", "its kernel panics: {}", "see the lines before: what it looked for"),
+    (r"Kernel panic - not syncing: ([^\n]*)", PANIC + "{}", "see the lines before: what it looked for"),
     (
         r"grub rescue>",
         "GRUB does not find its files on the disk, and waits at `grub rescue>`",

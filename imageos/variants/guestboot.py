@@ -38,8 +38,10 @@ UEFI = (
     ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
 )
 VARIABLES = "variables.fd"  # the guest's own
-# Accelerator -> CPU. Without KVM a guest has all that qemu can emulate: some need more than the first x86-64 had.
-CPUS = {"kvm": "host", "tcg": "max"}
+# Accelerator and CPU, one after the other. Without KVM a guest has all that qemu can emulate, as RHEL 9 needs more than
+# the first x86-64 had. But kernels panic now and then under emulation; Linux 6.12 does so each second time where
+# qemu 7.2 (Debian 12) emulates the flags of cmpxchg16b.
+ATTEMPTS = (("kvm", "host"), ("tcg", "max"), ("tcg", "max,-cx16"))
 ACCELERATORS = {"kvm": "KVM", "tcg": "software emulation"}
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -86,14 +88,18 @@ def boot(disk: str, firmware: str, timeout: float) -> Booted:
 
     `timeout` in seconds is for the login prompt; to power off it may take POWER_OFF more.
     """
-    for accelerator in ("kvm", "tcg") if os.path.exists(KVM) else ("tcg",):
-        session, ended = _run(disk, firmware, accelerator, timeout)
-        if session.raw or session.screen or accelerator == "tcg":
+    attempts = ATTEMPTS if os.path.exists(KVM) else ATTEMPTS[1:]
+    for number, (accelerator, cpu) in enumerate(attempts, 1):
+        session, ended = _run(disk, firmware, accelerator, cpu, timeout)
+        if accelerator == "kvm" and not (session.raw or session.screen):
+            said = console.last_lines(ended.stderr, 1) if ended else ()
+            log.info(
+                f"KVM does not work on this node, so software emulation has to do{': ' if said else ''}{''.join(said)}"
+            )
+        elif accelerator == "kvm" or number == len(attempts) or not session.panics:
             break
-        said = console.last_lines(ended.stderr, 1) if ended else ()
-        log.info(
-            f"KVM does not work on this node, so software emulation has to do{': ' if said else ''}{''.join(said)}"
-        )
+        else:
+            log.info("its kernel panics, which may be due to the emulation: it is booted once more")
     if ended and ended.status:
         raise ended.failure()
     if session.name is None:
@@ -103,7 +109,7 @@ def boot(disk: str, firmware: str, timeout: float) -> Booted:
     return Booted(session.name, ACCELERATORS[accelerator], session.asked - session.started, off)
 
 
-def _run(disk: str, firmware: str, accelerator: str, timeout: float) -> tuple[_Session, Finished | None]:
+def _run(disk: str, firmware: str, accelerator: str, cpu: str, timeout: float) -> tuple[_Session, Finished | None]:
     """Boot it, and return what was learnt when qemu has ended; None: it was ended."""
     with ExitStack() as stack:
         serial, written = os.pipe()  # not a socket, in which every byte would take the room of a packet
@@ -113,7 +119,7 @@ def _run(disk: str, firmware: str, accelerator: str, timeout: float) -> tuple[_S
         for end in (ours, theirs):
             stack.enter_context(end)
         linux.enlarge_pipe(serial, PIPE_SIZE)
-        argv = machine(firmware, accelerator, disk)
+        argv = machine(firmware, accelerator, cpu, disk)
         argv += ["-add-fd", f"fd={written},set=1", "-chardev", "file,id=serial,path=/dev/fdset/1,append=on"]
         argv += ["-serial", "chardev:serial"]
         argv += ["-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control"]
@@ -134,10 +140,10 @@ def _run(disk: str, firmware: str, accelerator: str, timeout: float) -> tuple[_S
         return session, ended
 
 
-def machine(firmware: str, accelerator: str, disk: str) -> list[str]:
+def machine(firmware: str, accelerator: str, cpu: str, disk: str) -> list[str]:
     """Return the command of a machine with one disk, one serial port, and a network where it is alone with qemu."""
     argv = [PROGRAM, "-nodefaults", "-no-user-config", "-sandbox", SANDBOX, "-display", "none"]
-    argv += ["-machine", CHIPSETS[firmware], "-accel", accelerator, "-cpu", CPUS[accelerator]]
+    argv += ["-machine", CHIPSETS[firmware], "-accel", accelerator, "-cpu", cpu]
     argv += ["-m", str(MEMORY), "-boot", "strict=on", "-device", "VGA"]
     argv += ["-drive", f"file={disk},format=raw,if=none,id=disk,cache=unsafe,discard=unmap"]
     argv += ["-device", "virtio-blk-pci,drive=disk,bootindex=0"]
@@ -207,6 +213,10 @@ class _Session:
         if self.is_off and not self.asked:
             return Verdict("it powers itself off", "see the lines before")
         return self._hopeless() or console.silent(self.text, self.screen, self.is_off)
+
+    @property
+    def panics(self) -> bool:
+        return self.name is None and self.judge().problem.startswith(console.PANIC)
 
     def last_lines(self) -> list[str]:
         screen = [f"(screen) {line}" for line in console.last_lines(self.screen)]

@@ -110,6 +110,7 @@ def test_variants_that_say_why(node: Node) -> None:
     no_loader.failed("no login prompt", "no boot loader")
     assert "| (screen) No bootable device." in no_loader.log
     panic.failed("no login prompt", "its kernel panics: VFS: Unable to mount root fs")
+    assert "may be due to the emulation: it is booted once more" in panic.log
     assert doctor(node, "no_loader").startswith("note: tried on ")
     assert "no boot loader" in doctor(node, "no_loader")
     no_image, no_room = attempt(node, ["no_image"], ["no_room"])

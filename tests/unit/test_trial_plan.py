@@ -71,7 +71,7 @@ def test_the_disk_of_files_has_room_for_all_partitions(tmp_path: Path) -> None:
 
 def test_the_machine_reaches_nothing(tmp_path: Path) -> None:
     for firmware, accelerator in (("bios", "kvm"), ("bios", "tcg")):
-        words = guestboot.machine(firmware, accelerator, "/dev/loop9")
+        words = guestboot.machine(firmware, accelerator, "max", "/dev/loop9")
         assert {"-nodefaults", "-no-user-config"} <= set(words)
         assert words[words.index("-netdev") + 1] == "user,id=net,restrict=on"
         assert words[words.index("-accel") + 1] == accelerator
