@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -135,9 +136,11 @@ def digest(data: bytes) -> str:
 
 
 def content(path: str) -> bytes | None:
+    """Return what is in a file; None if it is not there, or is no regular file."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        # a FIFO would have us wait
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            return file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
     except (FileNotFoundError, IsADirectoryError):
         return None
 

@@ -290,7 +290,8 @@ def examine_settings(
                     problems += _lost_in_quotes(path, variable, {**from_ganeti, **known})
                 set_value(variable.lower(), text, f"in {path}", variable)
             elif variable not in from_ganeti:
-                _warn_unknown(variable, path, unknown, warn)
+                if variable not in unknown:
+                    _warn_unknown(variable, path, variables, warn)
                 unknown[variable] = text
     for name, text in _os_parameters(from_ganeti):
         if name not in TABLE and name not in RESERVED:
@@ -381,11 +382,15 @@ HOOK_VARIABLES = ("CINIT_USER", "CINIT_SSH_KEY", "CINIT_DISABLE_ROOT", "CINIT_SS
 _KNOWN_BESIDES = (*HOOK_VARIABLES, "TARBALL_COMPRESS")
 
 
-def _warn_unknown(variable: str, path: str, warned: Collection[str], warn: Callable[[str], None]) -> None:
-    # Lower-case names are a file's helper variables.
-    if variable not in warned and variable.isupper() and variable not in _KNOWN_BESIDES:
-        near = _nearest(variable, [*(name.upper() for name in TABLE), *HOOK_VARIABLES])
-        warn(f"unknown setting {variable} in {path}{near}")
+def _warn_unknown(variable: str, path: str, layer: Collection[str], warn: Callable[[str], None]) -> None:
+    """Warn of a variable that a file sets, with the others in `layer`, and that looks like a setting."""
+    known = [*(name.upper() for name in TABLE), *HOOK_VARIABLES]
+    if variable.isupper():
+        if variable not in _KNOWN_BESIDES:
+            warn(f"unknown setting {variable} in {path}{_nearest(variable, known)}")
+    # Other names are a file's helper variables, as in `arch=...` or IMAGE_NAME=$image_name.
+    elif "_" in variable and variable.upper() in known and variable.upper() not in layer:
+        warn(f"unknown setting {variable} in {path} (did you mean {variable.upper()}?)")
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -197,9 +197,10 @@ def _is_link(path: str, text: str) -> bool:
 
 def _replace(path: str, entry: Entry) -> None:
     """Write a temporary file and rename it: whoever calls the file meanwhile finds the old or the new one, whole."""
-    if os.path.isdir(path) and not os.path.islink(path):
+    if os.path.lexists(path) and not os.path.islink(path) and not os.path.isfile(path):
+        what = "a directory" if os.path.isdir(path) else "no regular file"
         raise Failure(
-            f"{path} is a directory, it should be a {'link' if entry.link else 'file'}",
+            f"{path} is {what}, it should be a {'link' if entry.link else 'file'}",
             hint=f"move it away: mv {path} {path}.old",
         )
     temporary = path + UNFINISHED.format(secrets.token_hex(4))

@@ -186,6 +186,13 @@ def test_directory_in_the_way(entry: Entry, root: Path) -> None:
     assert (root / "x/y").is_dir()
 
 
+@pytest.mark.parametrize("entry", [Entry("/x", link="imageos"), Entry("/x", b"text"), Entry("/x", b"text", site=True)])
+def test_fifo_in_the_way(entry: Entry, root: Path) -> None:
+    os.mkfifo(root / "x")
+    with pytest.raises(Failure, match=f"^{root}/x is no regular file, it should be a (link|file)$"):
+        install.put(str(root), entry)
+
+
 @pytest.mark.parametrize("entry", [Entry("/x", link="imageos"), Entry("/x", b"text")])
 def test_failed_write_leaves_nothing(entry: Entry, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:

@@ -140,6 +140,14 @@ def test_unknown_setting(with_files: Load, capfd: pytest.CaptureFixture[str], tm
     ]
 
 
+def test_setting_in_small_letters(with_files: Load, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A helper variable is none: its name is a short word, or the setting itself is set, too."""
+    with_files({"image_name": "a", "arch": "b", "boot_size": "100", "BOOT_SIZE": "100"}, {"image_name": "a"})
+    assert capfd.readouterr().err.splitlines() == [
+        f"imageos: warning: unknown setting image_name in {tmp_path}/defaults (did you mean IMAGE_NAME?)",
+    ]
+
+
 def test_what_the_hooks_read_is_known() -> None:
     """Every variable of the ancestor that a hook reads; no other begins with CINIT_."""
     source = "".join(path.read_text() for path in (TESTS.parent / "hooks.d").iterdir())
