@@ -50,7 +50,7 @@ programs
 @pytest.fixture(scope="module")
 def followed(imageos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the output of all its commands, with some checks between them."""
-    install = "\n".join([*readme.block("./build.py && cp").splitlines()[:3], "gnt-os diagnose"])
+    install = "\n".join([*readme.block("./build.py && cp").splitlines()[:3], "gnt-os diagnose", ""])
     add = readme.block("gnt-instance add -t plain").replace("-t plain", "-t file")
     script = f"""
         {PREPARE}
