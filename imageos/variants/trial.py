@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -184,7 +183,10 @@ def scratch(directory: str, need: int, size: int) -> Iterator[IO[bytes]]:
     with ExitStack() as stack:
         with explained(f"cannot make a disk of {log.size(size)} in {directory}", "set CACHE_DIR to a place with room"):
             space.check(directory, need + GROWTH)
-            file = stack.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
+            # not tempfile, which asks for a file that can never have a name
+            file = stack.enter_context(
+                open(os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), "r+b", 0)
+            )
             file.truncate(size)
         yield file
 
@@ -194,7 +196,8 @@ def keep(file: IO[bytes], path: str, command: str) -> None:
     with explained(f"cannot keep the disk as {path}"):
         if os.path.lexists(path):
             os.unlink(path)
-        os.link(f"/proc/self/fd/{file.fileno()}", path, follow_symlinks=True)
+        # with a directory it is linkat(2), which follows the link in /proc
+        os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno(), follow_symlinks=True)
     log.info(f"the disk is kept: {path}")
     log.info(f"boot it again: {command}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -72,9 +73,10 @@ def attempt(node: Node, *tries: Sequence[str]) -> list[Result]:
 
 def doctor(node: Node, name: str) -> str:
     """Return what doctor says of the last trial of a variant."""
-    said = " ".join(node.tool("doctor").log.split())
-    (found,) = re.findall(rf"(ok|note) variant {name} was (tried .*?)(?= ok | note | ERROR | -> )", said)
-    return ": ".join(found)
+    document = node.tool("doctor", "--json").log
+    start = f"variant {name} was "
+    (found,) = (check for check in json.loads(document)["findings"] if check["what"].startswith(start))
+    return f"{found['level']}: {found['what'].removeprefix(start)}"
 
 
 def table(result: Result) -> dict[str, str]:

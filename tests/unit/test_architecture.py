@@ -492,7 +492,7 @@ MAY_TOUCH = {
     "variants.table": ("looks", "how large the downloads are"),
     "variants.guestboot": ("looks opens temporary", "whether there is KVM and UEFI; a copy of its variables"),
     "variants.journal": ("opens temporary", "a copy of the guest's journal"),
-    "variants.trial": ("looks changes temporary", "the scratch disk"),
+    "variants.trial": ("looks opens changes", "the scratch disk"),
     "variants.record": ("opens changes", "the results of trials"),
     "cli": ("loads", "the module of the command that is called"),
 }
