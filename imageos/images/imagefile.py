@@ -93,10 +93,7 @@ class Image:
 
     @cached_property
     def unpacked_size(self) -> tuple[int, bool]:
-        """The size of its content as far as it is told, and whether that is exact; else a lower bound.
-
-        What gzip says at its end is neither: the size modulo 4 GiB of the last member, or what was appended to it.
-        """
+        """The size of its content as far as it is told, and whether that is exact; else a lower bound."""
         if self.layers:
             return self.known_size or 0, self.known_size is not None
         if self.compression == "zstd":
@@ -108,6 +105,11 @@ class Image:
             totals = re.search(rb"^totals\t\d+\t\d+\t\d+\t(\d+)", listed[0].stdout, re.MULTILINE)
             return (int(totals[1]), True) if totals else (0, False)
         return 0, False
+
+    @property
+    def gzip_size(self) -> int:
+        """What gzip says at its end: the size modulo 4 GiB of the last member, or what was appended. No proof of it."""
+        return int.from_bytes(os.pread(self.descriptor, 4, max(0, self.size - 4)), "little")
 
 
 def compression_of(begin: bytes) -> str:

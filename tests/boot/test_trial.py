@@ -121,11 +121,13 @@ def test_variants_that_say_why(node: Node) -> None:
     no_room.failed("it cannot be deployed: ", "/boot")  # create's last line
 
 
-def test_a_variant_that_hangs(node: Node) -> None:
-    """Its kernel says what it has to say, and then nothing happens any more."""
-    (hang,) = attempt(node, ["hang", "--timeout", "30"])
+def test_variants_that_say_nothing_more(node: Node) -> None:
+    """The kernel of one hangs after its first messages; that of the other speaks on the screen alone."""
+    hang, no_console = attempt(node, ["hang", "--timeout", "40"], ["no_console", "--timeout", "40"])
     hang.failed("it hangs: the last that it said is")
     assert re.search(r"\| \[ *\d+\.\d+\]", hang.log)
+    no_console.failed("no login prompt", "serial console")
+    assert "console=ttyS0" in no_console.log
 
 
 def test_confined_and_killed(node: Node) -> None:
