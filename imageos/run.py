@@ -165,6 +165,8 @@ def output_of(
         def check() -> None:
             for process in processes[:-1]:
                 process.stdout.close()
+            for process in processes:
+                process.status()  # until it has ended, it may have more to say
             # the position of a file from `_memory`, which the program writes to, is ours, too
             said = [_text(os.pread(error, os.lseek(error, 0, os.SEEK_CUR), 0)) for error in errors]
             ended = map(_finished, commands, processes, [b""] * len(commands), said)

@@ -48,6 +48,8 @@ def make_directory(target: Target, path: str) -> None:
     place, links = path, 0
     while not target.exists(place) and (link := target.link(place)) is not None and links < LINK_LIMIT:
         place, links = os.path.join(os.path.dirname(place), link), links + 1
+    if links and os.path.normpath(place).count("/") > LINK_LIMIT:  # nobody's home: each level would be a directory
+        raise Failure(f"the guest's {path} is a link that leads too deep")
     target.mkdir(place, mode=0o700)
     if links:
         log.warning(f"the guest's {path} is a link to {place}, which the image does not have: it is made")

@@ -173,17 +173,20 @@ IMAGES = {
     "cloud-init-networkd": Image(("cloud-init", "networkd", "resolved"), "cloud-init", NO_NETPLAN, ETH, suites=LAST),
     "cloud-init-NetworkManager": Image(("cloud-init", "NetworkManager"), "cloud-init", NO_NETPLAN, ETH, suites=LAST),
 }
-EVERY_PLAN = (
-    *("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd", "connman"),
-    *("ifupdown2", "ifupdown-ng", "sysvinit", "openrc"),
-)
-ABOVE_CLOUD_INIT = [name for name, image in IMAGES.items() if image.rules == "cloud-init"]
+EVERY_PLAN = ("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd")
+# The others are asked for what differs there.
 CELLS = {
     *((name, "static") for name in IMAGES),
-    *((name, plan) for name in EVERY_PLAN for plan in PLANS),
-    *((name, plan) for name in ABOVE_CLOUD_INIT for plan in ("dual", "routed", "two")),
+    *((name, plan) for name in EVERY_PLAN for plan in PLANS if plan != "none"),
+    *((name, "none") for name in ("networkd", "openrc")),
+    *((name, "two") for name in ("ifupdown2", "ifupdown-ng", "cloud-init-ifupdown", "cloud-init-netplan")),
+    *(
+        (name, "dual")
+        for name in ("cloud-init-networkd", "cloud-init-netplan-NetworkManager", "cloud-init-NetworkManager")
+    ),
+    ("connman", "dhcp"),
     ("ifupdown-dhcpcd", "dhcp"),
-} - {(name, "routed") for name in ("connman", "cloud-init-NetworkManager", "cloud-init-ifupdown")}  # by a gateway
+}
 TESTS = sorted(
     ((suite, IMAGES[name].flavour), name, planned) for name, planned in CELLS for suite in IMAGES[name].suites
 )
