@@ -41,7 +41,6 @@ PACKAGES = (
     "passwd",
     "openssh-server",
 )
-OTHER_INIT = ("--allow-remove-essential", "systemd-sysv-", "sysvinit-core")
 # Additional packages of a system, for its network or boot loader.
 FLAVOURS = {
     "ifupdown": ("ifupdown", "isc-dhcp-client"),
@@ -57,10 +56,6 @@ FLAVOURS = {
         *("cloud-init", "netplan.io", "systemd-resolved", "network-manager", "connman", "dhcpcd"),
         *("ifupdown", "isc-dhcp-client"),
     ),
-    "ifupdown2": ("ifupdown2", "isc-dhcp-client"),
-    "ifupdown-ng": ("ifupdown-ng", "ifupdown-ng-compat", "isc-dhcp-client"),
-    "sysvinit": (*OTHER_INIT, "sysv-rc", "ifupdown", "isc-dhcp-client"),
-    "openrc": (*OTHER_INIT, "openrc", "ifupdown", "isc-dhcp-client"),
     "lvm": ("lvm2",),
     "node": ("lvm2", "python3", "fdisk"),  # deploys others itself
     "large": ("build-essential", "git", "vim"),  # for the benchmark: about 600 MB

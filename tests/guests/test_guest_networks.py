@@ -93,7 +93,6 @@ class Image:
     suites: tuple[str, ...] = SUITES
 
 
-NG = "-> /usr/lib/systemd/system/networking.service"
 STUB, PLAIN = "-> ../run/systemd/resolve/stub-resolv.conf", "nameserver 192.0.2.99\n"
 HOTPLUG = "auto lo\niface lo inet loopback\n\nauto eth0\nallow-hotplug eth0\niface eth0 inet dhcp\n"
 DHCP_NETWORK = "[Match]\nName=e*\n[Network]\nDHCP=yes\n"
@@ -148,23 +147,10 @@ IMAGES = {
         {**NETPLAN, "etc/cloud/cloud-init.disabled": "", "etc/netplan/50-cloud-init.yaml": COMMENT},
         ETH,
     ),
-    "connman": Image(("connman",), "connman", {**NO_NETPLAN, "etc/resolv.conf": STUB}, ETH),
+    "connman": Image(("connman",), "connman", {**NO_NETPLAN, "etc/resolv.conf": STUB}, ETH, suites=LAST),
     "ifupdown-dhcpcd": Image(
         ("ifupdown",), "ifupdown", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH, ("dhclient",)
     ),
-    "ifupdown2": Image(
-        ("ifupdown",), "ifupdown", {"etc/network/interfaces": HOTPLUG}, ETH, flavour="ifupdown2", suites=LAST
-    ),
-    "ifupdown-ng": Image(
-        ("ifupdown",),
-        "ifupdown",
-        {"etc/network/interfaces": HOTPLUG, "etc/systemd/system/multi-user.target.wants/networking.service": NG},
-        ETH,
-        flavour="ifupdown-ng",
-        suites=LAST,
-    ),
-    "sysvinit": Image(("ifupdown",), "ifupdown", {"etc/network/interfaces": HOTPLUG}, ETH, (), "sysvinit", LAST),
-    "openrc": Image(("ifupdown",), "ifupdown", {"etc/network/interfaces": HOTPLUG}, ETH, (), "openrc", LAST),
     "cloud-init-ifupdown": Image(("cloud-init", "ifupdown"), "cloud-init", NO_NETPLAN, ETH, suites=LAST),
     "cloud-init-netplan": Image(("cloud-init", "networkd", "resolved"), "cloud-init", NETPLAN, ETH, suites=LAST),
     "cloud-init-netplan-NetworkManager": Image(
@@ -176,14 +162,14 @@ IMAGES = {
 EVERY_PLAN = ("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd")
 # The others are asked for what differs there.
 CELLS = {
-    *((name, "static") for name in IMAGES),
+    *((name, "static") for name in IMAGES if name != "cloud-init-netplan-NetworkManager"),
     *((name, plan) for name in EVERY_PLAN for plan in PLANS if plan != "none"),
-    *((name, "none") for name in ("networkd", "openrc")),
-    *((name, "two") for name in ("ifupdown2", "ifupdown-ng", "cloud-init-ifupdown", "cloud-init-netplan")),
+    *((name, "two") for name in ("cloud-init-ifupdown", "cloud-init-networkd")),
     *(
         (name, "dual")
-        for name in ("cloud-init-networkd", "cloud-init-netplan-NetworkManager", "cloud-init-NetworkManager")
+        for name in ("cloud-init-netplan", "cloud-init-netplan-NetworkManager", "cloud-init-NetworkManager")
     ),
+    ("networkd", "none"),
     ("connman", "dhcp"),
     ("ifupdown-dhcpcd", "dhcp"),
 }
