@@ -300,6 +300,10 @@ def examine_settings(
             problems.append(Failure(f"{name.upper()} cannot be set by an OS parameter (OSP_{name.upper()})"))
         else:
             set_value(name, text, f"as OS parameter {name}", name.upper() if name in TABLE else name)
+    if not values.get("image_keyring"):
+        for name in ("image_signer", "image_signed_name"):
+            if values.get(name):
+                warn(f"{name.upper()} has no effect: without IMAGE_KEYRING no signature is asked for")
     if not values.get("arch"):
         values["arch"] = _node_arch()
     return Settings(**values, unknown=unknown), problems

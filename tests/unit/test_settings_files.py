@@ -148,6 +148,15 @@ def test_setting_in_small_letters(with_files: Load, capfd: pytest.CaptureFixture
     ]
 
 
+def test_signer_without_a_keyring(with_files: Load, capfd: pytest.CaptureFixture[str]) -> None:
+    signer = {"IMAGE_SIGNER": "A" * 40, "IMAGE_SIGNED_NAME": "a-*.qcow2"}
+    with_files({"IMAGE_KEYRING": "/keys.gpg", **signer})
+    assert capfd.readouterr().err == ""
+    with_files({"IMAGE_KEYRING": "/keys.gpg", **signer}, {"IMAGE_KEYRING": ""}, variant="v")
+    said = "has no effect: without IMAGE_KEYRING no signature is asked for"
+    assert capfd.readouterr().err.splitlines() == [f"imageos: warning: {name} {said}" for name in signer]
+
+
 def test_what_the_hooks_read_is_known() -> None:
     """Every variable of the ancestor that a hook reads; no other begins with CINIT_."""
     source = "".join(path.read_text() for path in (TESTS.parent / "hooks.d").iterdir())
