@@ -94,7 +94,7 @@ def test_good_variants(node: Node) -> None:
         assert re.fullmatch(r"[\d.]+ s", rows["powered off in"])
         assert rows["filesystem"] == "clean"
         assert rows["machine-id"] == "made"
-        assert rows["ssh host keys"] == "ecdsa, ed25519, rsa"
+        assert {"ecdsa", "ed25519", "rsa"} <= set(rows["ssh host keys"].split(", "))  # cloud-init 22.4 makes dsa, too
         assert rows["failed units"] == "none"
         assert re.fullmatch(r"ok: tried .*on [\d-]{10} with the image of [\d-]{10}: ok", doctor(node, name))
     disk = node.images / "try-cloud.raw"
