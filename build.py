@@ -110,6 +110,7 @@ TEST_NEEDS = {  # besides the programs that imageos runs
     "dnsmasq": "dnsmasq-base",  # a DHCP server that puts names into the DNS
     "/usr/share/ganeti/testsuite/qa": "ganeti-testsuite",  # Ganeti's own tests of a cluster
     "sshd": "openssh-server",
+    "journalctl": "systemd",  # reads the journal of a guest that was tried
     "socat": "socat",  # serial consoles of a real cluster
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from imageos.errors import Usage
 from imageos.installation import OS_DIR
@@ -12,12 +12,13 @@ from imageos.installation import OS_DIR
 class Parser(argparse.ArgumentParser):
     """A parser for the command `prog`; `about` is the docstring of its module."""
 
-    def __init__(self, prog: str, about: str, epilog: str | None = None) -> None:
+    def __init__(self, prog: str, about: str, epilog: str | None = None, **inherited: Any) -> None:
         super().__init__(
             prog=prog,
             description=about.partition(": ")[2],
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            **inherited,
         )
 
     def error(self, message: str) -> NoReturn:

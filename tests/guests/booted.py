@@ -64,7 +64,7 @@ unshare=$!
 inside() { nsenter --target "$init" --mount --pid --net --uts --ipc --root --wd -- "$@"; }
 init=
 for _ in $(seq 600); do
-  ps=$(ps --ppid $unshare -o pid=,comm=)
+  ps=$(ps --ppid $unshare -o pid=,comm=) || true  # it may have no child yet
   init=$(printf '%s' "$ps" | sed -n 's/ *\([0-9]*\) \(systemd\|init\)$/\1/p')
   case $ps in
     *systemd) [ -S "/proc/$init/root/run/systemd/private" ] && break ;;
