@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from imageos import log
 from imageos.disks.layout import MIB, SECTOR, Layout, sfdisk_script
@@ -22,6 +23,8 @@ from imageos.node import linux, mounts, sysfs
 from imageos.node.confinement import Room
 from imageos.node.mounts import Mount
 from imageos.run import Command, run
+
+T = TypeVar("T")
 
 DEADLINE = 10.0  # seconds to wait for the kernel or udev
 # Seconds. udev and others look at a disk that has just appeared, or been written to or let go: udev locks it meanwhile,
@@ -191,6 +194,12 @@ def let_go(path: str) -> Iterator[None]:
         _wait(lambda: _is_free(node), Failure(f"disk {node} is still in use after {DEADLINE:.0f} s"))
 
 
+def ask(device: str, question: Callable[[Callable[[int, int], bytes]], T]) -> T:
+    """Return the answer of a function that reads a superblock."""
+    with open(device, "rb") as file:
+        return question(lambda offset, count: os.pread(file.fileno(), count, offset))
+
+
 def last_write(disk: Disk) -> int:
     """Return a number that changes when somebody writes to the disk."""
     status = os.fstat(disk.descriptor)
@@ -243,21 +252,13 @@ def wipe(descriptor: int, ranges: Iterable[tuple[int, int]]) -> None:
 def clear(loop: LoopDevice) -> None:
     """Make the whole disk read as zero, so that nothing of the last tenant shows through what is not written."""
     disk = loop.disk
-    if disk.is_file and not _has_data(disk.descriptor):
+    if disk.is_file and not any(linux.data_ranges(disk.descriptor, 0, disk.size)):
         return
     try:
         linux.punch_hole(disk.descriptor, 0, disk.size)
     except OSError:  # it cannot, and nothing less than that is a promise
         _write_zeroes(loop.descriptor if disk.is_file else disk.descriptor, disk.size // SECTOR * SECTOR)
     linux.flush_buffers(loop.descriptor)  # the cache may still have what was there
-
-
-def _has_data(descriptor: int) -> bool:
-    try:
-        os.lseek(descriptor, 0, os.SEEK_DATA)
-    except OSError as error:
-        return error.errno != errno.ENXIO  # no data from here to the end
-    return True
 
 
 def _write_zeroes(descriptor: int, size: int) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from imageos import log
 from imageos.disks import blockdev, superblock
 from imageos.disks.superblock import BtrfsDevice
-from imageos.errors import Failure
+from imageos.errors import Failure, explained
 from imageos.node import linux, mounts
 from imageos.run import Command, run
 
@@ -42,7 +42,8 @@ def make_options() -> list[str]:
 
 
 def grow(device: str) -> list[str]:
-    facts = _facts(device)  # without a number, the program means the first device that the filesystem ever had
+    facts = blockdev.ask(device, superblock.btrfs_device)
+    # without a number, the program means the first device that the filesystem ever had
     return ["btrfs", "filesystem", "resize", f"{facts.number}:max" if facts else "max"]
 
 
@@ -62,13 +63,9 @@ def alone(device: str) -> Iterator[None]:
     if mounted and mounted <= set(own):
         yield  # another subvolume of it is mounted by us, who have the disk
         return
-    try:
-        control = os.open("/dev/btrfs-control", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise Failure(
-            f"cannot mount {device} as btrfs: /dev/btrfs-control: {error.strerror}", hint="modprobe btrfs"
-        ) from None
-    try:
+    with explained(f"cannot mount {device} as btrfs: /dev/btrfs-control", "modprobe btrfs"):
+        opened = os.open("/dev/btrfs-control", os.O_RDWR)
+    with linux.closing(opened) as control:
         _await_turn(device, control, identity)
         try:
             _scan([*(name for name in own if name != device), device])
@@ -76,8 +73,6 @@ def alone(device: str) -> Iterator[None]:
         finally:
             for other in own:
                 linux.forget_btrfs(other)
-    finally:
-        os.close(control)
 
 
 def check_no_twin(identity: uuid.UUID) -> None:
@@ -128,16 +123,11 @@ def _scan(devices: Sequence[str], is_first: bool = True) -> None:
 @contextmanager
 def writable(path: str) -> Iterator[None]:
     """Meanwhile, a subvolume that is read-only is not: the root of a guest that is updated as a whole."""
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with linux.writable_subvolume(directory) as was_read_only:
-            if was_read_only:
-                log.info(
-                    "the guest's subvolume is read-only: it is changed all the same, and read-only again afterwards"
-                )
-            yield
-    finally:
-        os.close(directory)
+    opened = linux.closing(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
+    with opened as directory, linux.writable_subvolume(directory) as was_read_only:
+        if was_read_only:
+            log.info("the guest's subvolume is read-only: it is changed all the same, and read-only again afterwards")
+        yield
 
 
 def mount(device: str, path: str, kind: str, flags: int, data: str) -> None:
@@ -167,7 +157,8 @@ def devices(device: str) -> dict[str, BtrfsDevice]:
 
     Fail if there are too few of them: nobody may take the others from another disk.
     """
-    found = {name: facts for name in blockdev.parts_beside(device) if (facts := _facts(name))}
+    asked = {name: blockdev.ask(name, superblock.btrfs_device) for name in blockdev.parts_beside(device)}
+    found = {name: facts for name, facts in asked.items() if facts}
     if device not in found:
         return {}
     this = found[device]
@@ -183,11 +174,6 @@ def devices(device: str) -> dict[str, BtrfsDevice]:
             hint="NOMOUNT=yes deploys a disk image, and leaves a disk, without looking into it",
         )
     return own
-
-
-def _facts(device: str) -> BtrfsDevice | None:
-    with open(device, "rb") as file:
-        return superblock.btrfs_device(lambda offset, count: os.pread(file.fileno(), count, offset))
 
 
 def _mounted(identity: uuid.UUID) -> set[str]:

@@ -13,9 +13,9 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 
-from imageos.disks.ext import INCOMPAT_64BIT, MAGIC, SUPERBLOCK, Read
+from imageos.disks import superblock
+from imageos.disks.ext import Read
 from imageos.disks.layout import SECTOR
-from imageos.disks.superblock import BTRFS_MAGIC, BTRFS_SUPERBLOCK
 
 GPT_SECTORS = (SECTOR, 4096)  # bytes; a disk of 4 KiB sectors has its table elsewhere
 GPT_HEADER = struct.Struct("<8s4sII4xQQQQ16sQIII")  # 92 bytes
@@ -39,7 +39,7 @@ def least_size(begin: bytes) -> int:
     """
     # An ISO image that boots from a USB stick has partition tables, too, often rounded up.
     size = _of_iso(begin) or max((end for _, end in (*_of_gpt(begin),) or _of_msdos(begin)), default=0)
-    return size or max((read(begin) for read in FILESYSTEMS), default=0)
+    return size or max(size_of(lambda offset, count: begin[offset : offset + count]) for size_of in FILESYSTEMS)
 
 
 def places(read: Read, begin: bytes) -> list[tuple[int, int]]:
@@ -131,48 +131,29 @@ def _msdos(begin: bytes) -> Iterator[tuple[int, int, int]]:
             yield kind, start * SECTOR, (start + count) * SECTOR
 
 
-def _of_ext(begin: bytes) -> int:
-    block = begin[SUPERBLOCK : SUPERBLOCK + 1024]
-    if len(block) < 1024 or struct.unpack_from("<H", block, 0x38)[0] != MAGIC:
-        return 0
-    low, shift = struct.unpack_from("<I", block, 4)[0], struct.unpack_from("<I", block, 0x18)[0]
-    high = struct.unpack_from("<I", block, 0x150)[0] if block[0x60] & INCOMPAT_64BIT else 0
-    return (high << 32 | low) * (1024 << shift) if shift <= 6 else 0
-
-
-def _of_xfs(begin: bytes) -> int:
-    if begin[:4] != b"XFSB":
-        return 0
-    block, count = struct.unpack_from(">IQ", begin, 4)
-    return int(block * count)
-
-
-def _of_btrfs(begin: bytes) -> int:
-    block = begin[BTRFS_SUPERBLOCK : BTRFS_SUPERBLOCK + 4096]
-    if block[64:72] != BTRFS_MAGIC or len(block) < 4096:
-        return 0
-    return int(struct.unpack_from("<Q", block, 201 + 8)[0])  # of the device that this is (struct btrfs_dev_item)
-
-
-def _of_lvm(begin: bytes) -> int:
+def _of_lvm(read: Read) -> int:
     for sector in range(4):
-        label = begin[sector * SECTOR : (sector + 1) * SECTOR]
+        label = read(sector * SECTOR, SECTOR)
         if label.startswith(b"LABELONE") and label[24:32] == b"LVM2 001":
             return int(struct.unpack_from("<Q", label.ljust(SECTOR, b"\0"), 32 + 32)[0])
     return 0
 
 
-def _of_ntfs(begin: bytes) -> int:
+def _of_ntfs(read: Read) -> int:
+    begin = read(0, SECTOR)
     if begin[3:11] != b"NTFS    " or len(begin) < SECTOR:
         return 0
     return int((struct.unpack_from("<Q", begin, 0x28)[0] + 1) * struct.unpack_from("<H", begin, 11)[0])
 
 
-def _of_swap(begin: bytes) -> int:
+def _of_swap(read: Read) -> int:
     for page in SWAP_PAGES:
-        if begin[page - len(SWAP_MAGIC) : page] == SWAP_MAGIC:
-            return int((struct.unpack_from("<I", begin, 1024 + 4)[0] + 1) * page)
+        if read(page - len(SWAP_MAGIC), len(SWAP_MAGIC)) == SWAP_MAGIC:
+            return int((struct.unpack("<I", read(1024 + 4, 4))[0] + 1) * page)
     return 0
 
 
-FILESYSTEMS: tuple[Callable[[bytes], int], ...] = (_of_ext, _of_xfs, _of_btrfs, _of_lvm, _of_ntfs, _of_swap)
+FILESYSTEMS: tuple[Callable[[Read], int], ...] = (
+    *(superblock.ext_size, superblock.xfs_size, superblock.btrfs_size),
+    *(_of_lvm, _of_ntfs, _of_swap),
+)

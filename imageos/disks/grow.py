@@ -12,7 +12,7 @@ from imageos.disks import blockdev, lvm, mounting, partitions, superblock
 from imageos.disks.blockdev import LoopDevice
 from imageos.disks.discovery import Found
 from imageos.disks.filesystem import FILESYSTEMS
-from imageos.disks.layout import MIB, SECTOR
+from imageos.disks.layout import GPT_BACKUP, MIB, SECTOR
 from imageos.disks.lvm import Extents, Group
 from imageos.disks.partitions import Part, Table
 from imageos.errors import Failure
@@ -26,7 +26,6 @@ CORRECTED, UNCORRECTED = 1, 4  # statuses of fsck(8)
 # 1 TiB of them can be 64 GiB.
 LAZY = {"RESIZE2FS_FORCE_LAZY_ITABLE_INIT": "1"}
 MMP_PATIENCE = 60  # seconds that checking and growing may wait, together
-GPT_BACKUP = 33 * SECTOR  # bytes of the second gpt, at the end of a disk, as sfdisk(8) makes it
 STEPS = 32  # that the space which a filesystem could grow into is cut into, to find how far it can
 
 
@@ -124,7 +123,7 @@ def size_of(part: Part) -> int:
     """Return the bytes that the filesystem on `part` covers."""
     with open(part.device, "rb") as file:
         linux.flush_buffers(file.fileno())  # while it was mounted, the kernel may have written past this cache
-    return mounting.ask(part.device, FILESYSTEMS[part.kind].size)
+    return blockdev.ask(part.device, FILESYSTEMS[part.kind].size)
 
 
 class NoFilesystem(Failure):
@@ -236,7 +235,7 @@ def protection(root: Part) -> str:
     check_wait = row.check_wait
     if not check_wait:
         return ""
-    objection, wait = mounting.ask(root.device, lambda read: (row.objection(read, True), 2 * check_wait(read)))
+    objection, wait = blockdev.ask(root.device, lambda read: (row.objection(read, True), 2 * check_wait(read)))
     if objection or not wait:
         return objection
     programs = f"{row.check[0]} and {row.grow(root.device)[0]}"
@@ -287,8 +286,8 @@ def _grow_holder(loop: LoopDevice, table: Table, root: Part) -> Table:
     lvm.resize(group, holder.device)
     log.info(f"{holder} and its physical volume have {log.size(size)}")
     groups, problem = lvm.read({part.device: part.uuid for part in table.partitions if part.device in group.starts})
-    if problem.what:
-        raise Failure(problem.what)
+    if problem:
+        raise problem
     return replace(table, groups=groups)
 
 
@@ -343,17 +342,17 @@ def _grow_by_steps(root: Part, size: int) -> Failure | None:
 
     Return why it has not grown all the way.
     """
-    before = mounting.ask(root.device, superblock.ext_size)
+    before = blockdev.ask(root.device, superblock.ext_size)
     refusal = _attempt(root)
-    if refusal and not mounting.ask(root.device, superblock.check_wait):
+    if refusal and not blockdev.ask(root.device, superblock.check_wait):
         # from above: to refuse takes no time; in the lowest step once more, by smaller ones
         for step in ((size - before) // STEPS, (size - before) // STEPS**2):
             sizes = range(before + (STEPS - 1) * step, before, -step) if step >= MIB else ()
             if any(not _attempt(root, f"{size // 1024}K") for size in sizes):
                 break
-    if refusal or mounting.ask(root.device, superblock.has_orphan_file):
+    if refusal or blockdev.ask(root.device, superblock.has_orphan_file):
         _prove(root)
-    reached = mounting.ask(root.device, superblock.ext_size)
+    reached = blockdev.ask(root.device, superblock.ext_size)
     if refusal and reached <= before:
         raise refusal
     partly = f"the {root.kind} on {root} has grown to {log.size(reached)}, not to {log.size(size)}: {refusal}"
@@ -381,7 +380,7 @@ def _prove(root: Part) -> None:
     """Fail unless it is sound, or was easily made so."""
     # A program that gave up half way has left a mark, without which a check is over at once. None tells of
     # the list of orphans, with whose checksums as resize2fs 1.47.0 leaves them Linux does not mount it.
-    checked = _fsck(root, *(["-f"] if mounting.ask(root.device, superblock.has_orphan_file) else []))
+    checked = _fsck(root, *(["-f"] if blockdev.ask(root.device, superblock.has_orphan_file) else []))
     if checked:
         raise Unsound(f"growing has damaged the {root.kind} on {root}: {checked}", details=checked.details)
 

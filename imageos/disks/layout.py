@@ -34,6 +34,7 @@ USR_TYPES = (
     "75250D76-8CC6-458E-BD66-BD47CC81A812",  # x86
     "B0E01050-EE5F-4390-949A-9101B17104E9",  # aarch64
 )
+GPT_BACKUP = 33 * SECTOR  # bytes of the second gpt, at the end of a disk, as sfdisk(8) makes it
 BIOS_SIZE = 1 * MIB
 ESP_SIZE = 128 * MIB  # the least that every mkfs.vfat makes a FAT32 of with room for two loaders
 
@@ -67,9 +68,7 @@ def plan(table: str, disk_size: int, *, boot: int, swap: int, arch: str, smalles
     if table == "gpt":
         sizes = {"bios": BIOS_SIZE, "esp": ESP_SIZE, **sizes}
     sizes = {role: size for role, size in sizes.items() if size}
-    end = disk_size // MIB * MIB
-    if table == "gpt":
-        end = (disk_size - 33 * SECTOR) // MIB * MIB  # the backup table needs 33 sectors
+    end = (disk_size - (GPT_BACKUP if table == "gpt" else 0)) // MIB * MIB
     start = MIB
     root = end - start - sum(sizes.values())
     if root < smallest_root:

@@ -92,21 +92,13 @@ class Group:
         return next(following, Extents(extents.device, extents.end, 0))
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Why not all is known; empty if it is."""
-
-    what: str = ""
-    remedy: str | None = None
-
-
-def read(devices: Mapping[str, str]) -> tuple[tuple[Group, ...], Problem]:
+def read(devices: Mapping[str, str]) -> tuple[tuple[Group, ...], Failure | None]:
     """Return the volume groups of one disk, and why not all is known of them.
 
     `devices` are its physical volumes, with the UUID of each.
     """
     if not available(PROGRAM):
-        return (), Problem(
+        return (), Failure(
             "lvm2 is not installed on this node: logical volumes cannot be read",
             "install lvm2 on every node; or set NOMOUNT=yes, which deploys a disk image without looking into it",
         )
@@ -118,14 +110,14 @@ def read(devices: Mapping[str, str]) -> tuple[tuple[Group, ...], Problem]:
             raise done.failure()
         groups, known = parse(done.stdout.decode("utf-8", "replace"), devices)
     except Failure as failure:
-        return (), Problem(f"logical volumes cannot be read: {failure}")
+        return (), Failure(f"logical volumes cannot be read: {failure}")
     for device, identity in devices.items():
         if device not in known:
             said = (line for line in done.stderr.splitlines() if device in line or identity.replace("-", "") in line)
-            return groups, Problem(
+            return groups, Failure(
                 f"logical volumes on {device} cannot be read: {next(said, 'lvm2 finds none').strip()}"
             )
-    return groups, Problem()
+    return groups, None
 
 
 def resize(group: Group, device: str) -> None:

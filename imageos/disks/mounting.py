@@ -7,18 +7,15 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from typing import TypeVar
 
 from imageos import log
+from imageos.disks import blockdev
 from imageos.disks.btrfs import MountedTwice
-from imageos.disks.ext import Read
 from imageos.disks.filesystem import FILESYSTEMS, Volume
 from imageos.errors import DAMAGED, Failure, explained
 from imageos.node import isolation, linux
 from imageos.node.confinement import Room
 from imageos.run import Command, output_of
-
-T = TypeVar("T")
 
 WRITE_BACK = ("sync",)  # programs of `writing_back`
 NOT_REPLAYED = "is in use, or was not cleanly unmounted: what only its journal holds is not seen"
@@ -149,16 +146,10 @@ def alone(directory: str) -> Iterator[str]:
         os.rmdir(path)
 
 
-def ask(device: str, question: Callable[[Read], T]) -> T:
-    """Return the answer of a function that reads a superblock."""
-    with open(device, "rb") as file:
-        return question(lambda offset, count: os.pread(file.fileno(), count, offset))
-
-
 def replay(device: str, kind: str) -> bool:
     """Replay the journal, if that may change the UUID or label, and return whether it was done."""
     is_dirty = FILESYSTEMS[kind].is_dirty
-    if not (is_dirty and ask(device, is_dirty)):
+    if not (is_dirty and blockdev.ask(device, is_dirty)):
         return False
     with mounted_somewhere(device, kind, read_only=True) as (_, is_replayed):
         return is_replayed
@@ -229,7 +220,7 @@ def _is_read_only(device: str) -> bool:
 
 
 def _objection(device: str, kind: str, writable: bool) -> str:
-    return ask(device, lambda read: FILESYSTEMS[kind].objection(read, writable))
+    return blockdev.ask(device, lambda read: FILESYSTEMS[kind].objection(read, writable))
 
 
 def _check_superblock(device: str, kind: str, writable: bool) -> None:

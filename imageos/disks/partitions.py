@@ -90,7 +90,7 @@ def with_volumes(loop: LoopDevice, table: Table) -> Table:
     """Return `table` with the logical volumes on its partitions, each with a loop device unless it has an obstacle."""
     holders = {part.device: part for part in table.partitions if part.kind == PHYSICAL}
     groups, problem = lvm.read({device: part.uuid for device, part in holders.items()})
-    unread = re.sub(r"/dev/\w+", lambda node: str(holders.get(node[0], node[0])), problem.what)
+    unread = re.sub(r"/dev/\w+", lambda node: str(holders.get(node[0], node[0])), str(problem or ""))
     placed = [_place(group, volume, holders) for group in groups for volume in group.volumes]
     volumes = [
         part if part.obstacle else probe(replace(part, device=blockdev.attach_range(loop, part.start, part.size)))
@@ -104,7 +104,9 @@ def with_volumes(loop: LoopDevice, table: Table) -> Table:
             holders[extents.device] = replace(holder, free=(*holder.free, free))
     partitions = [holders.get(part.device, part) for part in table.partitions]
     hide_physical(loop, table)
-    return replace(table, parts=(*partitions, *volumes), groups=groups, unread=unread, remedy=problem.remedy)
+    return replace(
+        table, parts=(*partitions, *volumes), groups=groups, unread=unread, remedy=problem.hint if problem else None
+    )
 
 
 def hide_physical(loop: LoopDevice, table: Table) -> None:

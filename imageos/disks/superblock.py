@@ -77,14 +77,14 @@ def btrfs_device(read: Read) -> BtrfsDevice | None:
 
 
 def btrfs_size(read: Read) -> int:
-    """Return the bytes that a btrfs covers on this device."""
+    """Return the bytes that a btrfs covers on this device; 0 if there is none."""
     device = btrfs_device(read)
     return device.size if device else 0
 
 
 def of_ext(read: Read, writable: bool) -> str:
-    block = read(SUPERBLOCK, 1024)
-    if len(block) < 1024 or _u16(block, 0x38) != MAGIC:
+    block = _ext_block(read)
+    if not block:
         return ""  # the kernel will say what it is
     compat, incompat = _u32(block, 0x5C), _u32(block, 0x60)
     if incompat & INCOMPAT_JOURNAL_DEV:
@@ -115,8 +115,8 @@ def _mmp(read: Read, block: bytes) -> bytes:
 
 def is_dirty_ext(read: Read) -> bool:
     """Return whether its journal is to be replayed, which may change the superblock: the label, for example."""
-    block = read(SUPERBLOCK, 1024)
-    return len(block) == 1024 and _u16(block, 0x38) == MAGIC and bool(_u32(block, 0x60) & INCOMPAT_RECOVER)
+    block = _ext_block(read)
+    return bool(block and _u32(block, 0x60) & INCOMPAT_RECOVER)
 
 
 def check_wait(read: Read) -> int:
@@ -124,23 +124,26 @@ def check_wait(read: Read) -> int:
 
     Only those that are protected against being mounted twice (mmp) have a wait (lib/ext2fs/mmp.c).
     """
-    block = read(SUPERBLOCK, 1024)
-    if len(block) < 1024 or _u16(block, 0x38) != MAGIC or not _u32(block, 0x60) & INCOMPAT_MMP:
+    block = _ext_block(read)
+    if not (block and _u32(block, 0x60) & INCOMPAT_MMP):
         return 0
     mmp = _mmp(read, block).ljust(MMP_STRUCT, b"\0")
     return 2 * max(_u16(block, 0x166), _u16(mmp, 112), MMP_LEAST) + 1
 
 
 def ext_size(read: Read) -> int:
-    """Return the bytes that an ext filesystem covers."""
-    block = read(SUPERBLOCK, 1024).ljust(1024, b"\0")
+    """Return the bytes that an ext filesystem covers; 0 if there is none."""
+    block = _ext_block(read)
+    if not block or _u32(block, 0x18) > 6:
+        return 0
     blocks = _u32(block, 0x4) + (_u32(block, 0x150) << 32 if _u32(block, 0x60) & INCOMPAT_64BIT else 0)
-    return blocks << 10 + min(_u32(block, 0x18), 6)
+    return blocks << 10 + _u32(block, 0x18)
 
 
 def has_orphan_file(read: Read) -> bool:
     """Return whether an ext4 filesystem lists in a file what is to be deleted."""
-    return bool(_u32(read(SUPERBLOCK, 1024).ljust(1024, b"\0"), 0x5C) & COMPAT_ORPHAN_FILE)
+    block = _ext_block(read)
+    return bool(block and _u32(block, 0x5C) & COMPAT_ORPHAN_FILE)
 
 
 def of_xfs(read: Read, _writable: bool) -> str:
@@ -153,16 +156,22 @@ def of_xfs(read: Read, _writable: bool) -> str:
 
 
 def xfs_size(read: Read) -> int:
-    """Return the bytes that an xfs covers."""
+    """Return the bytes that an xfs covers; 0 if there is none."""
     block = read(0, 16).ljust(16, b"\0")
     size, blocks = struct.unpack_from(">IQ", block, 4)
-    return int(size * blocks)
+    return int(size * blocks) if block.startswith(b"XFSB") else 0
 
 
 def of_btrfs(read: Read, writable: bool) -> str:
     """Which devices the kernel takes for this filesystem is seen to when it is mounted."""
     device = btrfs_device(read)
     return "it is a seed of other filesystems, and read-only" if device and device.is_seed and writable else ""
+
+
+def _ext_block(read: Read) -> bytes:
+    """Return the superblock of an ext filesystem; empty if there is none."""
+    block = read(SUPERBLOCK, 1024)
+    return block if len(block) == 1024 and _u16(block, 0x38) == MAGIC else b""
 
 
 def _u16(block: bytes, offset: int) -> int:

@@ -6,7 +6,6 @@ not allocated.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections import deque
@@ -19,6 +18,7 @@ from imageos.disks.filesystem import FILESYSTEMS
 from imageos.disks.layout import MIB
 from imageos.disks.partitions import Part
 from imageos.errors import Failure, explained
+from imageos.node import linux
 
 LONGEST = MIB  # bytes of the longest extent
 AHEAD = 8  # extents that are being read before they are asked for
@@ -84,7 +84,7 @@ def not_free(disk: Disk, parts: Iterable[Part]) -> Map:
 def find(disk: Disk, parts: Iterable[Part]) -> Map:
     """Return what is used on `disk`. Reads what may be in use, to find the zeroes."""
     used = not_free(disk, parts)
-    for start, end in _holes(disk):
+    for start, end in linux.gaps(data_ranges(disk, 0, disk.size), disk.size):
         used.clear(start, end)
     progress = log.Progress("looking for zeroes", disk.size)
     buffer = bytearray(LONGEST)
@@ -125,20 +125,7 @@ def is_zero(buffer: bytearray, start: int, end: int) -> bool:
 
 def data_ranges(disk: Disk, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield the parts of a range that may hold something: all of a block device; of a file, what is no hole."""
-    if not disk.is_file:
-        yield start, end
-        return
-    while start < end:
-        try:
-            start = os.lseek(disk.descriptor, start, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return  # only a hole from here
-            raise
-        stop = os.lseek(disk.descriptor, start, os.SEEK_HOLE)
-        if start < end:
-            yield start, min(stop, end)
-        start = stop
+    return linux.data_ranges(disk.descriptor, start, end) if disk.is_file else iter([(start, end)])
 
 
 def _leave_out_free(used: Map, disk: Disk, part: Part) -> None:
@@ -166,14 +153,6 @@ def _reader(disk: Disk, part: Part) -> Callable[[int, int], bytes]:
         return bytes(data)
 
     return read
-
-
-def _holes(disk: Disk) -> Iterator[tuple[int, int]]:
-    position = 0
-    for start, end in data_ranges(disk, 0, disk.size):
-        yield position, start
-        position = end
-    yield position, disk.size
 
 
 def _zeroes(buffer: bytearray, length: int, unit: int) -> Iterator[tuple[int, int]]:

@@ -555,27 +555,12 @@ def _punch(name: str, *, dir_fd: int) -> None:
     flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW
     with ExitStack() as stack:
         reader = stack.enter_context(linux.closing(os.open(name, flags & ~os.O_RDWR, dir_fd=dir_fd)))
-        holes = list(_holes(reader, status.st_size))
+        holes = list(linux.gaps(linux.data_ranges(reader, 0, status.st_size), status.st_size))
         if not holes:
             return
         stack.enter_context(linux.changeable(reader))
         writer = stack.enter_context(linux.closing(os.open(name, flags, dir_fd=dir_fd)))
         for start, end in holes:
-            linux.punch_hole(writer, start, end - start)
+            # to the end of the last block, however large it is
+            linux.punch_hole(writer, start, (end if end < status.st_size else (end | 0xFFFF) + 1) - start)
         os.utime(writer, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def _holes(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of a file without data: not stored, or not written to."""
-    end = 0
-    while end < size:
-        start = os.lseek(descriptor, end, os.SEEK_HOLE)
-        if start >= size:
-            return
-        try:
-            end = os.lseek(descriptor, start, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            end = (size | 0xFFFF) + 1  # no data any more; whole blocks, however large they are
-        yield start, end

@@ -301,7 +301,7 @@ def why_not_dumped(volume: Volume) -> str:
         return f"has {volume.mount_point} apart: a dump is of / and /boot only"
     if not FILESYSTEMS[volume.kind].is_dumped:
         return f"has {volume.mount_point} on {volume.kind}: dump(8) knows ext only"
-    superblock = mounting.ask(volume.device, lambda read: read(ext.SUPERBLOCK, ext.SUPERBLOCK))
+    superblock = blockdev.ask(volume.device, lambda read: read(ext.SUPERBLOCK, ext.SUPERBLOCK))
     words = {offset: int.from_bytes(superblock[offset : offset + 4], "little") for offset, _ in NOT_DUMPED}
     features = " and ".join(name for (offset, bit), name in NOT_DUMPED.items() if words[offset] & bit)
     lost = f"has the feature {features} on {volume.mount_point}: dump(8) would lose files without a word"
@@ -358,11 +358,10 @@ def drop_free(copied: DiskCopy, found: Found) -> None:
         with mounting.mounted_somewhere(device, kind) as (directory, _):
             mounting.trim(directory)
     blockdev.flush(copied.loop)
-    position = 0
-    for offset, length in usage.not_free(copied.loop.disk, found.table.parts).extents():
-        if offset > position:
-            linux.punch_hole(copied.loop.disk.descriptor, position, offset - position)
-        position = offset + length
+    disk = copied.loop.disk
+    kept = ((offset, offset + length) for offset, length in usage.not_free(disk, found.table.parts).extents())
+    for start, end in linux.gaps(kept, disk.size):
+        linux.punch_hole(disk.descriptor, start, end - start)
 
 
 def write_output(

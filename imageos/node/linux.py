@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -447,6 +448,30 @@ def zero_device(device: int, start: int, length: int) -> None:
 def _fallocate(descriptor: int, mode: int, start: int, length: int) -> None:
     arguments = ctypes.c_int(mode | FALLOC_FL_KEEP_SIZE), ctypes.c_int64(start), ctypes.c_int64(length)
     _check(_libc.fallocate64(ctypes.c_int(descriptor), *arguments), "fallocate")
+
+
+def data_ranges(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield where, between two offsets, a file has data: stored, and written to."""
+    while start < end:
+        try:
+            start = os.lseek(descriptor, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # only a hole from here
+                raise
+            return
+        stop = os.lseek(descriptor, start, os.SEEK_HOLE)
+        if start < end:
+            yield start, min(stop, end)
+        start = stop
+
+
+def gaps(ranges: Iterable[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
+    """Yield what lies between ascending ranges, and before `end`."""
+    position = 0
+    for start, stop in itertools.chain(ranges, [(end, end)]):
+        if position < start:
+            yield position, start
+        position = stop
 
 
 def device_size(device: int) -> int:

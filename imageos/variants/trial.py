@@ -223,7 +223,7 @@ def system_rows(disk: Disk) -> Iterator[Row]:
             yield "filesystem", str(failure)
             return
         root = found.volumes[0]
-        size = mounting.ask(root.device, FILESYSTEMS[root.kind].size)
+        size = blockdev.ask(root.device, FILESYSTEMS[root.kind].size)
         yield "root filesystem", f"{root.kind}, {log.size(size)}"
         yield "filesystem", "clean" if found.is_replayed else "not cleanly unmounted"
         with target.opened(isolation.TARGET) as guest:

@@ -309,13 +309,14 @@ ON_DISK = {
 def test_devices_of_a_btrfs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found, expected = ON_DISK[name]
     monkeypatch.setattr(blockdev, "parts_beside", lambda device: ["p0", "p1", "p2", "p3", "p4"])
-    monkeypatch.setattr(btrfs, "_facts", found.get)
+    monkeypatch.setattr(blockdev, "ask", lambda name, _: found.get(name))
     assert list(btrfs.devices("p1")) == expected
 
 
 def test_btrfs_without_some_of_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockdev, "parts_beside", lambda device: ["p1", "p2"])
-    monkeypatch.setattr(btrfs, "_facts", {"p1": DEVICE._replace(devices=3), "p2": OTHER}.get)
+    found = {"p1": DEVICE._replace(devices=3), "p2": OTHER}
+    monkeypatch.setattr(blockdev, "ask", lambda name, _: found[name])
     with pytest.raises(Failure, match="2 of the 3 devices of its filesystem are not on this disk"):
         btrfs.devices("p1")
 
