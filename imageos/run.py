@@ -38,7 +38,6 @@ class Outside(Enum):
 
     GANETI = "gnt-cluster and gnt-instance ask Ganeti's daemons, over sockets and the network"
     SSH = "reaches other nodes, with root's keys"
-    UNSHARE = "doctor learns by it whether namespaces can be made at all"
     CREATE = "our own, called as Ganeti calls it: it makes its own namespaces"
     HOOK = "a site's own program: what it is there for is known to the site alone"
     SETTINGS = "a site's own shell files, which may read and call whatever they need"

@@ -10,10 +10,8 @@ from imageos.checks.report import Finding, error, note, ok, unknown, version
 from imageos.checks.variants import Variant, name_variants
 from imageos.disks import filesystem
 from imageos.errors import Failure
-from imageos.node import cgroup, seccomp, sysfs
-from imageos.run import Command, Outside, pipeline
+from imageos.node import cgroup, isolation, linux, seccomp, sysfs
 
-NAMESPACES = ("mount", "pid", "net", "ipc", "uts")
 ACTIONS = "/proc/sys/kernel/seccomp/actions_avail"  # exists since Linux 4.14, with CONFIG_SECCOMP_FILTER
 
 
@@ -26,10 +24,11 @@ def check_kernel() -> Iterator[Finding]:
     if os.geteuid() != 0:
         yield unknown("namespaces and loop devices were not tried", "run it as root")
         return
-    if reason := unshare_error():
-        yield error(f"namespaces cannot be made: {reason}", "in a container, it must be allowed to make them")
-    else:
-        yield ok(f"namespaces: {', '.join(NAMESPACES)}")
+    try:
+        isolation.call_apart(lambda: linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS))
+        yield ok("namespaces: mount, pid, net, ipc, uts")
+    except Failure as failure:
+        yield error(f"namespaces cannot be made: {failure}", "in a container, it must be allowed to make them")
     try:
         os.close(os.open("/dev/loop-control", os.O_RDWR))
         yield ok("loop devices")
@@ -47,18 +46,6 @@ def check_kernel() -> Iterator[Finding]:
         yield note(complaint, "in a container, /sys/fs/cgroup must be writable")
     if not complaints:
         yield ok("control groups")
-
-
-def unshare_error() -> str:
-    """Return why we cannot make namespaces; empty if we can."""
-    try:
-        options = [f"--{name}" for name in NAMESPACES]
-        # unchanged: in a chroot, unshare(1) cannot make mounts private, but imageos can
-        unshare = ["unshare", *options, "--propagation=unchanged", "--fork", "true"]
-        done = pipeline(Command(unshare, Outside.UNSHARE), timeout=10)[0]
-    except Failure as failure:
-        return str(failure)
-    return (done.stderr.strip() or f"status {done.status}") if done.status else ""
 
 
 def check_filesystems(variants: Iterable[Variant]) -> Iterator[Finding]:
