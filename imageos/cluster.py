@@ -132,13 +132,13 @@ def ask(command: Sequence[str], seconds: float = ANSWER, if_lost: str | None = N
     return over_ssh(master, command, run, if_lost or f"run this on {master}, the master")
 
 
-def instances_of(os_name: str) -> list[str]:
-    """Return the instances of the cluster whose OS, with its variant, is `os_name`; fail if Ganeti does not say."""
+def instances() -> list[tuple[str, str]]:
+    """Return the instances of the cluster, each with its OS and variant; fail if Ganeti does not say."""
     answer = ask(["gnt-instance", "list", "--no-headers", "--separator=|", "--output", "name,os"])
     if answer.status:
         raise Failure(f"cannot ask Ganeti for its instances: {complaint(answer)}", hint=_hint(answer))
     lines = answer.stdout.decode("utf-8", "replace").splitlines()
-    return [name for name, _, used in (line.partition("|") for line in lines) if used == os_name]
+    return [(name, used) for name, _, used in (line.partition("|") for line in lines)]
 
 
 # --- pure ------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from imageos import __version__, installation, log, settings
 from imageos.commandline import Parser
 from imageos.errors import Failure, Usage
 from imageos.installation import COMPILED, Entry, Record, content, digest, under
+from imageos.node import linux
 
 EPOCH = 315532800  # of all files in packages (build.py)
 UNFINISHED = ".{}.tmp"  # behind the name of a file that is being written
@@ -84,12 +85,9 @@ def put_all(root: str, wanted: Sequence[Entry], before: Record, record: str) -> 
 def alone(os_dir: str) -> Iterator[None]:
     """Wait for another install; others wait for us."""
     os.makedirs(os_dir, exist_ok=True)
-    directory = os.open(os_dir, os.O_RDONLY)
-    try:
+    with linux.closing(os.open(os_dir, os.O_RDONLY)) as directory:
         fcntl.flock(directory, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(directory)
 
 
 def told_by_package(root: str, wanted: Iterable[Entry]) -> dict[str, str]:

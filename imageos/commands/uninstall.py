@@ -10,17 +10,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from imageos import log
+from imageos import cluster, log
 from imageos.commandline import Parser
 from imageos.errors import Failure
 from imageos.installation import DIRECTORIES, RECORD, SITE_RECORD, Record, content, digest, read, read_record, under
 from imageos.node.programs import available
-from imageos.run import Command, Outside, run
 from imageos.settings import CACHE_DIR, DEFAULTS_FILE, SITE_DIR
 
 MOST_SHOWN = 20
 SITE_DIRECTORIES = (*DIRECTORIES, f"{SITE_DIR}/networks", SITE_DIR)
-TIMEOUT = 60.0  # seconds for Ganeti to name the instances
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,14 +52,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def warn_of_instances(os_name: str) -> None:
-    """Name the instances that cannot be reinstalled any more; only the master knows them."""
+    """Name the instances that cannot be reinstalled any more."""
     if not available("gnt-instance"):
         return
     with suppress(Failure):
-        listing = ["gnt-instance", "list", "--no-headers", "-o", "name,os"]
-        output = run(Command(listing, Outside.GANETI), timeout=TIMEOUT)
-        rows = [line.split() for line in output.splitlines()]
-        names = [row[0] for row in rows if len(row) == 2 and row[1].partition("+")[0] == os_name]
+        names = [name for name, os_ in cluster.instances() if os_.partition("+")[0] == os_name]
         if names:
             log.warning(f"there are instances with the OS {os_name}: {' '.join(names)}")
 

@@ -100,7 +100,7 @@ def _check_unused(names: Sequence[str], os_name: str) -> None:
         return
     for name in names:
         try:
-            users = cluster.instances_of(f"{os_name}+{name}")
+            users = [user for user, used in cluster.instances() if used == f"{os_name}+{name}"]
         except Failure as failure:
             log.warning(f"{failure}: whether instances use variant {name} is not known")
             continue
