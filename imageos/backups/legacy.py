@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from imageos import log
 from imageos.backups.stream import Source, damaged
 from imageos.disks import ends, partitions
-from imageos.disks.layout import MIB, SECTOR
+from imageos.disks.layout import GPT_BACKUP, MIB
 from imageos.errors import Failure
 from imageos.images import dump, dumpfile, formats, qcow2, scratch
 from imageos.images.imagefile import Image, decompressor, exact, not_unpacked
@@ -26,7 +26,6 @@ from imageos.node.programs import require
 from imageos.run import Command, output_of, pipeline
 
 HUGE = 1 << 50  # bytes: a size that no partition table exceeds
-BACKUP_TABLE = 33 * SECTOR  # of a GPT, behind the last partition
 DUMPS = ("root.dump", "boot.dump")  # the members that are backups of filesystems
 IMAGE = "disk.img"
 # What else is piped into an import, by its beginning -> what it is, and what to do with it
@@ -78,7 +77,7 @@ def members(source: Source) -> Iterator[Member]:
             break
         if not is_header(header):
             raise damaged(position, "no header of a tar archive is there")
-        name, size = header[:100].rstrip(b"\0").decode("ascii", "replace"), _size(header[124:136])
+        name, size = header[:100].rstrip(b"\0").decode("ascii", "replace"), octal(header[124:136])
         if size < 0:
             raise damaged(position, f"the size of {name!r} makes no sense")
         if header[156:157] in (b"0", b"\0"):
@@ -191,7 +190,7 @@ def least_size(table: partitions.Table, begin: bytes) -> int:
     """Return the bytes that a disk with this table, and this beginning, has at least."""
     last = max((part.end for part in (*table.parts, *table.extended) if part.number), default=0)
     # of a backup the end of a GPT is demanded, too, unlike of an image: the disk had it
-    return last + BACKUP_TABLE if table.kind == "gpt" and last else max(last, ends.least_size(begin))
+    return last + GPT_BACKUP if table.kind == "gpt" and last else max(last, ends.least_size(begin))
 
 
 def foreign(begin: bytes) -> tuple[str, str | None]:
@@ -206,9 +205,3 @@ def foreign(begin: bytes) -> tuple[str, str | None]:
         if begin.startswith(mark):
             return f"is {what}", hint
     return f"begins with '{re.sub(rb'[^ -~]', b'.', begin[:16]).decode()}'", None
-
-
-def _size(field: bytes) -> int:
-    if field[0] & 0x80:  # GNU tar: more than 8 GiB in base 256
-        return int.from_bytes(field[1:], "big")
-    return octal(field)

@@ -23,24 +23,17 @@ SECTOR = 512
 START = 1 << 20  # bytes by which the content of an image is judged
 
 
-@dataclass(frozen=True)
-class Compression:
-    """The beginnings by which a compression is recognised, and the commands that undo it, the fastest first."""
-
-    magic: tuple[bytes, ...]
-    commands: Sequence[Sequence[str]]
-
-
 # A frame of zstd may look back 2 GiB; zstd gives it the memory only if it is told to. Many threads of xz, each with its
 # own block, would take more than all that a program may have (confinement.MEMORY); its largest dictionary has 1.5 GiB.
 XZ = ("xz", "-dcq", "-T0", "--memlimit-decompress=3GiB")
 SKIPPABLE = tuple(bytes([number]) + b"\x2a\x4d\x18" for number in range(0x50, 0x60))  # RFC 8878; pzstd begins so
+# The beginnings by which a compression is recognised, and the commands that undo it, the fastest first
 COMPRESSIONS = {
-    "gzip": Compression((b"\x1f\x8b",), (("pigz", "-dc"), ("gzip", "-dc"))),
-    "zstd": Compression((b"\x28\xb5\x2f\xfd", *SKIPPABLE), (("zstd", "-dcq", "--long=31"),)),
-    "xz": Compression((b"\xfd7zXZ\0",), (XZ,)),
-    "bzip2": Compression((b"BZh",), (("lbzip2", "-dc"), ("bzip2", "-dc"))),
-    "lz4": Compression((b"\x04\x22\x4d\x18",), (("lz4", "-dcq"),)),
+    "gzip": ((b"\x1f\x8b",), (("pigz", "-dc"), ("gzip", "-dc"))),
+    "zstd": ((b"\x28\xb5\x2f\xfd", *SKIPPABLE), (("zstd", "-dcq", "--long=31"),)),
+    "xz": ((b"\xfd7zXZ\0",), (XZ,)),
+    "bzip2": ((b"BZh",), (("lbzip2", "-dc"), ("bzip2", "-dc"))),
+    "lz4": ((b"\x04\x22\x4d\x18",), (("lz4", "-dcq"),)),
 }
 
 
@@ -114,12 +107,12 @@ class Image:
 
 def compression_of(begin: bytes) -> str:
     """Return the key in COMPRESSIONS of what begins so, or an empty string."""
-    return next((name for name, compression in COMPRESSIONS.items() if begin.startswith(compression.magic)), "")
+    return next((name for name, (magic, _) in COMPRESSIONS.items() if begin.startswith(magic)), "")
 
 
 def decompressor(compression: str) -> Sequence[str]:
     """Return the fastest command of this node that undoes a compression."""
-    commands = COMPRESSIONS[compression].commands
+    _, commands = COMPRESSIONS[compression]
     return next((command for command in commands if available(command[0])), commands[-1])
 
 

@@ -29,9 +29,9 @@ def complete(dump: Dump, directory: str) -> None:
         check = _Check(dump, root)
         check.visit_all()
     if check.mended:
-        log.info(f"restore lost {len(check.mended)} attributes, which are set now: {_some(check.mended)}")
+        log.info(f"restore lost {len(check.mended)} attributes, which are set now: {log.few(check.mended, SHOWN)}")
     if check.lost:
-        log.warning(f"image {dump.name}: {len(check.lost)} attributes cannot be kept: {_some(check.lost)}")
+        log.warning(f"image {dump.name}: {len(check.lost)} attributes cannot be kept: {log.few(check.lost, SHOWN)}")
 
 
 class _Check:
@@ -109,12 +109,12 @@ class _Check:
             for key, value in missing:
                 try:
                     place.set_attribute(name, key, value)
-                    self.mended.append(f"{_shown(key)} of {_shown(path)}")
+                    self.mended.append(f"{key} of {path}")
                 except OSError as error:
-                    self.lost.append(f"{_shown(key)} of {_shown(path)} ({error.strerror})")
+                    self.lost.append(f"{key} of {path} ({error.strerror})")
 
     def _failure(self, path: str, what: str) -> Failure:
-        return Failure(f"image {self._dump.name} is damaged, or restore failed: {_shown(path)} {what}")
+        return Failure(f"image {self._dump.name} is damaged, or restore failed: {path} {what}")
 
 
 def _same(key: str, found: bytes | None, value: bytes) -> bool:
@@ -127,13 +127,3 @@ def _acl(value: bytes) -> list[tuple[int, ...]]:
     """The entries of an ACL, without the numbers that mean nothing: xfs has others there than ext."""
     whole = value[4 : len(value) - (len(value) - 4) % 8]
     return [(tag, mode, number if tag in ACL_NAMED else 0) for tag, mode, number in struct.iter_unpack("<HHI", whole)]
-
-
-def _shown(name: str) -> str:
-    """On one line, whatever a stranger has named it."""
-    return ascii(name)[1:-1]
-
-
-def _some(things: Sequence[str]) -> str:
-    more = f" and {len(things) - SHOWN} more" if len(things) > SHOWN else ""
-    return ", ".join(things[:SHOWN]) + more

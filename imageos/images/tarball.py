@@ -57,5 +57,7 @@ def is_header(block: bytes) -> bool:
 
 def octal(field: bytes) -> int:
     """Return the number in a field of a tar header; -1 if there is none."""
+    if field[:1] >= b"\x80":  # GNU tar: in base 256, where it would be too long
+        return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
     return int(digits, 8) if digits.isdigit() and not digits.strip(b"01234567") else -1
