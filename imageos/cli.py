@@ -10,7 +10,7 @@ import sys
 from types import ModuleType
 
 from imageos import __version__
-from imageos.errors import Failure, Usage
+from imageos.errors import Failure, Usage, nearest
 from imageos.outcome import guard
 
 # Name -> purpose. The module is imageos.commands.NAME; that of `import` is import_.
@@ -68,7 +68,7 @@ def dispatch(argv: list[str]) -> int:
     if name in ("--man", "--completion"):
         return print_manual(name, *arguments)
     if name not in COMMANDS:
-        raise Usage(f"unknown command {name}{_nearest(name)}", hint=USAGE)
+        raise Usage(f"unknown command {name}{nearest(name, COMMANDS)}", hint=USAGE)
     from imageos.ganeti import SCRIPTS
 
     module = _load(name)
@@ -137,10 +137,3 @@ def _run(module: ModuleType, arguments: list[str]) -> int:
         return status
     finally:
         ignore_signals()  # the command has ended: only messages are left to print
-
-
-def _nearest(name: str) -> str:
-    import difflib
-
-    near: list[str] = difflib.get_close_matches(name, COMMANDS, 1)
-    return f" (did you mean {near[0]}?)" if near else ""

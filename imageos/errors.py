@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 DAMAGED = (errno.EUCLEAN, errno.EBADMSG, errno.EIO)  # the kernel's answers where a filesystem makes no sense
@@ -51,6 +51,14 @@ def repair_hint(error: OSError) -> str | None:
     if error.errno not in DAMAGED:
         return None
     return "a filesystem is damaged, or its disk fails: dmesg says which; repair the guest's in the guest or the image"
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return ` (did you mean OTHER?)` for a message about a mistyped word; empty if none of `words` is near."""
+    import difflib  # late: only a failure or a warning needs it
+
+    near = difflib.get_close_matches(word, [*words], 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def signal_name(number: int) -> str:

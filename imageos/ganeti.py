@@ -81,17 +81,12 @@ def check_api(environ: Mapping[str, str]) -> None:
         raise Failure(f"OS_API_VERSION is {version}, imageos knows {versions}")
 
 
-def variant(environ: Mapping[str, str]) -> str:
-    """Return the OS variant; empty if there is none (API 10)."""
-    return environ.get("OS_VARIANT", "")
-
-
 def instance(environ: Mapping[str, str]) -> Instance:
     """Return the instance that `environ` describes; Failure names a variable that is missing or wrong."""
     check_api(environ)
     kernel_path = environ.get("INSTANCE_HV_kernel_path", "")
     return Instance(
-        name=_instance_name(environ),
+        name=instance_name(environ),
         hypervisor=environ.get("HYPERVISOR", ""),
         # Ganeti before 2.6 had INSTANCE_BE_memory
         memory=_number(environ, "INSTANCE_BE_maxmem", "INSTANCE_BE_memory"),
@@ -114,12 +109,7 @@ def backup(environ: Mapping[str, str], action: str) -> Backup:
         raise Failure(f"{action}_DEVICE is not set", hint=NOT_GANETI)
     _check_path(f"{action}_DEVICE", device)
     descriptor = _number(environ, "EXP_SIZE_FD")
-    return Backup(_instance_name(environ), _number(environ, f"{action}_INDEX"), device, descriptor or None)
-
-
-def old_name(environ: Mapping[str, str]) -> str:
-    """Return the instance's name before a rename, or that of the exported instance in a backup."""
-    return _instance_name(environ, "OLD_INSTANCE_NAME")
+    return Backup(instance_name(environ), _number(environ, f"{action}_INDEX"), device, descriptor or None)
 
 
 def _userspace_only(variable: str, what: str) -> Failure:
@@ -134,7 +124,8 @@ def _check_path(variable: str, path: str) -> None:
         raise Failure(f"{variable}={path!r} is not the path of a disk")
 
 
-def _instance_name(environ: Mapping[str, str], variable: str = "INSTANCE_NAME") -> str:
+def instance_name(environ: Mapping[str, str], variable: str = "INSTANCE_NAME") -> str:
+    """Return the name of an instance; OLD_INSTANCE_NAME is that before a rename, or of the instance in a backup."""
     name = environ.get(variable, "")
     if not name:
         raise Failure(f"{variable} is not set", hint=NOT_GANETI)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from imageos import ganeti, log, logins
 from imageos.disks.blockdev import LoopDevice
 from imageos.disks.filesystem import Volume
-from imageos.errors import Failure, TimedOut, signal_name
+from imageos.errors import Failure, TimedOut, explained, signal_name
 from imageos.guests import bootconfig
 from imageos.guests.sandbox import devices
 from imageos.installation import OS_DIR, program_file
@@ -37,12 +37,8 @@ class Context:
 
 def find(directory: str) -> list[str]:
     """Return the names of the hooks in `directory`, in the order in which they run."""
-    try:
-        names = os.listdir(directory)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise Failure(f"cannot list CUSTOMIZE_DIR {directory}: {error.strerror}") from None
+    with explained(f"cannot list CUSTOMIZE_DIR {directory}"):
+        names = os.listdir(directory) if os.path.exists(directory) else []
     return sorted(
         name
         for name in names
@@ -113,7 +109,6 @@ def run_all(names: Sequence[str], context: Context, arguments: Sequence[str] = (
 def variables(context: Context) -> dict[str, str]:
     """Return the environment of a hook: Ganeti's variables, the settings, and what the command knows."""
     device_of = {volume.role: volume.device for volume in context.volumes}
-    python = program_file()
     known = {
         **environment(),
         **ganeti.variables(context.environ),
@@ -124,7 +119,7 @@ def variables(context: Context) -> dict[str, str]:
         "ROOT_DEV": device_of.get("root", ""),
         "BOOT_DEV": device_of.get("boot", ""),
         "SWAP_DEV": device_of.get("swap", ""),
-        "IMAGEOS": python,
+        "IMAGEOS": program_file(),
         "IMAGEOS_ACTION": context.action,
         # for imageos.hook: role, type, UUID and device of each volume
         "IMAGEOS_VOLUMES": "\n".join(

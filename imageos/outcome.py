@@ -49,20 +49,14 @@ def guard(call: Callable[[], int]) -> int:
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         _say_cause(f"imageos needs more memory than {_memory(limit)}")
         return 1
-    except RuntimeError as error:
-        if not limits.cause(str(error)):
-            return _internal(error)
-        _say_cause(str(error))
-        return 1
     except Exception as error:
-        return _internal(error)
-
-
-def _internal(error: Exception) -> int:
-    for line in _traceback().splitlines():
-        _say(f"| {line}")
-    _say(f"internal error, please report it with the lines above: {type(error).__name__}: {error}")
-    return 1
+        if isinstance(error, RuntimeError) and limits.cause(str(error)):  # of Python's own: no thread can be started
+            _say_cause(str(error))
+            return 1
+        for line in _traceback().splitlines():
+            _say(f"| {line}")
+        _say(f"internal error, please report it with the lines above: {type(error).__name__}: {error}")
+        return 1
 
 
 def _say_cause(what: str) -> None:

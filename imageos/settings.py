@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from imageos import ganeti, log, logins, shellfiles
-from imageos.errors import Failure
+from imageos.errors import Failure, nearest
 from imageos.shellfiles import Rules
 
 DEFAULTS_FILE = "/etc/default/ganeti-instance-image"
@@ -295,7 +295,7 @@ def examine_settings(
                 unknown[variable] = text
     for name, text in _os_parameters(from_ganeti):
         if name not in TABLE and name not in RESERVED:
-            warn(f"unknown OS parameter {name}{_nearest(name, list(PARAMETERS))}")
+            warn(f"unknown OS parameter {name}{nearest(name, PARAMETERS)}")
         elif name in TABLE and name not in PARAMETERS:
             problems.append(Failure(f"{name.upper()} cannot be set by an OS parameter (OSP_{name.upper()})"))
         else:
@@ -391,17 +391,10 @@ def _warn_unknown(variable: str, path: str, layer: Collection[str], warn: Callab
     known = [*(name.upper() for name in TABLE), *HOOK_VARIABLES]
     if variable.isupper():
         if variable not in _KNOWN_BESIDES:
-            warn(f"unknown setting {variable} in {path}{_nearest(variable, known)}")
+            warn(f"unknown setting {variable} in {path}{nearest(variable, known)}")
     # Other names are a file's helper variables, as in `arch=...` or IMAGE_NAME=$image_name.
     elif "_" in variable and variable.upper() in known and variable.upper() not in layer:
         warn(f"unknown setting {variable} in {path} (did you mean {variable.upper()}?)")
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    import difflib  # late: only a warning needs it
-
-    near = difflib.get_close_matches(name, names, 1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _as_text(value: Any) -> str:
@@ -422,7 +415,7 @@ def _evaluate_files(
     from_ganeti: Mapping[str, str], defaults_file: str, warn: Callable[[str], None]
 ) -> list[tuple[str, dict[str, str]]]:
     """Return (path, variables that it set) of the defaults file, then of the variant's file."""
-    variant, has_defaults = ganeti.variant(from_ganeti), os.path.lexists(defaults_file)
+    variant, has_defaults = from_ganeti.get("OS_VARIANT", ""), os.path.lexists(defaults_file)
     if variant and not re.fullmatch(VARIANT, variant):
         raise Failure(f"OS_VARIANT={variant!r} is not the name of a variant")
     if has_defaults and not os.path.isfile(defaults_file):

@@ -18,7 +18,7 @@ from imageos.settings import Settings, load_settings
 
 def main(_arguments: Sequence[str]) -> int:
     instance = ganeti.instance(os.environ)
-    old = ganeti.old_name(os.environ)
+    old = ganeti.instance_name(os.environ, "OLD_INSTANCE_NAME")
     isolation.enter()
     settings = load_settings(os.environ)
     if settings.nomount or not instance.disks:

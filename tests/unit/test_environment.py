@@ -81,7 +81,7 @@ def changed(**variables: str | None) -> dict[str, str]:
 def test_recorded(recording: str) -> None:
     environment = recorded(recording)
     ganeti.check_api(environment)
-    assert ganeti.variant(environment) == "default"
+    assert environment["OS_VARIANT"] == "default"
     if recording == "verify":  # Ganeti gives no instance here
         with pytest.raises(Failure, match="INSTANCE_NAME is not set"):
             ganeti.instance(environment)
@@ -160,11 +160,6 @@ def test_nothing_attached() -> None:
     assert ganeti.instance(changed(DISK_COUNT=None, NIC_COUNT=None)).disks == ()
 
 
-def test_variant() -> None:
-    assert ganeti.variant(changed(OS_VARIANT="debian-12")) == "debian-12"
-    assert ganeti.variant(changed(OS_VARIANT=None)) == ""
-
-
 # Versions of the interface
 
 
@@ -227,11 +222,11 @@ def test_backup_with_wrong_values(variables: dict[str, str], message: str) -> No
 
 
 def test_old_name() -> None:
-    assert ganeti.old_name(recorded("rename")) == "inst2.example.org"
+    assert ganeti.instance_name(recorded("rename"), "OLD_INSTANCE_NAME") == "inst2.example.org"
     with pytest.raises(Failure, match="^OLD_INSTANCE_NAME is not set$"):
-        ganeti.old_name(recorded("create"))
+        ganeti.instance_name(recorded("create"), "OLD_INSTANCE_NAME")
     with pytest.raises(Failure, match="^OLD_INSTANCE_NAME='a/b' is not a host name$"):
-        ganeti.old_name({"OLD_INSTANCE_NAME": "a/b"})
+        ganeti.instance_name({"OLD_INSTANCE_NAME": "a/b"}, "OLD_INSTANCE_NAME")
 
 
 # Wrong values

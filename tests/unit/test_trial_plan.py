@@ -40,7 +40,7 @@ def test_create_takes_it_for_an_instance() -> None:
     environ = {**trial.environment("debian-12"), "DISK_0_PATH": "/dev/loop9", "DISK_0_SIZE": "2048"}
     instance = ganeti.instance(environ)
     assert instance.name == "try-debian-12.example" and instance.short_name == "try-debian-12"
-    assert ganeti.variant(environ) == "debian-12"
+    assert environ["OS_VARIANT"] == "debian-12"
     assert [(disk.path, disk.size) for disk in instance.disks] == [("/dev/loop9", 2 * GIB)]
     assert [nic.mac for nic in instance.nics] == [guestboot.MAC]
     assert instance.serial_console and not instance.kernel_path and not instance.reinstall
