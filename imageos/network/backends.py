@@ -23,7 +23,6 @@ NAMES = ("/etc/udev/rules.d/70-persistent-net.rules", "/etc/udev/rules.d/70-imag
 SOURCES = r"^[ \t]*(source(?:-directory)?[ \t]+/etc/network/interfaces\.d\b.*)$"
 DHCPCD, DHCPCD_HOOK = "/etc/dhcpcd.conf", "/etc/dhcpcd.exit-hook"
 CONNMAN = "/etc/connman/main.conf"
-NETWORK_SCRIPTS = tuple((f"{render.IFCFG}/{kind}-e*", "") for kind in ("ifcfg", "route", "route6"))
 # How cloud-init calls those that it can write for, in the order in which it prefers them
 CLOUD_INIT_WRITES = {
     "ifupdown": "eni",
@@ -372,7 +371,7 @@ BACKENDS = {
     "ifcfg": Backend(
         lambda target: is_old_red_hat(target) and (is_enabled(target, "network") or _has_network_manager(target)),
         lambda _target, interfaces: render.ifcfg(interfaces),
-        clear=lambda target, _: existing.remove_each(target, (*NETWORK_SCRIPTS, *existing.OTHER_SCRIPTS)),
+        clear=existing.scripts,
         variables=lambda _interfaces: {render.IFCFG_SUSE: {"GATEWAY": "", "GATEWAYDEV": "", "NETWORKING": "yes"}},
         by_name=True,
     ),
@@ -401,13 +400,10 @@ BACKENDS = {
             target.is_dir(render.IFCFG_SUSE) and (is_enabled(target, "wicked") or is_enabled(target, "network"))
         ),
         lambda _target, interfaces: render.wicked(interfaces),
-        clear=lambda target, _: existing.remove_each(
-            target,
-            [
-                *((f"{render.IFCFG_SUSE}/{kind}-e*", "") for kind in ("ifcfg", "ifroute")),
-                (f"{render.IFCFG_SUSE}/routes", "^default"),
-            ],
-        ),
+        clear=lambda target, interfaces: [
+            *existing.scripts(target, interfaces, render.IFCFG_SUSE, ["ifroute", "ifrule"]),
+            *existing.remove(target, f"{render.IFCFG_SUSE}/routes", "^default"),
+        ],
         variables=lambda interfaces: {f"{render.IFCFG_SUSE}/config": render.wicked_dns(interfaces)},
         state=("/var/lib/wicked/lease-*",),
         by_name=True,

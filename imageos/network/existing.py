@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from imageos.guests import cloudboot, yaml
 from imageos.guests.services import OWN_UNITS
 from imageos.guests.target import Target, matches
-from imageos.network import Interface
+from imageos.network import Interface, stacked
+from imageos.network.stacked import Pair
 
 Interfaces = Sequence[Interface]
 
@@ -22,6 +23,7 @@ SAMPLES = ("eth0", "eth1", "ens3", "ens13", "enp1s0", "enp0s13", "eno1", "enx001
 NIC = r"(eth|en[a-z])[0-9a-z]*"
 INTERFACES = "/etc/network/interfaces"
 DHCLIENT_HOOK = "/etc/dhcp/dhclient-enter-hooks.d/imageos"
+EVERY_NIC = ("all", "regex", "glob")  # bridge_ports(5): the words that are patterns of names
 MOST_SOURCES = 200  # files that others name, and patterns by which they do
 NETWORKS = "/etc/systemd/network"
 PACKAGED_NETWORKS = ("/usr/local/lib/systemd/network", "/usr/lib/systemd/network", "/lib/systemd/network")
@@ -33,7 +35,7 @@ PACKAGED_KEYFILES = ("/usr/lib/NetworkManager/system-connections",)
 ETHERNET_KEYFILE = r"^[ \t]*type[ \t]*=[ \t]*(802-3-)?ethernet"
 ETHERNET_IFCFG = r"^[ \t]*TYPE=[\"']?Ethernet"
 # What NetworkManager writes for the scripts of Red Hat may have any name; one without a NIC is for all
-OTHER_SCRIPTS = (("/etc/sysconfig/network-scripts/ifcfg-*", ETHERNET_IFCFG),)
+IFCFG, ROUTES = "/etc/sysconfig/network-scripts", ("route", "route6", "rule", "rule6")
 NETPLAN = "/etc/netplan"
 PACKAGED_NETPLAN = ("/usr/lib/netplan", "/lib/netplan")
 NOTHING = "/dev/null"
@@ -59,6 +61,24 @@ def is_nic(name: str, interfaces: Interfaces) -> bool:
     return name in {interface.name for interface in interfaces} or re.fullmatch(NIC, name) is not None
 
 
+def _discard(target: Target, path: str, directory: str) -> str:
+    """Remove a file from a directory of the guest's own, or hide there that of a package; return its name."""
+    name = os.path.basename(path)
+    if path.startswith(f"{directory}/"):
+        target.remove(_literal(path))
+    else:
+        target.symlink(NOTHING, f"{directory}/{name}")
+    return name
+
+
+def _read(target: Target, *patterns: str) -> dict[str, str]:
+    """Return the texts of files by path; of two with one name, that in the first directory hides the other."""
+    by_name: dict[str, str] = {}
+    for path in (path for pattern in patterns for path in target.glob(pattern)):
+        by_name.setdefault(os.path.basename(path), path)
+    return {path: target.read(path) or "" for path in by_name.values() if target.is_file(path)}
+
+
 # --- ifupdown: interfaces(5) ------------------------------------------------------------------------------
 
 
@@ -66,8 +86,11 @@ def ifupdown(target: Target, interfaces: Interfaces) -> list[str]:
     """Remove what its files say about NICs; a file that then says nothing more goes, too."""
     found: list[str] = []
     target.remove(DHCLIENT_HOOK)
-    for path in _sources(target):
-        text, names = without_nics(target.read(path) or "", lambda name: is_nic(name, interfaces))
+    texts = {path: target.read(path) or "" for path in _sources(target)}
+    pairs = [pair for text in texts.values() for pair in _stanza_pairs(text)]
+    upper = stacked.above(pairs, lambda name: name in EVERY_NIC or is_nic(name, interfaces))
+    for path, before in texts.items():
+        text, names = without_nics(before, lambda name: name in upper or is_nic(name, interfaces))
         if not names:
             continue
         found += names
@@ -93,6 +116,17 @@ def _sources(target: Target) -> list[str]:
                     looked.add(pattern)
                     asked += target.glob(pattern)
     return list(paths)
+
+
+def _stanza_pairs(text: str) -> Iterator[Pair]:
+    name = ""
+    for line in _logical_lines(text):
+        words = line.replace("\\\n", " ").split()
+        if words[:1] == ["iface"] and len(words) > 1:
+            name = words[1]
+            yield from stacked.by_dot(name)
+        elif name:
+            yield from stacked.of_stanza(name, words)
 
 
 def without_nics(text: str, is_ours: Callable[[str], bool]) -> tuple[str, list[str]]:
@@ -143,21 +177,38 @@ def _names_nic(word: str, is_ours: Callable[[str], bool]) -> bool:
 
 
 def networks(target: Target, interfaces: Interfaces) -> list[str]:
-    """Remove the files that networkd would use for our NICs before ours, and ours, which may be of another plan."""
+    """Remove the files that networkd would use for our NICs before ours, and ours, which may be of another plan.
+
+    With them goes what stands on our NICs, wherever these files are.
+    """
     remove(target, f"{NETWORKS}/{OUR_NETWORKS}*")
-    found = []
-    for path in target.glob(f"{NETWORKS}/*.network"):
-        if _is_before_ours(path) and _is_for_nic(target.read(path) or "", interfaces):
-            found += remove(target, _literal(path))
+    directories = (NETWORKS, *PACKAGED_NETWORKS)
+    texts = _read(target, *(f"{directory}/*.net*" for directory in directories))
+    upper = stacked.above(_network_pairs(texts, interfaces), lambda name: name == "")
+    found = [
+        _discard(target, path, NETWORKS)
+        for path, text in texts.items()
+        if (_is_before_ours(path) and path.endswith(".network") and _is_for_nic(text, interfaces))
+        or _names_only(text, upper)
+    ]
     for pattern in (LAST_NETWORK, OUR_NETWORKS):
         remove(target, f"{NETWORKS}/{pattern}*.d")
-    for path in [path for directory in PACKAGED_NETWORKS for path in target.glob(f"{directory}/*.network")]:
-        own = f"{NETWORKS}/{os.path.basename(path)}"
-        is_hidden = target.link(own) is not None or target.is_file(own)
-        if not is_hidden and _is_before_ours(path) and _is_for_nic(target.read(path) or "", interfaces):
-            target.symlink(NOTHING, own)
-            found.append(os.path.basename(path))
     return found
+
+
+def _network_pairs(texts: Mapping[str, str], interfaces: Interfaces) -> Iterator[Pair]:
+    """Yield what stands on what; a NIC is the empty name."""
+    for text in texts.values():
+        match, network = ini_section(text, "Match"), ini_section(text, "Network")
+        names = [] if _is_for_nic(text, interfaces) else match.get("Name", "").split()
+        for upper in (upper for key in stacked.NETWORKD_OVER for upper in network.get(key, "").split()):
+            yield from ((upper, name) for name in names or [""])
+
+
+def _names_only(text: str, names: Collection[str]) -> bool:
+    """Return whether a .network or .netdev is for these devices, and for no other."""
+    found = (ini_section(text, "NetDev").get("Name") or ini_section(text, "Match").get("Name", "")).split()
+    return bool(found) and all(name in names for name in found)
 
 
 def _is_before_ours(path: str) -> bool:
@@ -200,15 +251,46 @@ def ini_section(text: str, section: str) -> dict[str, str]:
 # --- NetworkManager and the scripts of Red Hat ------------------------------------------------------------
 
 
-def profiles(target: Target, _interfaces: Interfaces) -> list[str]:
-    """Remove NetworkManager's profiles for ethernet: they may have any name, and one without a NIC is for all."""
-    scripts = (("/etc/sysconfig/network-scripts/ifcfg-e*", ""), *OTHER_SCRIPTS)
-    found = remove_each(target, ((f"{KEYFILES}/*", ETHERNET_KEYFILE), *scripts))
-    for path in [path for directory in PACKAGED_KEYFILES for path in target.glob(f"{directory}/*")]:
-        if matches(target, path, ETHERNET_KEYFILE):
-            target.symlink(NOTHING, f"{KEYFILES}/{os.path.basename(path)}")
-            found.append(os.path.basename(path))
+def profiles(target: Target, interfaces: Interfaces) -> list[str]:
+    """Remove NetworkManager's profiles for ethernet: they may have any name, and one without a NIC is for all.
+
+    With them goes what stands on these.
+    """
+    found = scripts(target, interfaces)
+    texts = _read(target, *(f"{directory}/*" for directory in (KEYFILES, *PACKAGED_KEYFILES)))
+    wired = {path for path, text in texts.items() if re.search(ETHERNET_KEYFILE, text, re.MULTILINE)}
+    pairs = [pair for path, text in texts.items() for pair in _profile_pairs(path, text)]
+    upper = stacked.above(pairs, lambda name: name in wired or is_nic(name, interfaces))
+    found += [_discard(target, path, KEYFILES) for path in texts if path in wired or path in upper]
     return [name.partition(".nmconnection")[0] for name in found]
+
+
+def _profile_pairs(path: str, text: str) -> Iterator[Pair]:
+    """Yield what stands on what; a profile is its path, its UUID and the name of its device."""
+    connection = ini_section(text, "connection")
+    for name in filter(None, (connection.get("uuid"), connection.get("interface-name"))):
+        yield from ((path, name), (name, path))
+    for key in stacked.PROFILE_OVER:
+        yield from ((upper, path) for upper in connection.get(key, "").split())
+    kind = connection.get("type", "")
+    if kind in ("vlan", "macvlan"):  # without a parent, it is a NIC by its MAC
+        yield path, ini_section(text, kind).get("parent") or SAMPLES[0]
+
+
+def scripts(
+    target: Target, interfaces: Interfaces, directory: str = IFCFG, others: Sequence[str] = ROUTES
+) -> list[str]:
+    """Remove the ifcfg files for ethernet and for what stands on it, and the `others` of the same devices."""
+    texts = {path.rpartition("/ifcfg-")[2]: target.read(path) or "" for path in target.glob(f"{directory}/ifcfg-*")}
+    wired = {name for name, text in texts.items() if name.startswith("e") or re.search(ETHERNET_IFCFG, text, re.M)}
+    pairs = [pair for name, text in texts.items() for pair in stacked.of_variables(name, text)]
+    upper = stacked.above(pairs, lambda name: name in wired or is_nic(name, interfaces)) - {"lo"}
+    found = [f"ifcfg-{name}" for name in texts if name in wired or name in upper]
+    for kind in ("ifcfg", *others):
+        for name in (*wired, *upper):
+            target.remove(_literal(f"{directory}/{kind}-{name}"))
+        remove(target, f"{directory}/{kind}-e*")
+    return found
 
 
 # --- dhcpcd of a single NIC -------------------------------------------------------------------------------
@@ -246,7 +328,8 @@ def netplan_files(target: Target) -> list[str]:
 def netplan(target: Target, _interfaces: Interfaces) -> list[str]:
     found = []
     for path in netplan_files(target):
-        if yaml.has(yaml.scalars(target.read(path) or ""), "network", "ethernets"):
+        keys = yaml.scalars(target.read(path) or "")
+        if yaml.has(keys, "network", "ethernets") or stacked.is_of_netplan(keys):
             found.append(os.path.basename(path))
             if path.startswith(NETPLAN):
                 target.remove(_literal(path))

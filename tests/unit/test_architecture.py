@@ -57,7 +57,7 @@ ORDER = [
     *("guests.bootconfig", "guests.esp", "guests.bootloaders", "guests.initramfs"),
     # the guest's network
     *("network", "network.files", "network.render", "guests.yaml", "guests.cloudboot", "guests.cloudinit"),
-    *("network.existing", "network.resolver", "network.backends"),
+    *("network.stacked", "network.existing", "network.resolver", "network.backends"),
     # its name and identity
     *("guests.guest", "guests.hostname"),
     # images
