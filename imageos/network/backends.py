@@ -21,7 +21,7 @@ UDEV = ("/lib/udev", "/usr/lib/udev")
 NAMES = ("/etc/udev/rules.d/70-persistent-net.rules", "/etc/udev/rules.d/70-imageos-net.rules")
 # It reads a guest's text: a pattern that can match the same blanks in two ways may take hours
 SOURCES = r"^[ \t]*(source(?:-directory)?[ \t]+/etc/network/interfaces\.d\b.*)$"
-DHCPCD, DHCPCD_HOOK = "/etc/dhcpcd.conf", "/etc/dhcpcd.exit-hook"
+DHCPCD, DHCPCD_HOOK = existing.DHCPCD_CONF, "/etc/dhcpcd.exit-hook"
 CONNMAN = "/etc/connman/main.conf"
 # How cloud-init calls those that it can write for, in the order in which it prefers them
 CLOUD_INIT_WRITES = {
@@ -303,7 +303,7 @@ def _tell_connman(target: Target, _interfaces: Interfaces, is_ours: bool) -> Map
 
 def _dhcpcd(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
     sections = render.dhcpcd(interfaces, resolver.has_idle_resolvconf(target))
-    conf = render.dhcpcd_conf(target.read(DHCPCD) or "", sections)
+    conf = render.dhcpcd_conf(existing.dhcpcd_conf(target, interfaces)[0], sections)
     return {DHCPCD: conf, DHCPCD_HOOK: render.dhcpcd_hook(interfaces)}
 
 
@@ -335,7 +335,7 @@ def _tell_ifupdown(target: Target, interfaces: Interfaces, is_ours: bool) -> Map
     if target.which("dhcpcd"):
         dhcp = [interface.name for interface in interfaces if interface.dhcp]
         sections = render.dhcpcd_client(dhcp, keep_dns, no_gateway, resolver.has_idle_resolvconf(target))
-        files[DHCPCD] = render.dhcpcd_conf(target.read(DHCPCD) or "", sections)
+        files[DHCPCD] = render.dhcpcd_conf(existing.dhcpcd_conf(target, interfaces)[0], sections)
     return files
 
 
@@ -418,7 +418,7 @@ BACKENDS = {
     "dhcpcd": Backend(
         lambda target: is_enabled(target, "dhcpcd"),
         _dhcpcd,
-        clear=existing.dhcpcd_instances,
+        clear=existing.dhcpcd,
         tell=_tell_dhcpcd,
         may_act=lambda target: bool(existing.dhcpcd_links(target)),
         links=lambda target, _interfaces: _systemd_link(target, "dhcpcd"),

@@ -14,6 +14,7 @@ from imageos.guests import cloudboot, yaml
 from imageos.guests.services import OWN_UNITS
 from imageos.guests.target import Target, matches
 from imageos.network import Interface, stacked
+from imageos.network.render import DHCPCD_DENY, DHCPCD_SECTIONS
 from imageos.network.stacked import Pair
 
 Interfaces = Sequence[Interface]
@@ -36,6 +37,12 @@ ETHERNET_KEYFILE = r"^[ \t]*type[ \t]*=[ \t]*(802-3-)?ethernet"
 ETHERNET_IFCFG = r"^[ \t]*TYPE=[\"']?Ethernet"
 # What NetworkManager writes for the scripts of Red Hat may have any name; one without a NIC is for all
 IFCFG, ROUTES = "/etc/sysconfig/network-scripts", ("route", "route6", "rule", "rule6")
+DHCPCD_CONF = "/etc/dhcpcd.conf"
+# What it would do to a NIC without a section of its own
+DHCPCD_OF_ALL = (
+    *("allowinterfaces", "denyinterfaces", "static", "inform", "inform6", "fallback"),
+    *("noipv4", "ipv6only", "nodhcp", "nogateway"),
+)
 NETPLAN = "/etc/netplan"
 PACKAGED_NETPLAN = ("/usr/lib/netplan", "/lib/netplan")
 NOTHING = "/dev/null"
@@ -293,7 +300,27 @@ def scripts(
     return found
 
 
-# --- dhcpcd of a single NIC -------------------------------------------------------------------------------
+# --- dhcpcd -----------------------------------------------------------------------------------------------
+
+
+def dhcpcd(target: Target, interfaces: Interfaces) -> list[str]:
+    """Remove what starts it for a single NIC; return this, and what its configuration says of NICs."""
+    return [*dhcpcd_instances(target, interfaces), *dhcpcd_conf(target, interfaces)[1]]
+
+
+def dhcpcd_conf(target: Target, interfaces: Interfaces) -> tuple[str, list[str]]:
+    """Return the text of dhcpcd.conf(5) without the sections of NICs, and without what is said of all; their names."""
+    kept, names, section = [], [], ""
+    for line in (target.read(DHCPCD_CONF) or "").partition(DHCPCD_SECTIONS)[0].splitlines():
+        words = [*line.split(), ""]
+        if words[0] in ("interface", "ssid", "profile"):
+            section = words[1] if words[0] == "interface" else words[0]
+            names += [section] if is_nic(section, interfaces) else []
+        elif not section and words[0] in DHCPCD_OF_ALL and line != DHCPCD_DENY:
+            names.append(words[0])
+        if not is_nic(section, interfaces) and (section or words[0] not in DHCPCD_OF_ALL):
+            kept.append(line)
+    return "".join(f"{line}\n" for line in kept), list(dict.fromkeys(names))
 
 
 def dhcpcd_links(target: Target) -> list[str]:

@@ -76,7 +76,9 @@ def _is_filled(target: Target) -> bool:
         return target.which(program) is not None and not (program == "resolvconf" and has_only_resolvectl(target))
     if directory in FILLED:
         return any(is_enabled(target, service) for service in FILLED[directory])
-    return target.link(RESOLV_CONF) is None or target.is_file(RESOLV_CONF)
+    # a missing one becomes, when the guest boots, what any package's tmpfiles.d(5) links; netconfig keeps to its own
+    is_missing = target.link(RESOLV_CONF) is None and not target.exists(RESOLV_CONF)
+    return target.which("netconfig") is not None if is_missing else target.is_file(RESOLV_CONF)
 
 
 def _leads_elsewhere(target: Target) -> bool:
