@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from functools import partial
 from imageos import log, logins
 from imageos.errors import Failure
 from imageos.guests.services import is_enabled
-from imageos.guests.target import LINK_LIMIT, Target
+from imageos.guests.target import Target, real
 from imageos.logins import AuthorizedKey
 
 PASSWD, SHADOW = "/etc/passwd", "/etc/shadow"
@@ -45,14 +44,10 @@ def authorize(target: Target, keys: Sequence[AuthorizedKey]) -> str:
 
 def make_directory(target: Target, path: str) -> None:
     """Make one of root's directories where it is missing: if it is a link to nothing, what that leads to."""
-    place, links = path, 0
-    while not target.exists(place) and (link := target.link(place)) is not None and links < LINK_LIMIT:
-        place, links = os.path.join(os.path.dirname(place), link), links + 1
-    if links and os.path.normpath(place).count("/") > LINK_LIMIT:  # nobody's home: each level would be a directory
-        raise Failure(f"the guest's {path} is a link that leads too deep")
-    target.mkdir(place, mode=0o700)
-    if links:
-        log.warning(f"the guest's {path} is a link to {place}, which the image does not have: it is made")
+    is_dangling = target.link(path) is not None and not target.exists(path)
+    target.mkdir(path, mode=0o700)
+    if is_dangling:
+        log.warning(f"the guest's {path} is a link to {real(target, path)}, which the image does not have: it is made")
 
 
 def withdraw(target: Target, keys: Sequence[AuthorizedKey]) -> None:

@@ -323,24 +323,29 @@ class Target:
         raise Failure(f"the guest's {path}: too many levels of symbolic links")
 
     def _directory(self, path: str, make: bool, mode: int) -> int:
-        """Return a descriptor of the directory `path`; with `make`, first make what is missing of it."""
-        flags = os.O_RDONLY | os.O_DIRECTORY
+        """Return a descriptor of the directory `path`; with `make`, first make what is missing of it.
+
+        A link that leads to nothing is followed: what it leads to is made.
+        """
         try:
-            return linux.open_in_root(self._root, path, flags)
+            return linux.open_in_root(self._root, path, DIRECTORY & ~os.O_NOFOLLOW)
         except FileNotFoundError:
             if not make:
                 raise
-        names = [name for name in path.split("/") if name]
-        current = linux.open_in_root(self._root, "/", flags)
-        for depth, name in enumerate(names, 1):
-            with linux.closing(current):
-                try:
-                    current = linux.open_in_root(self._root, "/".join(names[:depth]), flags)
-                except FileNotFoundError:
-                    os.mkdir(name, dir_fd=current)
-                    os.chmod(name, mode if depth == len(names) else 0o755, dir_fd=current)
-                    current = linux.open_in_root(self._root, "/".join(names[:depth]), flags)
-        return current
+        to_do, done, links = path.split("/")[::-1], list[str](), 0  # `done` is real: none of it is a link
+        while to_do:
+            name = to_do.pop()
+            if name == "..":
+                del done[-1:]
+            elif name not in ("", "."):
+                with linux.closing(linux.open_in_root(self._root, "/".join(done) or "/", DIRECTORY)) as parent:
+                    link = _link_or_made(parent, name, 0o755 if any(to_do) else mode)
+                links += bool(link)
+                if links > LINK_LIMIT or (links and len(done) > LINK_LIMIT):  # each level would be a directory
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                to_do += link.split("/")[::-1] if link else []
+                done = [] if link.startswith("/") else done if link else [*done, name]
+        return linux.open_in_root(self._root, "/".join(done) or "/", DIRECTORY)
 
 
 def opened_system(
@@ -445,6 +450,16 @@ def _reported(verb: str, path: str) -> Iterator[None]:
     except OSError as error:
         kind = Missing if error.errno in (errno.ENOENT, errno.ENOTDIR) else Failure
         raise kind(f"cannot {verb} the guest's {path}: {error.strerror}", repair_hint(error)) from None
+
+
+def _link_or_made(parent: int, name: str, mode: int) -> str:
+    """Return the content of a link; where there is neither link nor directory, make one, and return an empty text."""
+    with suppress(OSError):
+        return os.readlink(name, dir_fd=parent)
+    with suppress(FileExistsError):
+        os.mkdir(name, dir_fd=parent)
+        os.chmod(name, mode, dir_fd=parent)
+    return ""
 
 
 def _lstat(parent: int, name: str) -> os.stat_result | None:

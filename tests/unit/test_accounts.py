@@ -66,6 +66,8 @@ def test_root_is_admitted(before: str, after: str) -> None:
         ({"root/.ssh": "/srv/keys"}, "/srv/keys"),
         ({"root/.ssh": "../../../srv/keys"}, "/srv/keys"),
         ({"root": "/home", "home/.ssh": "keys"}, "/home/keys"),
+        ({"root": "/a/b", "a": "/c"}, "/c/b"),
+        ({"root": "a/b", "a": "../../c/d", "c": "e"}, "/e/d/b"),
     ],
 )
 def test_directories_that_are_links_to_nothing(
@@ -87,6 +89,13 @@ def test_directories_that_are_links_to_nothing(
 
 def test_directory_that_cannot_be(guest: Path, target: Target) -> None:
     (guest / "root").symlink_to("root")
+    with pytest.raises(Failure, match="the guest's /root: Too many levels of symbolic links"):
+        accounts.authorize(target, logins.authorized_keys(KEY))
+
+
+def test_directory_too_deep(guest: Path, target: Target) -> None:
+    """Each level would be a directory of the guest."""
+    (guest / "root").symlink_to("/a" * 50)
     with pytest.raises(Failure, match="the guest's /root: Too many levels of symbolic links"):
         accounts.authorize(target, logins.authorized_keys(KEY))
 
