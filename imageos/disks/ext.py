@@ -7,7 +7,6 @@ the caller has to take every block for used.
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ RO_SPARSE_SUPER, RO_GDT_CSUM, RO_METADATA_CSUM = 0x1, 0x10, 0x400
 # not bigalloc, whose bitmaps count clusters, nor snapshot, replica and shared_blocks
 RO_KNOWN = RO_SPARSE_SUPER | RO_GDT_CSUM | RO_METADATA_CSUM | 0x2 | 0x4 | 0x8 | 0x20 | 0x40 | 0x100 | 0x1B000
 BG_BLOCK_UNINIT = 0x2
+_LOW, _HIGH = struct.Struct("<IIIHHHH"), struct.Struct("<IIIH")  # of a group's descriptor; the second is at 0x20
 LEAST_GROUP = 8192  # blocks: what mke2fs makes of the smallest blocks
 
 Read = Callable[[int, int], bytes]  # offset within the filesystem, count
@@ -54,6 +54,9 @@ class Superblock:
 
     def group_start(self, group: int) -> int:
         return self.first + group * self.group_size
+
+    def group_length(self, group: int) -> int:
+        return min(self.group_size, self.blocks - self.group_start(group))
 
     def has_backup(self, group: int) -> bool:
         """Return whether a copy of the superblock and of the descriptors begins this group."""
@@ -124,6 +127,9 @@ def parse_superblock(data: bytes) -> Superblock:
 
 def _used_blocks(read: Read, superblock: Superblock) -> Iterator[tuple[int, int]]:
     per_block = superblock.block_size // superblock.descriptor_size
+    lengths = (1, 1, superblock.inode_table)
+    # of each kind what follows each other: with flex_bg those of many groups do, and a large disk has many groups
+    spans = [(0, 0)] * len(lengths)
     for number in range(-(-superblock.groups // per_block)):
         first = number * per_block
         block = superblock.first + 1 + number
@@ -132,50 +138,65 @@ def _used_blocks(read: Read, superblock: Superblock) -> Iterator[tuple[int, int]
         yield block, block + 1
         table = _block(read, superblock, block)
         for group in range(first, min(first + per_block, superblock.groups)):
-            start = (group - first) * superblock.descriptor_size
-            yield from _used_in_group(read, superblock, group, table[start : start + superblock.descriptor_size])
+            places, free, flags = _descriptor(table, (group - first) * superblock.descriptor_size, superblock)
+            # Wherever these are: with flex_bg in other groups, even in such as have no bitmap themselves.
+            for kind, (place, length) in enumerate(zip(places, lengths)):
+                start, end = spans[kind]
+                if place != end:
+                    yield start, end
+                    start = place
+                spans[kind] = start, place + length
+            if superblock.has_flags and flags & BG_BLOCK_UNINIT:
+                count = _uninitialised(superblock, group)
+                if count:
+                    yield superblock.group_start(group), superblock.group_start(group) + count
+            else:
+                yield from _used_in_group(read, superblock, group, places[0], free)
+    yield from spans
 
 
-def _used_in_group(read: Read, superblock: Superblock, group: int, descriptor: bytes) -> Iterator[tuple[int, int]]:
-    bitmap, inode_bitmap, inode_table, free, _, _, flags = struct.unpack_from("<IIIHHHH", descriptor)
-    if len(descriptor) >= 64:
-        high = struct.unpack_from("<IIIH", descriptor, 0x20)
-        bitmap, inode_bitmap, inode_table = (
-            low + (more << 32) for low, more in zip((bitmap, inode_bitmap, inode_table), high)
-        )
-        free += high[3] << 16
-    # Wherever these are: with flex_bg in other groups, even in such as have no bitmap themselves.
-    yield bitmap, bitmap + 1
-    yield inode_bitmap, inode_bitmap + 1
-    yield inode_table, inode_table + superblock.inode_table
+def _descriptor(table: bytes, offset: int, superblock: Superblock) -> tuple[tuple[int, int, int], int, int]:
+    """Return the blocks of a group's bitmaps and inodes, the number of its free blocks, and its flags."""
+    bitmap, inode_bitmap, inode_table, free, _, _, flags = _LOW.unpack_from(table, offset)
+    high = _HIGH.unpack_from(table, offset + 0x20) if superblock.descriptor_size >= 64 else (0, 0, 0, 0)
+    places = bitmap + (high[0] << 32), inode_bitmap + (high[1] << 32), inode_table + (high[2] << 32)
+    return places, free + (high[3] << 16), flags
+
+
+def _used_in_group(read: Read, superblock: Superblock, group: int, bitmap: int, free: int) -> Iterator[tuple[int, int]]:
+    bits = _bits(_block(read, superblock, bitmap), superblock.group_length(group))
     start = superblock.group_start(group)
-    count = min(superblock.group_size, superblock.blocks - start)
-    if superblock.has_flags and flags & BG_BLOCK_UNINIT:
-        yield start, start + _uninitialised(superblock, group, count)
-        return
-    bits = _bits(_block(read, superblock, bitmap), count)
     if bits.count("0") != free:
         raise Doubtful(f"the bitmap of group {group} says {bits.count('0')} free blocks, its descriptor {free}")
-    for run in re.finditer("1+", bits):
-        yield start + run.start(), start + run.end()
+    for first, end in runs(bits):
+        yield start + first, start + end
 
 
-def _uninitialised(superblock: Superblock, group: int, count: int) -> int:
+def _uninitialised(superblock: Superblock, group: int) -> int:
     """Return how many blocks at the beginning of a group without bitmap are in use: copies of those in the first."""
-    descriptors = -(-superblock.groups * superblock.descriptor_size // superblock.block_size)
     per_block = superblock.block_size // superblock.descriptor_size
     found = 1 if superblock.has_backup(group) else 0
-    if group // per_block < superblock.first_meta_group:
-        found += found * (min(descriptors, superblock.first_meta_group) + superblock.reserved)
-    elif group % per_block in (0, 1, per_block - 1):
-        found += 1
-    return min(count, found)
+    if group // per_block >= superblock.first_meta_group:
+        found += group % per_block in (0, 1, per_block - 1)
+    elif found:
+        descriptors = -(-superblock.groups // per_block)
+        found += min(descriptors, superblock.first_meta_group) + superblock.reserved
+    return min(superblock.group_length(group), found)
 
 
 def _block(read: Read, superblock: Superblock, number: int) -> bytes:
     if not superblock.first <= number < superblock.blocks:
         raise Doubtful("a group descriptor points outside of it")
     return read(number * superblock.block_size, superblock.block_size)
+
+
+def runs(bits: str) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of `1` in a text; a hundred times as fast as a regular expression where they are few."""
+    end = 0
+    bits += "0"
+    while (start := bits.find("1", end)) >= 0:
+        end = bits.find("0", start)
+        yield start, end
 
 
 def _bits(bitmap: bytes, count: int) -> str:

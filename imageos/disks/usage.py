@@ -56,9 +56,9 @@ class Map:
         while found := _SOMETHING.search(self._bits, position):
             position = found.start() // window * window
             number = int.from_bytes(self._bits[position : position + window], "little")
-            for run in re.finditer("1+", f"{number:b}"[::-1]):
-                start = (position * 8 + run.start()) * self.block
-                end = min((position * 8 + run.end()) * self.block, self.size)
+            for first, last in ext.runs(f"{number:b}"[::-1]):
+                start = (position * 8 + first) * self.block
+                end = min((position * 8 + last) * self.block, self.size)
                 for offset in range(start, end, longest):
                     yield offset, min(longest, end - offset)
             position += window
