@@ -11,17 +11,19 @@ from collections.abc import Callable, Sequence
 from imageos import log
 from imageos.causes import cause
 from imageos.errors import Failure, Interrupted, signal_name
+from imageos.installation import program_there
 from imageos.run import OUTPUT_LIMIT, Command, Finished, Outside, foreground, pipeline
 
 STATE = "/var/lib/ganeti"  # Debian's place of what Ganeti tells every node
 HOST = r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}"  # the name of an instance or a node
 
 
-def run_on(node: str, command: Sequence[str], if_lost: str | None = None) -> None:
-    """Run `command` on another node; what it says is said here. Failure, with its last line, unless its status is 0.
+def run_on(node: str, words: Sequence[str], if_lost: str | None = None) -> None:
+    """Run `imageos WORDS` on another node, and say what it says; fail, with its last line, unless its status is 0.
 
     `if_lost`: the hint when the connection has ended before the command, of which nothing is known then.
     """
+    program = program_there()
     said: list[str] = []
 
     def relay(line: str) -> None:
@@ -31,21 +33,22 @@ def run_on(node: str, command: Sequence[str], if_lost: str | None = None) -> Non
         said.append(line[len(log.PREFIX) :] if line.startswith(log.PREFIX) else line)
 
     try:
-        ended = over_ssh(node, command, lambda ssh: pipeline(ssh, on_line=relay)[0], if_lost)
+        ended = over_ssh(node, [program, *words], lambda ssh: pipeline(ssh, on_line=relay)[0], if_lost)
     except Interrupted:
         if if_lost:
             log.info(f"hint: {if_lost}")
         raise
     if ended.status == 127:
-        raise Failure(f"node {node} has no {command[0]}", hint=f"gnt-cluster copyfile -n {node} {command[0]}")
+        raise Failure(f"node {node} has no {program}", hint=f"gnt-cluster copyfile -n {node} {program}")
     if ended.status:
         raise Failure(f"on node {node}: {said[0] if said else f'exit status {ended.status}'}")
     if said:
         log.info(said[0])
 
 
-def talk_on(node: str, command: Sequence[str], if_lost: str) -> int:
-    """Run `command`, which talks to the user, on another node; its status. `if_lost` is as in `run_on`."""
+def talk_on(node: str, words: Sequence[str], if_lost: str) -> int:
+    """Run `imageos WORDS`, which talks to the user, on another node; return its status. `if_lost` is as in `run_on`."""
+    command = [program_there(), *words]
 
     def talk(ssh: Command) -> Finished:
         return Finished(ssh.argv, foreground(ssh), b"", "")

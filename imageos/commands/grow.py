@@ -17,7 +17,6 @@ from imageos.disks import blockdev, discovery, grow, partitions
 from imageos.disks.blockdev import LoopDevice
 from imageos.disks.partitions import NoSystem, Part, Table
 from imageos.errors import Failure
-from imageos.installation import program_there
 from imageos.node import isolation
 from imageos.node.children import signals_held
 from imageos.node.programs import require
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
             grow_all(paths)
         else:
             words = [f"--disk={path}" for path in paths]
-            remote.run_on(instance.node, [program_there(), "grow", *words, instance.name])
+            remote.run_on(instance.node, ["grow", *words, instance.name])
     return 0
 
 

@@ -18,7 +18,6 @@ from imageos.commandline import Parser
 from imageos.disks import blockdev, discovery, mounting
 from imageos.disks.blockdev import LoopDevice
 from imageos.errors import Failure, Interrupted
-from imageos.installation import program_there
 from imageos.node import isolation, linux, mounts
 from imageos.run import Command, Outside, foreground
 
@@ -111,13 +110,13 @@ def shell(name: str, mounted: ExitStack, loop: LoopDevice) -> int:
 
 def mount_there(instance: ClusterInstance, path: str, options: argparse.Namespace) -> int:
     """Have the node that has the disks do it."""
-    command = [program_there(), "mount-disks", "--disk", path]
-    command += [word for word, wanted in (("--read-only", options.read_only), ("--shell", options.shell)) if wanted]
-    command.append(instance.name)
+    words = ["mount-disks", "--disk", path]
+    words += [word for word, wanted in (("--read-only", options.read_only), ("--shell", options.shell)) if wanted]
+    words.append(instance.name)
     if_lost = f"umount-disks {instance.name} takes away what may be mounted there"
     if options.shell:
-        return remote.talk_on(instance.node, command, if_lost)
-    remote.run_on(instance.node, command, if_lost)
+        return remote.talk_on(instance.node, words, if_lost)
+    remote.run_on(instance.node, words, if_lost)
     log.info(f"that is on node {instance.node}")
     return 0
 
@@ -131,11 +130,9 @@ def check_free(name: str, options: argparse.Namespace) -> None:
     if there:
         what = f"instance {name}" if mounts.block_device(there[-1]) else "something else"
         raise Failure(f"{what} is mounted at {mount_point} already", hint=f"umount-disks {name} takes it away")
-    is_free = False
     try:
-        directory = mounts.open_mount_point(mount_point)
-        is_free = not os.listdir(directory)
-        os.close(directory)
+        with linux.closing(mounts.open_mount_point(mount_point)) as directory:
+            is_free = not os.listdir(directory)
     except OSError as error:
         is_free = error.errno == errno.ENOENT
     if not is_free:

@@ -15,7 +15,6 @@ from imageos import cluster, log, remote
 from imageos.commandline import Parser
 from imageos.disks import blockdev
 from imageos.errors import Failure
-from imageos.installation import program_there
 from imageos.node import linux, mounts
 from imageos.node.mounts import Mount
 
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     if instance.is_here:
         unmount(instance.name)
     else:
-        remote.run_on(instance.node, [program_there(), "umount-disks", "--here", instance.name])
+        remote.run_on(instance.node, ["umount-disks", "--here", instance.name])
     cluster.deactivate(instance.name)
     return 0
 

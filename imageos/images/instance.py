@@ -10,7 +10,7 @@ from imageos.cluster import ClusterInstance
 from imageos.commandline import Parser
 from imageos.images import capture
 from imageos.images.capture import CAPTURED, Destination
-from imageos.installation import OS_DIR, program_there
+from imageos.installation import OS_DIR
 from imageos.node import isolation
 from imageos.settings import examine_settings, parse_setting
 
@@ -74,12 +74,9 @@ def make_image_there(
 ) -> None:
     """Have the node that has the disk make the image, and keep it there."""
     name, _, arch = wanted.name.rpartition("-")
-    command = [program_there(), "ganeti-image", "--disk", path, "-i", instance.name, "-t", kind]
-    command += [
-        f"--image-dir={wanted.directory}",
-        f"--name={name}",
-        f"--arch={arch}",
-    ]  # with `=`: a value may begin with a dash
-    command += [word for word, is_wanted in (("--seal", options.seal), ("--force", options.force)) if is_wanted]
-    remote.run_on(instance.node, command)
+    words = ["ganeti-image", "--disk", path, "-i", instance.name, "-t", kind]
+    # with `=`: a value may begin with a dash
+    words += [f"--image-dir={wanted.directory}", f"--name={name}", f"--arch={arch}"]
+    words += [word for word, is_wanted in (("--seal", options.seal), ("--force", options.force)) if is_wanted]
+    remote.run_on(instance.node, words)
     log.info(f"the image is on node {instance.node}")

@@ -222,15 +222,15 @@ def test_a_shell_there_that_was_killed(status: int, is_told: bool, monkeypatch: 
     monkeypatch.setattr(remote, "over_ssh", lambda *words, **more: Finished([], status, b"", ""))
     said: list[str] = []
     monkeypatch.setattr("imageos.log.info", said.append)
-    assert remote.talk_on("node2", ["imageos", "mount-disks"], "do that") == status
+    assert remote.talk_on("node2", ["mount-disks"], "do that") == status
     assert bool(said) == is_told
     if is_told:
-        assert said[0] == "hint: do that" and "on node node2: imageos was killed" in said[-1]
+        assert said[0] == "hint: do that" and "imageos was killed" in said[-1]
 
 
 @pytest.mark.parametrize("number", [9, 15])
 def test_ssh_that_was_killed(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "foreground", lambda command: -number)
     with pytest.raises(Failure, match="lost it: ssh was killed by SIG(KILL|TERM)") as told:
-        remote.talk_on("node2", ["imageos", "mount-disks"], "do that")
+        remote.talk_on("node2", ["mount-disks"], "do that")
     assert told.value.hint == "do that"
