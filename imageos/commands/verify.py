@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from imageos import ganeti, hooks, log
 from imageos.errors import Failure
@@ -20,48 +20,39 @@ def main(_arguments: Sequence[str]) -> int:
     unknown = unknown_parameters(os.environ)
     settings, problems = examine_settings({**ganeti.EXAMPLE, **os.environ})
     problems += [Failure(f"unknown OS parameter {name}") for name in unknown]
-    problems += [] if problems else image_problems(settings)  # a wrong setting would select another image
-    problems += hook_problems(settings)
+    problems += [] if problems else problems_of(check_image, settings)  # a wrong setting would select another image
+    problems += problems_of(hooks.check, settings)
     for problem in problems[:-1]:
-        _say(problem)
+        if problem.hint:
+            log.info(f"hint: {problem.hint}")
+        log.info(str(problem))
     if problems:
         raise problems[-1]
     log.info("settings and parameters are right")
     return 0
 
 
-def image_problems(settings: Settings) -> list[Failure]:
-    """Return the errors of an image on this node. Only warn about a server: it may be up again for the create."""
-    if settings.cdinstall or "os-image" in reserved_parameters(os.environ):
-        return []
-    if not (settings.image_name or settings.image_url):
-        log.info("there is no IMAGE_NAME and no IMAGE_URL: create needs one, such as the OS parameter image_name")
-        return []
+def problems_of(check: Callable[[Settings], object], settings: Settings) -> list[Failure]:
     try:
-        if settings.image_url:
-            require("curl")
-            reason = imagetypes.why_unreachable(settings)
-            if reason:
-                log.warning(reason)
-            return []
+        check(settings)
+    except Failure as problem:
+        return [problem]
+    return []
+
+
+def check_image(settings: Settings) -> None:
+    """Fail if the image on this node is wrong. Only warn about a server: it may be up again for the create."""
+    if settings.cdinstall or "os-image" in reserved_parameters(os.environ):
+        return
+    if settings.image_url:
+        require("curl")
+        reason = imagetypes.why_unreachable(settings)
+        if reason:
+            log.warning(reason)
+    elif settings.image_name:
         image_type, image = imagetypes.IMAGE_TYPES[settings.image_type], imagetypes.find(settings)
         imagetypes.check(image_type, image)
         if not image_type.deploy:
             preview.check(settings, image)
-    except Failure as problem:
-        return [problem]
-    return []
-
-
-def hook_problems(settings: Settings) -> list[Failure]:
-    try:
-        hooks.check(settings)
-    except Failure as problem:
-        return [problem]
-    return []
-
-
-def _say(problem: Failure) -> None:
-    if problem.hint:
-        log.info(f"hint: {problem.hint}")
-    log.info(str(problem))
+    else:
+        log.info("there is no IMAGE_NAME and no IMAGE_URL: create needs one, such as the OS parameter image_name")
