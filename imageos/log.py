@@ -28,7 +28,9 @@ def set_debug(enabled: bool) -> None:
 
 def info(message: str) -> None:
     """Print `message` as one line, even if it contains a newline, as names of a guest's files may."""
-    if not _muted:
+    if _muted:
+        _clear()
+    else:
         _write(f"{PREFIX}{message}")
 
 
@@ -94,6 +96,7 @@ class Progress:
             info(f"{self._what}: {', '.join(words)}")
 
     def close(self) -> None:
+        """Erase the bar, where no line of the log and no end of a phase does so."""
         _clear()
 
 

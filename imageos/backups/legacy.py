@@ -110,7 +110,6 @@ def unpack_dump(source: Source, member: Member, directory: str) -> None:
             tick=tick,
             on_line=dump.watch(what),
         )
-        progress.close()
         dump.judge(Image(what, descriptor, member.size, ""), directory, finished, follower)
 
 
@@ -152,7 +151,6 @@ def staged(source: Source, member: Member, directory: str) -> Iterator[Image]:
             left -= len(data)
             yield data
             progress.update(member.size - left)
-        progress.close()
 
     descriptor, size = scratch.stored(chunks(), directory, member.name, "EXPORT_DIR", member.size)
     with linux.closing(descriptor):

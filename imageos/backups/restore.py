@@ -135,5 +135,4 @@ def copy_plain(source: Source, writer: Writer, room: int, expected: int | None) 
         offset += count
         progress.update(offset)
         if count < wanted or not wanted:
-            progress.close()
             return offset

@@ -100,4 +100,3 @@ def send(output: int, manifest: Manifest, disk: Disk, used: Map) -> None:
 
     for done in stream.write(output, manifest, usage.read_ahead(disk, used.extents()), read_into):
         progress.update(done)
-    progress.close()

@@ -89,13 +89,12 @@ def restore_stream(source: Source, disk: Disk) -> Restored:
     )
     progress = log.Progress("restoring", manifest.bytes)
     done = 0
-    with restore.writing(disk, [(volume.start, volume.size) for volume in manifest.volumes]) as writer:
-        with restore.write_behind(writer) as write:
-            for offset, data in stream.read_runs(source, manifest):
-                write(offset, data)
-                done += len(data)
-                progress.update(done)
-        progress.close()
+    volumes = [(volume.start, volume.size) for volume in manifest.volumes]
+    with restore.writing(disk, volumes) as writer, restore.write_behind(writer) as write:
+        for offset, data in stream.read_runs(source, manifest):
+            write(offset, data)
+            done += len(data)
+            progress.update(done)
     return Restored(manifest.disk_size, manifest.instance)
 
 

@@ -176,8 +176,7 @@ def let_go(path: str) -> Iterator[None]:
     """Meanwhile take away the last mounts of the loop device `path`; on exit all is written, and the disk is free."""
     with ExitStack() as stack:
         nodes = [path, *sorted(glob.glob(f"{path}p*")), *_ranges_over(path)]
-        flags = os.O_RDONLY
-        descriptors = [stack.enter_context(linux.closing(os.open(node, flags))) for node in nodes]
+        descriptors = [stack.enter_context(linux.closing(os.open(node, os.O_RDONLY))) for node in nodes]
         number = linux.loop_status(descriptors[0]).number
         backing = _attribute(path, "backing_file")
         read_only = linux.is_read_only(descriptors[0])
@@ -266,7 +265,6 @@ def _write_zeroes(descriptor: int, size: int) -> None:
     for start in range(0, size, ZERO_STEP):
         linux.zero_device(descriptor, start, min(ZERO_STEP, size - start))
         progress.update(start)
-    progress.close()
 
 
 @contextmanager

@@ -93,7 +93,6 @@ def find(disk: Disk, parts: Iterable[Part]) -> Map:
         for start, end in _zeroes(buffer, length, max(ZERO_UNIT, used.block)):
             used.clear(offset + start, offset + end)
         progress.update(offset)
-    progress.close()
     return used
 
 
