@@ -47,7 +47,8 @@ def guard(call: Callable[[], int]) -> int:
         return 1
     except MemoryError:
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        _say_cause(f"imageos needs more memory than {_memory(limit)}")
+        bound = "the node has" if limit == resource.RLIM_INFINITY else f"its limit of {log.size(limit)}"
+        _say_cause(f"imageos needs more memory than {bound}")
         return 1
     except Exception as error:
         if isinstance(error, RuntimeError) and limits.cause(str(error)):  # of Python's own: no thread can be started
@@ -63,10 +64,6 @@ def _say_cause(what: str) -> None:
     """Say `what` has happened, and the limit that is the cause of it, if one is."""
     limit = limits.cause(what)
     _say(f"{log.shorten(what, LONGEST - len(limit) - 2)}: {limit}" if limit else what)
-
-
-def _memory(limit: int) -> str:
-    return "the node has" if limit == resource.RLIM_INFINITY else f"its limit of {log.size(limit)}"
 
 
 def _say(line: str) -> None:

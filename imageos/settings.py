@@ -140,8 +140,6 @@ def _for_ganeti(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A setting in the table."""
-
     kind: Callable[[str], Any]  # text -> value
     default: str  # text as in a file; empty means none: decided when needed
     doc: str
@@ -155,7 +153,6 @@ class Entry:
 
 
 def _setting(kind: Callable[[str], Any], default: str, doc: str, **marks: bool) -> Any:
-    """Return a field of Settings."""
     entry = Entry(kind, default, doc, **marks)
     return dataclasses.field(default=entry.value(""), metadata={"entry": entry})
 
@@ -270,7 +267,7 @@ def examine_settings(
 
     def set_value(name: str, text: str, where: str, shown: str) -> None:
         try:
-            value = _parse(name, text, where, shown)
+            value = parse_setting(name, text, where, shown)
         except Failure as problem:
             problems.append(problem)
         else:
@@ -309,11 +306,6 @@ def examine_settings(
     return Settings(**values, unknown=unknown), problems
 
 
-def parse_setting(name: str, text: str, where: str) -> Any:
-    """Return the value of a setting that does not come from a file; Failure says which values are accepted."""
-    return _parse(name, text, where, name.upper())
-
-
 def unknown_parameters(environ: Mapping[str, str]) -> list[str]:
     """Return the OS parameters that imageos does not know; Ganeti itself refuses those not in parameters.list."""
     return [name for name, _ in _os_parameters(environ) if name not in TABLE and name not in RESERVED]
@@ -337,7 +329,7 @@ def _os_parameters(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 def settings_from_variables(environ: Mapping[str, str]) -> Settings:
     """Return the settings from a hook's environment (see `Settings.variables`)."""
     values = {
-        name: _parse(name, environ[name.upper()], "in the environment", name.upper())
+        name: parse_setting(name, environ[name.upper()], "in the environment")
         for name in TABLE
         if name.upper() in environ
     }
@@ -370,14 +362,16 @@ def _shown(entry: Entry, text: str) -> str:
     return "(secret)" if hidden else repr(text)
 
 
-def _parse(name: str, text: str, where: str, shown: str) -> Any:
+def parse_setting(name: str, text: str, where: str, shown: str = "") -> Any:
+    """Return the value of a setting; Failure says which values are accepted. `shown` is how messages name it."""
     entry = ENTRIES[name]
     try:
         if "\0" in text:
             raise ValueError("text without NUL")
         return entry.value(text)
     except ValueError as error:
-        raise Failure(f"{shown}={_shown(entry, text)} {where} is not accepted: it must be {error}") from None
+        what = f"{shown or name.upper()}={_shown(entry, text)} {where}"
+        raise Failure(f"{what} is not accepted: it must be {error}") from None
 
 
 # Not settings, but the ancestor's too: what the hook cloud-init reads, and what its defaults file has for the tools'

@@ -127,7 +127,6 @@ def plan_layout(settings: Settings, instance: Instance, disk: Disk, image: Image
 
 
 def format_disk(context: Context, loop: LoopDevice, layout: Layout) -> tuple[Volume, ...]:
-    """Return the volumes of a fresh disk, empty."""
     settings = context.settings
     volumes = tuple(filesystem.plan_volumes(layout, settings.filesystem, loop.partition))
     with log.phase(
@@ -178,7 +177,9 @@ def configure(context: Context, loop: LoopDevice, volumes: tuple[Volume, ...], r
     with target.opened_system(isolation.TARGET, instance, settings, loop.path, volumes) as root:
         guest.check_root(root)
         if context.deploy:
-            write_fstab(root, volumes)
+            root.write("/etc/fstab", fstab.render(volumes))
+            if any(volume.role == "esp" for volume in volumes):
+                root.mkdir("/boot/efi")
             forget_swap(root, context)
         if instance.serial_console:
             guest.enable_serial_console(root, "ttyS0", instance.serial_speed)
@@ -192,12 +193,6 @@ def configure(context: Context, loop: LoopDevice, volumes: tuple[Volume, ...], r
         else:
             warn_of_unread(root, context)
         guest.request_relabel(root)
-
-
-def write_fstab(root: Target, volumes: tuple[Volume, ...]) -> None:
-    if any(volume.role == "esp" for volume in volumes):
-        root.mkdir("/boot/efi")
-    root.write("/etc/fstab", fstab.render(volumes))
 
 
 def forget_swap(root: Target, context: Context) -> None:

@@ -44,8 +44,6 @@ class NotReplayed(NotSeen):
 
 @dataclass(frozen=True)
 class Found:
-    """A guest's system on a disk."""
-
     table: Table
     root: Part  # of several devices of one btrfs, that which can grow: the last on the disk
     volumes: tuple[Volume, ...]  # the root first
@@ -92,15 +90,6 @@ def find_on(table: Table, mounted: tuple[str, ...] = MOUNTED) -> Found:
     devices = filesystem.devices_of(system.part.device, system.part.kind)
     root = max((part for part in table.parts if part.device in devices), key=lambda part: part.start)
     return Found(table, root, volumes, system.is_whole, system.is_replayed)
-
-
-def find_whole(loop: LoopDevice) -> Found:
-    """As `find`; fail if the programs of the system are not on the disk."""
-    found = find(loop)
-    if not found.is_whole:
-        kind = NoSystem if found.is_replayed else NotReplayed
-        raise kind(f"{found.root} has /etc, but neither /bin nor /usr/bin, and its /usr is not on this disk")
-    return found
 
 
 def find_if_any(loop: LoopDevice, otherwise: str) -> Found | None:

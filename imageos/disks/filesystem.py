@@ -54,9 +54,7 @@ class Filesystem:
     subvolumes: tuple[str, ...] = ()  # options that mount a root, where that is not its default subvolume
     writable: Callable[[str], AbstractContextManager[None]] = lambda path: nullcontext()  # around all that is written
     mount: Callable[[str, str, str, int, str], None] | None = None  # instead of mount(2)
-    alone: Callable[[str], AbstractContextManager[None]] = lambda device: (
-        nullcontext()
-    )  # around mount and unmount; gets the device
+    alone: Callable[[str], AbstractContextManager[None]] = lambda device: nullcontext()  # around mount and unmount
     check: tuple[str, ...] = ()  # command before `grow`; the device follows. Empty: it grows while it is mounted
     check_wait: Callable[[ext.Read], int] | None = None  # reads the seconds that `check` waits first, and `grow` again
     smallest_grown: int = 0  # bytes; the kernel refuses to grow it to fewer
@@ -175,12 +173,10 @@ def plan_volumes(planned: Layout, kind: str, node: Callable[[int], str]) -> list
 
 
 def programs(planned: Layout, kind: str) -> list[str]:
-    """Return the programs that make the volumes of `planned`."""
     return ["sfdisk", *(make_command(volume)[0] for volume in plan_volumes(planned, kind, str))]
 
 
 def make(volumes: Iterable[Volume]) -> None:
-    """Put a fresh filesystem (or swap) on every volume."""
     for volume in volumes:
         program, *words = make_command(volume)
         filesystem = FILESYSTEMS.get(volume.kind)

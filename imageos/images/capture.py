@@ -109,7 +109,9 @@ def capture(source: str, capture_format: CaptureFormat, destination: Destination
     require(*capture_format.programs)
     check_free(destination, capture_format)
     with ExitStack() as stack:
-        destination = open_directory(stack, destination)
+        with writing_to(destination):
+            directory = os.open(destination.directory, os.O_RDONLY | os.O_DIRECTORY)
+        destination = replace(destination, opened=stack.enter_context(linux.closing(directory)))
         with blockdev.claimed(source, read_only=True) as disk:
             before = blockdev.last_write(disk)
             with log.phase(f"looked at the disk of {log.size(disk.size)}"):
@@ -130,13 +132,6 @@ def capture(source: str, capture_format: CaptureFormat, destination: Destination
                 settle(found, seal)
             files = list(capture_format.write(stack, DiskCopy(loop, found, total), destination))
         publish(destination, capture_format, files)
-
-
-def open_directory(stack: ExitStack, destination: Destination) -> Destination:
-    with writing_to(destination):
-        directory = os.open(destination.directory, os.O_RDONLY | os.O_DIRECTORY)
-    stack.enter_context(linux.closing(directory))
-    return replace(destination, opened=directory)
 
 
 def check_free(destination: Destination, capture_format: CaptureFormat) -> None:
@@ -215,7 +210,6 @@ def copy(disk: Disk, used: Map, total: int, descriptor: int, destination: Destin
             linux.write_all(descriptor, view, offset)
             done += length
             progress.update(done)
-    progress.close()
     return Disk(f"{disk.path} (copy)", descriptor, disk.size, is_file=True)
 
 
@@ -281,7 +275,6 @@ def write_qcow2(stack: ExitStack, copied: DiskCopy, destination: Destination) ->
             on_line=qemu_img_progress(progress, copied.used),
             tick=lambda: space.check(destination.here, 0),  # it writes by itself
         )[0]
-        progress.close()
         if done.status:
             if "No space left" in done.stderr:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -367,7 +360,6 @@ def drop_free(copied: DiskCopy, found: Found) -> None:
 def write_output(
     stack: ExitStack, copied: DiskCopy, destination: Destination, suffix: str, *commands: Command
 ) -> ImageFile:
-    """Return a new file with the output of the last command."""
     output = open_unnamed(stack, destination)
     digest = hashlib.sha256()
     progress = log.Progress(f"reading for {suffix.lstrip('-.')}", copied.used)
@@ -379,7 +371,6 @@ def write_output(
             digest.update(data)
             progress.update(blockdev.bytes_read(copied.loop) - before)
         check()
-    progress.close()
     return ImageFile(suffix, output, digest.hexdigest())
 
 

@@ -46,8 +46,6 @@ def suffixes(first: Sequence[str], more: Sequence[str] = ()) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Content:
-    """The disk in an image file."""
-
     format: Format | None  # None: raw
     size: int  # bytes of the disk; if it has to be unpacked, or has not arrived, at least so many
 
@@ -158,12 +156,10 @@ def ready(image: Image, directory: str, disk_size: int) -> Image:
 
 
 def _unpacking(image: Image) -> Iterator[bytes]:
-    """Yield what is in an image, and show the progress."""
     progress = log.Progress("unpacking", image.size)
     for chunk in unpacked(image):
         yield chunk
         progress.update(os.lseek(image.descriptor, 0, os.SEEK_CUR))
-    progress.close()
 
 
 def format_of(image: Image) -> Format | None:
@@ -258,7 +254,6 @@ def _convert(image: Image, form: Format, size: int, loop: LoopDevice) -> None:
     # all it needs is to read the image file, whoever owns it
     room = Room([loop.path], capabilities=[linux.CAP_DAC_OVERRIDE])
     finished = pipeline(Command(convert, room), stdin=image.descriptor, on_line=qemu_img_progress(progress, size))
-    progress.close()
     check_stages(image, finished)
 
 

@@ -46,7 +46,11 @@ class _Unknown(Failure):
 def find(loop: LoopDevice) -> Found:
     """Return the system on a disk that a disk image was written to."""
     try:
-        return discovery.find_whole(loop)
+        found = discovery.find(loop)
+        if not found.is_whole:
+            kind = NoSystem if found.is_replayed else NotReplayed
+            raise kind(f"{found.root} has /etc, but neither /bin nor /usr/bin, and its /usr is not on this disk")
+        return found
     except (NoSystem, NotSeen) as failure:
         failure.hint = failure.hint or HINT
         raise
