@@ -36,8 +36,6 @@ MOST_NAMES = 10000  # that are compared with one that is wrong
 
 @dataclass(frozen=True)
 class ClusterInstance:
-    """An instance as Ganeti knows it."""
-
     name: str  # in full
     os: str
     node: str  # its primary node

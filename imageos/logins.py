@@ -69,8 +69,6 @@ _PLAIN = re.compile(r"[a-z0-9@.-]+\s+AAAA")  # the type of a key, and the beginn
 
 
 class AuthorizedKey(NamedTuple):
-    """One line with a key."""
-
     line: str  # all of it
     options: str  # as they are written; empty if there are none
     blob: str  # the key in base64

@@ -104,8 +104,6 @@ class Said:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is special about some variables."""
-
     # whether what was said of a file may hold a secret: its path, the text, and all variables, if they are known
     is_secret: Callable[[str, str, Mapping[str, str] | None], bool] = lambda _path, _text, _variables: False
     # what must not come out empty of a file in which something has failed

@@ -63,7 +63,6 @@ def check_offers() -> Iterator[Finding]:
 
 
 def check_python() -> Iterator[Finding]:
-    """Check the python3 that Ganeti's PATH finds."""
     python = shutil.which("python3", path=GANETI_PATH)
     if not python:
         yield error(f"there is no python3 in Ganeti's PATH {GANETI_PATH}", "install python3")

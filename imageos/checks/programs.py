@@ -64,7 +64,6 @@ def limits(program: str, version: int | None) -> Iterator[str]:
 
 
 def programs_for(variant: Variant) -> Iterator[str]:
-    """Yield the programs that a create of this variant runs."""
     if not variant.has_image:
         return
     settings, layout, image = variant.settings, variant.layout, None

@@ -20,8 +20,6 @@ MARKS = {OK: ("ok", "32"), NOTE: ("note", "33"), ERROR: ("ERROR", "1;31"), UNKNO
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """The result of one check."""
-
     level: str
     what: str
     hint: str

@@ -26,8 +26,6 @@ LISTING = f"{SITE_DIR}/variants.list"
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant with its settings."""
-
     name: str
     settings: Settings
 
@@ -56,7 +54,6 @@ def listed() -> list[str]:
 
 
 def examine(name: str, warn: Callable[[str], None]) -> tuple[Variant, list[Failure]]:
-    """Return a variant, and what is wrong with its settings."""
     try:
         settings, problems = examine_settings({**ganeti.EXAMPLE, "OS_VARIANT": name}, warn=warn)
     except Failure as failure:

@@ -24,7 +24,6 @@ class Entry(NamedTuple):
 
 
 def render(volumes: Iterable[Volume]) -> str:
-    """Return the text of /etc/fstab for a guest on `volumes`."""
     rows = [("# <filesystem>", "<mount point>", "<type>", "<options>", "<dump>", "<pass>")]
     order = ["root", "boot", "esp", "swap"]
     for volume in sorted(volumes, key=lambda volume: order.index(volume.role)):

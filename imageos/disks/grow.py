@@ -217,7 +217,6 @@ def _why_not_volume(table: Table, root: Part) -> str:
 
 
 def _holder(table: Table, root: Part) -> Part:
-    """Return the partition that a logical volume is on."""
     return next(part for part in table.partitions if part.start <= root.start < part.end)
 
 

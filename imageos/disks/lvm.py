@@ -69,8 +69,6 @@ class LogicalVolume:
 
 @dataclass(frozen=True)
 class Group:
-    """A volume group."""
-
     name: str
     extent_size: int  # bytes
     starts: Mapping[str, int]  # device of a physical volume -> where its first extent is, in bytes

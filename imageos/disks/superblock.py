@@ -58,8 +58,6 @@ def kind(read: Read) -> str:
 
 
 class BtrfsDevice(NamedTuple):
-    """A device of a btrfs, as its superblock describes it."""
-
     filesystem: uuid.UUID
     devices: int  # of the filesystem, this one included
     number: int  # of this one, unique in the filesystem

@@ -28,15 +28,12 @@ ENVIRONMENT_SIZE = 1024  # bytes of GRUB's environment block
 
 @dataclass(frozen=True)
 class Change:
-    """A change of kernel command lines."""
-
     add: tuple[str, ...]
     root: str = ""  # UUID of the new root; empty: the guest keeps the root that it has
     kind: str = ""  # type of its filesystem
     boot: str = ""  # the directory /boot as the boot loader sees it, where there is a new root
 
     def keep(self, words: Iterable[str]) -> list[str]:
-        """Return the words that stay."""
         kept = [word for word in words if not self._goes(word)]
         return [f"rootfstype={self.kind}" if self.root and word.startswith("rootfstype=") else word for word in kept]
 

@@ -36,8 +36,6 @@ class CannotBoot(Failure):
 
 @dataclass(frozen=True)
 class Boot:
-    """A guest, and how it is to boot."""
-
     guest: Target
     change: Change  # of its kernel command lines; with a new root, imageos has made the disk
     disk: str
@@ -50,8 +48,6 @@ class Boot:
 
 @dataclass(frozen=True)
 class BootLoader:
-    """One boot loader; what differs between them."""
-
     is_in: Callable[[Target], object]
     menus: tuple[str, ...]  # patterns of paths
     configure: Callable[[Boot], object]
@@ -60,12 +56,10 @@ class BootLoader:
 
 
 def find(target: Target) -> BootLoader | None:
-    """Return the boot loader that the guest has."""
     return next((loader for loader in LOADERS if loader.is_in(target)), None)
 
 
 def command_lines(target: Target) -> list[str]:
-    """Return the kernel command lines in the guest's menus."""
     paths = [path for loader in LOADERS for pattern in loader.menus for path in target.glob(pattern)]
     return [line for path in paths for line in bootconfig.command_lines(target.read(path) or "")]
 

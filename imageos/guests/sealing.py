@@ -28,7 +28,6 @@ HISTORIES = (".*_history", ".history", ".lesshst", ".viminfo", ".wget-hsts")
 
 
 def seal(target: Target) -> None:
-    """Make a template of the system."""
     guest.forget_identity(target)
     for pattern in REMOVED:
         target.remove(pattern)

@@ -356,7 +356,6 @@ def opened_system(
 
 
 def guest_disk(disk: str, volumes: Sequence[Volume]) -> GuestDisk:
-    """Return the guest's disk as its sandbox shows it."""
     nodes = dict.fromkeys([disk, *(volume.device for volume in volumes)])  # subvolumes share them
     by_uuid = {volume.uuid: volume.device for volume in reversed(volumes) if volume.uuid}
     return GuestDisk(nodes=list(nodes), uuids=tuple(reversed(by_uuid.items())))

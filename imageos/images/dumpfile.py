@@ -59,8 +59,6 @@ class Truncated(Failure):
 
 
 class Facts(NamedTuple):
-    """An inode as a dump describes it."""
-
     mode: int
     links: int
     uid: int

@@ -111,7 +111,6 @@ def compression_of(begin: bytes) -> str:
 
 
 def decompressor(compression: str) -> Sequence[str]:
-    """Return the fastest command of this node that undoes a compression."""
     _, commands = COMPRESSIONS[compression]
     return next((command for command in commands if available(command[0])), commands[-1])
 

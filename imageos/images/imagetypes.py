@@ -211,7 +211,6 @@ def urls(settings: Settings, changed: Callable[[str], str] = str) -> list[str]:
 
 
 def _names(settings: Settings) -> list[str]:
-    """Return the names of the files in which the image may be."""
     suffixes = IMAGE_TYPES[settings.image_type].suffixes
     return [f"{settings.image_name}-{settings.arch}{suffix}" for suffix in suffixes]
 
