@@ -220,8 +220,7 @@ def _check_node(instance: ClusterInstance) -> None:
 
 
 def _hint(answer: Finished) -> str | None:
-    answers = complaint(answer) != SILENT
-    return None if answers else "systemctl start ganeti.target, on the master"
+    return "systemctl start ganeti.target, on the master" if complaint(answer) == SILENT else None
 
 
 # --- the node --------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def run_all(names: Sequence[str], context: Context, arguments: Sequence[str] = (
 def variables(context: Context) -> dict[str, str]:
     """Return the environment of a hook: Ganeti's variables, the settings, and what the command knows."""
     device_of = {volume.role: volume.device for volume in context.volumes}
-    known = {
+    return {
         **environment(),
         **ganeti.variables(context.environ),
         **context.settings.variables(),
@@ -131,10 +131,8 @@ def variables(context: Context) -> dict[str, str]:
             f"{volume.role} {volume.kind} {volume.uuid} {volume.device}" for volume in context.volumes
         ),
         "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        **({"IMPORT_SCRIPT": "1"} if context.action == "import" else {}),
     }
-    if context.action == "import":
-        known["IMPORT_SCRIPT"] = "1"
-    return known
 
 
 def os_directory() -> str:

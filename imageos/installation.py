@@ -196,8 +196,8 @@ def read(root: str, path: str) -> Record:
     try:
         fields = Record.__dataclass_fields__  # a newer version may have written more
         record = Record(**{name: value for name, value in json.loads(text).items() if name in fields})
-        for known in (record.files, record.links):
-            if not all(isinstance(text, str) for pair in known.items() for text in pair):
+        for paths in (record.files, record.links):
+            if not all(isinstance(text, str) for pair in paths.items() for text in pair):
                 raise ValueError("not text")
     except (ValueError, TypeError, AttributeError):
         raise Failure(

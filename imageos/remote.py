@@ -85,8 +85,8 @@ def over_ssh(
 
 def ssh_command(node: str, command: Sequence[str], cluster: str, ports: str, terminal: bool) -> list[str]:
     """As Ganeti's ssh.py builds it: the nodes share a host key, known under the cluster's name."""
-    known = re.findall(rf"(?m)^({HOST})=([0-9]{{1,5}})$", ports)
-    port = next((value for name, value in known if name == node), "")
+    told = re.findall(rf"(?m)^({HOST})=([0-9]{{1,5}})$", ports)
+    port = next((value for name, value in told if name == node), "")
     return [
         "ssh",
         "-oLogLevel=ERROR",  # no banner, but why it failed

@@ -265,9 +265,9 @@ def examine_settings(
     values: dict[str, Any] = {}
     unknown: dict[str, str] = {}
 
-    def set_value(name: str, text: str, where: str, shown: str) -> None:
+    def set_value(name: str, text: str, where: str) -> None:
         try:
-            value = parse_setting(name, text, where, shown)
+            value = parse_setting(name, text, where)
         except Failure as problem:
             problems.append(problem)
         else:
@@ -285,7 +285,7 @@ def examine_settings(
             if variable.lower() in TABLE and variable.isupper():
                 if TABLE[variable.lower()].secret:
                     problems += _lost_in_quotes(path, variable, {**from_ganeti, **known})
-                set_value(variable.lower(), text, f"in {path}", variable)
+                set_value(variable.lower(), text, f"in {path}")
             elif variable not in from_ganeti:
                 if variable not in unknown:
                     _warn_unknown(variable, path, variables, warn)
@@ -296,11 +296,10 @@ def examine_settings(
         elif name in TABLE and name not in PARAMETERS:
             problems.append(Failure(f"{name.upper()} cannot be set by an OS parameter (OSP_{name.upper()})"))
         else:
-            set_value(name, text, f"as OS parameter {name}", name.upper() if name in TABLE else name)
-    if not values.get("image_keyring"):
-        for name in ("image_signer", "image_signed_name"):
-            if values.get(name):
-                warn(f"{name.upper()} has no effect: without IMAGE_KEYRING no signature is asked for")
+            set_value(name, text, f"as OS parameter {name}")
+    for name in ("image_signer", "image_signed_name"):
+        if values.get(name) and not values.get("image_keyring"):
+            warn(f"{name.upper()} has no effect: without IMAGE_KEYRING no signature is asked for")
     if not values.get("arch"):
         values["arch"] = _node_arch()
     return Settings(**values, unknown=unknown), problems
@@ -362,15 +361,15 @@ def _shown(entry: Entry, text: str) -> str:
     return "(secret)" if hidden else repr(text)
 
 
-def parse_setting(name: str, text: str, where: str, shown: str = "") -> Any:
-    """Return the value of a setting; Failure says which values are accepted. `shown` is how messages name it."""
+def parse_setting(name: str, text: str, where: str) -> Any:
+    """Return the value of a setting; Failure says which values are accepted."""
     entry = ENTRIES[name]
     try:
         if "\0" in text:
             raise ValueError("text without NUL")
         return entry.value(text)
     except ValueError as error:
-        what = f"{shown or name.upper()}={_shown(entry, text)} {where}"
+        what = f"{name.upper() if name in TABLE else name}={_shown(entry, text)} {where}"
         raise Failure(f"{what} is not accepted: it must be {error}") from None
 
 
@@ -382,12 +381,12 @@ _KNOWN_BESIDES = (*HOOK_VARIABLES, "TARBALL_COMPRESS")
 
 def _warn_unknown(variable: str, path: str, layer: Collection[str], warn: Callable[[str], None]) -> None:
     """Warn of a variable that a file sets, with the others in `layer`, and that looks like a setting."""
-    known = [*(name.upper() for name in TABLE), *HOOK_VARIABLES]
+    names = [*(name.upper() for name in TABLE), *HOOK_VARIABLES]
     if variable.isupper():
         if variable not in _KNOWN_BESIDES:
-            warn(f"unknown setting {variable} in {path}{nearest(variable, known)}")
+            warn(f"unknown setting {variable} in {path}{nearest(variable, names)}")
     # Other names are a file's helper variables, as in `arch=...` or IMAGE_NAME=$image_name.
-    elif "_" in variable and variable.upper() in known and variable.upper() not in layer:
+    elif "_" in variable and variable.upper() in names and variable.upper() not in layer:
         warn(f"unknown setting {variable} in {path} (did you mean {variable.upper()}?)")
 
 

@@ -67,10 +67,10 @@ def remove(root: str, record: Record) -> None:
         link = under(root, path)
         if os.path.islink(link) and os.readlink(link) == text:
             os.unlink(link)
-    for path, known in reversed(list(record.files.items())):
+    for path, expected in reversed(list(record.files.items())):
         file = under(root, path)
         found = None if os.path.islink(file) else content(file)
-        if found is not None and digest(found) == known:
+        if found is not None and digest(found) == expected:
             os.unlink(file)
 
 

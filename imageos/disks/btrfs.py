@@ -34,9 +34,9 @@ def make_options() -> list[str]:
 
     It lists what it knows, each with the kernel that it takes; it refuses other names.
     """
-    known: list[str] = []
-    run(Command(["mkfs.btrfs", "-O", "list-all"]), on_line=known.append)
-    found = [re.match(r"(\S+) .*\(compat=(\d+)\.(\d+).*default=", line) for line in known]
+    features: list[str] = []
+    run(Command(["mkfs.btrfs", "-O", "list-all"]), on_line=features.append)
+    found = [re.match(r"(\S+) .*\(compat=(\d+)\.(\d+).*default=", line) for line in features]
     too_new = [f"^{match[1]}" for match in found if match and (int(match[2]), int(match[3])) > OLDEST_LINUX]
     return ["-O", ",".join(too_new)] if too_new else []
 
@@ -164,7 +164,7 @@ def devices(device: str) -> dict[str, BtrfsDevice]:
     this = found[device]
     own = {device: this}
     for name, facts in found.items():
-        is_clone = facts.filesystem == this.filesystem and facts.number in [known.number for known in own.values()]
+        is_clone = facts.filesystem == this.filesystem and facts.number in [other.number for other in own.values()]
         if (facts.filesystem == this.filesystem and this.devices > 1 and not is_clone) or facts.is_seed:
             own[name] = facts
     if len(own) < this.devices:

@@ -85,11 +85,11 @@ def _ext(kind: str, features: str, look_data: str = "") -> Filesystem:
 
 
 def _make_xfs(device: str, identity: str, label: str) -> list[str]:
-    known = [
+    options = [
         word for kernel, words in _XFS_OFF.items() if os.path.exists(_XFS_PROFILE.format(kernel)) for word in words
     ]
     metadata = f"bigtime=0,inobtcount=0,rmapbt=0,uuid={identity}"
-    return ["mkfs.xfs", "-f", "-q", "-m", metadata, *known, "-L", label, device]
+    return ["mkfs.xfs", "-f", "-q", "-m", metadata, *options, "-L", label, device]
 
 
 def devices_of(device: str, kind: str) -> Collection[str]:

@@ -105,8 +105,8 @@ def grow_or_refuse(loop: LoopDevice, table: Table, part: Part) -> int:
 
 def last_filesystem(table: Table) -> Part:
     """Return the filesystem of a disk without a system that can grow: the last one, or that of its logical volume."""
-    known = [part for part in table.parts if part.kind in FILESYSTEMS and part.device]
-    volumes = [part for part in known if part.volume]
+    filesystems = [part for part in table.parts if part.kind in FILESYSTEMS and part.device]
+    volumes = [part for part in filesystems if part.volume]
     if table.unread:
         raise Failure(table.unread, table.remedy)
     if len(volumes) > 1:
@@ -114,9 +114,9 @@ def last_filesystem(table: Table) -> Part:
             f"which one should grow: {log.few([str(part) for part in volumes])}?",
             hint="pvresize, and lvextend --resizefs of one of them, in the guest",
         )
-    if not known:
+    if not filesystems:
         raise NoFilesystem("it holds nothing that imageos can grow")
-    return max(volumes or known, key=lambda part: part.start)
+    return max(volumes or filesystems, key=lambda part: part.start)
 
 
 def size_of(part: Part) -> int:

@@ -106,11 +106,11 @@ def read(devices: Mapping[str, str]) -> tuple[tuple[Group, ...], Failure | None]
         done = _lvm([*command, "--nosuffix", *fields], devices)
         if done.status not in (0, PARTLY):
             raise done.failure()
-        groups, known = parse(done.stdout.decode("utf-8", "replace"), devices)
+        groups, understood = parse(done.stdout.decode("utf-8", "replace"), devices)
     except Failure as failure:
         return (), Failure(f"logical volumes cannot be read: {failure}")
     for device, identity in devices.items():
-        if device not in known:
+        if device not in understood:
             said = (line for line in done.stderr.splitlines() if device in line or identity.replace("-", "") in line)
             return groups, Failure(
                 f"logical volumes on {device} cannot be read: {next(said, 'lvm2 finds none').strip()}"
@@ -162,19 +162,19 @@ def parse(text: str, devices: Mapping[str, str]) -> tuple[tuple[Group, ...], set
         names = [report["vg"][0]["vg_name"] for report in found]
         groups = tuple(_group(report, devices, twice, names.count(name) > 1) for report, name in zip(found, names))
         rows = [row for report in reports for row in report["pv"] if report.get("vg") or not row["pv_in_use"]]
-        known = {row["pv_name"] for row in rows} & {*devices}
+        understood = {row["pv_name"] for row in rows} & {*devices}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Failure(f"lvm2 says what is not understood: {error}") from None
     count = sum(len(group.volumes) for group in groups)
     if count > MOST_VOLUMES:
         raise Failure(f"there are {count} of them, more than {MOST_VOLUMES}")
-    return groups, known
+    return groups, understood
 
 
-def _group(report: Any, known: Collection[str], twice: Collection[str], ambiguous: bool) -> Group:
+def _group(report: Any, on_disk: Collection[str], twice: Collection[str], ambiguous: bool) -> Group:
     (row,) = report["vg"]
     devices = {pv["pv_uuid"]: pv["pv_name"] for pv in report["pv"]}
-    starts = {pv["pv_name"]: int(pv["pe_start"]) for pv in report["pv"] if pv["pv_name"] in known}
+    starts = {pv["pv_name"]: int(pv["pe_start"]) for pv in report["pv"] if pv["pv_name"] in on_disk}
     is_partial = int(row["vg_missing_pv_count"]) or len(starts) < len(devices)
     obstacle = (
         "has physical volumes that are not on this disk" if is_partial

@@ -15,7 +15,7 @@ from typing import Any
 from imageos import log
 from imageos.disks import blockdev, lvm, superblock
 from imageos.disks.blockdev import LoopDevice
-from imageos.disks.ends import MOST_PARTITIONS
+from imageos.disks.ends import EXTENDED, MOST_PARTITIONS, PROTECTIVE
 from imageos.disks.layout import SECTOR
 from imageos.errors import Failure
 from imageos.node.confinement import Room
@@ -24,8 +24,6 @@ from imageos.run import Command, pipeline
 PROGRAMS = ("sfdisk", "blkid")
 PHYSICAL = superblock.LVM
 PROBE_TIMEOUT = 60.0  # seconds; a hostile table must not keep a reader busy
-EXTENDED = ("5", "f", "85")  # partition types of an msdos table that only hold others
-PROTECTIVE = "ee"
 
 
 class NoSystem(Failure):
@@ -168,7 +166,7 @@ def parse_table(text: str, device: str, disk_size: int) -> Table:
         end = (int(table["lastlba"]) + 1) * SECTOR if kind == "gpt" else min(disk_size, ((1 << 32) - 1) * SECTOR)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise NoSystem(f"cannot understand the disk's partition table: {error}") from None
-    extended = tuple(part for part in parts if kind == "dos" and part.type in EXTENDED)
+    extended = tuple(part for part in parts if kind == "dos" and part.type in map("{:x}".format, EXTENDED))
     table = Table(kind, tuple(part for part in parts if part not in extended), end, extended)
     check_table(table, disk_size)
     return table
@@ -179,7 +177,7 @@ def check_table(table: Table, disk_size: int) -> None:
     parts = table.parts
     if len(parts) > MOST_PARTITIONS or any(part.number > MOST_PARTITIONS for part in parts):
         raise NoSystem(f"the partition table has {len(parts)} partitions, or numbers over {MOST_PARTITIONS}")
-    if table.kind == "dos" and any(part.type == PROTECTIVE for part in parts):
+    if table.kind == "dos" and any(part.type == f"{PROTECTIVE:x}" for part in parts):
         raise NoSystem(
             "the partition table is a GPT that cannot be read here",
             hint="it is damaged, or was made for sectors of another size than 512 bytes",

@@ -139,11 +139,11 @@ def check_free(destination: Destination, capture_format: CaptureFormat) -> None:
     with explained(f"IMAGE_DIR {destination.directory}", f"mkdir -p {destination.directory}"):
         names = set(os.listdir(destination.directory))
     ours = capture_format.suffixes()
-    known = IMAGE_TYPES[capture_format.image_type].suffixes
+    suffixes = IMAGE_TYPES[capture_format.image_type].suffixes
     if capture_format.image_type != "tarball":  # a tarball of the same name is another image
-        known = tuple(suffix for suffix in known if suffix not in IMAGE_TYPES["tarball"].suffixes)
-    before = known[: known.index(ours[0])]
-    for suffix in (suffix for suffix in (*before, *ours, *known) if destination.name + suffix in names):
+        suffixes = tuple(suffix for suffix in suffixes if suffix not in IMAGE_TYPES["tarball"].suffixes)
+    before = suffixes[: suffixes.index(ours[0])]
+    for suffix in (suffix for suffix in (*before, *ours, *suffixes) if destination.name + suffix in names):
         there = f"there is an image {destination.path(suffix)}"
         if suffix in before and suffix not in ours:
             hint = "move it away, or give the new one another name"

@@ -215,9 +215,9 @@ def inspect(image: Image) -> Content:
         require("dd")
         return Content(None, 0 if image.stages else image.size)
     if not form.virtual_size:
-        known = ", ".join(other.name for other in formats.FORMATS if other.virtual_size)
+        deployed = ", ".join(other.name for other in formats.FORMATS if other.virtual_size)
         raise Failure(
-            f"image {image.path} is in the format {form.name}: only raw, {known} are deployed",
+            f"image {image.path} is in the format {form.name}: only raw, {deployed} are deployed",
             hint=f"qemu-img convert -f {form.driver} -O qcow2 {image.path} NAME-ARCH.qcow2",
         )
     require("qemu-img")

@@ -80,8 +80,8 @@ class _Check:
             if first != -1:
                 return False
         self._compare(path, number, facts, status)
-        known = self._dump.attributes(number)
-        missing = [(key, value) for key, value in known if not _same(key, place.attribute(name, key), value)]
+        attributes = self._dump.attributes(number)
+        missing = [(key, value) for key, value in attributes if not _same(key, place.attribute(name, key), value)]
         if missing:
             self._mend(place, name, path, facts, missing)
         return True

@@ -42,10 +42,8 @@ def deploy(image: Image, directory: str) -> None:
     check_stages(image, finished)
     left_out = sorted(set(LEFT_OUT.findall(finished[-1].stderr)))
     if left_out:
-        names = ", ".join(left_out[:10]) + (" ..." if left_out[10:] else "")
-        log.warning(
-            f"image {image.path}: attributes that the node's kernel gives to nobody but root are left out: {names}"
-        )
+        what = f"image {image.path}: attributes that the node's kernel gives to nobody but root are left out"
+        log.warning(f"{what}: {log.few(left_out, 10)}")
 
 
 def is_header(block: bytes) -> bool:
