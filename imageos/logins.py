@@ -1,4 +1,4 @@
-"""What lets somebody log in, checked by its form: password hashes of crypt(5), lines of sshd's authorized_keys.
+"""Check the form of what lets somebody log in: password hashes of crypt(5), lines of sshd's authorized_keys.
 
 Messages of ValueError say what is accepted; they never quote a value.
 """
