@@ -101,7 +101,7 @@ class Image:
 
     @property
     def gzip_size(self) -> int:
-        """The size modulo 4 GiB of the last member, as gzip writes it at the end; no proof: other data may follow it."""
+        """The size modulo 4 GiB of the last member, as gzip writes it at the end. No proof: other data may follow."""
         return int.from_bytes(os.pread(self.descriptor, 4, max(0, self.size - 4)), "little")
 
 
