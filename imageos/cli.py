@@ -44,7 +44,19 @@ USAGE = "usage: imageos COMMAND [ARGUMENT...] | imageos --help | imageos --versi
 
 def main() -> None:
     """Run the command that argv[0] or else the first argument names, and exit."""
-    sys.exit(guard(lambda: dispatch(sys.argv)))
+    status = guard(lambda: dispatch(sys.argv))
+    sys.exit(guard(_finish_stdout) or status)
+
+
+def _finish_stdout() -> int:
+    """Write what is still to be printed; Python itself would not report in our way that it cannot."""
+    try:
+        if sys.stdout:  # None if the caller has closed it
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # at exit Python tries again
+        raise Failure(f"cannot print: {error.strerror}") from None
+    return 0
 
 
 def dispatch(argv: list[str]) -> int:
