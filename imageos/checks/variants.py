@@ -15,6 +15,7 @@ from imageos.disks.layout import Layout
 from imageos.errors import Failure, explained
 from imageos.hooks import check_overlay, check_scripts, find
 from imageos.images import imagetypes, preview
+from imageos.images.cache import Copy
 from imageos.images.imagefile import Image
 from imageos.node import isolation
 from imageos.node.programs import available
@@ -50,7 +51,8 @@ class Variant:
 def listed() -> list[str]:
     """Return the names of the variants that Ganeti offers; fail if there is no list of them."""
     with explained(LISTING, "imageos install"), open(LISTING, encoding="utf-8", errors="backslashreplace") as file:
-        return [line.strip() for line in file if line.strip() and not line.startswith("#")]
+        lines = [line.strip() for line in file]  # as Ganeti reads it
+    return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
 
 
 def examine(name: str, warn: Callable[[str], None]) -> tuple[Variant, list[Failure]]:
@@ -132,12 +134,32 @@ def check_trials(variants: Iterable[Variant]) -> Iterator[Finding]:
         trial = last_trial(variant.name)
         if not trial:
             continue
-        now = trial.image_time
+        now = None
         with suppress(Failure):  # check_images names it
-            now = os.fstat(variant.image.descriptor).st_mtime if variant.image else now
-        is_other = trial.is_ok and now != trial.image_time
+            now = image_time(variant)
+        is_other = trial.is_ok and trial.is_of_other(now)
         what = f"variant {variant.name} was {trial}{'; its image is another now' if is_other else ''}"
         yield note(what, f"imageos variants try {variant.name}") if is_other or not trial.is_ok else ok(what)
+
+
+def image_time(variant: Variant) -> float | None:
+    """Return when the image's file on this node was last changed; None if there is none."""
+    if variant.image:
+        return os.fstat(variant.image.descriptor).st_mtime
+    copy = downloaded(variant.settings) if variant.has_image else None
+    return os.path.getmtime(copy[1]) if copy else None
+
+
+def downloaded(settings: Settings) -> tuple[str, str, Copy] | None:
+    """Return the URL, the path and the facts of the copy of an image in CACHE_DIR; None if there is none."""
+    from imageos.images import cache, fetch
+
+    for url in imagetypes.urls(settings):
+        path = f"{settings.cache_dir}/{fetch.cache_name(url)}"
+        copy = cache.load(path, url)
+        if copy:
+            return url, path, copy
+    return None
 
 
 def check_image(variant: Variant, image: Image) -> Iterator[Finding]:

@@ -8,10 +8,13 @@ gnt-cluster command runs it on all. Without Ganeti it works as well.
 from __future__ import annotations
 
 import os
-from argparse import Namespace
+import re
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
+from imageos import log
 from imageos.commandline import Parser
+from imageos.errors import Failure
 from imageos.variants import catalog, download, site, table, trial
 
 
@@ -25,6 +28,8 @@ def main(arguments: Sequence[str]) -> int:
 def show(options: Namespace) -> int:
     entries, arch = catalog.load(options.os_dir), site.architecture()
     enabled = table.rows()
+    if any(row.image == table.UNKNOWN for row in enabled):
+        log.warning("who is not root does not see which images are there: run it with sudo")
     if options.json:
         print(table.as_json(enabled, entries, arch), end="")
     else:
@@ -44,18 +49,34 @@ def disable(options: Namespace) -> int:
 
 
 def fetch(options: Namespace) -> int:
+    failure = None
     try:
         download.fetch_all(options.names)
-    finally:
+    except Failure as problem:
+        failure = problem
+    try:
         if options.prune:
             download.prune()
+    except Failure as problem:
+        if not failure:
+            raise
+        download.report("--prune", problem)
+    if failure:
+        raise failure
     return 0
 
 
 def try_variant(options: Namespace) -> int:
+    download.check_enabled(options.name)
     for label, value in trial.try_variant(options):
         print(f"{label:<16} {value}")
     return 0
+
+
+def _seconds(text: str) -> int:
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", text):
+        raise ArgumentTypeError(f"{text!r} is no number of seconds from 1 to 999999")
+    return int(text)
 
 
 def parser() -> Parser:
@@ -84,7 +105,7 @@ def parser() -> Parser:
     trying = add("try", "deploy a variant to a scratch file, and boot that in qemu to its login prompt")
     trying.add_argument("name", metavar="VARIANT", help="one that is enabled")
     trying.add_argument("--uefi", action="store_true", help="boot by UEFI instead of BIOS")
-    trying.add_argument("--timeout", type=int, default=600, metavar="SECONDS", help="default: %(default)s")
+    trying.add_argument("--timeout", type=_seconds, default=600, metavar="SECONDS", help="default: %(default)s")
     trying.add_argument("--keep", action="store_true", help="keep the scratch file, and say where it is")
     trying.set_defaults(action=try_variant)
     return options

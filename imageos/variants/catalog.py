@@ -176,4 +176,5 @@ def nearest(name: str, names: Sequence[str]) -> str:
     import difflib
 
     found: list[str] = difflib.get_close_matches(name, names, 3, 0.5)
+    found = found or difflib.get_close_matches(name.lower(), names, 3, 0.5)
     return " or ".join(found)

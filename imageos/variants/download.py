@@ -7,33 +7,48 @@ from collections.abc import Sequence
 
 from imageos import log
 from imageos.checks.variants import Variant, examine, listed
-from imageos.errors import Failure
+from imageos.errors import Failure, explained
 from imageos.images import cache, fetch, imagetypes
 from imageos.settings import is_pin
+from imageos.variants.catalog import nearest
 
 
 def fetch_all(names: Sequence[str]) -> None:
     """Download and verify the images of the variants `names`, or of all; fail in the end if one has failed."""
     wanted = list(dict.fromkeys(names)) or listed()
-    failed = []
+    failed: dict[str, Failure] = {}
     for name in wanted:
         try:
             fetch_one(known(name))
         except Failure as failure:
-            failed.append(name)
-            _report(name, failure)
+            failed[name] = failure
+            report(f"variant {name}", failure)
     if failed:
-        raise Failure(f"{len(failed)} of {len(wanted)} variants could not be fetched: {', '.join(failed)}")
+        what = f"{len(failed)} of {len(wanted)} variants could not be fetched: {', '.join(failed)}"
+        hint = "run it with sudo" if os.geteuid() else None
+        if len(failed) == 1:
+            (only,) = failed.values()
+            raise Failure(f"{what}; {only}", hint or only.hint)
+        raise Failure(what, hint)
 
 
 def known(name: str) -> Variant:
     """Return an enabled variant; fail unless its settings are right."""
-    if name not in listed():
-        raise Failure("it is not enabled", hint=f"imageos variants enable {name}")
+    check_enabled(name)
     variant, problems = examine(name, log.warning)
     if problems:
         raise problems[0]
     return variant
+
+
+def check_enabled(name: str) -> None:
+    enabled = listed()
+    if name not in enabled:
+        near = nearest(name, enabled)
+        raise Failure(
+            f"{name} is not enabled",
+            hint=f"imageos variants enable {name}{f', or did you mean {near}?' if near else ''}",
+        )
 
 
 def fetch_one(variant: Variant) -> None:
@@ -54,12 +69,13 @@ def fetch_one(variant: Variant) -> None:
     log.info(f"variant {variant.name} is on this node: {image.path}, {log.size(image.size)}")
 
 
-def _report(name: str, failure: Failure) -> None:
+def report(what: str, failure: Failure) -> None:
+    """Log a failure that is not the end."""
     for line in failure.details:
         log.info(f"| {line}")
     if failure.hint:
         log.info(f"hint: {failure.hint}")
-    log.info(f"variant {name}: {failure}")
+    log.info(f"{what}: {failure}")
 
 
 def prune() -> None:
@@ -73,9 +89,10 @@ def prune() -> None:
     keep = {fetch.cache_name(url) for variant in variants for url in _urls(variant)}
     for directory in sorted({variant.settings.cache_dir for variant in variants}):
         total = 0
-        for name, size in cache.prune(directory, keep):
-            log.info(f"{directory}/{name}: " + ("in use, kept" if size is None else f"removed, {log.size(size)}"))
-            total += size or 0
+        with explained(f"CACHE_DIR {directory}"):
+            for name, size in cache.prune(directory, keep):
+                log.info(f"{directory}/{name}: " + ("in use, kept" if size is None else f"removed, {log.size(size)}"))
+                total += size or 0
         log.info(f"{log.size(total)} of {directory} are free again" if total else f"{directory}: nothing to remove")
 
 

@@ -30,6 +30,10 @@ class Trial:
     def is_ok(self) -> bool:
         return not self.problem
 
+    def is_of_other(self, image_time: float | None) -> bool:
+        """Return True if the image, whose file was last changed then, is another one now; None: it is not there."""
+        return None not in (image_time, self.image_time) and image_time != self.image_time
+
     def __str__(self) -> str:
         of = f" with the image of {day(self.image_time)}" if self.image_time is not None else ""
         firmware = "" if self.firmware == "bios" else f" by {self.firmware.upper()}"

@@ -7,11 +7,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote, unquote
 
 from imageos import __version__, log
-from imageos.checks.variants import Variant, examine, listed
+from imageos.checks.variants import Variant, downloaded, examine, image_time, listed
 from imageos.errors import Failure
-from imageos.images import cache, checksums, fetch, imagetypes
+from imageos.images import checksums, fetch, imagetypes
 from imageos.images.urls import shown
 from imageos.settings import Settings
 from imageos.variants.catalog import Entry
@@ -20,6 +21,7 @@ from imageos.variants.record import day, last_trial
 HEADINGS = ("VARIANT", "TYPE", "IMAGE", "SIZE", "DATE", "VERIFIED BY", "TRIED", "PLACE")
 AVAILABLE = ("VARIANT", "TYPE", "USER", "SIGNED", "WHAT")
 GAP = "  "
+UNKNOWN = "unknown"  # to whom is not root
 LEAST = 16  # characters of the last column; where there are fewer, it is left out
 
 
@@ -29,7 +31,7 @@ class Row:
 
     name: str
     type: str = ""
-    image: str = ""  # where it is: directory, cache, URL (not downloaded yet), parameter or missing
+    image: str = ""  # where it is: directory, cache, URL (not downloaded yet), parameter, missing or unknown
     place: str = ""  # path or URL
     size: int | None = None  # bytes
     date: float | None = None  # when it was put there, or when the server last said that it is current; seconds
@@ -37,6 +39,8 @@ class Row:
     tried: float | None = None  # seconds
     trial: str = ""  # how that ended: ok, or what went wrong
     problem: str = ""  # why it cannot be deployed
+    tried_with: float | None = None  # the time of the image's file that was tried; seconds
+    is_outdated: bool = False  # the image is another one now
 
 
 def rows() -> list[Row]:
@@ -47,17 +51,30 @@ def rows() -> list[Row]:
         row = Row(name, variant.settings.image_type, problem=str(problems[0]) if problems else "")
         if not problems:
             row = _image(variant, row)
-        trial = last_trial(name)
-        if trial:
-            row = dataclasses.replace(row, tried=trial.tried, trial=trial.problem or "ok")
-        found.append(row)
+        found.append(_tried(variant, row))
     return found
+
+
+def _tried(variant: Variant, row: Row) -> Row:
+    trial = last_trial(row.name)
+    if not trial:
+        return row
+    is_there = row.image in ("directory", "cache")
+    return dataclasses.replace(
+        row,
+        tried=trial.tried,
+        trial=trial.problem or "ok",
+        tried_with=trial.image_time,
+        is_outdated=is_there and trial.is_of_other(image_time(variant)),
+    )
 
 
 def _image(variant: Variant, row: Row) -> Row:
     settings = variant.settings
     if not variant.has_image:
         return dataclasses.replace(row, image="installer" if settings.cdinstall else "parameter")
+    if os.geteuid() != 0 and (settings.image_url or not os.access(settings.image_dir, os.R_OK | os.X_OK)):
+        return dataclasses.replace(row, image=UNKNOWN)  # what is in the cache is root's alone
     try:
         return _downloaded(settings, row) if settings.image_url else _in_directory(settings, row)
     except Failure as failure:
@@ -69,31 +86,46 @@ def _in_directory(settings: Settings, row: Row) -> Row:
     status = os.fstat(image.descriptor)
     for file in (image, image.boot) if image.boot else (image,):
         os.close(file.descriptor)
-    has_checksum = settings.image_verify and (settings.image_checksum or imagetypes.has_checksum(image.path))
-    verified = (settings.image_checksum or "a checksum beside it") if has_checksum else ""
+    wanted = checksums.policy(settings, quote(image.path))
+    found = unquote(wanted.file) or ("a checksum beside it" if imagetypes.has_checksum(image.path) else fetch.NOT_FOUND)
     return dataclasses.replace(
-        row, image="directory", place=image.path, size=status.st_size, date=status.st_mtime, verified=verified
+        row,
+        image="directory",
+        place=image.path,
+        size=status.st_size,
+        date=status.st_mtime,
+        verified=_verified(wanted, found),
     )
 
 
 def _downloaded(settings: Settings, row: Row) -> Row:
-    for url in imagetypes.urls(settings):
-        path = f"{settings.cache_dir}/{fetch.cache_name(url)}"
-        copy = cache.load(path, url)
-        if copy:
-            wanted = checksums.policy(settings, url)
-            found = [verdict.found for key, verdict in copy.verdicts.items() if wanted.is_covered_by(key)]
-            verified = ", ".join([*([wanted.pin.source] if wanted.pin else []), *found[-1:]])
-            return dataclasses.replace(
-                row, image="cache", place=path, size=os.path.getsize(path), date=copy.checked, verified=verified
-            )
-    return dataclasses.replace(row, image="URL", place=shown(settings.image_url))
+    known = downloaded(settings)
+    if not known:
+        return dataclasses.replace(row, image="URL", place=shown(settings.image_url))
+    url, path, copy = known
+    wanted = checksums.policy(settings, url)
+    found = [verdict.found for key, verdict in copy.verdicts.items() if wanted.is_covered_by(key)]
+    return dataclasses.replace(
+        row,
+        image="cache",
+        place=path,
+        size=os.path.getsize(path),
+        date=copy.checked,
+        verified=_verified(wanted, *found[-1:]),
+    )
+
+
+def _verified(wanted: checksums.Policy, *found: str) -> str:
+    """Return by what an image is verified: `found` is what was published, if anybody looked for that."""
+    if not (wanted.pin or wanted.is_published):
+        return "nothing: the settings say so"
+    return ", ".join([*([wanted.pin.source] if wanted.pin else []), *(found if wanted.is_published else [])])
 
 
 def as_text(enabled: Sequence[Row], entries: Mapping[str, Entry], arch: str, width: int) -> str:
     """Return both tables, at most `width` characters wide if that is possible; 0: as wide as they are."""
     lines = list(_table(HEADINGS, [_cells(row) for row in enabled], width))
-    lines += [f"{row.name}: {row.problem}" for row in enabled if row.problem]
+    lines += [log.ascii_only(f"{row.name}: {row.problem}") for row in enabled if row.problem]
     names = {row.name for row in enabled}
     others = [entry for entry in entries.values() if entry.name not in names and arch in entry.urls]
     if others:
@@ -103,7 +135,8 @@ def as_text(enabled: Sequence[Row], entries: Mapping[str, Entry], arch: str, wid
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    tried = f"{day(row.tried)} {'ok' if row.trial == 'ok' else 'failed'}" if row.tried is not None else ""
+    ending = "failed" if row.trial != "ok" else "old image" if row.is_outdated else "ok"
+    tried = f"{day(row.tried)} {ending}" if row.tried is not None else ""
     size = log.size(row.size) if row.size is not None else ""
     date = day(row.date) if row.date else ""
     return (row.name, row.type, row.image, size, date, _short(row.verified), tried, row.place)
@@ -111,7 +144,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _short(verified: str) -> str:
     """Return by what an image was verified without the place of that: `SHA256SUMS, signed`."""
-    if verified == fetch.NOT_FOUND:
+    if verified.startswith("nothing"):
         return "nothing"
     file, _, signed = verified.partition(", signed by ")
     return file.rpartition("/")[2] + (", signed" if signed else "")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from http_server import Server, serving
-from support import DEFAULTS, HANGS, SITE, Node, Result, run, wait_until
+from support import DEFAULTS, HANGS, SITE, Node, Result, make_odd, run, wait_until
 
 MakeDisk = Callable[..., Path]
 LISTING = SITE / "variants.list"
@@ -139,7 +140,7 @@ def test_catalog_has_changed(site: Node) -> None:
         (["enable", "other", "gues"], ["the catalog has no 'gues'", "did you mean guest"]),
         (["enable", "../default"], ["the catalog has no"]),
         (["disable", "default"], ["would leave Ganeti without a variant"]),
-        (["fetch", "guest"], ["variant guest: it is not enabled", "1 of 1 variants could not be fetched"]),
+        (["fetch", "guest"], ["variant guest: guest is not enabled", "1 of 1 variants could not be fetched"]),
     ],
 )
 def test_refused(arguments: list[str], words: list[str], site: Node) -> None:
@@ -158,6 +159,77 @@ def test_list_that_is_a_link(site: Node) -> None:
     call(site, "enable", "guest").ok()
     assert LISTING.is_symlink() and elsewhere.read_text() == "# ours\n\ndefault\nguest\n"
     assert elsewhere.stat().st_mode & 0o777 == 0o644
+
+
+def test_list_of_the_site(site: Node) -> None:
+    """What is in it stays as it is, byte by byte; what Ganeti takes for a comment is no variant."""
+    for text in (b"# ours\r\ndefault\r\n", b"  # indented\n\ndefault\n\tother \n# f\xfcr uns\x0c\n"):
+        LISTING.write_bytes(text)
+        LISTING.chmod(0o440)
+        call(site, "enable", "guest").ok()
+        assert LISTING.read_bytes() == text + b"guest\n"
+        assert set(rows(site)) <= {"default", "other", "guest"}
+        call(site, "disable", "guest").ok()
+        assert LISTING.read_bytes() == text and LISTING.stat().st_mode & 0o777 == 0o440
+
+
+def test_list_without_a_last_newline(site: Node) -> None:
+    LISTING.write_text("default")
+    call(site, "enable", "guest", "guest").ok()
+    assert LISTING.read_text() == "default\nguest\n"
+
+
+def test_something_else_in_the_place_of_a_file(site: Node) -> None:
+    """It is the site's, and known before the first write."""
+    path = SITE / "variants/guest.conf"
+    for kind in ("fifo", "dangling link"):
+        make_odd(path, kind)
+        call(site, "enable", "other", "guest").failed(f"{path} is no file, nor a link to one")
+        assert LISTING.read_text() == "default\n" and not (SITE / "variants/other.conf").exists()
+        LISTING.write_text("default\nguest\n")
+        assert "is the site's own, and kept" in call(site, "disable", "guest").ok().log
+        assert LISTING.read_text() == "default\n"
+        path.unlink()
+
+
+def test_link_of_the_site(site: Node) -> None:
+    """Its configuration management has the file elsewhere, even if enable has once written what is in it."""
+    call(site, "enable", "guest").ok()
+    path, elsewhere = SITE / "variants/guest.conf", SITE / "managed.conf"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    assert "is the site's own, and stays" in call(site, "enable", "guest").ok().log
+    assert "is the site's own, and kept" in call(site, "disable", "guest").ok().log
+    assert path.is_symlink() and elsewhere.exists()
+
+
+def test_list_that_cannot_be_written(site: Node) -> None:
+    """The files that were written before are as they were: new ones gone, one of an older catalog still of that."""
+    call(site, "enable", "other").ok()
+    before = state()
+    path = SITE / "catalog.conf"
+    path.write_text(path.read_text().replace("/other.qcow2", "/newer.qcow2"))
+    run("mount", "--bind", LISTING, LISTING)
+    try:
+        call(site, "enable", "other", "guest").failed(f"cannot write {LISTING}")
+    finally:
+        run("umount", LISTING)
+    assert state() == before and not list(SITE.rglob("*.tmp"))
+
+
+def test_file_without_a_line(site: Node) -> None:
+    """As after an enable or disable that was killed half way."""
+    call(site, "enable", "guest").ok()
+    LISTING.write_text("default\n")
+    assert "variant guest is disabled" in call(site, "disable", "guest").ok().log
+    assert not (SITE / "variants/guest.conf").exists()
+
+
+def test_names_that_are_like_others(site: Node) -> None:
+    call(site, "enable", "guest").ok()
+    assert "variant gest is not enabled (did you mean guest?)" in call(site, "disable", "gest").ok().log
+    assert "or did you mean guest?" in call(site, "fetch", "gest").failed("gest is not enabled").log
+    assert "imageos variants enable other" in call(site, "try", "other").failed("other is not enabled").log
 
 
 def test_many_at_once(site: Node) -> None:
@@ -262,6 +334,104 @@ def test_prune_without_knowing_what_is_named(site: Node) -> None:
     (cache / f"{'0' * 16}-old.img").write_bytes(b"x")
     call(site, "fetch", "guest", "--prune").failed("nothing is removed: variant wrong: IMAGE_TYPE='iso'")
     assert (cache / f"{'0' * 16}-old.img").exists()
+
+
+def test_prune_after_a_failure_and_after_a_signal(site: Node, publisher: Server, image: bytes) -> None:
+    """The cause of a fetch that fails stays on the last line. Who interrupts it wants nothing more to be done."""
+    call(site, "enable", "guest", "broken").ok()
+    orphan = site.work / "cache" / f"{'0' * 16}-old.img"
+    orphan.parent.mkdir()
+    orphan.write_bytes(b"x")
+    publisher.put("/images/1.0/guest.qcow2", image, stalls_at=len(image) // 2)
+    running = site.start_tool("variants", "--os-dir", str(site.os_dir), "fetch", "--prune", path=WITHOUT_GANETI)
+    wait_until(lambda: any(orphan.parent.glob("*guest.qcow2.part")), HANGS)
+    running.kill(signal.SIGINT)
+    assert running.result().status == 130
+    assert orphan.exists()
+    result = call(site, "fetch", "broken", "--prune")
+    result.failed("1 of 1 variants could not be fetched: broken; image ", "is a web page")
+    assert not orphan.exists()
+    site.variant("wrong", "IMAGE_TYPE=iso\n")
+    result = call(site, "fetch", "broken", "--prune").failed("could not be fetched: broken; image ")
+    assert "--prune: nothing is removed: variant wrong" in result.log
+
+
+def test_by_what_it_is_verified(site: Node, publisher: Server, image: bytes) -> None:
+    """By what the settings ask for, whatever the copy was verified by for others."""
+    url, pin = f"{publisher.url}/images/latest/guest.qcow2", f"sha256:{hashlib.sha256(image).hexdigest()}"
+    site.write(site.images / "local-x86_64.qcow2", "")
+    (site.images / "local-x86_64.qcow2").write_bytes(image)
+    remote, local = f"IMAGE_URL={url}\n", f"ARCH=x86_64\nIMAGE_NAME=local\nIMAGE_DIR={site.images}\n"
+    expected = {}
+    for place, where, published in (("remote", remote, "SHA256SUMS"), ("local", local, "nothing")):
+        settings = {"IMAGE_CHECKSUM=": published, "IMAGE_VERIFY=no": "nothing", "IMAGE_CHECKSUM=no": "nothing"}
+        settings[f"IMAGE_CHECKSUM={pin}"] = "IMAGE_CHECKSUM"
+        for number, (setting, verified) in enumerate(settings.items()):
+            site.variant(f"{place}{number}", f"IMAGE_TYPE=qcow2\nNOMOUNT=yes\n{where}{setting}\n")
+            expected[f"{place}{number}"] = verified
+    call(site, "fetch", *expected).ok()
+    text = run(site.os_dir / "imageos", "variants", "--os-dir", site.os_dir)
+    shown = {line.split()[0]: line for line in text.partition("\n\n")[0].splitlines()}
+    for name, verified in expected.items():
+        assert re.search(rf"\d\d  {verified}  ", shown[name]), (name, shown[name])
+    assert pin not in text, "it would fill the line"
+
+
+def test_last_trial_of_a_download(site: Node, publisher: Server, image: bytes) -> None:
+    """The publisher has another image since: table and doctor say that it was not tried."""
+    call(site, "enable", "guest").ok()
+    call(site, "fetch", "guest").ok()
+    (copy,) = (site.work / "cache").glob("*.qcow2")
+    image_time = copy.stat().st_mtime
+    site.write(
+        site.work / "lib/ganeti-instance-image/trials/guest.json",
+        json.dumps({"tried": image_time, "image_time": image_time}),
+    )
+
+    def doctor() -> str:
+        return site.tool("doctor", "--os-dir", str(site.os_dir), path=WITHOUT_GANETI).log
+
+    run("mount", "--bind", site.work / "lib", "/var/lib")
+    try:
+        row = rows(site)["guest"]
+        assert (row["trial"], row["tried_with"], row["is_outdated"]) == ("ok", image_time, False)
+        assert "its image is another now" not in doctor()
+        publisher.put("/images/1.0/guest.qcow2", image + bytes(1 << 16))
+        digest = hashlib.sha256(image + bytes(1 << 16)).hexdigest()
+        publisher.put("/images/latest/SHA256SUMS", f"{digest} *guest.qcow2\n".encode())
+        call(site, "fetch", "guest").ok()
+        assert rows(site)["guest"]["is_outdated"] is True
+        assert "its image is another now" in " ".join(doctor().split())
+    finally:
+        run("umount", "/var/lib")
+
+
+def test_not_root(site: Node) -> None:
+    """Who cannot see the images does not say that they are missing, nor that they have to be downloaded."""
+    call(site, "enable", "guest").ok()
+    call(site, "fetch", "guest").ok()
+    root = Path("/var/tmp/for-everybody")
+    os_dir = root / "usr/share/ganeti/os/image"
+    argv = ["setpriv", "--reuid=65534", "--clear-groups", os_dir / "imageos", "variants", "--os-dir", os_dir]
+    try:
+        run(site.imageos, "install", "--root", root)
+        run("chmod", "-R", "go+rX", root, SITE)
+        done = subprocess.run(argv, check=True, capture_output=True, text=True)
+        assert re.search("(?m)^guest +qcow2 +unknown ", done.stdout) and "run it with sudo" in done.stderr
+        for action in ("fetch", "enable"):
+            done = subprocess.run([*argv, action, "guest", "other"], check=False, capture_output=True, text=True)
+            assert "hint: run it with sudo" in done.stderr.splitlines()[-2], done.stderr
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def test_output_that_cannot_be_written(site: Node) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [site.os_dir / "imageos", "variants", "--os-dir", site.os_dir],
+            check=False, stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "imageos: cannot print: No space left on device\n")
 
 
 def test_table(site: Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import readme
 
 from imageos import settings
-from imageos.errors import Failure
+from imageos.commands import variants
+from imageos.errors import Failure, Usage
 from imageos.images import fetch, imagetypes
 from imageos.settings import Settings, is_pin
 from imageos.variants import catalog, table
@@ -131,6 +133,7 @@ def test_nearest() -> None:
     with pytest.raises(Failure, match="the catalog has no 'debian13'") as raised:
         catalog.choose(ENTRIES, "debian13")
     assert raised.value.hint and "debian-13" in raised.value.hint
+    assert catalog.nearest("DEBIAN-13", list(ENTRIES)).startswith("debian-13")
 
 
 # The table
@@ -177,7 +180,20 @@ def test_json() -> None:
 
 
 def test_terminal_gets_no_control_characters() -> None:
-    assert "\x1b" not in table.as_text([Row("a\x1b[2J", "qcow2")], {}, "x86_64", 0)
+    assert "\x1b" not in table.as_text([Row("a\x1b[2J", "qcow2", problem="b\x1b[2J")], {}, "x86_64", 0)
+
+
+def test_image_that_was_not_tried() -> None:
+    """A new one has come since: that the old one was good tells nothing."""
+    row = dataclasses.replace(ROWS[1], is_outdated=True)
+    assert "2026-09-21 old image" in table.as_text([row], {}, "x86_64", 0)
+    assert "failed" in table.as_text([dataclasses.replace(row, trial="no login")], {}, "x86_64", 0)
+
+
+@pytest.mark.parametrize("seconds", ["-5", "0", "1.5", "ten", "9999999"])
+def test_wrong_timeout(seconds: str) -> None:
+    with pytest.raises(Usage, match=re.escape(f"'{seconds}' is no number of seconds")):
+        variants.parser().parse_args(["try", "--timeout", seconds, "debian-13"])
 
 
 def test_settings_of_an_entry_are_settings() -> None:
