@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from types import ModuleType
 
 from imageos import __version__
@@ -54,7 +55,8 @@ def _finish_stdout() -> int:
         if sys.stdout:  # None if the caller has closed it
             sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # at exit Python tries again
+        with suppress(OSError):
+            sys.stdout.close()  # at exit Python does not try again
         raise Failure(f"cannot print: {error.strerror}") from None
     return 0
 

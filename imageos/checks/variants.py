@@ -147,7 +147,7 @@ def image_time(variant: Variant) -> float | None:
     if variant.image:
         return os.fstat(variant.image.descriptor).st_mtime
     copy = downloaded(variant.settings) if variant.has_image else None
-    return os.path.getmtime(copy[1]) if copy else None
+    return os.stat(copy[1]).st_mtime if copy else None
 
 
 def downloaded(settings: Settings) -> tuple[str, str, Copy] | None:

@@ -26,15 +26,22 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def show(options: Namespace) -> int:
-    entries, arch = catalog.load(options.os_dir), site.architecture()
+    arch = site.architecture()
     enabled = table.rows()
     if any(row.image == table.UNKNOWN for row in enabled):
         log.warning("who is not root does not see which images are there: run it with sudo")
+    wrong, entries = None, {}
+    try:
+        entries = catalog.load(options.os_dir)
+    except Failure as failure:
+        wrong = failure  # what the node offers is shown nevertheless
     if options.json:
         print(table.as_json(enabled, entries, arch), end="")
     else:
         width = os.get_terminal_size(1).columns if os.isatty(1) else 0
         print(table.as_text(enabled, entries, arch, width), end="")
+    if wrong:
+        raise wrong
     return 0
 
 

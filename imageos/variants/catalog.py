@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 from imageos import log
 from imageos.errors import Failure
+from imageos.images.imagetypes import IMAGE_TYPES, ONE_IMAGE
+from imageos.images.urls import cleaned, shown
 from imageos.installation import OS_DIR
 from imageos.settings import SITE_DIR, VARIANT, parse_setting
 
@@ -152,15 +154,18 @@ def _for_each(key: str, texts: Mapping[str, str]) -> dict[str, str]:
 
 def _check(entry: Entry, where: str) -> None:
     """Fail unless the entry makes a variant whose settings are right."""
-    if not entry.urls:
+    if not entry.urls or not all(entry.urls.values()):
         raise Failure(f"{where}: no URL", hint=f"set one for an architecture: {', '.join(ARCHITECTURES)}")
     if entry.keyring and not (entry.key and entry.key_from and re.fullmatch(rf"{VARIANT}|/\S+", entry.keyring)):
         raise Failure(f"{where}: a keyring needs a name or a path, and key and key_from")
     if not all(line.isprintable() for line in (entry.title, entry.page, entry.user)):
         raise Failure(f"{where}: each text is one line")
-    for arch in entry.urls:
+    for arch, url in entry.urls.items():
         for name, text in entry.settings(arch, bool(entry.keyring)).items():
             parse_setting(name.lower(), text, where)
+        end = ONE_IMAGE.search(urlsplit(cleaned(url)).path)
+        if not end or end[1].lower() not in IMAGE_TYPES[entry.type].url_ends:
+            raise Failure(f"{where}: {arch} = {shown(url)} is not the URL of a file of IMAGE_TYPE={entry.type}")
 
 
 def choose(entries: Mapping[str, Entry], name: str) -> Entry:

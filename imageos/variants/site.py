@@ -61,7 +61,10 @@ def _plan(name: str, entries: Mapping[str, Entry], variants_dir: str) -> str | N
     if known is not None and not _is_ours(path):
         log.info(f"{path} is the site's own, and stays as it is")
         return None
-    entry = choose(entries, name)
+    try:
+        entry = choose(entries, name)
+    except Failure as failure:
+        raise Failure(f"{failure}, and there is no {path}", hint=failure.hint) from None
     is_demanded = b"\nIMAGE_KEYRING=" in (known or b"")  # a key that is lost makes the demand no smaller
     return entry.variant_file(architecture(), is_demanded or os.path.exists(entry.keyring_path))
 

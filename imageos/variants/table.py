@@ -171,6 +171,9 @@ def as_json(enabled: Sequence[Row], entries: Mapping[str, Entry], arch: str) -> 
         "node": os.uname().nodename,
         "arch": arch,
         "enabled": [dataclasses.asdict(row) for row in enabled],
-        "catalog": [dataclasses.asdict(entry) for entry in entries.values()],
+        "catalog": [
+            {**dataclasses.asdict(entry), "urls": {name: shown(url) for name, url in entry.urls.items()}}
+            for entry in entries.values()
+        ],
     }
     return json.dumps(document, indent=2) + "\n"

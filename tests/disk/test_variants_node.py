@@ -448,6 +448,10 @@ def test_table(site: Node) -> None:
     assert any(line.startswith("wrong: IMAGE_TYPE='iso'") for line in lines)
     assert any(line.startswith("debian-13 ") for line in lines), "in the catalog"
     assert done.stderr == ""
+    (SITE / "catalog.conf").write_text("nothing\n")
+    call(site, "enable", "mine").failed(f"cannot read the catalog {SITE}/catalog.conf")
+    result = call(site).failed(f"cannot read the catalog {SITE}/catalog.conf")
+    assert re.search("(?m)^guest +qcow2 +URL ", result.log), "of this node"
 
 
 # Ganeti: what it says is that of gnt-instance on a real cluster

@@ -99,6 +99,10 @@ def test_other_architecture() -> None:
         (MINE + "type = iso\n", "IMAGE_TYPE='iso'"),
         (MINE.replace("https:", "ftp:"), "must be a URL"),
         (MINE + "checksum = md5:0\n", "IMAGE_CHECKSUM"),
+        (MINE.replace("qcow2", "iso"), "is not the URL of a file of IMAGE_TYPE=qcow2"),
+        (MINE + "type = tarball\n", "is not the URL of a file of IMAGE_TYPE=tarball"),
+        (MINE.replace("qcow2", "qcow2 # ours"), "is not the URL of a file of IMAGE_TYPE=qcow2"),
+        ("[mine]\nx86_64 =\n", "no URL"),
         (MINE + "disk = 3\n", "disk must be a number and M or G"),
         (MINE + "nomount = maybe\n", "nomount yes or no"),
         (MINE + "keyring = k\n", "a keyring needs"),
@@ -177,6 +181,7 @@ def test_json() -> None:
     assert [row["name"] for row in known["enabled"]] == [row.name for row in ROWS]
     assert known["enabled"][1]["verified"].endswith("/SHA512SUMS")
     assert known["catalog"][0]["urls"] == {"x86_64": "https://h/a.qcow2"}
+    assert "secret" not in table.as_json([], {"mine": Entry("mine", {"x86_64": "https://u:secret@h/a.qcow2"})}, "x86")
 
 
 def test_terminal_gets_no_control_characters() -> None:
