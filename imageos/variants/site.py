@@ -115,7 +115,7 @@ def _check_unused(names: Sequence[str], os_name: str) -> None:
         log.warning(f"{failure}: whether instances use {name_variants(names)} is not known")
         return
     for name in names:
-        if used := [user for user, os in instances if os == f"{os_name}+{name}"]:
+        if used := [user for user, os_ in instances if os_ == f"{os_name}+{name}"]:
             raise Failure(
                 f"variant {name} is used by {log.few(used)}: they could not be reinstalled any more",
                 hint="give them another one: gnt-instance modify --os-type",
