@@ -262,16 +262,18 @@ def _entry(line: str) -> tuple[str, str, str] | None:
 def _places(web: Web, url: str, further: bool) -> Iterator[tuple[str, Sequence[str], bool]]:
     """Yield where the checksum of an image may be, which algorithms count there, and whether that is of it alone."""
     quoted = urlsplit(url).path.rpartition("/")[2]
-    for pattern, algorithms in CHECKSUMS:
-        yield beside(url, pattern.format(quoted)), algorithms, "{}" in pattern
+    usual = {beside(url, pattern.format(quoted)): (algorithms, "{}" in pattern) for pattern, algorithms in CHECKSUMS}
+    for place in web.in_turn(usual):
+        yield (place, *usual[place])
     if not further:
         return
     image = unquote(quoted)
     names = checksum_files(linked(web.index(url), url), image)
     if names is None:
         names = [pattern.format(image) for pattern in FURTHER_CHECKSUMS]
-    for name in names:
-        yield beside(url, quote(name, safe="")), STRONG, name.startswith(image)
+    others = {beside(url, quote(name, safe="")): name.startswith(image) for name in names}
+    for place in web.in_turn(others):
+        yield place, STRONG, others[place]
 
 
 def checksum_files(listed: Sequence[str], image: str) -> list[str] | None:
@@ -342,8 +344,7 @@ def _signature(web: Web, url: str, signer: Signer) -> Signature | None:
 def _beside(web: Web, url: str) -> Iterator[tuple[str, bytes]]:
     """Yield the URL and the content of the files that may be the signature of `url`."""
     parts = urlsplit(url)
-    for suffix in SIGNATURES:
-        place = parts._replace(path=parts.path + suffix).geturl()
+    for place in web.in_turn(parts._replace(path=parts.path + suffix).geturl() for suffix in SIGNATURES):
         content = web.small(place)
         if content is not None:
             yield place, content

@@ -1,4 +1,4 @@
-"""One request over http or https, made by curl(1) in a room of its own.
+"""Requests over http or https, made by curl(1) in a room of its own.
 
 It is told on its stdin what to do: its arguments and its environment hold no secrets.
 """
@@ -8,17 +8,17 @@ from __future__ import annotations
 import os
 import re
 import select
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from imageos import __version__
-from imageos.errors import Failure
+from imageos.errors import Failure, TimedOut
 from imageos.images.urls import peer, proxy_for, server, shown
 from imageos.node.confinement import Room
 from imageos.node.programs import require
-from imageos.run import Command, Failed, output_of
+from imageos.run import Command, Failed, output_of, pipeline
 
 CONNECT_TIMEOUT = 15  # seconds
 READ_TIMEOUT = 30  # seconds; give up if fewer than LEAST bytes arrive in them
@@ -46,6 +46,16 @@ header = "Connection: close"
 HEAD = "head\n"  # no content, please
 # Undo a Content-Encoding, which some servers choose although we ask for none; its end is for curl to find then.
 UNPACKED = "compressed\nno-ignore-content-length\n"
+# Only its status, please. The size is looked at before the content: a server may not know ranges.
+STATUS_TIME = 15  # seconds for each
+STATUS = f"""\
+no-ignore-content-length
+range = "0-0"
+max-filesize = {LEAST}
+max-time = {STATUS_TIME}
+output = "/dev/null"
+"""
+AT_ONCE = "parallel\nparallel-max = 8\n"
 # Exit status of curl -> in our words, with its own in the place of {}
 WORDS = {1: "not what an http server says ({})", 7: "Connection refused, or no route", 28: "timed out ({})"}
 STORE = "/usr/local/share/ca-certificates and update-ca-certificates"
@@ -96,21 +106,8 @@ def answered(url: str, headers: Mapping[str, str], environ: Mapping[str, str], m
 
     `environ` may hold http_proxy, https_proxy and no_proxy. `more`: options of curl.
     """
-    parts = urlsplit(url)
-    proxy = proxy_for(parts, environ)
-    require("curl")
-    options = [
-        ("url", parts._replace(netloc=peer(parts), path=parts.path or "/").geturl()),
-        ("user-agent", f"imageos/{__version__}"),
-        ("connect-timeout", str(CONNECT_TIMEOUT)),
-        ("speed-time", str(max(1, round(READ_TIMEOUT)))),
-        ("speed-limit", str(round(LEAST / READ_TIMEOUT))),
-        *(("header", f"{name}: {value}") for name, value in headers.items()),
-        *([("proxy", f"http://{peer(proxy)}")] if proxy else []),
-    ]
-    config = OPTIONS + more + "".join(f"{name} = {_quoted(value)}\n" for name, value in options)
-    command = Command(["curl", "-q", "--config", "-"], Room(network=True))  # -q: no .curlrc
-    with output_of(command, input=config.encode("latin-1")) as (output, finish):
+    config = _config(url, headers, environ) + more
+    with output_of(_curl(), input=config.encode("latin-1")) as (output, finish):
         try:
             first, *fields = _head(output) or [""]
             status = re.fullmatch(r"HTTP/\S+ ([0-9]{3}) ?(.*)", first)
@@ -122,7 +119,41 @@ def answered(url: str, headers: Mapping[str, str], environ: Mapping[str, str], m
             known = {name.lower(): value.strip() for name, _, value in pairs}
             yield Answer(int(status[1]), status[2], known, output, finish)
         except Failed as failed:
+            proxy = proxy_for(urlsplit(url), environ)
             raise _meaning(failed, url, f"proxy {server(proxy)}: " if proxy else "") from None
+
+
+def statuses(urls: Sequence[str], environ: Mapping[str, str]) -> dict[str, int]:
+    """Return the statuses of those URLs that were answered at once, without redirects. One curl asks for all."""
+    told = [f'write-out = "{number} %{{http_code}}\\n"\n' for number in range(len(urls))]
+    requests = [_config(url, {}, environ) + STATUS + tell for url, tell in zip(urls, told)]
+    try:
+        done = pipeline(_curl(), input=AT_ONCE + "next\n".join(requests), timeout=READ_TIMEOUT)[0]
+    except TimedOut:
+        return {}
+    said = re.findall(rb"^(\d+) (\d+)$", done.stdout, re.MULTILINE)
+    return {urls[int(number)]: int(status) for number, status in said}
+
+
+def _curl() -> Command:
+    require("curl")
+    return Command(["curl", "-q", "--config", "-"], Room(network=True))  # -q: no .curlrc
+
+
+def _config(url: str, headers: Mapping[str, str], environ: Mapping[str, str]) -> str:
+    """Return curl's configuration for a request."""
+    parts = urlsplit(url)
+    proxy = proxy_for(parts, environ)
+    options = [
+        ("url", parts._replace(netloc=peer(parts), path=parts.path or "/").geturl()),
+        ("user-agent", f"imageos/{__version__}"),
+        ("connect-timeout", str(CONNECT_TIMEOUT)),
+        ("speed-time", str(max(1, round(READ_TIMEOUT)))),
+        ("speed-limit", str(round(LEAST / READ_TIMEOUT))),
+        *(("header", f"{name}: {value}") for name, value in headers.items()),
+        *([("proxy", f"http://{peer(proxy)}")] if proxy else []),
+    ]
+    return OPTIONS + "".join(f"{name} = {_quoted(value)}\n" for name, value in options)
 
 
 def _quoted(value: str) -> str:

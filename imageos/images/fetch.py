@@ -46,7 +46,7 @@ def fetched(settings: Settings, urls: Sequence[str], judge: Judge = accept) -> t
     start = time.time()
     web = Web({**os.environ, **settings.unknown})
     problems: list[Missing | Unreachable] = []
-    for url in urls:
+    for url in web.in_turn(urls):
         path, wanted = f"{settings.cache_dir}/{cache_name(url)}", policy(settings, url)
         try:
             os.makedirs(settings.cache_dir, mode=0o700, exist_ok=True)

@@ -180,7 +180,7 @@ def why_unreachable(settings: Settings) -> str | None:
     from imageos.images import curl, web
 
     server = web.Web(settings.unknown)
-    for url in urls(settings):
+    for url in server.in_turn(urls(settings)):
         try:
             server.headers(url)
             return None

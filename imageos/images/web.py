@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -37,7 +37,21 @@ class Web:
         self._environ = environ
         self._unreachable: Unreachable | None = None
         self._small: dict[str, bytes | None] = {}
+        self._absent: dict[str, int] = {}  # status
         self.was_plain = False  # whether anything was asked over plain http
+
+    def in_turn(self, urls: Iterable[str]) -> Iterator[str]:
+        """Yield the places of a file, to be asked for one by one. If the first does not do, look at all others at once.
+
+        What the server does not have there is asked for no more; all else, as if nobody had looked.
+        """
+        urls = list(urls)
+        yield from urls[:1]
+        remote = [url for url in urls[1:] if "://" in url]
+        if len(remote) > 1 and not self._unreachable:
+            answers = curl.statuses(remote, self._environ)
+            self._absent.update((url, status) for url, status in answers.items() if status in ABSENT)
+        yield from urls[1:]
 
     def headers(self, url: str) -> Mapping[str, str]:
         """Return the headers of the server's current answer for the file."""
@@ -96,6 +110,8 @@ class Web:
         """
         if self._unreachable:
             raise self._unreachable
+        if url in self._absent:
+            raise Missing(f"{shown(url)}: {self._absent[url]}")
         most, pauses = so_far(), iter(PAUSES)
         while True:
             try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
@@ -15,7 +17,7 @@ from http_server import Server, serving
 from support import wait_until
 
 from imageos.errors import Failure
-from imageos.images import curl, fetch, tarball, web
+from imageos.images import curl, fetch, imagetypes, tarball, web
 from imageos.settings import Settings
 
 # --- once, and again --------------------------------------------------------------------------------------
@@ -410,3 +412,22 @@ def test_cut_off_in_chunks(server: Server, settings: Settings) -> None:
     server.put("/a.tar", CONTENT, chunked=True, cuts=[300_000])
     assert get(settings) == CONTENT
     assert server.requests[-1].headers["Range"] == "bytes=300000-"
+
+
+@pytest.mark.parametrize("image_type", ["qemu", "dump"])
+def test_a_server_is_asked_for_many_names_by_one_curl(
+    server: Server, settings: Settings, image_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index and each first name of a list are asked for alone."""
+    started: list[str] = []
+    monkeypatch.setattr(curl, "require", started.append)
+    many = replace(settings, image_url=f"{server.url}/images", image_type=image_type)
+    names = [f"/images/{url.rpartition('/')[2]}" for url in imagetypes.urls(many)]
+    with pytest.raises(curl.Missing, match=re.escape(f"cannot find image {server.url}{names[0]}: 404 ")):
+        get(many)
+    assert {one.path for one in server.requests} == {*names}
+    assert len(server.requests) == len(names) and len(started) <= 2, "one for the first, one for all others"
+    server.put(names[-1], CONTENT)
+    started.clear()
+    assert get(many) == CONTENT
+    assert len(started) == 9, "first, others; HEAD; checksums: first, others; index; more: first, others; GET"
