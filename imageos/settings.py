@@ -10,18 +10,22 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from imageos import ganeti, log, logins, shellfiles
 from imageos.errors import Failure, nearest
+from imageos.run import Finished
 from imageos.shellfiles import Rules
 
 DEFAULTS_FILE = "/etc/default/ganeti-instance-image"
 SITE_DIR = "/etc/ganeti/instance-image"
 CACHE_DIR = "/var/cache/ganeti-instance-image"
 READ_LIMIT = 1 << 20  # characters of a file
+AT_ONCE = 32  # variants whose files one shell evaluates
 VARIANT = r"(?!\.)[A-Za-z0-9_.-]+"  # a name of a variant
 
 
@@ -257,9 +261,15 @@ def load_settings(environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE
 
 
 def examine_settings(
-    environ: Mapping[str, str], defaults_file: str = DEFAULTS_FILE, warn: Callable[[str], None] = log.warning
+    environ: Mapping[str, str],
+    defaults_file: str = DEFAULTS_FILE,
+    warn: Callable[[str], None] = log.warning,
+    done: Finished | None = None,
 ) -> tuple[Settings, list[Failure]]:
-    """As `load_settings`, but return all problems instead of raising; the settings ignore wrong values."""
+    """As `load_settings`, but return all problems instead of raising; the settings ignore wrong values.
+
+    `done`: what a shell has said of the files (shellfiles.run_each).
+    """
     from_ganeti = ganeti.variables(environ)
     problems: list[Failure] = []
     values: dict[str, Any] = {}
@@ -275,7 +285,7 @@ def examine_settings(
                 values[name] = value
 
     try:
-        layers = _evaluate_files(from_ganeti, defaults_file, warn)
+        layers = _evaluate_files(from_ganeti, defaults_file, warn, done)
     except Failure as problem:
         layers = []
         problems.append(problem)
@@ -303,6 +313,20 @@ def examine_settings(
     if not values.get("arch"):
         values["arch"] = _node_arch()
     return Settings(**values, unknown=unknown), problems
+
+
+def examine_each(
+    environs: Iterable[Mapping[str, str]], warn: Callable[[str], None]
+) -> Iterator[tuple[Settings, list[Failure]]]:
+    """As `examine_settings` of each, but with one shell for many. They have the same variables."""
+    left = iter(environs)
+    while some := list(islice(left, AT_ONCE)):
+        ended: Sequence[Finished | None] = [None] * len(some)
+        with suppress(Failure):  # of one that is wrong before the shell sees it
+            of_ganeti = [ganeti.variables(environ) for environ in some]
+            ended = shellfiles.run_each([(_words(environ, DEFAULTS_FILE), environ) for environ in of_ganeti])
+        for environ, done in zip(some, ended):
+            yield examine_settings(environ, warn=warn, done=done)
 
 
 def unknown_parameters(environ: Mapping[str, str]) -> list[str]:
@@ -405,9 +429,22 @@ def _node_arch() -> str:
 
 
 def _evaluate_files(
-    from_ganeti: Mapping[str, str], defaults_file: str, warn: Callable[[str], None]
+    from_ganeti: Mapping[str, str], defaults_file: str, warn: Callable[[str], None], done: Finished | None
 ) -> list[tuple[str, dict[str, str]]]:
     """Return (path, variables that it set) of the defaults file, then of the variant's file."""
+    words, rules = _words(from_ganeti, defaults_file), Rules(_may_tell_a_secret, _VITAL, warn)
+    try:
+        return shellfiles.evaluate("settings file", words, from_ganeti, rules, done)
+    except shellfiles.MissingFile as missing:
+        variant = from_ganeti.get("OS_VARIANT", "")
+        raise Failure(
+            f"variant {variant} has no file {missing.path}",
+            hint=f"create that file, or remove {variant} from {SITE_DIR}/variants.list",
+        ) from None
+
+
+def _words(from_ganeti: Mapping[str, str], defaults_file: str) -> list[str]:
+    """Return the files as shell words."""
     variant, has_defaults = from_ganeti.get("OS_VARIANT", ""), os.path.lexists(defaults_file)
     if variant and not re.fullmatch(VARIANT, variant):
         raise Failure(f"OS_VARIANT={variant!r} is not the name of a variant")
@@ -416,13 +453,7 @@ def _evaluate_files(
     words = [shlex.quote(defaults_file)] if has_defaults else []
     if variant:
         words.append(f'"${{VARIANTS_DIR:-{Settings.variants_dir}}}"/{variant}.conf')
-    try:
-        return shellfiles.evaluate("settings file", words, from_ganeti, Rules(_may_tell_a_secret, _VITAL, warn))
-    except shellfiles.MissingFile as missing:
-        raise Failure(
-            f"variant {variant} has no file {missing.path}",
-            hint=f"create that file, or remove {variant} from {SITE_DIR}/variants.list",
-        ) from None
+    return words
 
 
 # A double-quoted value in a file, and what the shell replaces in it. Not the output of commands: $(cat FILE).

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,8 +38,10 @@ if [ -n "${BASH_VERSION-}" ]; then
   eval 'exec {_imageos_out}>&1'
   set -E
   trap 'printf "\n\1%s\1%s\1%s\n" "$?" "${BASH_SOURCE[0]-}" "$LINENO" >&2; [ -n "${BASH_SOURCE[0]-}" ] || set +e' ERR
+  printf -v _imageos_names ' "${!%s@}"' _ {A..Z} {a..z}  # compgen takes two more processes
   _imageos_variables() {
-    compgen -v | while IFS= read -r _imageos_word; do
+    eval "set --$_imageos_names"
+    for _imageos_word do
       if [ -n "${!_imageos_word+set}" ]; then printf '%s=%s\0' "$_imageos_word" "${!_imageos_word}"; fi
     done
   }
@@ -53,7 +56,8 @@ for _imageos_word in "$@"; do
   printf '\n\1%s\n' "$_imageos_file" >&2
   printf '%s\0' "$_imageos_file" >&"$_imageos_out"
   [ -f "$_imageos_file" ] || exit 102
-  "$0" -O extglob -en "$_imageos_file" 2>/dev/null || "$0" -en "$_imageos_file" || exit 101
+  [ "$_imageos_file" = "${_imageos_right-}" ] ||
+    "$0" -O extglob -en "$_imageos_file" 2>/dev/null || "$0" -en "$_imageos_file" || exit 101
   . "$_imageos_file"
   { set +vx; } 2>/dev/null
   _imageos_variables >&"$_imageos_out"; printf '\0' >&"$_imageos_out"
@@ -61,6 +65,21 @@ done
 _imageos_word=$(jobs -p)
 [ -z "$_imageos_word" ] || kill $_imageos_word 2>/dev/null || :  # it may have ended
 exit 0
+"""
+# The same in a process of its own for each call: behind what it prints, its status; behind what it says, a mark. The
+# first argument is a file that most of them begin with.
+_EVALUATE_EACH = rf"""
+eval "_imageos_right=$1"
+shift
+"$0" -en "$_imageos_right" 2>/dev/null || _imageos_right=
+for _imageos_call in "$@"; do
+  (
+    eval "$_imageos_call"
+    {_EVALUATE}
+  )
+  printf '\n\1%s\n\0' "$?"
+  printf '\n\2\n' >&2
+done
 """
 _SHELL_OWN = re.compile(
     r"_|SHLVL|PWD|OLDPWD|PATH|IFS|PS4|REPLY|OPTIND|OPTARG|PIPESTATUS|FUNCNAME|MAPFILE|COPROC(_PID)?|"
@@ -112,19 +131,22 @@ class Rules:
 
 
 def evaluate(
-    what: str, words: Sequence[str], environment: Mapping[str, str], rules: Rules | None = None
+    what: str,
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    rules: Rules | None = None,
+    done: Finished | None = None,
 ) -> list[tuple[str, dict[str, str]]]:
     """Evaluate files in one shell, one after the other; return (path, variables that it set) of each.
 
     `words` are the paths as shell words, which may use variables of earlier files. They must not contain text from
-    outside the site's files. Messages call the files `what`.
+    outside the site's files. Messages call the files `what`. `done`: as `run_each` returns it, if a shell was there.
     """
     if not words:
         return []
     rules = rules or Rules()
-    shell = shutil.which("bash", path=DEFAULT_PATH) or "/bin/sh"
-    start = {"PATH": os.environ.get("PATH", DEFAULT_PATH), **environment}
-    done = _run([shell, "-c", _EVALUATE, shell, *words], start, what)
+    shell, start = _shell(), _start(environment)
+    done = done or _run([shell, "-c", _EVALUATE, shell, *words], start, what)
     entries = [block.split("\0") for block in done.stdout.decode("utf-8", "surrogateescape").split("\0\0")]
     at_first, evaluated, last = entries[0], entries[1:-1], entries[-1][0]
     path = last or (evaluated[-1][0] if evaluated else words[0])
@@ -148,6 +170,37 @@ def evaluate(
     for line in _details(said):
         rules.warn(line)
     return layers
+
+
+def run_each(calls: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> Sequence[Finished | None]:
+    """Let one shell evaluate the files of several calls: (words, environment) of each. None: it did not come to an end.
+
+    The environments have the same variables.
+    """
+    shell, first = _shell(), calls[0][1]
+    scripts = [
+        "\n".join([*(shlex.join(["export", f"{name}={value}"]) for name, value in environment.items() - first.items()),
+                   shlex.join(["set", "--", *words])])
+        for words, environment in calls
+    ]  # fmt: skip
+    try:
+        done = _run([shell, "-c", _EVALUATE_EACH, shell, *calls[0][0][:1], *scripts], _start(first), "")
+    except Failure:
+        return [None] * len(calls)
+    *printed, _ = re.split(rb"(?<![^\0])\n\x01([0-9]+)\n\0", done.stdout)
+    *said, _ = done.stderr.split("\n\2\n")
+    if not len(printed) // 2 == len(said) == len(calls):
+        return [None] * len(calls)
+    ends = zip(printed[::2], printed[1::2], said)
+    return [Finished(done.argv, int(status), stdout, stderr) for stdout, status, stderr in ends]
+
+
+def _shell() -> str:
+    return shutil.which("bash", path=DEFAULT_PATH) or "/bin/sh"
+
+
+def _start(environment: Mapping[str, str]) -> dict[str, str]:
+    return {"PATH": os.environ.get("PATH", DEFAULT_PATH), **environment}
 
 
 def _values(variables: Iterable[str]) -> dict[str, str]:

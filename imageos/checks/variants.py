@@ -19,7 +19,7 @@ from imageos.images.cache import Copy
 from imageos.images.imagefile import Image
 from imageos.node import isolation
 from imageos.node.programs import available
-from imageos.settings import SITE_DIR, Settings, examine_settings
+from imageos.settings import SITE_DIR, Settings, examine_each
 from imageos.variants.record import last_trial
 
 LISTING = f"{SITE_DIR}/variants.list"
@@ -55,12 +55,11 @@ def listed() -> list[str]:
     return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
 
 
-def examine(name: str, warn: Callable[[str], None]) -> tuple[Variant, list[Failure]]:
-    try:
-        settings, problems = examine_settings({**ganeti.EXAMPLE, "OS_VARIANT": name}, warn=warn)
-    except Failure as failure:
-        settings, problems = Settings(), [failure]
-    return Variant(name, settings), problems
+def examine(names: Sequence[str], warn: Callable[[str], None]) -> Iterator[tuple[Variant, list[Failure]]]:
+    """Yield each variant, and what is wrong with its settings."""
+    environs = [{**ganeti.EXAMPLE, "OS_VARIANT": name} for name in names]
+    for name, (settings, problems) in zip(names, examine_each(environs, warn)):
+        yield Variant(name, settings), problems
 
 
 def check_settings(variants: list[Variant]) -> Iterator[Finding]:
@@ -69,19 +68,19 @@ def check_settings(variants: list[Variant]) -> Iterator[Finding]:
     if not names:
         yield error(f"{LISTING} names no variant: Ganeti takes the OS for invalid")
     warned: list[str] = []
-    for name in names:
-        variant, problems = examine(name, warned.append)
+    for variant, problems in examine(names, warned.append):
         for problem in problems:
-            yield failed(problem, of=f"variant {name}: ")
+            yield failed(problem, of=f"variant {variant.name}: ")
         if not problems:
             variants.append(variant)
-            yield ok(f"variant {name}")
+            yield ok(f"variant {variant.name}")
     for warning in dict.fromkeys(warned):
         yield note(warning)
+    offered = {*names}
     directory = variants[0].settings.variants_dir if variants else Settings.variants_dir
     with suppress(OSError):
         for name in sorted(os.listdir(directory)):
-            if name.endswith(".conf") and name[: -len(".conf")] not in names:
+            if name.endswith(".conf") and name[: -len(".conf")] not in offered:
                 yield note(f"{directory}/{name} is not in {LISTING}: Ganeti does not offer it")
 
 

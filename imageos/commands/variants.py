@@ -13,6 +13,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
 from imageos import log
+from imageos.checks.variants import listed
 from imageos.commandline import Parser
 from imageos.errors import Failure
 from imageos.variants import catalog, download, site, table, trial
@@ -74,7 +75,7 @@ def fetch(options: Namespace) -> int:
 
 
 def try_variant(options: Namespace) -> int:
-    download.check_enabled(options.name)
+    download.check_enabled(options.name, listed())
     for label, value in trial.try_variant(options):
         print(f"{label:<16} {value}")
     return 0

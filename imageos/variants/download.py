@@ -17,12 +17,13 @@ def fetch_all(names: Sequence[str]) -> None:
     """Download and verify the images of the variants `names`, or of all; fail in the end if one has failed."""
     wanted = list(dict.fromkeys(names)) or listed()
     failed: dict[str, Failure] = {}
-    for name in wanted:
+    enabled = listed()
+    for variant, problems in examine(wanted, log.warning):
         try:
-            fetch_one(known(name))
+            fetch_one(_right(variant, problems, enabled))
         except Failure as failure:
-            failed[name] = failure
-            report(f"variant {name}", failure)
+            failed[variant.name] = failure
+            report(f"variant {variant.name}", failure)
     if failed:
         what = f"{len(failed)} of {len(wanted)} variants could not be fetched: {', '.join(failed)}"
         hint = "run it with sudo" if os.geteuid() else None
@@ -34,15 +35,18 @@ def fetch_all(names: Sequence[str]) -> None:
 
 def known(name: str) -> Variant:
     """Return an enabled variant; fail unless its settings are right."""
-    check_enabled(name)
-    variant, problems = examine(name, log.warning)
+    ((variant, problems),) = examine([name], log.warning)
+    return _right(variant, problems, listed())
+
+
+def _right(variant: Variant, problems: Sequence[Failure], enabled: Sequence[str]) -> Variant:
+    check_enabled(variant.name, enabled)
     if problems:
         raise problems[0]
     return variant
 
 
-def check_enabled(name: str) -> None:
-    enabled = listed()
+def check_enabled(name: str, enabled: Sequence[str]) -> None:
     if name not in enabled:
         near = nearest(name, enabled)
         raise Failure(
@@ -81,10 +85,9 @@ def report(what: str, failure: Failure) -> None:
 def prune() -> None:
     """Remove from the caches what no enabled variant names; fail if a variant does not say what it names."""
     variants = []
-    for name in listed():
-        variant, problems = examine(name, log.warning)
+    for variant, problems in examine(listed(), log.warning):
         if problems:
-            raise Failure(f"nothing is removed: variant {name}: {problems[0]}", hint=problems[0].hint)
+            raise Failure(f"nothing is removed: variant {variant.name}: {problems[0]}", hint=problems[0].hint)
         variants.append(variant)
     keep = {fetch.cache_name(url) for variant in variants for url in _urls(variant)}
     for directory in sorted({variant.settings.cache_dir for variant in variants}):

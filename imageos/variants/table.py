@@ -46,9 +46,8 @@ class Row:
 def rows() -> list[Row]:
     """Return the rows of all variants that the node offers. No server is asked."""
     found = []
-    for name in listed():
-        variant, problems = examine(name, lambda _: None)
-        row = Row(name, variant.settings.image_type, problem=str(problems[0]) if problems else "")
+    for variant, problems in examine(listed(), lambda _: None):
+        row = Row(variant.name, variant.settings.image_type, problem=str(problems[0]) if problems else "")
         if not problems:
             row = _image(variant, row)
         found.append(_tried(variant, row))
