@@ -67,13 +67,14 @@ _imageos_word=$(jobs -p)
 exit 0
 """
 # The same in a process of its own for each call: behind what it prints, its status; behind what it says, a mark. The
-# first argument is a file that most of them begin with.
+# first argument is a file that most of them begin with. Nobody ends such a process with the shell: its time is limited.
 _EVALUATE_EACH = rf"""
 eval "_imageos_right=$1"
 shift
 "$0" -en "$_imageos_right" 2>/dev/null || _imageos_right=
 for _imageos_call in "$@"; do
   (
+    ulimit -t {TIMEOUT:.0f}
     eval "$_imageos_call"
     {_EVALUATE}
   )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from imageos import hooks
 from imageos.checks.report import Finding, error, note, ok
@@ -67,11 +67,12 @@ def programs_for(variant: Variant) -> Iterator[str]:
     if not variant.has_image:
         return
     settings, layout, image = variant.settings, variant.layout, None
-    with suppress(Failure):  # which check_images reports
-        image = variant.image
     if layout:
         yield from filesystem.programs(layout, settings.filesystem)
-    yield from IMAGE_TYPES[settings.image_type].programs(image)
+    with ExitStack() as stack:
+        with suppress(Failure):  # which check_images reports
+            image = stack.enter_context(variant.opened())
+        yield from IMAGE_TYPES[settings.image_type].programs(image)
     if layout and layout.find("esp") and "grub" in enabled_hooks(settings):
         yield "mcopy"
     for file in (image, image.boot) if image else ():

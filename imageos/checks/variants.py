@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 
 from imageos import ganeti, log
 from imageos.checks.report import Finding, error, failed, note, ok
@@ -19,7 +18,7 @@ from imageos.images.cache import Copy
 from imageos.images.imagefile import Image
 from imageos.node import isolation
 from imageos.node.programs import available
-from imageos.settings import SITE_DIR, Settings, examine_each
+from imageos.settings import SITE_DIR, TABLE, Settings, examine_each
 from imageos.variants.record import last_trial
 
 LISTING = f"{SITE_DIR}/variants.list"
@@ -35,10 +34,23 @@ class Variant:
         """Return False if OS parameters decide on the image, so that nothing can be checked."""
         return bool(self.settings.image_name or self.settings.image_url) and not self.settings.cdinstall
 
-    @cached_property
-    def image(self) -> Image | None:
-        """The image; None if it is no file on this node."""
-        return imagetypes.find(self.settings) if self.has_image and not self.settings.image_url else None
+    @contextmanager
+    def opened(self) -> Iterator[Image | None]:
+        """Yield the image, open for as long as it is looked at; None if it is no file on this node."""
+        image = imagetypes.find(self.settings) if self.has_image and not self.settings.image_url else None
+        try:
+            yield image
+        finally:
+            for file in filter(None, (image, image.boot) if image else ()):
+                os.close(file.descriptor)
+
+    @property
+    def of_image(self) -> tuple[object, ...]:
+        """What the checks of an image depend on: variants that have the same share one check."""
+        settings = self.settings
+        names = [name for name in TABLE if name.startswith("image_")]
+        about = [getattr(settings, name) for name in (*names, "cdinstall", "arch", "cache_dir", "nomount")]
+        return (*about, *sorted(settings.unknown.items()))
 
     @property
     def layout(self) -> Layout | None:
@@ -113,18 +125,27 @@ def check_overlays(variants: Iterable[Variant]) -> Iterator[Finding]:
 
 
 def check_images(variants: Iterable[Variant]) -> Iterator[Finding]:
+    checked: dict[tuple[object, ...], list[Finding]] = {}
     for variant in variants:
-        try:
-            if variant.image:
-                yield from check_image(variant, variant.image)
+        found = checked.setdefault(variant.of_image, [])
+        found += [] if found else _of_image(variant)
+        yield from (replace(finding, what=f"variant {variant.name}{finding.what}") for finding in found)
+
+
+def _of_image(variant: Variant) -> Iterator[Finding]:
+    """Yield what is found of a variant's image, without the name of the variant."""
+    try:
+        with variant.opened() as image:
+            if image:
+                yield from check_image(variant.settings, image)
             elif variant.has_image:
-                yield check_download(variant)
+                yield check_download(variant.settings)
             else:
                 is_installer = variant.settings.cdinstall
                 reason = "CDINSTALL=yes" if is_installer else "it takes what the OS parameter image_name says"
-                yield ok(f"variant {variant.name} has no image of its own: {reason}")
-        except Failure as failure:
-            yield failed(failure, of=f"variant {variant.name}: ")
+                yield ok(f" has no image of its own: {reason}")
+    except Failure as failure:
+        yield failed(failure, of=": ")
 
 
 def check_trials(variants: Iterable[Variant]) -> Iterator[Finding]:
@@ -143,8 +164,9 @@ def check_trials(variants: Iterable[Variant]) -> Iterator[Finding]:
 
 def image_time(variant: Variant) -> float | None:
     """Return when the image's file on this node was last changed; None if there is none."""
-    if variant.image:
-        return os.fstat(variant.image.descriptor).st_mtime
+    with variant.opened() as image:
+        if image:
+            return os.fstat(image.descriptor).st_mtime
     copy = downloaded(variant.settings) if variant.has_image else None
     return os.stat(copy[1]).st_mtime if copy else None
 
@@ -161,19 +183,19 @@ def downloaded(settings: Settings) -> tuple[str, str, Copy] | None:
     return None
 
 
-def check_image(variant: Variant, image: Image) -> Iterator[Finding]:
+def check_image(settings: Settings, image: Image) -> Iterator[Finding]:
     files = (image, image.boot) if image.boot else (image,)
     missing = sorted({program for file in files for program in file.decompress[:1] if not available(program)})
     if missing:
-        yield note(f"variant {variant.name}: {image.path} cannot be looked at without {' '.join(missing)}")
+        yield note(f": {image.path} cannot be looked at without {' '.join(missing)}")
         return
-    image_type = imagetypes.IMAGE_TYPES[variant.settings.image_type]
+    image_type = imagetypes.IMAGE_TYPES[settings.image_type]
     imagetypes.check(image_type, image)
-    imagetypes.verify(variant.settings, image)
+    imagetypes.verify(settings, image)
     if not image_type.deploy and os.geteuid() == 0:
-        isolation.call_apart(lambda: _look(variant.settings, image))
+        isolation.call_apart(lambda: _look(settings, image))
     for file in files:
-        yield ok(f"variant {variant.name}: {file.path}, {log.size(file.size)}")
+        yield ok(f": {file.path}, {log.size(file.size)}")
 
 
 def _look(settings: Settings, image: Image) -> None:
@@ -181,17 +203,17 @@ def _look(settings: Settings, image: Image) -> None:
         preview.check(settings, image)
 
 
-def check_download(variant: Variant) -> Finding:
+def check_download(settings: Settings) -> Finding:
     from imageos.images import fetch, urls
 
-    url = urls.shown(variant.settings.image_url)
+    url = urls.shown(settings.image_url)
     if not available("curl"):
-        return note(f"variant {variant.name}: {url} cannot be looked at without curl")
-    reason = imagetypes.why_unreachable(variant.settings)
+        return note(f": {url} cannot be looked at without curl")
+    reason = imagetypes.why_unreachable(settings)
     if not reason:
-        return ok(f"variant {variant.name}: {url}")
-    if any(fetch.is_kept(variant.settings, url) for url in imagetypes.urls(variant.settings)):
-        return note(f"variant {variant.name}: {reason}; there is a copy in {variant.settings.cache_dir}")
+        return ok(f": {url}")
+    if any(fetch.is_kept(settings, url) for url in imagetypes.urls(settings)):
+        return note(f": {reason}; there is a copy in {settings.cache_dir}")
     raise Failure(reason, hint="see whether the server runs, and whether this node reaches it")
 
 

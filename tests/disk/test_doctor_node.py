@@ -315,3 +315,25 @@ def test_without_sys(doctor: Doctor, tmp_path: Path) -> None:
 def test_path_of_cron(doctor: Doctor, image: Path) -> None:
     """Ganeti's counts: without sbin nothing is missing that create would find."""
     assert "mkfs.ext4" in doctor.well(PATH="/usr/bin:/bin")
+
+
+def test_many_variants(doctor: Doctor, node: Node, image: Path, tmp_path: Path) -> None:
+    """One shell evaluates many files, an image is looked at once for all, and none stays open."""
+    names = [f"many{number}" for number in range(70)]
+    for number, name in enumerate(names):
+        own = number < 40
+        if own:
+            (node.images / f"{name}-x86_64.tar.zst").hardlink_to(image)
+        node.variant(name, f"declare -A some\nIMAGE_NAME={name if own else 'mine'}\nSWAP_SIZE={number + 1}\n")
+    node.variant("last", "IMAGE_NAME=$OS_VARIANT\nfalse\n")
+    tight, trace = tmp_path / "tight", tmp_path / "trace"
+    follow = f"strace --follow-forks --trace=execve --output={trace}"
+    tight.write_text(f'#!/bin/sh\nulimit -n 40\nexec {follow} {node.imageos} "$@"\n')
+    tight.chmod(0o755)
+    doctor.node = Node.__new__(Node)
+    doctor.node.imageos, doctor.node.os_dir, doctor.node.layer = tight, node.os_dir, node.layer
+    text = unwrapped(doctor.ill("variant last: cannot find image", "last-x86_64.tar"))
+    assert all(f"variant {name}: {node.images}" in text for name in names)
+    started = [line for line in trace.read_text().splitlines() if line.endswith(" = 0")]
+    assert sum('"/usr/bin/bash"' in line or '"/bin/bash"' in line for line in started) < 90, "three for each variant"
+    assert sum('zstd"' in line for line in started) < 90, "two for each image, and none for a variant"

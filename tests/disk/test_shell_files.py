@@ -196,6 +196,39 @@ def test_legal(
     assert f"warning: {variant}{said}\n" in warned if said else warned == ""
 
 
+def test_many_at_once(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One shell for many variants finds of each what a shell of its own does, whatever the files before it do."""
+    texts = [*(row[1] for row in MISTAKES), *(row[0] for row in LEGAL)]
+    monkeypatch.setattr(settings, "AT_ONCE", len(texts))
+    names = [f"v{number}" for number in range(len(texts))]
+    for name, text in zip(names, texts):
+        (SITE / f"variants/{name}.conf").write_text(text, errors="surrogateescape")
+    environments = [{**ganeti.EXAMPLE, "OS_VARIANT": name} for name in names]
+    warned: list[str] = []
+
+    def found(one: tuple[Settings, list[Failure]]) -> object:
+        said, warned[:] = [*warned], []
+        return one[0], [(str(problem), problem.hint, problem.details) for problem in one[1]], said
+
+    alone = [found(settings.examine_settings(environ, warn=warned.append)) for environ in environments]
+    run = shellfiles._run
+    started: list[object] = []
+    monkeypatch.setattr(shellfiles, "_run", lambda *call: (started.append(call), run(*call))[1])
+    for name, expected, one in zip(names, alone, settings.examine_each(environments, warned.append)):
+        assert found(one) == expected, name
+    assert len(started) == 1
+
+
+def test_one_of_many_does_not_end(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shellfiles, "TIMEOUT", 1.0)
+    for name, text in {"a": "SWAP_SIZE=1\n", "b": "sleep 3\n", "c": "kill $$\n"}.items():
+        (SITE / f"variants/{name}.conf").write_text(text)
+    environments = [{**ganeti.EXAMPLE, "OS_VARIANT": name} for name in "abc"]
+    (a, _), (_, b), (_, c) = settings.examine_each(environments, lambda _: None)
+    assert a.swap_size == 1
+    assert "b.conf does not come to an end" in str(b[0]) and "c.conf: it ended the shell" in str(c[0])
+
+
 def test_a_program_complains(load: Callable[[], Settings], node: Node, capfd: pytest.CaptureFixture[str]) -> None:
     """What it makes of its own mistakes is its affair; a file that is read is the site's, executable or not."""
     node.write(READ, "#!/bin/bash\nnosuch\necho 2\n")
