@@ -1,4 +1,5 @@
-"""Measure the time of imageos as a ratio to the same work by hand. `./build.py bench [NAME...]`.
+"""Measure the time of imageos as a ratio to the same work by hand. `./build.py bench [NAME...]`; `peers` and
+`scale` run only by their names.
 
 Both sides run in turn on the same disk, a sparse file behind a loop device, and end when the data is on it. Only the
 ratios count, as seconds depend on the machine. This asserts nothing; tests/disk/test_cost.py guards against growing
@@ -19,8 +20,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent / "build"), str(HERE.parent)]
 
 import by_hand as hand  # noqa: E402
+import scale  # noqa: E402
 from inputs import DISK, NAME, Inputs, inputs  # noqa: E402
 from machine import GIB, Measured, by_hand, compare, disk, forget_cache, own_node, pipe, seconds  # noqa: E402
+from peers import PEERS  # noqa: E402
 from support import Node  # noqa: E402
 from test_startup import empty_zipapp, seconds_of  # noqa: E402
 
@@ -211,6 +214,26 @@ class Bench:
             measured = compare(lambda: many(count), lambda: count * many(1), 2)  # noqa: B023
             yield Row(f"{count} creates at once", f"{count} in a row", measured, 1.0)
 
+    def peers(self) -> Iterator[Row | str]:
+        """Compare with what a user would pick instead, onto a disk that is larger than the image."""
+        for peer in PEERS:
+            if why := peer.missing():
+                yield f"{peer.name}: skipped, {why}"
+                continue
+            settings, image = self.settings(peer.suffix, peer.kind), self.images.path(peer.suffix)
+            measured = compare(
+                lambda settings=settings: self.create(2 * DISK, **settings),
+                lambda peer=peer, image=image: self.by_hand(peer.script, 2 * DISK, image=image),
+                1,
+            )
+            yield Row(f"create {peer.suffix.lstrip('-.')}", peer.name, measured, 1.0)
+
+    def scale(self) -> Iterator[scale.Scaled]:
+        image = self.images.path(".tar.zst")
+        yield from scale.variants_and_files(self.node, self.work, image)
+        yield from scale.exports_at_once(self.node, self.work)
+        yield from scale.creates_at_once(self.node, self.work, image)
+
     def environment(self, name: str, **values: object) -> dict[str, str]:
         environment = self.node.environment(Path(str(values["DISK_0_PATH"])), env=name, **values)
         return {key: value for key, value in environment.items() if key != "EXP_SIZE_FD"}
@@ -224,7 +247,10 @@ GROUPS = {
     "ancestor": Bench.ancestor,
     "sizes": Bench.disk_sizes,
     "parallel": Bench.several_at_once,
+    "peers": Bench.peers,
+    "scale": Bench.scale,
 }
+BY_NAME_ONLY = ("peers", "scale")  # they take long
 
 
 def main(names: Sequence[str]) -> None:
@@ -239,7 +265,7 @@ def main(names: Sequence[str]) -> None:
             print(
                 f"\nThe tree has {bench.images.tree_size >> 20} MiB; medians of {ROUNDS} rounds, interleaved.\n\n{HEAD}"
             )
-            for name in names or GROUPS:
+            for name in names or [name for name in GROUPS if name not in BY_NAME_ONLY]:
                 for row in GROUPS[name](bench):
                     print(row, flush=True)
 

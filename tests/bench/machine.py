@@ -58,6 +58,7 @@ def by_hand(work: Path, script: str, **variables: object) -> float:
     path.write_text(f"#!/bin/bash\nset -euo pipefail\n{script}\n")
     path.chmod(0o755)
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+    environment.update((name, value) for name, value in os.environ.items() if name.startswith("LIBGUESTFS_"))
     environment.update((name, str(value)) for name, value in variables.items())
     return Call(path, environment, work / "by-hand.log").result().ok().seconds
 
