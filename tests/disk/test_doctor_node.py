@@ -9,20 +9,24 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support import PATH, SITE, Node, attached, listing, mounted, run
 
+from imageos.checks import variants
+from imageos.settings import Settings
+
 
 class Doctor:
     def __init__(self, node: Node) -> None:
-        self.node = node
+        self.node, self.imageos = node, node.imageos
 
     def __call__(self, *arguments: str, silent: bool = True, **environment: str) -> tuple[int, str]:
         """Return its status and report. It must not write to the node's /etc; all else is read-only for it."""
         before = listing(self.node.layer)
-        argv = [str(self.node.imageos), "doctor", "--os-dir", str(self.node.os_dir), *arguments]
+        argv = [str(self.imageos), "doctor", "--os-dir", str(self.node.os_dir), *arguments]
         done = subprocess.run(
             argv, env={"PATH": PATH, **environment}, capture_output=True, text=True, stdin=subprocess.DEVNULL
         )
@@ -317,23 +321,25 @@ def test_path_of_cron(doctor: Doctor, image: Path) -> None:
     assert "mkfs.ext4" in doctor.well(PATH="/usr/bin:/bin")
 
 
-def test_many_variants(doctor: Doctor, node: Node, image: Path, tmp_path: Path) -> None:
-    """One shell evaluates many files, an image is looked at once for all, and none stays open."""
-    names = [f"many{number}" for number in range(70)]
-    for number, name in enumerate(names):
-        own = number < 40
-        if own:
-            (node.images / f"{name}-x86_64.tar.zst").hardlink_to(image)
-        node.variant(name, f"declare -A some\nIMAGE_NAME={name if own else 'mine'}\nSWAP_SIZE={number + 1}\n")
-    node.variant("last", "IMAGE_NAME=$OS_VARIANT\nfalse\n")
-    tight, trace = tmp_path / "tight", tmp_path / "trace"
-    follow = f"strace --follow-forks --trace=execve --output={trace}"
-    tight.write_text(f'#!/bin/sh\nulimit -n 40\nexec {follow} {node.imageos} "$@"\n')
-    tight.chmod(0o755)
-    doctor.node = Node.__new__(Node)
-    doctor.node.imageos, doctor.node.os_dir, doctor.node.layer = tight, node.os_dir, node.layer
-    text = unwrapped(doctor.ill("variant last: cannot find image", "last-x86_64.tar"))
-    assert all(f"variant {name}: {node.images}" in text for name in names)
-    started = [line for line in trace.read_text().splitlines() if line.endswith(" = 0")]
-    assert sum('"/usr/bin/bash"' in line or '"/bin/bash"' in line for line in started) < 90, "three for each variant"
-    assert sum('zstd"' in line for line in started) < 90, "two for each image, and none for a variant"
+def test_more_images_than_a_process_may_open(doctor: Doctor, node: Node, image: Path, tmp_path: Path) -> None:
+    names = [f"many{number}" for number in range(30)]
+    for name in names:
+        (node.images / f"{name}-x86_64.tar.zst").hardlink_to(image)
+        node.variant(name, f"IMAGE_NAME={name}\n")
+    doctor.imageos = tmp_path / "tight"
+    doctor.imageos.write_text(f'#!/bin/sh\nulimit -n 24\nexec {node.imageos} "$@"\n')
+    doctor.imageos.chmod(0o755)
+    text = unwrapped(doctor.well())
+    assert all(f"variant {name}: {node.images}/{name}-" in text for name in names)
+
+
+def test_an_image_is_looked_at_once_for_all_variants(
+    node: Node, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, check = [], variants.check_image
+    monkeypatch.setattr(variants, "check_image", lambda *call: [looked.append(call), *check(*call)][1:])
+    mine = Settings(image_dir=str(node.images), image_name="mine", image_type="tarball", arch="x86_64")
+    sharing = [variants.Variant(f"v{size}", replace(mine, swap_size=size)) for size in range(1, 4)]
+    found = variants.check_images([*sharing, variants.Variant("own", replace(mine, image_verify=False))])
+    assert [one.what.split(":")[0] for one in found] == ["variant v1", "variant v2", "variant v3", "variant own"]
+    assert len(looked) == 2
