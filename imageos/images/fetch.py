@@ -19,13 +19,13 @@ from imageos.images import cache
 from imageos.images.cache import Copy, Verdict
 from imageos.images.checksums import Checksum, Policy, check, expected, policy
 from imageos.images.curl import Answer, Missing, Transient, Unreachable
+from imageos.images.pages import BEGINNING
 from imageos.images.urls import shown
 from imageos.images.web import Web
 from imageos.node import linux, space
 from imageos.run import Failed
 from imageos.settings import Settings
 
-BEGINNING = 1 << 10  # bytes by which an image is judged: a record of a dump
 GRACE = 2.0  # seconds that a server gets to close the connection after the last byte
 
 NOT_FOUND = "nothing: no checksum was found"

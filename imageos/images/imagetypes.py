@@ -12,17 +12,12 @@ from urllib.parse import quote, urlsplit
 
 from imageos import log
 from imageos.errors import Failure
-from imageos.images import diskimage, dump, tarball, wholeness
-from imageos.images.imagefile import Image, open_image
+from imageos.images import archive, diskimage, dump, formats, pages, tarball, wholeness
+from imageos.images.imagefile import Image, compression_of, open_image
 from imageos.images.urls import CHECKSUMS, SIGNATURES, cleaned, shown
 from imageos.node import linux
 from imageos.node.programs import require
 from imageos.settings import Settings, is_pin
-
-WEB_PAGE = re.compile(
-    rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)*<(!doctype|html|head|body|title|meta|script|h1|\?xml)",
-    re.IGNORECASE | re.DOTALL,
-)
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,11 @@ def check(image_type: ImageType, image: Image) -> None:
     """Fail unless an image is of its type and whole, as far as can be seen without unpacking it."""
     require(*image.decompress[:1])
     wholeness.check_packed(image)
+    if image.whole:
+        check_kind(image)
     image_type.check(image)
+    if image_type.deploy == tarball.deploy and archive.DISK.search(image.start[:100].rstrip(b"\0").decode("latin-1")):
+        raise Failure(f"image {image.path} is an archive of a disk image, not of a system", hint="set IMAGE_TYPE=qemu")
     wholeness.check(image)
     if not image_type.deploy:
         diskimage.check_readable(image)
@@ -160,19 +159,30 @@ def _find_at_url(settings: Settings, with_boot: bool, disk_size: int | None) -> 
 
 def check_beginning(image_type: ImageType, url: str, beginning: bytes, size: int, disk_size: int | None) -> None:
     """Fail if an image that begins so, and has at least `size` bytes, is known not to be what it should."""
-    if WEB_PAGE.match(beginning):
-        raise Failure(
-            f"image {url} is a web page: the server sent that instead of the image",
-            hint="look at it with a browser: a login page, or an error that the server sends as if all were well",
-        )
     with linux.closing(os.memfd_create("imageos", os.MFD_CLOEXEC)) as descriptor:
         os.pwrite(descriptor, beginning, 0)
         image = dataclasses.replace(open_image(url, descriptor), size=size, whole=False)
-        if image.compression and image_type.deploy:
+        if not image.compression:
+            check_kind(image)
+        elif image_type.deploy:
             return  # its beginning cannot be unpacked alone
         image_type.check(image)
         if disk_size is not None and not image_type.deploy:
             diskimage.check_size(image, disk_size)
+
+
+def check_kind(image: Image) -> None:
+    """Fail if an image is what servers send instead of one, also packed: nobody else would notice with NOMOUNT."""
+    known = pages.kind(image.start)
+    if known.endswith("archive"):
+        raise Failure(f"image {image.path} is {known}", hint="unpack it, and deploy the disk image that is in it")
+    if known and not formats.recognise(image.read, min(image.size, len(image.start))):
+        raise Failure(
+            f"image {image.path} is {known}: the server sent that instead of the image",
+            hint="look at it with a browser: a login page, or an error that the server sends as if all were well",
+        )
+    if image.stages and compression_of(image.start):
+        raise Failure(f"image {image.path} is compressed twice", hint="unpack it once")
 
 
 def why_unreachable(settings: Settings) -> str | None:

@@ -62,6 +62,7 @@ ORDER = [
     *("guests.guest", "guests.hostname"),
     # images
     *(
+        "images.pages",
         "images.urls",
         "images.curl",
         "images.web",

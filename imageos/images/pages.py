@@ -1,0 +1,37 @@
+"""Recognise what stands in the place of an image by mistake: web pages, messages as text, archives of other kinds."""
+
+from __future__ import annotations
+
+import re
+
+BEGINNING = 1 << 10  # bytes that are looked at: a record of a dump
+WEB_PAGE = re.compile(
+    rb"\s*(<!--.*?-->\s*)*<(!doctype|html|head|body|title|meta|script|h1|\?xml)", re.IGNORECASE | re.DOTALL
+)
+MARKUP = re.compile(rb"\s*<[!?a-z]", re.IGNORECASE)
+# No control characters but those of text. In what is packed or encrypted, 1 KiB without any does not occur.
+TEXT = re.compile(rb"[\t-\r\x1b -~\x80-\xff]+")
+MARKS = {b"PK\3\4": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\7": "a rar archive"}
+
+
+def is_page(content: bytes) -> bool:
+    """Return True for a web page, or another document of a web server in XML."""
+    beginning = decoded(content[:BEGINNING])
+    return bool(WEB_PAGE.match(beginning) or (MARKUP.match(beginning) and TEXT.fullmatch(beginning)))
+
+
+def kind(content: bytes) -> str:
+    """Return in words what `content`, which begins so, is instead of an image; empty if it may be one."""
+    if is_page(content):
+        return "a web page"
+    beginning = decoded(content[:BEGINNING])
+    if TEXT.fullmatch(beginning):
+        return "text"
+    return next((name for mark, name in MARKS.items() if beginning.startswith(mark)), "")
+
+
+def decoded(content: bytes) -> bytes:
+    """Return text as UTF-8 without a byte order mark, if it begins with one."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16", "replace").encode()
+    return content[3:] if content.startswith(b"\xef\xbb\xbf") else content
