@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from imageos import log
 from imageos.errors import Failure
-from imageos.images import curl
+from imageos.images import curl, pages
 from imageos.images.curl import Answer, Missing, Transient, Unreachable
 from imageos.images.urls import beside, redirected, shown
 
@@ -24,6 +24,7 @@ INDEX_TIME = 15  # seconds for an index that nobody needs
 
 # Content-Encoding -> the ends of names of files that are so by themselves
 ENCODINGS = {"gzip": (".gz", ".tgz"), "x-gzip": (".gz", ".tgz"), "zstd": (".zst",), "br": (".br",), "deflate": ()}
+MAGIC = {"gzip": b"\x1f\x8b", "x-gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 SENT_ON = (301, 302, 303, 307, 308)
 ABSENT = (403, 404, 410)  # 403: what S3 says of a file that is not there
 BUSY = (408, 425, 429, 500, 502, 503, 504)
@@ -39,6 +40,8 @@ class Web:
         self._small: dict[str, bytes | None] = {}
         self._absent: dict[str, int] = {}  # status
         self.was_plain = False  # whether anything was asked over plain http
+        self.led: dict[str, str] = {}  # URL -> where its redirects have led
+        self.pages: set[str] = set()  # URLs of small files in whose places were web pages
 
     def in_turn(self, urls: Iterable[str]) -> Iterator[str]:
         """Yield the places of a file, to be asked for one by one. If the first does not do, look at all others at once.
@@ -67,17 +70,23 @@ class Web:
         return self.patiently(url, ask)
 
     def small(self, url: str) -> bytes | None:
-        """The content of a small file; None if the server has none."""
+        """The content of a small file; None if the server has none, or a web page in its place."""
 
-        def ask() -> bytes:
-            with self._answered(url, {}, f"max-time = {SMALL_TIME}\n{curl.UNPACKED}") as answer:
-                return _content(_checked(url, answer))
+        def ask(more: str = "") -> bytes:
+            with self._answered(url, {}, f"max-time = {SMALL_TIME}\n{more}") as answer:
+                content = _content(_checked(url, answer), is_unpacked=bool(more))
+                encoding = answer.headers.get("content-encoding", "").lower()
+            return ask(curl.UNPACKED) if not more and _is_packed(content, encoding) else content
 
         if url not in self._small:
             try:
-                self._small[url] = self.patiently(url, ask)
+                content: bytes | None = self.patiently(url, ask)
             except Missing:
-                self._small[url] = None
+                content = None
+            if content is not None and pages.is_page(content):  # by which some say that they have none
+                self.pages.add(url)
+                content = None
+            self._small[url] = content
         content = self._small[url]
         if content and len(content) > SMALL:
             raise Failure(f"{shown(url)} is larger than {log.size(SMALL)}")
@@ -87,7 +96,7 @@ class Web:
         """The page that the server shows for the directory of a file; empty if it shows none. One attempt."""
         try:
             with self._answered(beside(url, ""), {}, f"max-time = {INDEX_TIME}\n{curl.UNPACKED}") as answer:
-                return _content(answer).decode("utf-8", "replace") if answer.status == 200 else ""
+                return _content(answer, is_unpacked=True).decode("utf-8", "replace") if answer.status == 200 else ""
         except (Transient, Failure):
             return ""
 
@@ -135,6 +144,7 @@ class Web:
             self.was_plain |= at.startswith("http:")
             with curl.answered(at, headers, self._environ, more) as answer:
                 if answer.status not in SENT_ON:
+                    self.led[url] = at
                     yield answer
                     return
                 at = redirected(at, answer.headers.get("location", ""))
@@ -147,9 +157,16 @@ def _is_encoded(url: str, answer: Answer) -> bool:
     return encoding in ENCODINGS and not urlsplit(url).path.lower().endswith(ENCODINGS[encoding])
 
 
-def _content(answer: Answer) -> bytes:
+def _is_packed(content: bytes, encoding: str) -> bool:
+    """Return True if a small file is packed as announced: Apache announces so, too, a FILE.gz.asc, which is not."""
+    mark = MAGIC.get(encoding)
+    return content.startswith(mark) if mark else encoding not in ("", "identity") and not pages.TEXT.fullmatch(content)
+
+
+def _content(answer: Answer, is_unpacked: bool) -> bytes:
     """Return all of a small answer, or of a larger one a byte more than is allowed."""
-    size = None if "content-encoding" in answer.headers else answer.size  # of what is unpacked nobody says it
+    # of what is unpacked nobody says it
+    size = None if is_unpacked and "content-encoding" in answer.headers else answer.size
     most = SMALL + 1 if size is None else min(size, SMALL + 1)
     content = b""
     while len(content) < most and (chunk := answer.read(most - len(content))):
