@@ -84,6 +84,14 @@ def _line(text: str) -> str:
     return text
 
 
+def _fingerprints(text: str) -> str:
+    """Also as gpg prints them, in groups of four, and as others do, with 0x."""
+    digits = re.sub(r"\b0[xX]|\s", "", _line(text)).upper()
+    if not re.fullmatch(r"([0-9A-F]{40})*", digits):
+        raise ValueError("fingerprints of keys: 40 digits each, 0-9 and A-F")
+    return " ".join(digits[at : at + 40] for at in range(0, len(digits), 40))
+
+
 _URL = r"(?i:https?)://[^\s/]+(/([ \S]*\S)?)?"
 
 _mebibytes = _at_least_one("MiB")
@@ -91,7 +99,6 @@ _seconds = _at_least_one("seconds")
 _arch = _matching(r"[A-Za-z0-9_]+", "an architecture, such as x86_64")
 _directory = _matching(r"/(?s:.*)", "an absolute path")
 _url = _matching(_URL, "a URL that begins with http:// or https://")
-_fingerprints = _matching(r"[0-9A-F]{40}( [0-9A-F]{40})*", "fingerprints of keys: 40 digits each, 0-9 and A-F")
 _hook_names = _matching(r"[A-Za-z0-9_\s-]*", "names of hooks, separated by spaces")
 
 

@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 from imageos import log
 from imageos.causes import cause
 from imageos.errors import Failure, explained
+from imageos.images import pages
 from imageos.images.urls import (
     CHECKSUMS,
     FURTHER_CHECKSUMS,
@@ -38,8 +39,10 @@ from imageos.settings import Settings, is_pin
 MOST_FURTHER = 8  # files of an index that are looked into
 ALGORITHMS = {40: "sha1", 64: "sha256", 128: "sha512"}  # by the number of digits
 CHUNK = 1 << 20  # bytes
-INLINE = "-----BEGIN PGP SIGNED MESSAGE-----"
+INLINE = b"-----BEGIN PGP SIGNED MESSAGE-----"
 DETACHED = b"-----BEGIN PGP SIGNATURE-----"
+# What gpgv says of a signature that would be good -> why it is not
+NO_MORE = {"EXPSIG": "it has expired", "EXPKEYSIG": "its key has expired", "REVKEYSIG": "its key was revoked"}
 GOOD = "good"  # what is found of a signature that verifies; else it is the reason
 KEYRING_HINT = "the keyring must be as gpg --export writes it (an armored one: gpg --dearmor)"
 
@@ -67,7 +70,7 @@ class Checksum:
 class Signature(Checksum):
     """A detached signature of the image itself. What is found of it (GOOD or not) is kept as that of a checksum is."""
 
-    content: bytes
+    contents: Sequence[bytes]  # one that verifies is enough
     signer: Signer
 
 
@@ -212,26 +215,37 @@ def digests_of(path: str, wanted: Sequence[str | Checksum]) -> dict[str, str]:
         progress.close()
         found = {name: digest.hexdigest() for name, digest in hashes.items()}
         for name, signature in signatures.items():
-            os.lseek(file.fileno(), 0, os.SEEK_SET)
-            verdict = _judge(signature.signer, [signature.content], stdin=file.fileno())
-            found[name] = verdict.problem or GOOD
+            problems = []
+            for content in signature.contents:
+                os.lseek(file.fileno(), 0, os.SEEK_SET)
+                problems.append(_judge(signature.signer, [content], stdin=file.fileno()).problem)
+            found[name] = GOOD if "" in problems else problems[0]
     return found
 
 
 def checksum_in(
-    text: str, name: str, algorithms: Sequence[str], is_only: bool = False, pattern: str = ""
+    text: str, path: str, algorithms: Sequence[str], is_only: bool = False, pattern: str = ""
 ) -> tuple[str, str] | None:
-    """Return the strongest (algorithm, hex) that a checksum file has for `name`, or for the one that fits `pattern`.
+    """Return the strongest (algorithm, hex) that a checksum file has for the image at `path`; Failure if it has two.
 
-    `is_only`: the file is about one image, as its own name says; a single entry counts whatever it names, or nothing.
+    It may have names, or the ends of paths; or one name that fits `pattern`. `is_only`: the file is about one image, as
+    its own name says; entries of a single name count whatever that is, and such without one.
     """
     entries = [entry for entry in _entries(text) if entry[1] in algorithms]
-    if not (is_only and len(entries) == 1):
+    if not (is_only and len({entry[0] for entry in entries}) == 1):
         fitting = [entry for entry in entries if entry[0] and fnmatchcase(entry[0], pattern)]
-        entries = [entry for entry in entries if entry[0] in (name, f"./{name}")]
+        entries = [entry for entry in entries if entry[0] and f"/{path}".endswith(f"/{entry[0]}")]
         if not entries and len({entry[0] for entry in fitting}) == 1:
             entries = fitting
-    return max(((algorithm, digest) for _, algorithm, digest in entries), key=lambda entry: len(entry[1]), default=None)
+    most = max((len(entry[0]) for entry in entries), default=0)  # a longer path says better which one is meant
+    found = {(algorithm, digest) for name, algorithm, digest in entries if len(name) == most}
+    if len({algorithm for algorithm, _ in found}) < len(found):
+        raise Failure(f"has different checksums of {path.rpartition('/')[2]}")
+    return max(found, key=lambda entry: len(entry[1]), default=None)
+
+
+def _text(content: bytes) -> str:
+    return pages.decoded(content).decode("utf-8", "replace")
 
 
 def _entries(text: str) -> Iterator[tuple[str, str, str]]:
@@ -246,17 +260,23 @@ def _entries(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _entry(line: str) -> tuple[str, str, str] | None:
-    """Return (name, algorithm, hex) of a line of sha256sum, binary or not, with --tag or not."""
-    tagged = re.fullmatch(r"SHA\d+ ?\((.+)\) ?= ?([0-9a-fA-F]+)", line)
-    plain = re.fullmatch(r"([0-9a-fA-F]+)(?:\s+\*?(.+))?", line)
+    """Return (name, algorithm, hex) of a line of sha256sum, binary or not, with --tag or not, or of openssl."""
+    tagged = re.fullmatch(r"SHA(?:2-)?(\d+) ?\((.+)\) ?= ?([0-9a-f]+)", line, re.IGNORECASE)
+    plain = re.fullmatch(r"(\\?)([0-9a-f]+)(?:\s+\*?(.+))?", line, re.IGNORECASE)
     if tagged:
-        name, digest = tagged.groups()
+        name, digest = tagged[2], tagged[3]
     elif plain:
-        digest, name = plain.groups(default="")
+        digest, name = plain[2], plain[3] or ""
+        if plain[1]:  # by which sha256sum says that it has escaped the name
+            if "\\" not in name:
+                return None
+            name = name.replace("\\\\", "\\")
     else:
         return None
     algorithm = ALGORITHMS.get(len(digest))
-    return (name, algorithm, digest.lower()) if algorithm else None
+    if not algorithm or (tagged and algorithm != f"sha{tagged[1]}"):
+        return None
+    return re.sub(r"^(\./|/)+", "", name), algorithm, digest.lower()
 
 
 def _places(web: Web, url: str, further: bool) -> Iterator[tuple[str, Sequence[str], bool]]:
@@ -290,29 +310,38 @@ def checksum_files(listed: Sequence[str], image: str) -> list[str] | None:
 
 
 def _published(web: Web, url: str, wanted: Policy, further: bool) -> list[Checksum]:
-    signer, name = wanted.signer, unquote(urlsplit(url).path.rpartition("/")[2])
-    problems = []
+    signer, path = wanted.signer, unquote(urlsplit(url).path)
+    # Without a keyring the server's word counts, also on how the image is called behind a link to the latest one.
+    paths = [path] if signer.keyring else [path, unquote(urlsplit(web.led.get(url, url)).path)]
+    problems, absent = [], []
     places = [(wanted.file, STRONG, True)] if wanted.file else _places(web, url, further)
     for place, algorithms, is_only in places:
         content = web.small(place)
         if content is None:
+            absent += [f"{shown(place)} is a web page, and no checksum file"] if place in web.pages else []
             continue
-        text: str | None = content.decode("utf-8", "replace")
-        entry = checksum_in(text or "", name, algorithms, is_only, wanted.signed_name)
+        try:
+            entries = (checksum_in(_text(content), one, algorithms, is_only, wanted.signed_name) for one in paths)
+            entry = next(filter(None, entries), None)
+        except Failure as failure:
+            raise Failure(f"{shown(place)} {failure}", hint="ask who has published it") from None
         if entry and signer.keyring:
-            text = _signed(web, place, content, signer)
+            signed = _signed(web, place, content, signer)
             # Who has signed a checksum says what it is of in the same breath: a server could call anything as it likes.
-            entry = checksum_in(text or "", name, algorithms, pattern=wanted.signed_name)
-            problems.append(f"{shown(place)} " + ("is not signed" if text is None else f"does not name {name}"))
+            entry = checksum_in(_text(signed or b""), path, algorithms, pattern=wanted.signed_name)
+            does = "is not signed" if signed is None else f"does not name {path.rpartition('/')[2]}"
+            problems.append(f"{shown(place)} {does}")
         if entry:
             if entry[0] == "sha1":
                 log.warning(f"{shown(place)} holds a SHA-1, which is weak: make a SHA256SUMS")
+            if place.startswith("https:") and web.led.get(place, place).startswith("http:") and not signer.keyring:
+                log.warning(f"{shown(place)} came over plain http in the end: who sends the image could send that, too")
             return [Checksum(*entry, shown(place) + (f", {signer}" if signer.keyring else ""))]
     if signer.keyring and not wanted.file:
         signature = _signature(web, url, signer)
         if signature:
             return [signature]
-    _fail_unpublished(url, wanted, problems)
+    _fail_unpublished(url, wanted, problems + absent)
     return []
 
 
@@ -333,12 +362,14 @@ def _fail_unpublished(url: str, wanted: Policy, problems: Sequence[str]) -> None
 
 def _signature(web: Web, url: str, signer: Signer) -> Signature | None:
     """Return the signature beside the image itself; what else is there under such a name is none."""
-    for place, content in _beside(web, url):
-        if content.startswith(DETACHED) or content[:1] >= b"\x80":  # RFC 4880, 4.2: of a packet
-            facts = f"{signer.keyring_id} {signer.keys} {hashlib.sha256(content).hexdigest()}"
-            algorithm = f"signature {hashlib.sha256(facts.encode()).hexdigest()}"
-            return Signature(algorithm, GOOD, f"{shown(place)}, {signer}", content, signer)
-    return None
+    # RFC 4880, 4.2: of a packet
+    found = {place: one for place, one in _beside(web, url) if DETACHED in one or one[:1] >= b"\x80"}
+    if not found:
+        return None
+    facts = " ".join([signer.keyring_id, signer.keys, *(hashlib.sha256(one).hexdigest() for one in found.values())])
+    algorithm = f"signature {hashlib.sha256(facts.encode()).hexdigest()}"
+    source = f"{' or '.join(map(shown, found))}, {signer}"
+    return Signature(algorithm, GOOD, source, list(found.values()), signer)
 
 
 def _beside(web: Web, url: str) -> Iterator[tuple[str, bytes]]:
@@ -350,14 +381,22 @@ def _beside(web: Web, url: str) -> Iterator[tuple[str, bytes]]:
             yield place, content
 
 
-def _signed(web: Web, url: str, content: bytes, signer: Signer) -> str | None:
+def _signed(web: Web, url: str, content: bytes, signer: Signer) -> bytes | None:
     """Return the signed part of the checksum file; None without a signature. Fail if the signature is wrong."""
-    if content.startswith(INLINE.encode()):
+    if INLINE in content:
         return _verified(url, _judge(signer, [content], ["--output", "-"]))
+    verdicts = []
     for _, signature in _beside(web, url):
-        _verified(url, _judge(signer, [signature, content]))
-        return content.decode("utf-8", "replace")
-    return None
+        if INLINE in signature:  # a second copy of the text
+            verdict = _judge(signer, [signature], ["--output", "-"])
+            if not verdict.problem and verdict.signed.split() != content.split():
+                verdict = replace(verdict, problem="what is signed is another text")
+        else:
+            verdict = _judge(signer, [signature, content])
+        if not verdict.problem:
+            return content
+        verdicts.append(verdict)
+    return _verified(url, verdicts[0]) if verdicts else None
 
 
 @dataclass(frozen=True)
@@ -366,7 +405,7 @@ class _Verdict:
 
     signer: Signer
     problem: str  # empty: it is good
-    signed: str = ""  # the text, if the signature is inside
+    signed: bytes = b""  # the text, if the signature is inside
     details: Sequence[str] = ()
 
 
@@ -392,17 +431,34 @@ def _judge(
     verdicts = {words[0] for words in status if words}
     said = [line for line in lines if line.startswith("gpgv: ")]
     if "GOODSIG" not in verdicts or "BADSIG" in verdicts:  # not its status: keys that we do not have are no fault
-        why = cause("gpgv", "\n".join(said)).replace("gpgv: ", "", 1) or "no signature was found"
+        why = (
+            next((why for verdict, why in NO_MORE.items() if verdict in verdicts), "")
+            or cause("gpgv", "\n".join(said)).replace("gpgv: ", "", 1)
+            or "no signature was found"
+        )
         return _Verdict(signer, why, details=said[:-1])
-    # of each good one, the fingerprint of the key that signed, and of the primary key that it belongs to
-    keys = [{words[1], words[-1]} for words in status if words[:1] == ["VALIDSIG"] and len(words) > 1]
-    if signer.keys and not any(known & set(signer.keys.split()) for known in keys):
-        others = " and ".join(sorted({words[-1] for words in status if words[:1] == ["VALIDSIG"]}))
+    keys = _good_keys(status)
+    if signer.keys and not any(set(known) & set(signer.keys.split()) for known in keys):
+        others = " and ".join(sorted({primary for _, primary in keys}))
         return _Verdict(signer, f"it is by the key {others}, not by IMAGE_SIGNER {signer.keys}")
-    return _Verdict(signer, "", done.stdout.decode("utf-8", "replace"))
+    return _Verdict(signer, "", done.stdout)
 
 
-def _verified(url: str, verdict: _Verdict) -> str:
+def _good_keys(status: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+    """Return of each good signature the fingerprints of the key that signed, and of the primary key it belongs to.
+
+    A signature by a key that was revoked or has expired is VALIDSIG, too.
+    """
+    keys, is_good = [], False
+    for words in status:
+        if words and words[0].endswith("SIG") and words[0] != "VALIDSIG":
+            is_good = words[0] == "GOODSIG"
+        elif len(words) > 1 and words[0] == "VALIDSIG" and is_good:
+            keys.append((words[1], words[-1]))
+    return keys
+
+
+def _verified(url: str, verdict: _Verdict) -> bytes:
     """Return the text that is signed; fail if the signature is not good."""
     if verdict.problem:
         keyring = verdict.signer.keyring

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 from http_server import Server
+from support import run
 
 from imageos.errors import Failure
 from imageos.images import checksums, diskimage, fetch, imagetypes, urls, web
@@ -253,6 +255,60 @@ def test_key_that_must_have_signed(what: str, server: Server, signed: Settings, 
         get(replace(signed, image_signer=fingerprint(gpg, "mallory")))
 
 
+@pytest.fixture(scope="module")
+def revoked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[bytes, str, bytes]]:
+    """A keyring of a key that was revoked, its fingerprint, and its signature of the checksums."""
+    home = tmp_path_factory.mktemp("revoked")
+    home.chmod(0o700)
+    command = ["gpg", "--homedir", str(home), "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
+
+    def call(*arguments: str, input: bytes = b"") -> bytes:
+        return subprocess.run([*command, *arguments], input=input, check=True, capture_output=True).stdout
+
+    call("--quick-gen-key", "carol <carol@example.org>", "ed25519", "sign", "never")
+    (certificate,) = (home / "openpgp-revocs.d").glob("*.rev")
+    signed = call("--detach-sign", "--output", "-", input=PLAIN.format(name="a-latest.qcow2", **HEX).encode())
+    call("--import", input=certificate.read_bytes().replace(b":-----BEGIN", b"-----BEGIN"))
+    yield call("--export"), certificate.stem, signed
+    run("gpgconf", "--homedir", home, "--kill", "all")
+
+
+def test_revoked_key(server: Server, signed: Settings, gpg: Gpg, revoked: tuple[bytes, str, bytes]) -> None:
+    """Nor does a good signature by another key of the keyring make it the one that must have signed."""
+    keyring, carol, signature = revoked
+    Path(signed.image_keyring).write_bytes(gpg("alice") + keyring)
+    server.put("/images/SHA256SUMS", PLAIN.format(name="a-latest.qcow2", **HEX).encode())
+    server.put("/images/SHA256SUMS.gpg", signature)
+    with pytest.raises(Failure, match="its key was revoked"):
+        get(signed)
+    server.put("/images/SHA256SUMS.gpg", gpg("alice", server.files["/images/SHA256SUMS"].content, "-b") + signature)
+    with pytest.raises(Failure, match=f"not by IMAGE_SIGNER {carol}"):
+        get(replace(signed, image_signer=carol))
+    get(replace(signed, image_signer=fingerprint(gpg, "alice")))
+
+
+@pytest.mark.parametrize("case", ["page", "other key", "inline", "lines before", "image"])
+def test_signature_among_others(case: str, server: Server, signed: Settings, gpg: Gpg) -> None:
+    """One that is good is enough, and a web page is none."""
+    path, how = "/images/SHA256SUMS", ["--detach-sign", "--armor"]
+    server.put(path, PLAIN.format(name="a-latest.qcow2", **HEX).encode())
+    sums = server.files[path].content
+    if case == "page":
+        server.put(f"{path}.gpg", b"\xef\xbb\xbf<html>no such file</html>")
+    elif case == "other key":
+        server.put(f"{path}.gpg", gpg("mallory", sums, *how))
+    elif case == "inline":  # a second copy of the text, as of CentOS 7
+        how = ["--clearsign"]
+    elif case == "lines before":
+        server.put(path, b"\n" + gpg("alice", sums, "--clearsign"))
+    elif case == "image":
+        path = IMAGE
+        server.put(f"{path}.gpg", gpg("mallory", CONTENT, "--detach-sign"))
+    if case != "lines before":
+        sign(server, gpg, path, ".asc", *how)
+    get(signed)
+
+
 PATTERN = "a.x86_64-*-Build*.qcow2"
 
 
@@ -318,6 +374,72 @@ def test_url_as_people_write_it(scheme: str, server: Server, tmp_path: Path) -> 
     get(Settings(image_url=text, image_type="qcow2", cache_dir=str(tmp_path / "cache")))
     with pytest.raises(Failure, match="IMAGE_URL"):
         parse_setting("image_url", url + "\nX", "here")
+
+
+def test_file_that_is_announced_as_packed(server: Server, signed: Settings, gpg: Gpg, tmp_path: Path) -> None:
+    """Apache says so of every FILE.gz.asc, and others what nobody knows."""
+    settings = replace(publish(server, "a.raw.gz", tmp_path), image_type="raw", image_keyring=signed.image_keyring)
+    server.put("/images/a.raw.gz.sha256", PLAIN.format(name="a.raw.gz", **HEX).encode(), encoding="utf-8")
+    for suffix, how in ((".asc", ["--detach-sign", "--armor"]), (".gpg", ["--detach-sign"])):
+        sign(server, gpg, "/images/a.raw.gz.sha256", suffix, *how)
+        server.files[f"/images/a.raw.gz.sha256{suffix}"].encoding = "x-gzip"
+        get(replace(settings, image_cleanup=True))
+
+
+def test_checksum_with_a_byte_order_mark(server: Server, tmp_path: Path) -> None:
+    """As Windows writes text; only what is seen may differ from what is there."""
+    settings = replace(publish(server, "a.qcow2", tmp_path), image_cleanup=True)
+    for encoding in ("utf-8-sig", "utf-16"):
+        server.put("/images/SHA256SUMS", f"{'0' * 64}  a.qcow2\r\n".encode(encoding))
+        with pytest.raises(Failure, match="has the wrong sha256"):
+            get(settings)
+
+
+def test_checksum_under_the_name_behind_a_link(server: Server, tmp_path: Path) -> None:
+    """Where nothing is signed the server may say what the latest one is called."""
+    settings = publish(server, "latest.qcow2", tmp_path)
+    server.put("/images/latest.qcow2", b"", status=302, location="/2/a-1.2.qcow2")
+    server.put("/2/a-1.2.qcow2", CONTENT)
+    server.put("/images/SHA256SUMS", f"{'0' * 64}  a-1.2.qcow2\n{HEX['sha256']}  a-1.1.qcow2\n".encode())
+    with pytest.raises(Failure, match="has the wrong sha256"):
+        get(settings)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_web_page_instead_of_a_checksum_file(named: bool, server: Server, signed: Settings) -> None:
+    server.put("/images/SHA256SUMS", b"<html>Login</html>")
+    with pytest.raises(Failure, match="/images/SHA256SUMS is a web page, and no checksum file"):
+        get(replace(signed, image_checksum="SHA256SUMS" if named else ""))
+
+
+@pytest.mark.parametrize(
+    ("image", "content", "words"),
+    [
+        ("a.raw", b'{"error": "not found"}\n', "is text: the server sent that"),
+        ("a.raw.gz", gzip.compress(b"<html>Login</html>"), "is a web page: the server sent that"),
+        ("a.raw.gz", gzip.compress(gzip.compress(bytes(9999))), "is compressed twice"),
+        ("a.img", b"PK\3\4" + bytes(9999), "is a zip archive"),
+        ("a.zip", b"PK\3\4" + bytes(9999), "is a zip archive"),
+    ],
+)
+def test_no_image(image: str, content: bytes, words: str, server: Server, tmp_path: Path) -> None:
+    """Also when nobody would look into it (NOMOUNT)."""
+    settings = replace(publish(server, image, tmp_path), image_type="qemu", nomount=True, image_checksum="no")
+    server.put(f"/images/{image}", content)
+    with pytest.raises(Failure, match=words):
+        imagetypes.check(imagetypes.IMAGE_TYPES["qemu"], imagetypes.find(settings))
+
+
+def test_disk_in_a_tarball(server: Server, tmp_path: Path) -> None:
+    """As Debian has it: no system would be found in it, after the disk was written."""
+    (tmp_path / "disk.raw").write_bytes(CONTENT)
+    run("tar", "-C", tmp_path, "-cJf", tmp_path / "a.tar.xz", "disk.raw")
+    settings = replace(publish(server, "a.tar.xz", tmp_path), image_type="tarball", image_checksum="no")
+    server.put("/images/a.tar.xz", (tmp_path / "a.tar.xz").read_bytes())
+    image = imagetypes.find(settings)
+    with pytest.raises(Failure, match="is an archive of a disk image") as raised:
+        imagetypes.check(imagetypes.IMAGE_TYPES["tarball"], image)
+    assert raised.value.hint == "set IMAGE_TYPE=qemu"
 
 
 PAGES = [b"<html>", b"\n <!-- a comment -->\n<HTML>", b"<head>", b"<title>Login</title>", b"<script>", b"<?xml ?>"]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imageos.errors import Failure
-from imageos.images import cache, checksums, curl, dump, fetch, imagetypes, urls
+from imageos.images import cache, checksums, curl, dump, fetch, imagetypes, pages, urls
 from imageos.images.cache import Copy, Verdict
 from imageos.images.checksums import checksum_in
 from imageos.settings import Settings
@@ -37,6 +37,10 @@ SHA1 = HEX[:40]
         f"{HEX}\tdebian.qcow2\r",
         f"SHA256 (debian.qcow2) = {HEX}",
         f"SHA256(debian.qcow2)= {HEX}",
+        f"SHA2-256(debian.qcow2)= {HEX}",  # OpenSSL 3
+        f"sha256 (debian.qcow2) = {HEX.upper()}",
+        f"\\{HEX}  a\\\\b\n{HEX}  debian.qcow2",
+        f"{HEX}  debian.qcow2\n{HEX} *./debian.qcow2",  # twice the same
     ],
 )
 def test_formats(line: str) -> None:
@@ -61,10 +65,63 @@ def test_strongest_counts() -> None:
         f"{HEX}\n",
         f"<html>{HEX}  a</html>",
         f"MD5 (a) = {HEX[:32]}",
+        f"SHA512 (a) = {HEX}",
+        f"SHA512/256 (a) = {HEX}",
+        f"SHA3-256 (a) = {HEX}",
+        f"\\{HEX}  a",
+        f"{HEX}  a.bak\n{HEX}  xa\n",
     ],
 )
 def test_no_checksum(text: str) -> None:
     assert checksum_in(text, "a", urls.STRONG) is None
+
+
+def test_names_with_a_path() -> None:
+    """Those of the image's own directories; what names more of them is meant."""
+    text = f"{HEX}  arm64/a\n{LONG[1:65]}  a\n{HEX[::-1]}  ./amd64/a\n"
+    assert checksum_in(text, "/images/amd64/a", urls.STRONG) == ("sha256", HEX[::-1])
+    assert checksum_in(text, "/images/riscv64/a", urls.STRONG) == ("sha256", LONG[1:65])
+    assert checksum_in(f"{HEX}  /images/a\n", "/images/a", urls.STRONG) == ("sha256", HEX)
+    assert checksum_in(f"{HEX}  old/a\n", "/images/old.new/a", urls.STRONG) is None
+    assert checksum_in(f"\\{HEX}  a\\\\b\n", "/images/a\\b", urls.STRONG) == ("sha256", HEX)
+
+
+@pytest.mark.parametrize("is_only", [False, True])
+def test_two_checksums_of_one_image(is_only: bool) -> None:
+    for text in (f"{HEX}  a\n{HEX[::-1]}  a\n", f"{HEX}  a\n{LONG}  a\n{HEX[::-1]} *./a\n"):
+        with pytest.raises(Failure, match="has different checksums of a"):
+            checksum_in(text, "a", urls.STRONG, is_only)
+    assert checksum_in(f"{HEX}\n{LONG}\n", "a", urls.STRONG, is_only=True) == ("sha512", LONG)
+
+
+# --- what is no image -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content, kind",
+    [
+        (b"\n" * 2000 + b"<html>", "text"),
+        (b"\xef\xbb\xbf <div>Login</div>", "a web page"),
+        ("<!DOCTYPE html>".encode("utf-16"), "a web page"),
+        (b"<Error><Code>NoSuchKey</Code></Error>", "a web page"),
+        (b"<html>".ljust(4096, b"\0"), "a web page"),
+        (b'{"error": "not found"}', "text"),
+        ("404 \xe4\n".encode("latin-1"), "text"),
+        (b"PK\3\4" + bytes(99), "a zip archive"),
+        (b"\xeb\x63\x90" + bytes(510), ""),
+        (b"<\0" + bytes(510), ""),
+        (b"", ""),
+        (b"etc/passwd".ljust(512, b"\0"), ""),
+    ],
+)
+def test_what_is_no_image(content: bytes, kind: str) -> None:
+    assert pages.kind(content) == kind
+
+
+@given(st.binary(min_size=512))
+def test_any_content(content: bytes) -> None:
+    pages.kind(content)
+    assert not pages.kind(b"\0" + content)
 
 
 def test_file_about_one_image() -> None:

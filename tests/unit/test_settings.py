@@ -239,6 +239,25 @@ def test_the_readme_names_every_kind_of_hash() -> None:
     assert {text[0] for text in HASHES if not text.startswith("$")} == {"_", "F"}
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("ab" * 20, "AB" * 20),
+        ("0x" + "AB" * 20, "AB" * 20),
+        ("ABAB " * 5 + " " + " ABAB" * 5, "AB" * 20),  # as gpg prints them
+        (f"{'AB' * 20}  {'CD' * 20}", f"{'AB' * 20} {'CD' * 20}"),
+        ("AB" * 19, None),
+        ("ABABABAB", None),
+    ],
+)
+def test_fingerprints_as_people_write_them(text: str, value: str | None) -> None:
+    if value is None:
+        with pytest.raises(Failure, match="IMAGE_SIGNER.* must be fingerprints of keys"):
+            settings.parse_setting("image_signer", text, "here")
+    else:
+        assert settings.parse_setting("image_signer", text, "here") == value
+
+
 def test_password_in_a_url() -> None:
     for name in ("image_url", "image_checksum"):
         assert f"{name.upper()}=(secret)" in refused(**{name: "ftp://user:password@example.org/a.qcow2"})
