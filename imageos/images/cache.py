@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from imageos import log
+from imageos.errors import Failure
 from imageos.images.checksums import Checksum, digests_of
 from imageos.images.urls import shown
 from imageos.node import linux
@@ -210,6 +211,8 @@ def prune(directory: str, keep: Collection[str]) -> Iterator[tuple[str, int | No
                     remove(path + ".part")
             except BlockingIOError:
                 yield name, None
+            except OSError as error:
+                raise Failure(f"cannot remove {path}: {error.strerror}") from None
             else:
                 yield name, size
         sync(directory)
