@@ -387,8 +387,8 @@ def _assignment(name: str, default: str) -> str:
 
 
 def _shown(entry: Entry, text: str) -> str:
-    """Return a value for messages, without secrets. A URL may contain a password."""
-    hidden = entry.secret or (entry.kind in (_url, _for_ganeti, _checksum) and "@" in text)
+    """Return a value for messages, without secrets. A URL may contain a password, and a query that is a token."""
+    hidden = entry.secret or (entry.kind in (_url, _for_ganeti, _checksum) and re.search("[@?]", text))
     return "(secret)" if hidden else repr(text)
 
 
