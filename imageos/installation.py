@@ -22,6 +22,7 @@ RECORD = "installed.json"  # in the directory of the OS definition
 # With a package: the record of the site's files, which are in no package: a package manager would ask what to do with
 # those that the site has changed, and Ganeti's gnt-cluster command has no terminal to ask at.
 SITE_RECORD = "/var/lib/ganeti-instance-image/installed.json"
+TRIALS = f"{os.path.dirname(SITE_RECORD)}/trials"  # a file for each variant that was tried here
 # Where Ganeti looks for OS definitions, the first first; how a node's was built is in its _constants.py.
 SEARCH_PATH = ("/srv/ganeti/os", "/usr/local/lib/ganeti/os", "/usr/lib/ganeti/os", "/usr/share/ganeti/os")
 GANETI_CONSTANTS = (

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from imageos import cluster, log
+from imageos import cluster, installation, log
 from imageos.commandline import Parser
 from imageos.errors import Failure
 from imageos.installation import DIRECTORIES, RECORD, SITE_RECORD, Record, content, digest, read, read_record, under
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str]) -> int:
         remove(root, read(root, SITE_RECORD))
         with suppress(FileNotFoundError):
             os.unlink(under(root, SITE_RECORD))
+        remove_trials(root)
         remove_directories(root, [*SITE_DIRECTORIES, os.path.dirname(SITE_RECORD)])
         return 0
     record = read_record(root, options.os_dir, "remove")
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     remove(root, record)
     with suppress(FileNotFoundError):
         os.unlink(under(root, f"{options.os_dir}/{RECORD}"))
+    remove_trials(root)
     tops = (options.os_dir, SITE_DIR, CACHE_DIR)
     remove_directories(root, [*SITE_DIRECTORIES, f"{options.os_dir}/tools", *tops])
     left = sorted(files_below(root, [*tops, DEFAULTS_FILE]))
@@ -72,6 +74,14 @@ def remove(root: str, record: Record) -> None:
         found = None if os.path.islink(file) else content(file)
         if found is not None and digest(found) == expected:
             os.unlink(file)
+
+
+def remove_trials(root: str) -> None:
+    """Remove what `variants try` has noted: nobody shows it any more."""
+    with suppress(OSError):  # nothing was tried
+        for file in os.scandir(under(root, installation.TRIALS)):
+            os.unlink(file.path)
+    remove_directories(root, [installation.TRIALS, os.path.dirname(SITE_RECORD)])
 
 
 def remove_directories(root: str, directories: Sequence[str]) -> None:

@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from imageos import log
 from imageos.checks.variants import listed
 from imageos.commandline import Parser
-from imageos.errors import Failure
+from imageos.errors import Failure, Usage
 from imageos.variants import catalog, download, site, table, trial
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
+    if options.json and options.action:
+        raise Usage("--json is for the table alone", hint="imageos variants --json")
     action = options.action or show
     status: int = action(options)
     return status

@@ -20,6 +20,9 @@ _LOADER = re.compile(
 )
 # What systemd could not start, or waited for in vain
 _FAILED = re.compile(r"^\[(?:FAILED| TIME |DEPEND)\] ([^\n]*)", re.MULTILINE)
+_MENU = re.compile(r"^ *Use the [^\n]* keys to select which entry is highlighted|^boot: *\Z", re.MULTILINE)
+_COUNTS = "automatically in"  # GRUB, in a menu that does not wait for ever
+MEMORY = 1024  # MiB that the guest has
 COLUMNS = 80  # of a screen
 SHOWN = 15  # lines of a console
 
@@ -32,10 +35,13 @@ class Verdict:
     hint: str
 
 
+SEE = "see the lines before"
 PANIC = "its kernel panics: "
+NO_LOADER = "the firmware finds no boot loader on its disk"
 # What a guest says that will never have a prompt -> the verdict; {} is what the group matched. The first that fits.
 HOPELESS = (
-    (r"Kernel panic - not syncing: ([^\n]*)", PANIC + "{}", "see the lines before: what it looked for"),
+    # Linux, then FreeBSD
+    (r"Kernel panic - not syncing: ([^\n]*)|^panic: ([^\n]*)\ncpuid = ", PANIC + "{}", SEE + ": what it looked for"),
     (
         r"grub rescue>",
         "GRUB does not find its files on the disk, and waits at `grub rescue>`",
@@ -46,6 +52,21 @@ HOPELESS = (
         "GRUB has no menu, and waits at `grub>`",
         "grub.cfg is missing in the image: the hook grub makes it for tarballs and dumps",
     ),
+    # GRUB goes on after other errors
+    (r"^error: [^\n]*you need to load the kernel first", "GRUB does not find the kernel that its menu names", SEE),
+    # extlinux, systemd-boot, FreeBSD's loader
+    (
+        r"^(Could not find kernel image[^\n]*|No DEFAULT or UI configuration directive found[^\n]*"
+        r"|Failed to load (?:COM32 file|ldlinux)[^\n]*|No loader found[^\n]*|can't load 'kernel'"
+        r"|Error (?:loading|opening) [^\n]*Not [Ff]ound)",
+        "its boot loader does not find what it is to load: {}",
+        "its menu is missing, or names what is not in the image",
+    ),
+    (
+        r"UNEXPECTED INCONSISTENCY; RUN fsck MANUALLY",
+        "a filesystem is damaged, and it waits for somebody who repairs that",
+        "see whether the image is damaged where it comes from",
+    ),
     (
         r"\(initramfs\) |^dracut:/|rdsosreport\.txt|ALERT!  ?\S+ does not exist|initramfs emergency recovery shell"
         r"|^\[rootfs [^\n]*\]#|You are now being dropped into an emergency shell|^Target filesystem doesn't have",
@@ -53,21 +74,36 @@ HOPELESS = (
         "root= of the kernel's command line, and the drivers in the initramfs (virtio_blk, the filesystem)",
     ),
     (
-        r"You are in (?:emergency|rescue) mode|Give root password for|Press Enter for (?:maintenance|system maint)"
-        r"|Cannot open access to console, the root account is locked",
+        r"You are in (?:emergency|rescue) mode|Welcome to (?:emergency|rescue) mode|Give root password for"
+        r"|Press Enter for (?:maintenance|system maint)|Cannot open access to console, the root account is locked"
+        r"|^Enter full pathname of shell",
         "it is in emergency mode: {}",
         "often a filesystem in /etc/fstab that is on no disk of the instance",
     ),
+    (r"^mountroot> ", "its kernel does not find the root filesystem, and waits", "vfs.root.mountfrom, or /etc/fstab"),
+    (r"^\[!!!!!!\] ([^\n]*)|systemd\[1\]: (Freezing execution)", "its systemd gives up: {}", SEE),
     (
         r"No bootable device|No bootable option or device was found|UEFI Interactive Shell|^Shell>|iPXE initiali[sz]ing"
-        r"|>>Start (?:PXE|HTTP Boot) over|No more network devices",
-        "the firmware finds no boot loader on its disk",
+        r"|>>Start (?:PXE|HTTP Boot) over|No more network devices"
+        r"|^(?:Missing operating system|Error loading operating system|Invalid partition table)",
+        NO_LOADER,
         "the hook grub installs one on tarballs and dumps (chmod +x); a disk image has to bring one for {firmware}",
     ),
 )
-
-
+# What a kernel that panics has said before -> a better hint
+CAUSES = (
+    (
+        r"Initramfs unpacking failed: write error|[Oo]ut of memory|deadlocked on memory",
+        f"it has {MEMORY} MiB of memory, which is too little for its initramfs, or for what it starts",
+    ),
+    (
+        r"\(error -8\)|^This kernel requires |CPU does not support x86-64-v",
+        "its programs are for another architecture, or for a newer CPU than it has here",
+    ),
+)
+LONGEST = 200  # characters of what a guest says, in a verdict
 NO_CONSOLE = "KERNEL_ARGS=console=ttyS0 with the hook grub, and a login there: gnt-instance console needs them"
+NO_GETTY = "enable serial-getty@ttyS0 in the image, or a getty on ttyS0 in /etc/inittab"
 
 
 def clean(raw: bytes) -> str:
@@ -96,33 +132,37 @@ def hopeless(text: str, firmware: str) -> Verdict | None:
         found = re.search(pattern, text, re.MULTILINE)
         if found:
             failed = _FAILED.search(text)
-            what = found[1] if found.re.groups else failed[1] if failed else "something that it needs has failed"
-            return Verdict(problem.replace("{}", what.strip()), hint.replace("{firmware}", firmware.upper()))
+            said = next(filter(None, found.groups()), failed[1] if failed else "something that it needs has failed")
+            causes = [better for cause, better in CAUSES if problem.startswith(PANIC) and re.search(cause, text, re.M)]
+            hint = causes[0] if causes else hint.replace("{firmware}", firmware.upper())
+            return Verdict(problem.replace("{}", said.strip()[:LONGEST]), hint)
     return None
 
 
-def silent(text: str, screen: str, obeyed: bool) -> Verdict:
-    """Return why a guest that ran until its time was over said nothing more: `text` on its console, `screen` beside.
+def silent(text: str, screen: str, obeyed: bool, speaks: bool = False) -> Verdict:
+    """Return why a guest ran until its time was over without a prompt: `text` on its console, `screen` beside.
 
-    `obeyed`: it powered itself off when asked to, so a system runs there.
+    `obeyed`: it powered itself off when asked to, so a system runs there. `speaks`: it had not fallen silent before.
     """
-    if not _KERNEL.search(text) and (prompt(screen) is not None or _KERNEL.search(screen)):
+    is_up = "its system is up, since it powers off when asked to"
+    if prompt(text) is not None:
+        return Verdict(
+            "what looks like its login prompt does not answer", "a message of the boot, or a getty that fails"
+        )
+    if prompt(screen) is not None:
+        return Verdict("its login prompt is on its screen, and not on a serial console", NO_CONSOLE)
+    if not _KERNEL.search(text) and _KERNEL.search(screen):
         return Verdict("it speaks on its screen, and not on a serial console", NO_CONSOLE)
     if obeyed and _KERNEL.search(text):
-        return Verdict(
-            "its system is up, since it powers off when asked to, but there is no login on the serial console",
-            "enable serial-getty@ttyS0 in the image, or a getty on ttyS0 in /etc/inittab",
-        )
+        return Verdict(f"{is_up}, but there is no login on the serial console", NO_GETTY)
     if obeyed:
-        return Verdict(
-            "its system is up, since it powers off when asked to, but says nothing on a serial console",
-            NO_CONSOLE,
-        )
-    if _KERNEL.search(text):
-        said = last_lines(text, 1)
-        return Verdict(
-            f"it hangs: the last that it said is {said[0]!r}" if said else "it hangs", "see the lines before"
-        )
+        return Verdict(f"{is_up}, but says nothing on a serial console", NO_CONSOLE)
+    if (_MENU.search(text) or _MENU.search(screen)) and not (_KERNEL.search(text) or _COUNTS in text + screen):
+        return Verdict("its boot loader waits in its menu", "GRUB_TIMEOUT in the image: nobody chooses at a boot")
+    said = last_lines(text, 1)
+    if said and not _LOADER.search(said[0]):
+        hint = "it was still speaking, and may need more time: --timeout" if speaks else SEE
+        return Verdict(f"it hangs: the last that it said is {said[0][:LONGEST]!r}", hint)
     return Verdict(
         "its kernel says nothing on the serial console, and it does not power off when asked to"
         if _LOADER.search(f"{screen}\n{text}")

@@ -1,7 +1,7 @@
 """Boot a disk in qemu as Ganeti's KVM would, wait for the login prompt on its serial console, and power it off.
 
 qemu has a room of its own, as every program that reads what a stranger has made, with the disk and nothing else of the
-node. It talks to us by two sockets, and ends with us: its PID namespace is in ours.
+node. It talks to us by pipes and a socket, and ends with us: its PID namespace is in ours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import shutil
 import socket
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from imageos import log
@@ -28,7 +29,7 @@ from imageos.variants.console import Verdict
 
 ARCHITECTURES = ("x86_64", "x86")
 PROGRAM = "qemu-system-x86_64"
-MEMORY = 1024  # MiB
+MEMORY = console.MEMORY
 ADDRESS_SPACE = 8 << 30  # bytes that qemu may take: the guest's memory, translated code, stacks
 MAC = "52:54:00:00:00:01"
 CHIPSETS = {"bios": "pc", "uefi": "q35"}
@@ -38,6 +39,7 @@ UEFI = (
     ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
 )
 VARIABLES = "variables.fd"  # the guest's own
+SERIAL = "serial"  # what its pipes are called, as qemu wants them: with .in and .out
 # Accelerator and CPU, one after the other. Without KVM a guest has all that qemu can emulate, as RHEL 9 needs more than
 # the first x86-64 had. But kernels panic now and then under emulation; Linux 6.12 does so each second time where
 # qemu 7.2 (Debian 12) emulates the flags of cmpxchg16b.
@@ -46,13 +48,16 @@ ACCELERATORS = {"kvm": "KVM", "tcg": "software emulation"}
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 POWER_OFF = 60.0  # seconds that a guest may take to power off
-PRESSED_AGAIN = 5.0  # seconds until the power button is pressed once more: nobody may have listened yet
+PRESSED_AGAIN = 5.0  # seconds until a button or a key is pressed once more: nobody may have listened yet
 KEYBOARD = 30.0  # seconds until Ctrl-Alt-Delete is pressed, which every init knows
 LOOKS = 2.0  # seconds between two looks at the screen, on which BIOS and boot loaders speak
 SCREEN = "xp /1000hx 0xb8000"  # 25 lines of 80 characters with their colours: VGA's text mode
 SETTLED = 3.0  # seconds without a word, after which what a hopeless guest says is complete
 SPEAKS = 20.0  # seconds until any firmware has said something: a KVM under which it does not does not work
-MOST_RESETS = 3  # SELinux labels a disk at the first boot, and starts it again
+FEW_RESETS, MOST_RESETS = (
+    1,
+    3,
+)  # within its time, and at all: SELinux labels a disk at the first boot, and starts it again
 MOST_SAID = 1 << 18  # bytes of a console that are kept
 
 
@@ -83,15 +88,16 @@ def uefi_files() -> tuple[str, str] | None:
     return next((files for files in UEFI if all(map(os.path.exists, files))), None)
 
 
-def boot(disk: str, firmware: str, timeout: float) -> Booted:
+def boot(disk: str, firmware: str, timeout: float, others: str | None = None) -> Booted:
     """Boot the block device `disk`, and return when the guest is off; NoPrompt says why it did not come up.
 
-    `timeout` in seconds is for the login prompt; to power off it may take POWER_OFF more.
+    `timeout` in seconds is for the login prompt; to power off it may take POWER_OFF more. `others` is the hint if the
+    firmware finds no boot loader, but another one might.
     """
     attempts = ATTEMPTS if os.path.exists(KVM) else ATTEMPTS[1:]
     for number, (accelerator, cpu) in enumerate(attempts, 1):
         session, ended = _run(disk, firmware, accelerator, cpu, timeout)
-        if accelerator == "kvm" and not (session.raw or session.screen):
+        if accelerator == "kvm" and not session.has_spoken:
             said = console.last_lines(ended.stderr, 1) if ended else ()
             log.info(
                 f"KVM does not work on this node, so software emulation has to do{': ' if said else ''}{''.join(said)}"
@@ -104,7 +110,8 @@ def boot(disk: str, firmware: str, timeout: float) -> Booted:
         raise ended.failure()
     if session.name is None:
         verdict = session.judge()
-        raise NoPrompt(f"the guest has no login prompt: {verdict.problem}", verdict.hint, session.last_lines())
+        hint = others if others and verdict.problem == console.NO_LOADER else verdict.hint
+        raise NoPrompt(f"the guest has no login prompt: {verdict.problem}", hint, session.last_lines())
     off = session.ended - session.asked if session.is_off else None
     return Booted(session.name, ACCELERATORS[accelerator], session.asked - session.started, off)
 
@@ -112,32 +119,38 @@ def boot(disk: str, firmware: str, timeout: float) -> Booted:
 def _run(disk: str, firmware: str, accelerator: str, cpu: str, timeout: float) -> tuple[_Session, Finished | None]:
     """Boot it, and return what was learnt when qemu has ended; None: it was ended."""
     with ExitStack() as stack:
-        serial, written = os.pipe()  # not a socket, in which every byte would take the room of a packet
         ours, theirs = socket.socketpair()
-        for descriptor in (serial, written):
-            stack.callback(os.close, descriptor)
         for end in (ours, theirs):
             stack.enter_context(end)
-        linux.enlarge_pipe(serial, PIPE_SIZE)
-        argv = machine(firmware, accelerator, cpu, disk)
-        argv += ["-add-fd", f"fd={written},set=1", "-chardev", "file,id=serial,path=/dev/fdset/1,append=on"]
-        argv += ["-serial", "chardev:serial"]
-        argv += ["-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control"]
         work = stack.enter_context(tempfile.TemporaryDirectory(prefix="boot.", dir=os.environ.get("TMPDIR")))
+        # for the serial port pipes, not a socket, in which every byte would take the room of a packet
+        serial, keys = (stack.enter_context(_pipe(f"{work}/{SERIAL}.{end}")) for end in ("out", "in"))
+        argv = machine(firmware, accelerator, cpu, disk)
+        argv += ["-chardev", f"pipe,id=serial,path={SERIAL}", "-serial", "chardev:serial"]
+        argv += ["-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control"]
         if firmware == "uefi":
             with open(_uefi()[1], "rb") as original, open(f"{work}/{VARIABLES}", "xb") as own:
                 shutil.copyfileobj(original, own)
             argv += ["-drive", f"if=pflash,format=raw,readonly=on,file={_uefi()[0]}"]
             argv += ["-drive", f"if=pflash,format=raw,file={VARIABLES}"]
         room = Room([disk, *([KVM] if accelerator == "kvm" else [])], work=work, memory=ADDRESS_SPACE)
-        session = _Session(serial, ours, firmware, accelerator, timeout)
-        command = Command(argv, room, keep=[written, theirs.fileno()])
+        session = _Session(serial, keys, ours, firmware, accelerator, timeout)
+        command = Command(argv, room, keep=[theirs.fileno()])
         try:
             ended = pipeline(command, tick=session.step)[0]
         except _Over:
             ended = None
-        session.end()
+        session.end(itself=ended is not None and ended.status == 0)
         return session, ended
+
+
+@contextmanager
+def _pipe(path: str) -> Iterator[int]:
+    """Make a pipe with a name; yield a descriptor that does not wait for the other end."""
+    os.mkfifo(path, 0o600)
+    with linux.closing(os.open(path, os.O_RDWR | os.O_NONBLOCK)) as descriptor:
+        linux.enlarge_pipe(descriptor, PIPE_SIZE)
+        yield descriptor
 
 
 def machine(firmware: str, accelerator: str, cpu: str, disk: str) -> list[str]:
@@ -174,15 +187,18 @@ class _Over(Exception):
 class _Session:
     """A running guest: what it says, and what it is asked."""
 
-    def __init__(self, serial: int, qmp: socket.socket, firmware: str, accelerator: str, timeout: float) -> None:
-        self._serial, self._qmp = serial, qmp
+    def __init__(
+        self, serial: int, keys: int, qmp: socket.socket, firmware: str, accelerator: str, timeout: float
+    ) -> None:
+        self._serial, self._keys, self._qmp = serial, keys, qmp
         self._firmware, self._accelerator, self._timeout = firmware, accelerator, timeout
-        os.set_blocking(serial, False)
         qmp.setblocking(False)
         self._answers = b""
         self.raw = b""  # all that the console said since the last reset
         self.text = ""  # the same, to be read
         self.screen = ""
+        self._answer: bytes | None = None  # what the console has said since Enter was pressed
+        self._before: tuple[str, str] = "", ""  # text and screen at the last reset
         self.name: str | None = None  # in its prompt
         self.is_off = False  # it powered itself off
         self._verdict: Verdict | None = None
@@ -195,15 +211,15 @@ class _Session:
         """Take what has come, and do what is due; _Over ends the guest."""
         self._listen()
         now = time.monotonic()
-        if self.is_off:
-            return  # qemu ends
         if self.asked:
             self._wait_for_end(now)
         else:
             self._wait_for_prompt(now)
 
-    def end(self) -> None:
+    def end(self, itself: bool) -> None:
+        """Hear the last of it; `itself`: nobody has ended qemu, so the guest is off."""
         self._listen()
+        self.is_off = itself
         self.ended = time.monotonic()
 
     def judge(self) -> Verdict:
@@ -211,22 +227,37 @@ class _Session:
         if self._verdict:
             return self._verdict
         if self.is_off and not self.asked:
-            return Verdict("it powers itself off", "see the lines before")
-        return self._hopeless() or console.silent(self.text, self.screen, self.is_off)
+            return Verdict("it powers itself off", console.SEE)
+        if self._resets > FEW_RESETS:
+            return self._loops()
+        return self._hopeless() or console.silent(
+            self.text, self.screen, self.is_off, self._heard + SETTLED > self.started + self._timeout
+        )
+
+    @property
+    def has_spoken(self) -> bool:
+        return self._heard > self.started
 
     @property
     def panics(self) -> bool:
         return self.name is None and self.judge().problem.startswith(console.PANIC)
 
     def last_lines(self) -> list[str]:
-        screen = [f"(screen) {line}" for line in console.last_lines(self.screen)]
-        return [*screen, *console.last_lines(self.text)]
+        text, screen = (self.text, self.screen) if self.text.strip() or self.screen else self._before
+        shown = [f"(screen) {line}" for line in console.last_lines(screen)]
+        return [*shown, *console.last_lines(text)]
 
     def _hopeless(self) -> Verdict | None:
         return console.hopeless(f"{self.screen}\n{self.text}", self._firmware)
 
+    def _loops(self) -> Verdict:
+        text, screen = self._before
+        why = console.hopeless(f"{screen}\n{text}", self._firmware)
+        again = "it starts again and again"
+        return Verdict(f"{why.problem}, and {again}", why.hint) if why else Verdict(again, console.SEE)
+
     def _wait_for_prompt(self, now: float) -> None:
-        self.name = console.prompt(self.text)
+        self._knock(now)
         if self.name is not None or now > self.started + self._timeout:
             self.asked = now
             self._press(now)
@@ -234,14 +265,23 @@ class _Session:
         if self._firmware == "bios" and now > self._looked + LOOKS:
             self._looked = now
             self._say("human-monitor-command", **{"command-line": SCREEN})
-        if not (self.raw or self.screen) and self._accelerator == "kvm" and now > self.started + SPEAKS:
+        if not self.has_spoken and self._accelerator == "kvm" and now > self.started + SPEAKS:
             raise _Over
         if self._resets > MOST_RESETS:
-            self._verdict = Verdict("it starts again and again", "see the lines before")
+            self._verdict = self._loops()
         elif now > self._heard + SETTLED:
             self._verdict = self._hopeless()
         if self._verdict:
             raise _Over
+
+    def _knock(self, now: float) -> None:
+        """Press Enter at what looks like a login prompt: a getty asks once more, a message of the boot does not."""
+        if self._answer is not None:
+            self.name = console.prompt(console.clean(self._answer))
+        if console.prompt(self.text) is not None and now > self._pressed + PRESSED_AGAIN:
+            self._pressed, self._answer = now, b""
+            with suppress(OSError):  # nobody has read what was typed before
+                os.write(self._keys, b"\r")
 
     def _wait_for_end(self, now: float) -> None:
         if now > self.asked + min(POWER_OFF, self._timeout):
@@ -265,6 +305,8 @@ class _Session:
         if said:
             self._heard = time.monotonic()
             self.raw = (self.raw + said)[-MOST_SAID:]
+            if self._answer is not None:
+                self._answer = (self._answer + said)[-MOST_SAID:]
             self.text = console.clean(self.raw)
         *lines, self._answers = (self._answers + _received(self._qmp.fileno())).split(b"\n")
         try:
@@ -286,14 +328,13 @@ class _Session:
             self.screen = screen
 
     def _note(self, event: object, data: dict[str, object]) -> None:
-        if event == "SHUTDOWN" and data.get("guest"):
-            self.is_off = True
-        elif event == "RESET" and data.get("guest"):
+        if event == "RESET" and data.get("guest"):
             if self.asked and self.name is not None:  # Ctrl-Alt-Delete: all is written
-                self.is_off = True
                 self._say("quit")
             self._resets += 1
-            self.raw, self.text, self.screen = b"", "", ""
+            if self.text.strip() or self.screen:
+                self._before = self.text, self.screen
+            self.raw, self.text, self.screen, self._answer = b"", "", "", None
 
 
 def _received(descriptor: int) -> bytes:

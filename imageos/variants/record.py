@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from imageos import log
-from imageos.installation import SITE_RECORD
-
-DIRECTORY = f"{os.path.dirname(SITE_RECORD)}/trials"
+from imageos.installation import TRIALS, content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +48,7 @@ def day(seconds: float) -> str:
 def last_trial(name: str) -> Trial | None:
     """Return what is known of the last trial of the variant `name`; None if there was none, or nobody can read it."""
     try:
-        with open(_path(name), encoding="utf-8") as file:
-            values = json.load(file)
-        trial = Trial(**values)
+        trial = Trial(**json.loads(content(_path(name)) or b""))
         str(trial)  # fails for values of other types
         return trial
     except (OSError, ValueError, TypeError, RecursionError):
@@ -60,13 +59,25 @@ def keep(name: str, trial: Trial) -> None:
     """Keep the result of the last trial of the variant `name`, in the place of the one before."""
     path = _path(name)
     try:
-        os.makedirs(DIRECTORY, exist_ok=True)
-        with open(f"{path}.new", "w", encoding="utf-8") as file:
+        os.makedirs(TRIALS, exist_ok=True)
+        with replacing(path) as new, open(new, "x", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(trial), file, indent=1)
-        os.rename(f"{path}.new", path)
     except OSError as error:  # which is no fault of the variant
         log.warning(f"the result is not kept in {path}: {error.strerror}")
 
 
+@contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """Yield the name of a new file, which then takes the place of `path`; others may do so now, too."""
+    new = f"{path}.{secrets.token_hex(4)}.tmp"
+    try:
+        yield new
+        os.rename(new, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(new)
+        raise
+
+
 def _path(name: str) -> str:
-    return f"{DIRECTORY}/{name}.json"
+    return f"{TRIALS}/{name}.json"

@@ -16,10 +16,11 @@ from dataclasses import replace
 from typing import IO
 
 from imageos import ganeti, log
-from imageos.disks import blockdev, discovery, mounting
-from imageos.disks.blockdev import Disk
+from imageos.disks import blockdev, discovery, mounting, partitions
+from imageos.disks.blockdev import Disk, LoopDevice
+from imageos.disks.discovery import ESP_TYPES
 from imageos.disks.filesystem import FILESYSTEMS
-from imageos.disks.layout import ESP_SIZE, MIB
+from imageos.disks.layout import ESP_SIZE, MIB, SECTOR
 from imageos.errors import Failure, explained
 from imageos.guests import hostkeys, target
 from imageos.guests.target import Target
@@ -32,13 +33,15 @@ from imageos.node import isolation, space
 from imageos.node.programs import GANETI_PATH
 from imageos.run import Command, Outside, pipeline
 from imageos.settings import Settings, load_settings
-from imageos.variants import guestboot, journal, record
-from imageos.variants.guestboot import Booted
+from imageos.variants import console, guestboot, journal, record
+from imageos.variants.guestboot import Booted, NoPrompt
 from imageos.variants.record import Trial
 
 GROWTH = 1 << 30  # bytes that a disk is larger than its image: the root has to grow
 ROOT = 2 << 30  # bytes for what a guest writes, on a disk that is made of files
 EXPANDED = 8  # times as large as its file may be what was compressed; the disk is sparse
+CODE = 440  # bytes at the beginning of the first sector, before the partition table
+NO_CODE = "there is a partition table and no code before it: the hook grub installs some on tarballs and dumps"
 ELSEWHERE = "/var/tmp"  # where the scratch disk is if CACHE_DIR has less room
 SPEED = 115200  # of the serial console, as the images of the distributions have it
 Row = tuple[str, str]
@@ -70,8 +73,7 @@ def try_image(
     options: Namespace, settings: Settings, environ: Mapping[str, str], image: Image, firmware: str
 ) -> list[Row]:
     size = disk_size(settings, image)
-    directory = roomiest([settings.cache_dir, ELSEWHERE])
-    with scratch(directory, image.size, size) as file, ExitStack() as at_end:
+    with scratch([settings.cache_dir, ELSEWHERE], image.size, size) as (directory, file), ExitStack() as at_end:
         disk = Disk("for the trial", file.fileno(), size, is_file=True)
         with blockdev.attached(disk) as loop:
             began = time.monotonic()
@@ -83,7 +85,7 @@ def try_image(
                 path = f"{directory}/try-{options.name}.raw"
                 at_end.callback(keep, file, path, guestboot.typed(firmware, path))
             log.info(f"waiting for a login prompt, at most {log.duration(options.timeout)}")
-            booted = guestboot.boot(loop.path, firmware, options.timeout)
+            booted = guestboot.boot(loop.path, firmware, options.timeout, other_firmware(loop, firmware))
             blockdev.flush(loop)
         rows = [
             ("deployed in", f"{deployed_in:.1f} s, on a disk of {log.size(size)}"),
@@ -171,35 +173,58 @@ def _whole(size: int) -> int:
     return -(-size // MIB) * MIB
 
 
-def roomiest(directories: Sequence[str]) -> str:
-    """Return that of the directories which has the most room."""
-    there = [os.path.realpath(directory) for directory in directories if os.path.isdir(directory)]
-    return max(there, key=lambda path: os.statvfs(path).f_bavail * os.statvfs(path).f_frsize)
-
-
 @contextmanager
-def scratch(directory: str, need: int, size: int) -> Iterator[IO[bytes]]:
-    """Yield a sparse file of `size` bytes without a name; fail without room for `need` and a bit more."""
+def scratch(directories: Sequence[str], need: int, size: int) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yield a sparse file of `size` bytes without a name, and where it is: where most room is of where one can be.
+
+    Fail without room for `need` bytes and a bit more.
+    """
+    there = [os.path.realpath(directory) for directory in directories if os.path.isdir(directory)]
+    there.sort(key=lambda path: os.statvfs(path).f_bavail * os.statvfs(path).f_frsize)
+    hint = f"free room in {' or '.join(there)}, or set CACHE_DIR to a place with room"
     with ExitStack() as stack:
-        with explained(f"cannot make a disk of {log.size(size)} in {directory}", "set CACHE_DIR to a place with room"):
-            space.check(directory, need + GROWTH)
-            # not tempfile, which asks for a file that can never have a name
-            file = stack.enter_context(
-                open(os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), "r+b", 0)
-            )
-            file.truncate(size)
-        yield file
+        while True:
+            directory = there.pop()
+            try:
+                with explained(f"cannot make a disk of {log.size(size)} in {directory}", hint):
+                    space.check(directory, need + GROWTH)
+                    # not tempfile, which asks for a file that can never have a name
+                    descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                    file = stack.enter_context(open(descriptor, "r+b", 0))
+                    file.truncate(size)
+                    break
+            except Failure:  # NFS has no files without a name
+                if not there:
+                    raise
+        yield directory, file
 
 
 def keep(file: IO[bytes], path: str, command: str) -> None:
     """Give the disk a name; a disk of an earlier trial goes."""
-    with explained(f"cannot keep the disk as {path}"):
-        if os.path.lexists(path):
-            os.unlink(path)
+    with explained(f"cannot keep the disk as {path}"), record.replacing(path) as new:
         # with a directory it is linkat(2), which follows the link in /proc
-        os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno(), follow_symlinks=True)
+        os.link(f"/proc/self/fd/{file.fileno()}", new, src_dir_fd=file.fileno(), follow_symlinks=True)
     log.info(f"the disk is kept: {path}")
     log.info(f"boot it again: {command}")
+
+
+def other_firmware(loop: LoopDevice, firmware: str) -> str | None:
+    """Return what to do if `firmware` finds no boot loader, as the disk looks as if another one might.
+
+    Fail if it takes zeroes for a boot loader, which run for ever: BIOS only looks at the last two bytes of the sector.
+    """
+    sector = os.pread(loop.descriptor, SECTOR, 0)
+    has_code = any(sector[:CODE])
+    if firmware == "uefi":
+        return "it has one for BIOS: try it without --uefi; PARTITION_TABLE=gpt is for both" if has_code else None
+    try:
+        parts = partitions.read_table(loop.path, loop.size).parts
+    except Failure:
+        parts = ()
+    other = "it has a partition for that of UEFI: --uefi" if any(part.type in ESP_TYPES for part in parts) else None
+    if sector.endswith(b"\x55\xaa") and not has_code:
+        raise NoPrompt(f"the guest has no login prompt: {console.NO_LOADER}", other or NO_CODE)
+    return other
 
 
 # --- the table -------------------------------------------------------------------------------------------

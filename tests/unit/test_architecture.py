@@ -365,7 +365,17 @@ TOUCHES = {
     "opens": {"open", "os.open", "zipfile.ZipFile", "imageos.node.linux.forget_btrfs", "imageos.node.linux.scan_btrfs"},
     "changes": {
         "compileall.compile_dir",
-        *("os.chmod", "os.chown", "os.link", "os.makedirs", "os.mkdir", "os.mknod", "os.rename", "os.rmdir"),
+        *(
+            "os.chmod",
+            "os.chown",
+            "os.link",
+            "os.makedirs",
+            "os.mkdir",
+            "os.mkfifo",
+            "os.mknod",
+            "os.rename",
+            "os.rmdir",
+        ),
         *("os.setxattr", "os.symlink", "os.unlink", "os.utime"),
     },
     "temporary": {
@@ -491,7 +501,7 @@ MAY_TOUCH = {
     "variants.catalog": ("opens", "the catalog"),
     "variants.site": ("looks opens changes", "the files of variants, and their list"),
     "variants.table": ("looks", "how large the downloads are"),
-    "variants.guestboot": ("looks opens temporary", "whether there is KVM and UEFI; a copy of its variables"),
+    "variants.guestboot": ("looks opens changes temporary", "KVM and UEFI; its pipes, and a copy of its variables"),
     "variants.journal": ("opens temporary", "a copy of the guest's journal"),
     "variants.trial": ("looks opens changes", "the scratch disk"),
     "variants.record": ("opens changes", "the results of trials"),

@@ -89,12 +89,81 @@ def test_a_screen() -> None:
 def test_a_guest_that_speaks_on_its_screen(line: str) -> None:
     for obeyed in (True, False):
         assert "on its screen" in console.silent(text_of("grub-only"), line, obeyed).problem
-    assert "hangs" in console.silent(text_of("hang"), line, False).problem
+    problem = console.silent(text_of("hang"), line, False).problem
+    assert ("login prompt is on its screen" if "login" in line else "hangs") in problem
 
 
 def test_a_console_that_says_nothing() -> None:
     assert "nothing at all" in console.silent("", "", False).problem
     assert console.last_lines("") == []
+
+
+# What loaders, kernels and systems say at their end -> its verdict
+ENDS = {
+    "[    1.0] Initramfs unpacking failed: write error\n[    1.2] Kernel panic - not syncing: VFS": "too little",
+    "error: out of memory.\n[    1.2] Kernel panic - not syncing: VFS: Unable to mount root fs": "too little",
+    "[    2.0] Kernel panic - not syncing: System is deadlocked on memory\n": "too little",
+    "Failed to execute /init (error -8)\n[ 1.0] Kernel panic - not syncing: No working init": "another architecture",
+    "Fatal glibc error: CPU does not support x86-64-v3\n[ 1.0] Kernel panic - not syncing: Attempted": "newer CPU",
+    "panic: running without device atpic requires a local APIC\ncpuid = 0\n": "panics: running without device atpic",
+    "Mounting from ufs:/dev/vtbd9 failed with error 19.\n\nmountroot> ": "does not find the root filesystem",
+    "can't load 'kernel'\n\nType '?' for a list of commands\nOK ": "does not find what it is to load: can't load",
+    "error: file `/boot/vmlinuz' not found.\nerror: ../loader/linux.c:1:you need to load the kernel first.\n": "kernel",
+    "Could not find kernel image: /boot/vmlinuz\nboot: ": "does not find what it is to load: Could not find kernel",
+    "No DEFAULT or UI configuration directive found!\nboot: ": "does not find what it is to load: No DEFAULT",
+    "Error loading \\vmlinuz-6.1: Not found\n": "does not find what it is to load: Error loading",
+    "/dev/vda1: UNEXPECTED INCONSISTENCY; RUN fsck MANUALLY.\n(initramfs) ": "filesystem is damaged",
+    "Welcome to emergency mode! After logging in, type\n": "emergency mode",
+    "[!!!!!!] Failed to mount API filesystems.\n": "its systemd gives up: Failed to mount",
+    "Missing operating system\n": "no boot loader",
+}
+GOES_ON = (
+    "error: no such device: 1234-5678.\n",  # GRUB, of a place that it looks at first
+    "error: file `/boot/grub/fonts/unicode.pf2' not found.\n",
+    "Failed to open \\EFI\\BOOT\\mmx64.efi - Not Found\n",  # shim
+    "[   9.0] Out of memory: Killed process 7 (x)\n",
+    "[   9.0] x[7]: panic: runtime error\npanic: runtime error: index out of range\n",
+    "[   9.0] Initramfs unpacking failed: Decoding failed\n",
+)
+
+
+@pytest.mark.parametrize("text", ENDS)
+def test_ends(text: str) -> None:
+    verdict = console.hopeless(text, "bios")
+    assert verdict and ENDS[text] in f"{verdict.problem}; {verdict.hint}"
+    assert "{" not in verdict.problem + verdict.hint
+
+
+@pytest.mark.parametrize("text", GOES_ON)
+def test_no_end(text: str) -> None:
+    assert console.hopeless(text, "bios") is None
+
+
+def test_what_a_guest_says_is_cut() -> None:
+    long = "x" * (1 << 18)
+    verdict = console.hopeless(f"Kernel panic - not syncing: {long}", "bios")
+    assert verdict and len(verdict.problem) < 300
+    assert len(console.silent(f"[ 1.0] {long}", "", False).problem) < 300
+
+
+MENU = "      Use the ^ and v keys to select which entry is highlighted.\n      Press enter to boot the selected OS\n"
+
+
+@pytest.mark.parametrize(
+    "text, screen, obeyed, problem",
+    [
+        ("[ 1.0] x\nweb1 login: \nwaits\n", "", False, "does not answer"),
+        ("[ 1.0] Linux\n", "web1 login: ", True, "login prompt is on its screen"),
+        (MENU, "", False, "waits in its menu"),
+        ("", MENU, False, "waits in its menu"),
+        ("SYSLINUX 6.04\nboot: ", "", False, "waits in its menu"),
+        (f"{MENU}The highlighted entry will be executed automatically in 5s.", "", False, "hangs"),
+        ("what no system known here says", "", False, "hangs: the last that it said is 'what no"),
+    ],
+)
+def test_what_was_said_last(text: str, screen: str, obeyed: bool, problem: str) -> None:
+    assert problem in console.silent(text, screen, obeyed).problem
+    assert "--timeout" in console.silent("[ 1.0] x", "", False, speaks=True).hint
 
 
 PROMPTS = {

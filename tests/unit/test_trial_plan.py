@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import pytest
 from imageos import ganeti
 from imageos.checks.report import NOTE, OK
 from imageos.checks.variants import Variant, check_trials
-from imageos.disks import layout
+from imageos.disks import layout, partitions
+from imageos.disks.blockdev import Disk, LoopDevice
+from imageos.disks.partitions import Table
 from imageos.errors import Failure
 from imageos.images.imagefile import Image, open_image
 from imageos.settings import Settings
@@ -82,6 +85,49 @@ def test_the_machine_reaches_nothing(tmp_path: Path) -> None:
     assert "file=/a b,format" in guestboot.typed("bios", "/a b") and "'" in guestboot.typed("bios", "/a b")
 
 
+def test_a_disk_is_where_one_can_be(tmp_path: Path) -> None:
+    """Not every filesystem has files without a name: /proc has none at all."""
+    with trial.scratch(["/proc", str(tmp_path), "/missing"], 0, MIB) as (directory, file):
+        assert directory == os.path.realpath(tmp_path) and os.fstat(file.fileno()).st_size == MIB
+    with pytest.raises(Failure, match="cannot make a disk of 1 MiB in /proc"), trial.scratch(["/proc"], 0, MIB):
+        pass
+    with pytest.raises(Failure, match=r"TiB needed.*have to stay free"), trial.scratch([str(tmp_path)], 1 << 60, MIB):
+        pass
+
+
+def test_a_kept_disk_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "try-a.raw"
+    for size in (1, 2):
+        with trial.scratch([str(tmp_path)], 0, size) as (_, file):
+            trial.keep(file, str(path), "qemu")
+        assert path.stat().st_size == size and path.stat().st_mode & 0o777 == 0o600
+    path.unlink()
+    path.mkdir()
+    with trial.scratch([str(tmp_path)], 0, 1) as (_, file), pytest.raises(Failure, match="Is a directory"):
+        trial.keep(file, str(path), "qemu")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "sector, uefi, bios",
+    [
+        (bytes(510) + b"\x55\xaa", "None", "no boot loader"),
+        (b"\xeb" + bytes(509) + b"\x55\xaa", "without --uefi", ""),
+        (bytes(512), "None", ""),
+    ],
+    ids=["table", "code", "nothing"],
+)
+def test_bios_takes_zeroes_for_code(
+    sector: bytes, uefi: str, bios: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partitions, "read_table", lambda *_: Table("dos", (), len(sector)))
+    image = image_of(tmp_path, sector)
+    loop = LoopDevice("/dev/loop9", image.descriptor, Disk("/dev/vg/a", image.descriptor, len(sector), is_file=False))
+    assert uefi in str(trial.other_firmware(loop, "uefi"))
+    with pytest.raises(Failure, match=bios) if bios else nullcontext():
+        assert trial.other_firmware(loop, "bios") is None
+
+
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(Failure, match="aarch64"):
         guestboot.check("aarch64", "bios")
@@ -98,7 +144,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_doctor_says_how_the_last_trial_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(record, "TRIALS", str(tmp_path))
     image = image_of(tmp_path, b"x")
     time = os.fstat(image.descriptor).st_mtime
     record.keep("good", Trial(time, "/image", time))

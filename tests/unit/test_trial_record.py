@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ NOON = 1796040000.0  # 2026-11-30
 
 @pytest.fixture(autouse=True)
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(record, "DIRECTORY", str(tmp_path / "trials"))
+    monkeypatch.setattr(record, "TRIALS", str(tmp_path / "trials"))
     return tmp_path / "trials"
 
 
@@ -33,6 +34,26 @@ def test_a_trial_that_is_kept_is_read_and_shown(trial: Trial, shown: str) -> Non
     assert last_trial("debian-12") == trial
     assert last_trial("debian") is None
     assert str(trial) == shown
+
+
+def test_what_is_no_file_is_no_trial(directory: Path) -> None:
+    directory.mkdir()
+    os.mkfifo(directory / "fifo.json")
+    (directory / "loop.json").symlink_to("loop.json")
+    assert last_trial("fifo") is last_trial("loop") is last_trial("a/b") is None
+
+
+def test_a_trial_is_kept_in_a_file_of_its_own(directory: Path, tmp_path: Path) -> None:
+    """A link there is replaced, not followed; and what cannot be kept is no failure."""
+    directory.mkdir()
+    (tmp_path / "other").write_text("site's own")
+    (directory / "a.json").symlink_to(tmp_path / "other")
+    record.keep("a", Trial(NOON))
+    assert (tmp_path / "other").read_text() == "site's own"
+    assert last_trial("a") == Trial(NOON)
+    (directory / "b.json").mkdir()
+    record.keep("b", Trial(NOON))
+    assert sorted(path.name for path in directory.iterdir()) == ["a.json", "b.json"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"tried": "never"}', '{"tried": 1, "later": 2}', "\0", "[" * 9999])
