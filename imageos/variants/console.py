@@ -9,6 +9,7 @@ from dataclasses import dataclass
 # ECMA-48: what places the cursor in the first column, or clears the screen, begins another line; all else is dropped
 _PLACED = re.compile(r"\x1b\[(?:\d*;)?0*1?[Hf]|\x1b\[\d*[EJ]")
 _SEQUENCES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?")
+LOGIN = "login:"  # what may be a prompt; others may have gone on behind it
 # Of any getty: `NAME login: `; the kernel may say something behind it.
 _PROMPT = re.compile(r"^(?:([A-Za-z0-9][A-Za-z0-9._-]*) )?login: *(?:\[ *\d+\.\d+\].*)?$", re.MULTILINE)
 # Of the kernel, or of an init that the kernel has started

@@ -275,10 +275,10 @@ class _Session:
             raise _Over
 
     def _knock(self, now: float) -> None:
-        """Press Enter at what looks like a login prompt: a getty asks once more, a message of the boot does not."""
+        """Press Enter at what may be a login prompt: a getty asks once more, a message of the boot does not."""
         if self._answer is not None:
             self.name = console.prompt(console.clean(self._answer))
-        if console.prompt(self.text) is not None and now > self._pressed + PRESSED_AGAIN:
+        if console.LOGIN in self.text and now > self._pressed + PRESSED_AGAIN:
             self._pressed, self._answer = now, b""
             with suppress(OSError):  # nobody has read what was typed before
                 os.write(self._keys, b"\r")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 
 from imageos import log
@@ -16,7 +18,9 @@ from imageos.run import Command, run
 
 MOST = 128 << 20  # bytes, the most that journald gives one file
 TIMEOUT = 60.0  # seconds
-FAILED = "d9b373ed55a64feb8242e02dbe79a49c"  # SD_MESSAGE_UNIT_FAILURE_RESULT of sd-messages.h
+UNIT = r"[\w:.\\@-]{1,255}"  # systemd.unit(5)
+# Of sd-messages.h: SD_MESSAGE_UNIT_FAILURE_RESULT, SD_MESSAGE_SHUTDOWN
+FAILED, SHUTDOWN = "d9b373ed55a64feb8242e02dbe79a49c", "98268866d1d54a499c4e98921d93bc40"
 
 
 def failed_units(guest: Target) -> str:
@@ -38,10 +42,20 @@ def _names(content: bytes) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="journal.", dir=os.environ.get("TMPDIR")) as directory:
         with open(f"{directory}/system.journal", "xb") as file:
             file.write(content)
-        argv = ["journalctl", "--file=system.journal", "--output=json", "--no-pager", "--quiet", f"MESSAGE_ID={FAILED}"]
-        lines = run(Command(argv, Room(work=directory)), timeout=TIMEOUT).splitlines()
-    units = set()
+        argv = ["journalctl", "--file=system.journal", "--output=json", "--no-pager", "--quiet"]
+        argv += [f"MESSAGE_ID={FAILED}", f"MESSAGE_ID={SHUTDOWN}"]  # of one field: either
+        return failed(run(Command(argv, Room(work=directory)), timeout=TIMEOUT).splitlines())
+
+
+def failed(lines: Iterable[str]) -> list[str]:
+    """Return the units that failed, but for those that a shutdown has ended; `lines` are entries in JSON, in order."""
+    units, going_down = set(), set()
     for line in lines:
-        with suppress(ValueError, AttributeError):
-            units.add(str(json.loads(line).get("UNIT", "")))
-    return sorted(units - {""})
+        with suppress(ValueError, AttributeError, TypeError, RecursionError):
+            entry = json.loads(line)
+            boot, unit = entry.get("_BOOT_ID"), entry.get("UNIT", "")
+            if entry.get("MESSAGE_ID") == SHUTDOWN:
+                going_down.add(boot)
+            elif boot not in going_down and re.fullmatch(UNIT, unit):
+                units.add(unit)
+    return sorted(units)

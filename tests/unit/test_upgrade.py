@@ -71,9 +71,13 @@ def test_what_was_removed_comes_back(shipped: Path, root: Path) -> None:
 
 def test_uninstall_leaves_nothing_of_its_own(shipped: Path, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     call("install", root)
+    trials = root / installation.TRIALS.lstrip("/")
+    trials.mkdir(parents=True)
+    for name in ("debian-13.json", "debian-13.json.1234.tmp"):  # the second of a trial that was killed
+        (trials / name).write_text("{}")
     assert call("uninstall", root) == 0
     assert [path for path in root.rglob("*") if not path.is_dir()] == []
-    for directory in (OS_DIR, SITE_DIR, settings.CACHE_DIR):
+    for directory in (OS_DIR, SITE_DIR, settings.CACHE_DIR, os.path.dirname(installation.TRIALS)):
         assert not (root / directory.lstrip("/")).exists()
     for directory in ("usr/share/ganeti/os", "etc/ganeti", "etc/default", "usr/local/sbin", "var/cache"):
         assert (root / directory).is_dir(), "not ours"
