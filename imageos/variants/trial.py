@@ -180,11 +180,11 @@ def scratch(directories: Sequence[str], need: int, size: int) -> Iterator[tuple[
     Fail without room for `need` bytes and a bit more.
     """
     there = [os.path.realpath(directory) for directory in directories if os.path.isdir(directory)]
-    there.sort(key=lambda path: os.statvfs(path).f_bavail * os.statvfs(path).f_frsize)
+    there.sort(key=lambda path: -os.statvfs(path).f_bavail * os.statvfs(path).f_frsize)
     hint = f"free room in {' or '.join(there)}, or set CACHE_DIR to a place with room"
     with ExitStack() as stack:
         while True:
-            directory = there.pop()
+            directory = there.pop(0)
             try:
                 with explained(f"cannot make a disk of {log.size(size)} in {directory}", hint):
                     space.check(directory, need + GROWTH)

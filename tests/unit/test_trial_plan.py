@@ -87,8 +87,10 @@ def test_the_machine_reaches_nothing(tmp_path: Path) -> None:
 
 def test_a_disk_is_where_one_can_be(tmp_path: Path) -> None:
     """Not every filesystem has files without a name: /proc has none at all."""
-    with trial.scratch(["/proc", str(tmp_path), "/missing"], 0, MIB) as (directory, file):
-        assert directory == os.path.realpath(tmp_path) and os.fstat(file.fileno()).st_size == MIB
+    (tmp_path / "other").mkdir()
+    for places in (["/proc", str(tmp_path), "/missing"], [str(tmp_path), str(tmp_path / "other")]):
+        with trial.scratch(places, 0, MIB) as (directory, file):
+            assert directory == os.path.realpath(tmp_path) and os.fstat(file.fileno()).st_size == MIB
     with pytest.raises(Failure, match="cannot make a disk of 1 MiB in /proc"), trial.scratch(["/proc"], 0, MIB):
         pass
     with pytest.raises(Failure, match=r"TiB needed.*have to stay free"), trial.scratch([str(tmp_path)], 1 << 60, MIB):
