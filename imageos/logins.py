@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import ipaddress
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 # --- passwords --------------------------------------------------------------------------------------------
@@ -71,6 +72,7 @@ _PLAIN = re.compile(r"[a-z0-9@.-]+\s+AAAA")  # the type of a key, and the beginn
 class AuthorizedKey(NamedTuple):
     line: str  # all of it
     options: str  # as they are written; empty if there are none
+    kind: str
     blob: str  # the key in base64
     sources: str  # the pattern list of the option from=
 
@@ -104,7 +106,11 @@ def _key(line: str) -> AuthorizedKey:
         raise ValueError("is no key: TYPE AAAA..., perhaps with options before it")
     kind, blob = key.split()[:2]
     _check_blob(kind, blob)
-    return AuthorizedKey(line, options, blob, _checked_options(options).get("from", ""))
+    return AuthorizedKey(line, options, kind, blob, _checked_options(options).get("from", ""))
+
+
+def option_names(key: AuthorizedKey) -> Iterable[str]:
+    return _checked_options(key.options)
 
 
 def _check_blob(kind: str, blob: str) -> None:

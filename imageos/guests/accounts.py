@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 from imageos import log, logins
 from imageos.errors import Failure
 from imageos.guests.services import is_enabled
-from imageos.guests.target import Target, real
+from imageos.guests.target import Target, directory_of, matches, real
 from imageos.logins import AuthorizedKey
 
 PASSWD, SHADOW = "/etc/passwd", "/etc/shadow"
@@ -23,18 +25,26 @@ NO_LOGIN = ("nologin", "false")  # shells that let nobody in
 AUTHORIZED_KEYS = ".ssh/authorized_keys"
 # Settings of sshd that may keep root out; the groups are root's own, root
 REFUSING = (
-    *("PermitRootLogin", "PubkeyAuthentication", "AuthorizedKeysFile"),
+    *("PermitRootLogin", "PubkeyAuthentication", "AuthorizedKeysFile", "AuthenticationMethods"),
     *("AllowUsers", "AllowGroups", "DenyUsers", "DenyGroups"),
 )
-# What sshd may need to tell its configuration (sshd -T); /run is empty until the guest boots
-SSHD_DIRECTORY = "/run/sshd"
+SSHD_CONFIG = ("/etc/ssh/sshd_config", "/etc/ssh/sshd_config.d/*.conf")
+CHANGED_KEYS_FILE = r"(?i)^[ \t]*AuthorizedKeysFile\b"
+SIGNATURES = {"ssh-rsa": ("rsa-sha2-256", "rsa-sha2-512")}  # of types of keys that have another name for them
+# The options of a key that dropbear knows (2025.89): it refuses a key that has any other
+DROPBEAR_OPTIONS = (
+    *("restrict", "no-port-forwarding", "no-agent-forwarding", "no-x11-forwarding", "no-pty", "command"),
+    *("permitopen", "no-touch-required", "verify-required"),
+)
+# What Debian's sshd needs to tell its configuration (sshd -T): /run is empty where the guest's programs run
+IN_RUN_SSHD = ("sh", "-c", 'mkdir -p /run/sshd && exec "$0" "$@"')
 
 
 def authorize(target: Target, keys: Sequence[AuthorizedKey]) -> str:
     """Add the keys to root's, each in the place of what root has of that key; return the file."""
     file = keys_file(target)
     home = file.removesuffix(AUTHORIZED_KEYS)
-    for directory in (home, f"{home}.ssh"):
+    for directory in (home, f"{home}.ssh") if home != file else ():
         make_directory(target, directory.rstrip("/") or "/")
     if target.link(file) == "/dev/null":  # what is written there is for nobody
         target.remove(file)
@@ -59,8 +69,25 @@ def withdraw(target: Target, keys: Sequence[AuthorizedKey]) -> None:
 
 
 def keys_file(target: Target) -> str:
+    """Return the file in which root's keys are, or would be: the usual one, unless sshd does not look there."""
     home = field(target.read(PASSWD) or "", HOME) or "/root"
-    return f"{home}/{AUTHORIZED_KEYS}"
+    sshd = target.which("sshd")
+    words = []
+    if sshd and any(
+        matches(target, path, CHANGED_KEYS_FILE) for pattern in SSHD_CONFIG for path in target.glob(pattern)
+    ):
+        with suppress(Failure):  # the hook that gives root keys says so
+            words = sshd_configuration(target, sshd).get("authorizedkeysfile", "").split()
+    files = [_expanded(word, home) for word in words if word != "none"]
+    usual = f"{home}/{AUTHORIZED_KEYS}"
+    return usual if usual in files or not files else files[0]
+
+
+def _expanded(word: str, home: str) -> str:
+    """Return a word of AuthorizedKeysFile as the path that it means for root: sshd_config(5), TOKENS."""
+    tokens = {"%h": home, "%u": "root", "%U": "0", "%%": "%"}
+    path = re.sub("%.", lambda match: tokens.get(match[0], match[0]), word)
+    return os.path.join(home, path)
 
 
 def with_keys(text: str, keys: Sequence[AuthorizedKey]) -> str:
@@ -142,36 +169,70 @@ def describe(keys: Sequence[AuthorizedKey], password: str) -> str:
     return "; ".join(parts)
 
 
-def obstacles(target: Target, with_key: bool) -> list[str]:
-    """Return what in the guest keeps root from logging in by ssh, with a key or else with a password."""
+def obstacles(target: Target, keys: Sequence[AuthorizedKey]) -> list[str]:
+    """Return what in the guest keeps root from logging in by ssh, with these keys or else with a password."""
     shell = field(target.read(PASSWD) or "", SHELL)
     found = [f"root's shell is {shell}, which lets nobody in"] if shell.rpartition("/")[2] in NO_LOGIN else []
     sshd = target.which("sshd")
     if not sshd:
-        has_other = not with_key or target.which("dropbear")
-        return found if has_other else [*found, "the guest has no sshd: root's keys are of no use"]
+        return [*found, *_obstacles_of_dropbear(target, keys)]
     if not any(is_enabled(target, name) for name in ("ssh", "sshd")):
         found.append("the guest does not start its sshd when it boots")
     try:
         configuration = sshd_configuration(target, sshd)
     except Failure as failure:
         return [*found, f"the guest's sshd does not take its configuration: {failure}"]
-    found += [f"root's keys are of no use: sshd has {reason}" for reason in refusals(configuration) if with_key]
+    found += [f"root's keys are of no use: sshd has {reason}" for reason in refusals(configuration) if keys]
+    found += _refused_kinds(configuration, keys)
+    place = keys and configuration.get("strictmodes") == "yes" and changeable_by_others(target)
+    if place:
+        found.append(f"root's keys are of no use: others may change {place}, and sshd has StrictModes yes")
     needed = ("passwordauthentication", "permitrootlogin")
-    if not (with_key or all(configuration.get(name) == "yes" for name in needed)):
+    if not (keys or all(configuration.get(name) == "yes" for name in needed)):
         found.append("root's password is for the console: sshd takes none from root")
     return found
 
 
+def _obstacles_of_dropbear(target: Target, keys: Sequence[AuthorizedKey]) -> list[str]:
+    if not keys:
+        return []
+    if not target.which("dropbear"):
+        return ["the guest has no sshd: root's keys are of no use"]
+    unknown = sorted({name for key in keys for name in logins.option_names(key)}.difference(DROPBEAR_OPTIONS))
+    found = [f"dropbear refuses a key with an option that it does not know: {', '.join(unknown)}"] if unknown else []
+    if not is_enabled(target, "dropbear"):
+        found.append("the guest does not start its dropbear when it boots")
+    if matches(target, "/etc/default/dropbear", r"^[ \t]*DROPBEAR_EXTRA_ARGS=.*(?<![\w-])-\w*w"):
+        found.append("root's keys are of no use: dropbear has the option -w")
+    return found
+
+
+def _refused_kinds(configuration: Mapping[str, str], keys: Sequence[AuthorizedKey]) -> list[str]:
+    """Return complaints of the types of keys that sshd takes from nobody: a policy of the distribution may say so."""
+    names = ("pubkeyacceptedalgorithms", "pubkeyacceptedkeytypes")  # the second until OpenSSH 8.5
+    accepted = next((configuration[name].split(",") for name in names if name in configuration), None)
+    kinds = sorted({key.kind for key in keys}) if accepted else []
+    refused = [kind for kind in kinds if not {kind, *SIGNATURES.get(kind, ())}.intersection(accepted or ())]
+    return [f"root's keys of type {kind} are of no use: sshd's PubkeyAcceptedAlgorithms lack it" for kind in refused]
+
+
+def changeable_by_others(target: Target) -> str:
+    """Return what others than root may change: root's file of keys, or a directory above it; empty if nothing."""
+    path, home = real(target, keys_file(target)), real(target, field(target.read(PASSWD) or "", HOME) or "/root")
+    is_debian = target.exists("/etc/debian_version")
+    while path and path != "/":
+        with directory_of(target, os.path.dirname(path)) as directory:
+            status = directory.status(os.path.basename(path))
+        by_others = 0o002 if is_debian and status.st_gid == 0 else 0o022  # Debian's sshd lets the owner's own group
+        if status.st_uid or status.st_mode & by_others:
+            return path
+        path = os.path.dirname(path) if path != home else ""
+    return ""
+
+
 def sshd_configuration(target: Target, sshd: str) -> dict[str, str]:
     """Return what sshd says that it does for root, from any address: keyword in lower case -> value."""
-    made = not target.exists(SSHD_DIRECTORY)
-    target.mkdir(SSHD_DIRECTORY)
-    try:
-        said = target.run([sshd, "-T", "-C", "user=root,host=localhost,addr=192.0.2.1"])
-    finally:
-        if made:
-            target.remove(SSHD_DIRECTORY)
+    said = target.run([*IN_RUN_SSHD, sshd, "-T", "-C", "user=root,host=localhost,addr=192.0.2.1"])
     settings: dict[str, str] = {}
     for keyword, _, value in (line.partition(" ") for line in said.splitlines()):
         settings[keyword] = f"{settings.get(keyword, '')} {value}".strip()  # lists have a line for each name
@@ -190,5 +251,7 @@ def _admits_root(name: str, words: Sequence[str]) -> bool:
     if name.startswith("Deny"):
         return not any(fnmatch.fnmatchcase("root", word) for word in words)
     if name == "AuthorizedKeysFile":
-        return not {AUTHORIZED_KEYS, f"%h/{AUTHORIZED_KEYS}"}.isdisjoint(words)
+        return words != ["none"]
+    if name == "AuthenticationMethods":
+        return any(set(word.split(",")) <= {"any", "publickey"} for word in words)
     return words[0] not in ("no", "forced-commands-only")

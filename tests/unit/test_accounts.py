@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from credentials import HASH, public_key
@@ -11,10 +12,11 @@ from credentials import HASH, public_key
 from imageos import logins
 from imageos.errors import Failure
 from imageos.guests import accounts
-from imageos.guests.target import Target
+from imageos.guests.target import Directory, Target
 
 KEY, OTHER = public_key("me@home"), public_key("you@home", "ssh-rsa")
 LIMITED = f'from="192.0.2.0/24",no-pty {KEY}'
+KEYS = logins.authorized_keys(KEY)
 TODAY = 20_000
 SSHD = "permitrootlogin without-password\npubkeyauthentication yes\nauthorizedkeysfile .ssh/authorized_keys\n"
 
@@ -127,7 +129,12 @@ def test_report(keys: list[str], password: str, said: str) -> None:
         ("permitrootlogin no", "PermitRootLogin no"),
         ("permitrootlogin forced-commands-only", "PermitRootLogin forced-commands-only"),
         ("pubkeyauthentication no", "PubkeyAuthentication no"),
-        ("authorizedkeysfile /etc/ssh/keys/%u", "AuthorizedKeysFile /etc/ssh/keys/%u"),
+        ("authorizedkeysfile none", "AuthorizedKeysFile none"),
+        ("authorizedkeysfile /etc/ssh/keys/%u", ""),
+        ("authenticationmethods publickey,password", "AuthenticationMethods publickey,password"),
+        ("authenticationmethods any", ""),
+        ("pubkeyacceptedalgorithms ssh-ed25519,rsa-sha2-512", ""),
+        ("authenticationmethods password publickey", ""),
         ("authorizedkeysfile .ssh/authorized_keys2 %h/.ssh/authorized_keys", ""),
         ("allowusers admin\nallowusers backup", "AllowUsers admin backup"),
         ("allowusers admin\nallowusers ro*@192.0.2.*", ""),
@@ -144,8 +151,15 @@ def test_what_sshd_refuses(setting: str, reason: str, target: Target, monkeypatc
     target.write("/usr/lib/systemd/system/ssh.service", "[Service]\n")
     target.write("/etc/systemd/system/multi-user.target.wants/ssh.service", "")
     expected = [f"root's keys are of no use: sshd has {reason}"] if reason else []
-    assert accounts.obstacles(target, with_key=True) == expected
-    assert not target.exists(accounts.SSHD_DIRECTORY)
+    assert accounts.obstacles(target, KEYS) == expected
+
+
+@pytest.mark.parametrize("name", ["pubkeyacceptedalgorithms", "pubkeyacceptedkeytypes"])
+def test_type_of_key_that_a_policy_forbids(name: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Target, "run", lambda _self, _argv: f"{SSHD}{name} rsa-sha2-256,ecdsa-sha2-nistp256\n")
+    target.write("/usr/sbin/sshd", "", mode=0o755)
+    *_, said = accounts.obstacles(target, logins.authorized_keys(f"{KEY}\n{OTHER}"))
+    assert said == "root's keys of type ssh-ed25519 are of no use: sshd's PubkeyAcceptedAlgorithms lack it"
 
 
 def test_guest_without_a_way_in(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,11 +168,11 @@ def test_guest_without_a_way_in(target: Target, monkeypatch: pytest.MonkeyPatch)
 
     target.write("/etc/passwd", "root:x:0:0:root:/root:/usr/sbin/nologin\n")
     shell = "root's shell is /usr/sbin/nologin, which lets nobody in"
-    assert accounts.obstacles(target, with_key=False) == [shell]
-    assert accounts.obstacles(target, with_key=True) == [shell, "the guest has no sshd: root's keys are of no use"]
+    assert accounts.obstacles(target, []) == [shell]
+    assert accounts.obstacles(target, KEYS) == [shell, "the guest has no sshd: root's keys are of no use"]
     monkeypatch.setattr(Target, "run", fail)
     target.write("/usr/sbin/sshd", "", mode=0o755)
-    _, start, configuration = accounts.obstacles(target, with_key=True)
+    _, start, configuration = accounts.obstacles(target, KEYS)
     assert "does not start its sshd" in start and "Bad configuration option" in configuration
 
 
@@ -169,8 +183,61 @@ def test_password_for_the_console(permitted: str, target: Target, monkeypatch: p
     target.write("/usr/sbin/sshd", "", mode=0o755)
     target.write("/usr/lib/systemd/system/ssh.service", "[Service]\n")
     target.write("/etc/systemd/system/multi-user.target.wants/ssh.service", "")
-    found = accounts.obstacles(target, with_key=False)
+    found = accounts.obstacles(target, [])
     assert found == ([] if permitted == "yes" else ["root's password is for the console: sshd takes none from root"])
+
+
+@pytest.mark.parametrize(
+    ("value", "file"),
+    [
+        ("/etc/ssh/keys/%u", "/etc/ssh/keys/root"),
+        ("%h/keys", "/root/keys"),
+        ("none", "/root/.ssh/authorized_keys"),
+        ("/etc/ssh/%U.%%.keys .ssh/authorized_keys", "/root/.ssh/authorized_keys"),
+    ],
+)
+def test_keys_go_where_sshd_looks(value: str, file: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Target, "run", lambda _self, _argv: f"authorizedkeysfile {value}\n")
+    target.write("/usr/sbin/sshd", "", mode=0o755)
+    target.write("/etc/ssh/sshd_config", "Include /etc/ssh/sshd_config.d/*.conf\n# AuthorizedKeysFile x\n")
+    target.write("/etc/ssh/sshd_config.d/keys.conf", f" authorizedkeysFile {value}\n")
+    assert accounts.authorize(target, KEYS) == file
+    assert target.read(file) == f"{KEY}\n"
+
+
+def test_file_that_others_may_change(guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are not root's here."""
+    status = Directory.status
+    monkeypatch.setattr(
+        Directory, "status", lambda self, name: SimpleNamespace(st_mode=status(self, name).st_mode, st_uid=0, st_gid=0)
+    )
+    accounts.authorize(target, KEYS)
+    assert accounts.changeable_by_others(target) == ""
+    (guest / "root").chmod(0o770)
+    assert accounts.changeable_by_others(target) == "/root"
+    target.write("/etc/debian_version", "12.0\n")
+    assert accounts.changeable_by_others(target) == ""
+    (guest / "root/.ssh/authorized_keys").chmod(0o602)
+    assert accounts.changeable_by_others(target) == "/root/.ssh/authorized_keys"
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments", "said"),
+    [
+        (KEY, "", []),
+        (f'restrict,command="x" {KEY}', "-s", []),
+        (LIMITED, "", ["dropbear refuses a key with an option that it does not know: from"]),
+        (KEY, "-s -w", ["root's keys are of no use: dropbear has the option -w"]),
+    ],
+)
+def test_what_dropbear_refuses(line: str, arguments: str, said: list[str], target: Target) -> None:
+    target.write("/usr/sbin/dropbear", "", mode=0o755)
+    target.write("/etc/default/dropbear", f'#DROPBEAR_EXTRA_ARGS="-w"\nDROPBEAR_EXTRA_ARGS="{arguments}"\n')
+    keys = logins.authorized_keys(line)
+    assert (
+        accounts.obstacles(target, keys)
+        == [*said[:1], "the guest does not start its dropbear when it boots"][:: -1 if "-w" in arguments else 1]
+    )
 
 
 def test_keys_that_would_go_to_dev_null(guest: Path, target: Target) -> None:
