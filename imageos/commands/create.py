@@ -180,6 +180,7 @@ def configure(context: Context, loop: LoopDevice, volumes: tuple[Volume, ...], r
             root.write("/etc/fstab", fstab.render(volumes))
             if any(volume.role == "esp" for volume in volumes):
                 root.mkdir("/boot/efi")
+            guest.forget_disk(root)
             forget_swap(root, context)
         if instance.serial_console:
             guest.enable_serial_console(root, "ttyS0", instance.serial_speed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from functools import partial
 
 from imageos import log
 from imageos.errors import Failure
@@ -20,24 +21,49 @@ MOUNT_POINTS = ("/dev", "/proc", "/sys", "/run")
 UNIQUE = (
     # seeds of random numbers
     *("/var/lib/systemd/random-seed", "/var/lib/urandom/random-seed", "/var/lib/misc/random-seed"),
+    *("/boot/loader/random-seed", "/boot/efi/loader/random-seed", "/efi/loader/random-seed"),
     "/var/lib/seedrng/*",
     # keys
     *("/var/lib/systemd/credential.secret", "/var/lib/NetworkManager/secret_key"),
     *("/etc/salt/minion_id", "/etc/salt/pki/minion/minion.*"),
     # ids by which servers count machines, or tell one from another
     *("/var/lib/yum/uuid", "/etc/docker/key.json", "/var/lib/docker/engine-id", "/var/lib/mysql/auto.cnf"),
+    *("/var/lib/zypp/AnonymousUniqueId", "/etc/insights-client/machine-id", "/var/lib/filebeat/meta.json"),
+    *("/var/lib/netdata/registry/netdata.public.unique.id", "/opt/consul/node-id", "/var/lib/consul/node-id"),
     # leases, and the ids of DHCP clients
     *("/var/lib/dhcp/*", "/var/lib/dhclient/*", "/var/lib/dhcpcd/*", "/var/lib/dhcpcd5/*", "/etc/dhcpcd.duid"),
     *("/etc/dhcpcd.secret", "/var/lib/dhcpv6/dhcp6c_duid", "/var/lib/wicked/duid.xml", "/var/lib/wicked/iaid.xml"),
     *("/var/lib/NetworkManager/*.lease", "/var/lib/NetworkManager/*.leases", "/var/lib/systemd/network"),
     # names of NVMe hosts
     *("/etc/nvme/hostid", "/etc/nvme/hostnqn"),
+    # by which LVM and multipath tell the image's drives, and take no others
+    *("/etc/lvm/devices/system.devices", "/etc/multipath/bindings", "/etc/multipath/wwids"),
 )
 # The same, but nobody makes them anew, and without them the guest does not do what it should
 KEPT = (
     *("/etc/krb5.keytab", "/etc/pki/consumer/cert.pem", "/etc/chef/client.pem", "/etc/wireguard/*.conf"),
-    "/var/lib/tailscale/tailscaled.state",
+    *(
+        "/var/lib/tailscale/tailscaled.state",
+        "/var/lib/zerotier-one/identity.secret",
+        "/etc/puppetlabs/puppet/ssl/private_keys/*",
+    ),
+    *(
+        "/etc/puppet/ssl/private_keys/*",
+        "/var/lib/puppet/ssl/private_keys/*",
+        "/var/lib/samba/private/secrets.tdb",
+        "/var/ossec/etc/client.keys",
+    ),
+    *("/var/lib/docker/swarm/*", "/etc/rancher/node/password", "/etc/kubernetes/kubelet.conf"),
+    *("/etc/zypp/credentials.d/SCCcredentials", "/var/lib/ubuntu-advantage/private/machine-token.json"),
+    *("/var/lib/tor/keys/ed25519_master_id_secret_key", "/var/lib/amazon/ssm/registration"),
 )
+# Files that tell what to open on the image's disk -> such a line. A boot waits for each.
+OPENED = {
+    "/etc/crypttab": r"^(?=[ \t]*[^#\s])",
+    "/etc/mdadm/mdadm.conf": r"^(?=[ \t]*ARRAY\b)",
+    "/etc/mdadm.conf": r"^(?=[ \t]*ARRAY\b)",
+}
+OFF = "# of the image's disk: "
 POPULARITY_CONTEST = "/etc/popularity-contest.conf"
 INITIATOR = "/etc/iscsi/initiatorname.iscsi"
 SERIAL_GETTY = "serial-getty@.service"
@@ -87,6 +113,13 @@ def forget_machine_id(target: Target) -> None:
     if target.exists("/etc/machine-id") or (is_systemd and unit_file(target, SERIAL_GETTY)):
         target.write("/etc/machine-id", "" if is_systemd else uuid.uuid4().hex + "\n", mode=0o444)
     target.remove("/var/lib/dbus/machine-id")
+
+
+def forget_disk(target: Target) -> None:
+    """Have a guest on new filesystems open nothing of the disk that its image was on: encrypted devices, RAID."""
+    for path, line in OPENED.items():
+        if target.is_file(path) and target.edit(path, partial(re.compile(line, re.MULTILINE).sub, OFF)):
+            log.warning(f"the guest's {path} names what is on the image's disk only: these lines are comments now")
 
 
 def enable_serial_console(target: Target, terminal: str, speed: int) -> None:

@@ -14,6 +14,7 @@ from imageos.guests.target import Target
 _NAME = r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)"
 _ANY = r"""(?P<name>[^"'\s]*)"""  # any value, to be replaced by the name
 _ALONE = rf"^\s*{_NAME}\s*$"
+_LIST = r"(?P<name>(?P<list>[^\n\"']*))"  # of names, with anything between them
 _YAML = rf"""^[\s{{,]*["']?(?:local-hostname|hostname|fqdn)["']?\s*:\s*["']?{_NAME}"""
 
 HOSTNAME, HOSTS, MAILNAME = "/etc/hostname", "/etc/hosts", "/etc/mailname"
@@ -31,8 +32,20 @@ FULL_DISTRIBUTIONS = ("rhel", "fedora", "centos", "suse", "sles", "opensuse")
 REPEATED = {
     HOSTS: rf"(?<=\s){_NAME}(?=\s|$)",
     MAILNAME: _ALONE,
-    "/etc/postfix/main.cf": rf"^\s*(?:myhostname|myorigin)\s*=\s*{_NAME}\s*$",
-    "/etc/exim4/update-exim4.conf.conf": rf"""^dc_(?:other_hostnames|readhost)=["']?{_NAME}["']?$""",
+    "/etc/postfix/main.cf": rf"^\s*(?:myhostname|myorigin|mydestination)\s*=\s*{_LIST}",
+    "/etc/exim4/update-exim4.conf.conf": rf"""^dc_(?:other_hostnames|readhost|visiblename)=["']?{_LIST}""",
+    "/etc/ssmtp/ssmtp.conf": rf"^\s*hostname\s*=\s*{_NAME}",
+    "/etc/machine-info": rf"""^\s*PRETTY_HOSTNAME=["']?{_NAME}["']?\s*$""",
+    **dict.fromkeys(
+        ("/etc/puppetlabs/puppet/puppet.conf", "/etc/puppet/puppet.conf"), rf"^\s*certname\s*=\s*{_NAME}\s*$"
+    ),
+    **dict.fromkeys(("/etc/salt/minion", "/etc/salt/minion.d/*.conf"), rf"""^id:\s*["']?{_NAME}["']?\s*$"""),
+    **dict.fromkeys(("/etc/zabbix/zabbix_agentd.conf", "/etc/zabbix/zabbix_agent2.conf"), rf"^Hostname={_NAME}\s*$"),
+    **dict.fromkeys(
+        ("/etc/telegraf/telegraf.conf", "/etc/collectd/collectd.conf"), rf"""^\s*(?i:hostname)[\s=]+"{_NAME}"\s*$"""
+    ),
+    "/etc/munin/munin-node.conf": rf"^\s*host_name\s+{_NAME}\s*$",
+    "/etc/icinga2/constants.conf": rf"""^const\s+NodeName\s*=\s*"{_NAME}"\s*$""",
     "/etc/dhcp/dhclient.conf": rf"""^\s*send\s+(?:host-name|fqdn\.fqdn)\s+["']?{_NAME}""",
     "/etc/sysconfig/network-scripts/ifcfg-*": rf"""^\s*DHCP_HOSTNAME=["']?{_NAME}""",
     f"{cloudinit.STATE}/data/previous-hostname": _ALONE,
@@ -132,7 +145,9 @@ def _assign(text: str, pattern: str, name: str) -> str:
 def _with_names(text: str, pattern: str, renamed: Callable[[str], str]) -> str:
     def replaced(match: re.Match[str]) -> str:
         start, end = (position - match.start() for position in match.span("name"))
-        return match[0][:start] + renamed(match["name"]) + match[0][end:]
+        is_list = "list" in match.groupdict()
+        name = re.sub(_NAME, lambda one: renamed(one["name"]), match["name"]) if is_list else renamed(match["name"])
+        return match[0][:start] + name + match[0][end:]
 
     lines = []
     for line in text.splitlines(keepends=True):

@@ -205,6 +205,7 @@ def test_identity_is_forgotten(guest: Path, target: Target) -> None:
     tree(guest, dict.fromkeys((*seeds, "var/lib/seedrng/seed.credit"), "seed"))
     names = (
         *("var/lib/dhcp/dhclient.leases", "etc/dhcpcd.duid", "etc/nvme/hostnqn", "etc/salt/pki/minion/minion.pem"),
+        *("etc/lvm/devices/system.devices", "boot/loader/random-seed", "var/lib/consul/node-id"),
         *("var/lib/wicked/duid.xml", "var/lib/dhcpv6/dhcp6c_duid", "var/lib/mysql/auto.cnf", "etc/docker/key.json"),
     )
     tree(guest, dict.fromkeys((*names, "var/lib/systemd/network/id", "etc/iscsi/initiatorname.iscsi"), "the image's"))
@@ -234,14 +235,25 @@ def test_id_of_popularity_contest(guest: Path, target: Target) -> None:
     assert re.fullmatch(text.format('MY_HOSTID="([0-9a-f]{32})"'), made) and "0123456789abcdef" not in made
 
 
+def test_disk_of_the_image(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
+    crypttab = "# <target>\n{0}swap /dev/vda3 /dev/urandom swap\n\n{0}data UUID=1 none luks\n"
+    mdadm = "HOMEHOST <system>\n{}ARRAY /dev/md0 UUID=2\n"
+    tree(guest, {"etc/crypttab": crypttab.format(""), "etc/mdadm/mdadm.conf": mdadm.format("")})
+    for said in (2, 0):
+        system.forget_disk(target)
+        assert (guest / "etc/crypttab").read_text() == crypttab.format(system.OFF)
+        assert (guest / "etc/mdadm/mdadm.conf").read_text() == mdadm.format(system.OFF)
+        assert capfd.readouterr().err.count("image's disk only") == said
+
+
 def test_identity_that_nobody_makes_anew(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
-    names = ("etc/krb5.keytab", "etc/wireguard/wg0.conf")
+    names = ("etc/krb5.keytab", "etc/wireguard/wg0.conf", "var/ossec/etc/client.keys")
     tree(guest, dict.fromkeys(names, "secret"))
     system.forget_machine(target)
     assert "shared by all that is made of this" in (said := capfd.readouterr().err) and "secret" not in said
     assert all(f"/{name}" in said and (guest / name).read_text() == "secret" for name in names)
-    (guest / names[0]).unlink()
-    (guest / names[1]).unlink()
+    for name in names:
+        (guest / name).unlink()
     system.forget_machine(target)
     assert capfd.readouterr().err == ""
 
