@@ -42,17 +42,9 @@ UNIQUE = (
 # The same, but nobody makes them anew, and without them the guest does not do what it should
 KEPT = (
     *("/etc/krb5.keytab", "/etc/pki/consumer/cert.pem", "/etc/chef/client.pem", "/etc/wireguard/*.conf"),
-    *(
-        "/var/lib/tailscale/tailscaled.state",
-        "/var/lib/zerotier-one/identity.secret",
-        "/etc/puppetlabs/puppet/ssl/private_keys/*",
-    ),
-    *(
-        "/etc/puppet/ssl/private_keys/*",
-        "/var/lib/puppet/ssl/private_keys/*",
-        "/var/lib/samba/private/secrets.tdb",
-        "/var/ossec/etc/client.keys",
-    ),
+    *("/etc/puppetlabs/puppet/ssl/private_keys/*", "/etc/puppet/ssl/private_keys/*"),
+    *("/var/lib/puppet/ssl/private_keys/*", "/var/ossec/etc/client.keys", "/var/lib/samba/private/secrets.tdb"),
+    *("/var/lib/tailscale/tailscaled.state", "/var/lib/zerotier-one/identity.secret"),
     *("/var/lib/docker/swarm/*", "/etc/rancher/node/password", "/etc/kubernetes/kubelet.conf"),
     *("/etc/zypp/credentials.d/SCCcredentials", "/var/lib/ubuntu-advantage/private/machine-token.json"),
     *("/var/lib/tor/keys/ed25519_master_id_secret_key", "/var/lib/amazon/ssm/registration"),

@@ -75,6 +75,7 @@ def configure(target: Target, name: str, interfaces: Interfaces) -> list[str]:
             write(target, told, 0o644)
             if found or (any(told.values()) and not is_ours):
                 disabled.append(f"{other}'s {', '.join(found)}" if found else other)
+    disabled += existing.single_units(target, interfaces)
     for path, values in backend.variables(interfaces).items():
         target.write(path, assign(target.read(path) or "", values))
     write(target, files, backend.mode)
@@ -428,9 +429,7 @@ BACKENDS = {
     "netifrc": Backend(
         lambda target: _is_openrc(target, "net.lo") and bool(target.glob("/etc/runlevels/default/net.e*")),
         lambda _target, interfaces: render.netifrc(interfaces),
-        clear=lambda target, _: existing.remove_each(
-            target, [("/etc/init.d/net.e*", ""), ("/etc/runlevels/default/net.e*", "")]
-        ),
+        clear=existing.netifrc,
         can_be_enabled=lambda target: _is_openrc(target, "net.lo"),
         links=_netifrc_links,
         by_name=True,

@@ -43,6 +43,8 @@ DHCPCD_OF_ALL = (
     *("allowinterfaces", "denyinterfaces", "static", "inform", "inform6", "fallback"),
     *("noipv4", "ipv6only", "nodhcp", "nogateway"),
 )
+NETCTL = "/etc/netctl"
+NETIFRC = ("init.d", "runlevels/boot", "runlevels/default")
 NETPLAN = "/etc/netplan"
 PACKAGED_NETPLAN = ("/usr/lib/netplan", "/lib/netplan")
 NOTHING = "/dev/null"
@@ -325,18 +327,53 @@ def dhcpcd_conf(target: Target, interfaces: Interfaces) -> tuple[str, list[str]]
 
 def dhcpcd_links(target: Target) -> list[str]:
     """Return the links that start dhcpcd@NIC.service, Arch's way: its configuration does not keep it from that NIC."""
-    wants = [f"{OWN_UNITS}/{name}.target.wants" for name in ("multi-user", "network", "network-online")]
-    return [path for directory in wants for path in target.glob(f"{directory}/dhcpcd@*.service")]
+    return list(_instances(target, "dhcpcd"))
 
 
 def dhcpcd_instances(target: Target, interfaces: Interfaces) -> list[str]:
-    found = []
-    for path in dhcpcd_links(target):
-        name = os.path.basename(path)[len("dhcpcd@") : -len(".service")]
-        if is_nic(name, interfaces):
-            target.remove(_literal(path))
-            found.append(name)
-    return found
+    return _disable(target, "dhcpcd", lambda name: is_nic(name, interfaces))
+
+
+# --- units for a single NIC or profile --------------------------------------------------------------------
+
+
+def single_units(target: Target, interfaces: Interfaces) -> list[str]:
+    """Remove what starts a DHCP client for a NIC, or a profile of netctl (Arch) for one or for what stands on it."""
+    texts = {path: target.read(path) or "" for path in target.glob(f"{NETCTL}/*") if target.is_file(path)}
+    pairs = [pair for path, text in texts.items() for pair in stacked.of_netctl(os.path.basename(path), text)]
+    upper = stacked.above(pairs, lambda name: is_nic(name, interfaces))
+    is_ours = {"netctl": upper.__contains__}
+    return [
+        f"{template}@{name}"
+        for template in ("netctl", "netctl-ifplugd", "dhclient")
+        for name in _disable(target, template, is_ours.get(template, lambda name: is_nic(name, interfaces)))
+    ]
+
+
+def _instances(target: Target, template: str) -> dict[str, str]:
+    """Return the links that start TEMPLATE@NAME.service, with their names."""
+    wants = [f"{OWN_UNITS}/{name}.target.wants" for name in ("multi-user", "network", "network-online")]
+    paths = [path for directory in wants for path in target.glob(f"{directory}/{template}@*.service")]
+    escaped = {path: os.path.basename(path)[len(template) + 1 : -len(".service")] for path in paths}
+    return {path: re.sub(r"\\x2d", "-", name) for path, name in escaped.items()}
+
+
+def _disable(target: Target, template: str, is_ours: Callable[[str], bool]) -> list[str]:
+    found = {path: name for path, name in _instances(target, template).items() if is_ours(name)}
+    for path in found:
+        target.remove(_literal(path))
+    return list(found.values())
+
+
+# --- netifrc of Gentoo ------------------------------------------------------------------------------------
+
+
+def netifrc(target: Target, interfaces: Interfaces) -> list[str]:
+    """Remove the services of NICs and of what stands on them: they would use DHCP, as /etc/conf.d/net is ours."""
+    pairs = stacked.of_netifrc(target.read("/etc/conf.d/net") or "")
+    upper = stacked.above(pairs, lambda name: is_nic(name, interfaces))
+    names = [f"net.{name}" for name in ("e*", *map(_literal, sorted(upper)))]
+    return remove_each(target, [(f"/etc/{place}/{name}", "") for place in NETIFRC for name in names])
 
 
 # --- netplan and cloud-init -------------------------------------------------------------------------------

@@ -66,6 +66,22 @@ def of_variables(name: str, text: str) -> Iterator[Pair]:
                 yield from by_dot(word)
 
 
+def of_netctl(name: str, text: str) -> Iterator[Pair]:
+    """Yield what a profile says: of a wired one, Interface is the NIC."""
+    for key, value in re.findall(r"^[ \t]*(Interface|BindsToInterfaces)=(.*)$", text, re.MULTILINE):
+        for word in re.findall(r"[\w.:-]+", value):
+            yield name, word
+            if key == "Interface":
+                yield word, name
+
+
+def of_netifrc(text: str) -> Iterator[Pair]:
+    for name, value in re.findall(r"^[ \t]*(?:bridge|slaves|team)_(\w+)=[\"']?([^\"'\n]*)", text, re.MULTILINE):
+        yield from ((name, lower) for lower in value.split())
+    for lower, value in re.findall(r"^[ \t]*vlans_(\w+)=[\"']?([^\"'\n]*)", text, re.MULTILINE):
+        yield from ((f"{lower}.{number}", lower) for number in value.split())
+
+
 def is_of_netplan(keys: Mapping[tuple[str, ...], str]) -> bool:
     """Return whether a file of netplan defines something on others, of which it may not know any more."""
     return any(
