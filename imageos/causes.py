@@ -6,43 +6,40 @@ import re
 from collections.abc import Sequence
 
 # What is no cause: advice, summaries, banners. A program's last lines but for these are taken for the cause.
-NO_CAUSE = re.compile(
-    "^(?:{})$".format(
-        "|".join(
-            (
-                r"Usage: (?:.|\n)*",
-                r"(?:\S+: )?[Tt]ry [`'].*",
-                # e2fsprogs: its banner, and what it closes with
-                r"\S+ \d+\.\S+ \(\d+-\w+-\d{4}\)",
-                r".*UNEXPECTED INCONSISTENCY; RUN fsck MANUALLY\.",
-                r"\s*\(i\.e\., without -a or -p options\)",
-                r"\S+:\s*",
-                r"e2fsck: Get a newer version of e2fsck!",
-                r"Please run 'e2fsck -fy .*\nafter the aborted resize operation\.",
-                # tar, restore and dump
-                r"tar: (?:Exiting with failure status|Error is not recoverable|Child ).*",
-                r"tar: (?:Skipping to next header|rmtlseek not stopped at a record boundary)",
-                r"restore: cannot open /dev/tty: .*",
-                r"abort\? \[yn\].*",
-                r"\s*DUMP: The ENTIRE dump is aborted\.",
-                # bzip2 and zstd
-                r"bzip2: Inappropriate ioctl for device",
-                r"\t(?:Input file = |perhaps it is corrupted\?).*",
-                r"It is possible that the compressed file\(s\) have become corrupted\.\nYou can use the -tvv option .*",
-                r"You can use the .bzip2recover' program .*\ndata from undamaged sections .*",
-                r".*Use --long=\d+ or --memory=.*",
-                # dd, gpgv, lvm, mount
-                r"\d+\+\d+ records (?:in|out)",
-                r"\d+ bytes .*copied, .*",
-                r"gpgv: the signature could not be verified\.",
-                r"Please remember that the signature file .*\nshould be the first file given on the command line\.",
-                r"\s*Error during parsing of command line\.",
-                r"File descriptor \d+ .* leaked on .*",
-                r"\s*dmesg\(1\) may have more information .*",
-            )
+NO_CAUSE = "(?m)^(?:{})$".format(
+    "|".join(
+        (
+            r"Usage: (?:.|\n)*",
+            r"(?:\S+: )?[Tt]ry [`'].*",
+            # e2fsprogs: its banner, and what it closes with
+            r"\S+ \d+\.\S+ \(\d+-\w+-\d{4}\)",
+            r".*UNEXPECTED INCONSISTENCY; RUN fsck MANUALLY\.",
+            r"\s*\(i\.e\., without -a or -p options\)",
+            r"\S+:\s*",
+            r"e2fsck: Get a newer version of e2fsck!",
+            r"Please run 'e2fsck -fy .*\nafter the aborted resize operation\.",
+            # tar, restore and dump
+            r"tar: (?:Exiting with failure status|Error is not recoverable|Child ).*",
+            r"tar: (?:Skipping to next header|rmtlseek not stopped at a record boundary)",
+            r"restore: cannot open /dev/tty: .*",
+            r"abort\? \[yn\].*",
+            r"\s*DUMP: The ENTIRE dump is aborted\.",
+            # bzip2 and zstd
+            r"bzip2: Inappropriate ioctl for device",
+            r"\t(?:Input file = |perhaps it is corrupted\?).*",
+            r"It is possible that the compressed file\(s\) have become corrupted\.\nYou can use the -tvv option .*",
+            r"You can use the .bzip2recover' program .*\ndata from undamaged sections .*",
+            r".*Use --long=\d+ or --memory=.*",
+            # dd, gpgv, lvm, mount
+            r"\d+\+\d+ records (?:in|out)",
+            r"\d+ bytes .*copied, .*",
+            r"gpgv: the signature could not be verified\.",
+            r"Please remember that the signature file .*\nshould be the first file given on the command line\.",
+            r"\s*Error during parsing of command line\.",
+            r"File descriptor \d+ .* leaked on .*",
+            r"\s*dmesg\(1\) may have more information .*",
         )
-    ),
-    re.MULTILINE,
+    )
 )
 LONGEST = 5  # lines of one cause
 LOOKED_AT = 1 << 16  # characters, from the end
@@ -64,4 +61,4 @@ def cause(program: str, errors: str, output: str = "") -> str:
 
 
 def _possible(text: str) -> Sequence[str]:
-    return [line for line in NO_CAUSE.sub("", text[-LOOKED_AT:]).splitlines() if line.strip()]
+    return [line for line in re.sub(NO_CAUSE, "", text[-LOOKED_AT:]).splitlines() if line.strip()]

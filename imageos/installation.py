@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import re
@@ -133,6 +132,8 @@ def not_in_use(root: str, os_dir: str) -> Failure | None:
 
 
 def digest(data: bytes) -> str:
+    import hashlib  # late: of all commands, only install needs it
+
     return hashlib.sha256(data).hexdigest()
 
 

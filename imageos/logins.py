@@ -30,13 +30,13 @@ _HASHES = (
 )
 # One that no password has: locked by `usermod -L` with the old hash behind it, or a word: *, !!, *LK*, !left-2024.
 _NO_PASSWORD = r"[!*][!*0-9A-Za-z_-]*"
-_PASSWORD = re.compile(f"!*({'|'.join(_HASHES)})|{_NO_PASSWORD}")
+_PASSWORD = f"!*({'|'.join(_HASHES)})|{_NO_PASSWORD}"
 _LONGEST = 384  # CRYPT_OUTPUT_SIZE of libxcrypt
 
 
 def password_hash(text: str) -> str:
     """Accept the second field of a line in shadow(5)."""
-    if text and not (len(text) <= _LONGEST and _PASSWORD.fullmatch(text)):
+    if text and not (len(text) <= _LONGEST and re.fullmatch(_PASSWORD, text)):
         raise ValueError(
             "a whole hash as `openssl passwd -6` prints it, or * for none; in a file it has to be in single quotes, "
             "as in double quotes the shell replaces $6 and all that follows a $"

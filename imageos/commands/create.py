@@ -118,10 +118,10 @@ def plan_layout(settings: Settings, instance: Instance, disk: Disk, image: Image
     """Return the partitions for an image that brings none; fail if it, or what handles it, does not fit this node."""
     if IMAGE_TYPES[settings.image_type].deploy:
         intended = filesystem.plan_layout(settings, disk.size, has_boot=not instance.kernel_path)
-        require(*filesystem.programs(intended, settings.filesystem), *mounting.WRITE_BACK)
+        require(*filesystem.programs(intended, settings.filesystem))
         return intended
     diskimage.check_size(image, disk.size)
-    require(*(() if settings.nomount else (*partitions.PROGRAMS, *mounting.WRITE_BACK)))
+    require(*(() if settings.nomount else partitions.PROGRAMS))
     preview.check(settings, image, now=True)
     return None
 

@@ -6,7 +6,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from resource import RLIM_INFINITY
 
@@ -14,7 +14,7 @@ from imageos.disks import btrfs, ext, layout, superblock
 from imageos.disks.layout import MIB, Layout
 from imageos.node import linux
 from imageos.node.confinement import Room
-from imageos.run import Command, run
+from imageos.run import Command, output_of
 from imageos.settings import Settings
 
 # Spelt out from `none`: the guest gets the same on every node, and nothing that an older kernel, e2fsck or GRUB cannot
@@ -177,12 +177,19 @@ def programs(planned: Layout, kind: str) -> list[str]:
 
 
 def make(volumes: Iterable[Volume]) -> None:
-    for volume in volumes:
-        program, *words = make_command(volume)
-        filesystem = FILESYSTEMS.get(volume.kind)
-        options, capabilities = (filesystem.make_options(), filesystem.make_capabilities) if filesystem else ([], ())
-        room = Room([volume.device], capabilities=capabilities, memory=RLIM_INFINITY)
-        run(Command([program, *options, *words], room))
+    """Put a fresh filesystem (or swap) on every volume, on all at once."""
+    with ExitStack() as stack:
+        ends = []
+        for volume in volumes:
+            program, *words = make_command(volume)
+            filesystem = FILESYSTEMS.get(volume.kind)
+            options, capabilities = (
+                (filesystem.make_options(), filesystem.make_capabilities) if filesystem else ([], ())
+            )
+            room = Room([volume.device], capabilities=capabilities, memory=RLIM_INFINITY)
+            ends.append(stack.enter_context(output_of(Command([program, *options, *words], room)))[1])
+        for finish in ends:
+            finish()
 
 
 def make_command(volume: Volume) -> list[str]:

@@ -14,10 +14,8 @@ from imageos.disks.btrfs import MountedTwice
 from imageos.disks.filesystem import FILESYSTEMS, Volume
 from imageos.errors import DAMAGED, Failure, explained
 from imageos.node import isolation, linux
-from imageos.node.confinement import Room
-from imageos.run import Command, output_of
+from imageos.node.children import meanwhile
 
-WRITE_BACK = ("sync",)  # programs of `writing_back`
 NOT_REPLAYED = "is in use, or was not cleanly unmounted: what only its journal holds is not seen"
 
 
@@ -195,10 +193,11 @@ def writing_back(path: str) -> Iterator[None]:
 
     The guest's programs (ssh-keygen, update-grub) keep a processor busy, while the disk would be idle.
     """
-    with output_of(Command(["sync", "--file-system", "."], Room(work=path))) as (_, finish):
+    with linux.closing(os.open(path, os.O_RDONLY)) as top, meanwhile(lambda: linux.sync_filesystem(top)) as finish:
         try:
             yield
-            finish()  # the kernel may report an error to sync(1) alone
+            with explained("cannot write everything to the disk"):
+                finish()
         except BaseException:
             with suppress(OSError):
                 linux.shut_down_filesystem(path)  # nobody waits for what is lost anyway

@@ -12,9 +12,9 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from imageos import log
 from imageos.disks import mounting
@@ -23,10 +23,13 @@ from imageos.images.dumpfile import RECORD, TAPE, Dump, Truncated, is_packed, or
 from imageos.images.imagefile import Image, check_stages, damaged, feed, is_full, too_large
 from imageos.images.restored import SYMBOL_TABLE, complete
 from imageos.node import linux
-from imageos.node.children import PIPE_SIZE, in_child
+from imageos.node.children import PIPE_SIZE, in_child, signals_held
 from imageos.node.confinement import unpacking
 from imageos.node.programs import require
 from imageos.run import Command, Finished, pipeline
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 # What is compressed within the format (dump -z) needs no name of its own.
 SUFFIXES = ("-root.dump", "-root.dump.gz", "-root.dump.zst", "-root.dump.xz")
@@ -129,6 +132,8 @@ class Follower:
             self._file, self._ended = stack.enter_context(in_child(unpack, reader))
         else:  # content is passed over, which costs next to nothing
             self._file = stack.enter_context(os.fdopen(reader, "rb", 2 * RECORD))
+        with signals_held():
+            from concurrent.futures import ThreadPoolExecutor  # late: it takes more than all that a tarball needs
         self._thread = stack.enter_context(ThreadPoolExecutor(1))
         stack.callback(self._file.close)  # the thread ends soon: nobody waits for what is left
 

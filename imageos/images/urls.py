@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from html import unescape
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from imageos.errors import Failure
@@ -92,6 +91,8 @@ def beside(url: str, name: str) -> str:
 
 def linked(page: str, url: str) -> list[str]:
     """Return the names of the files in the directory of `url` to which an HTML page there links."""
+    from html import unescape  # late: few sites have such pages
+
     hrefs = re.findall(r"""href\s*=\s*["']?([^"'\s>]+)""", page, re.IGNORECASE)
     names = []
     for href in hrefs:

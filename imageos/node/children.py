@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -54,9 +55,38 @@ def in_child(work: Work, source: int) -> Iterator[tuple[BinaryIO, Callable[[], i
             _work(work, source, writer, enter, before)  # there is no way back
     os.close(source)
     os.close(writer)
+    with _ending(child), os.fdopen(reader, "rb", PIPE_SIZE) as output:
+        yield output, lambda: _status(child)
+
+
+@contextmanager
+def meanwhile(call: Callable[[], object]) -> Iterator[Callable[[], None]]:
+    """Have a child wait for a system call of ours; yield a function that waits for it, and raises its OSError."""
+    with signals_held() as before:
+        child = os.fork()
+        if not child:
+            try:
+                forget_ours(before)
+                call()
+                os._exit(0)
+            except OSError as error:
+                os._exit(error.errno or errno.EIO)
+            finally:
+                os._exit(errno.EIO)
+
+    def finish() -> None:
+        status = _status(child)
+        if status:
+            raise OSError(status, os.strerror(status))
+
+    with _ending(child):
+        yield finish
+
+
+@contextmanager
+def _ending(child: int) -> Iterator[None]:
     try:
-        with os.fdopen(reader, "rb", PIPE_SIZE) as output:
-            yield output, lambda: _status(child)
+        yield
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

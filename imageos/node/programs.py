@@ -17,7 +17,7 @@ GANETI_PATH = "/sbin:/bin:/usr/sbin:/usr/bin"  # of the scripts that Ganeti call
 PACKAGES = {
     **{name: name for name in ("bzip2", "curl", "dump", "gpgv", "gzip", "lz4", "tar", "zstd")},
     **dict.fromkeys(("btrfs", "mkfs.btrfs"), "btrfs-progs"),
-    **dict.fromkeys(("dd", "sync"), "coreutils"),
+    "dd": "coreutils",
     **dict.fromkeys(("e2fsck", "resize2fs", "mkfs.ext2", "mkfs.ext3", "mkfs.ext4"), "e2fsprogs"),
     **dict.fromkeys(("gnt-cluster", "gnt-instance"), "ganeti"),
     **dict.fromkeys(("blkid", "mkswap"), "util-linux"),

@@ -244,19 +244,19 @@ def test_hook_that_takes_too_long(node: Node, disk: MakeDisk) -> None:
     assert "hook slow left sleep running" in result.log
 
 
-def test_what_writes_back_meanwhile_is_no_leftover(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
-    """sync(1) runs until the second hook has seen it. (grep -q: any other process may end meanwhile.)
+def test_what_is_made_meanwhile_is_no_leftover(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    """ssh-keygen(1) runs until the second hook has seen it. (grep -q: any other process may end meanwhile.)
 
     It waits without a child, which would count as a leftover if it were older than the hook.
     """
     # beside the hook, as a confined program sees nothing else
-    fake, seen, gate = tmp_path / "bin/sync", tmp_path / "seen", tmp_path / "bin/gate"
+    fake, seen, gate = tmp_path / "bin/ssh-keygen", tmp_path / "seen", tmp_path / "bin/gate"
     fake.parent.mkdir()
     os.mkfifo(gate)
-    fake.write_text(f'#!/bin/sh\nread -r _ <{gate}\nexec /bin/sync "$@"\n')
+    fake.write_text(f'#!/bin/sh\nread -r _ <{gate}\nexec /usr/bin/ssh-keygen "$@"\n')
     fake.chmod(0o755)
     node.hook("a", "#!/bin/sh\n:\n")
-    # wait until sync has opened it and read the line
+    # wait until ssh-keygen has opened it and read the line
     node.hook("b", f"#!/bin/sh\ngrep -qs '{fake}' /proc/[0-9]*/cmdline && : > {seen}\necho >{gate}\n")
     result = node.create(disk(), PATH=f"{fake.parent}:{PATH}").ok()
     assert seen.exists()
