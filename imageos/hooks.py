@@ -184,7 +184,7 @@ def _calling(argv: Sequence[str], env: Mapping[str, str], source: bytes) -> Call
     """Return the function by which a child is such a hook: most of what it imports, half of its time, is there."""
 
     def main() -> int:
-        exec(compile(source, argv[0], "exec"), {"__name__": "__main__"})
+        exec(compile(source, argv[0], "exec", dont_inherit=True), {"__name__": "__main__"})
         return 0
 
     def call() -> NoReturn:

@@ -6,8 +6,8 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -153,8 +153,13 @@ def test_btrfs_of_newer_tools(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
         on_line(line)
         return ""
 
-    for module in (btrfs, filesystem):
-        monkeypatch.setattr(module, "run", run)
+    @contextmanager
+    def output_of(command: Command) -> Iterator[tuple[int, Callable[[], None]]]:
+        called.append(command.argv)
+        yield 0, lambda: None
+
+    monkeypatch.setattr(btrfs, "run", run)
+    monkeypatch.setattr(filesystem, "output_of", output_of)
     volume = Volume("root", "btrfs", "/dev/loop7p3", ROOT_UUID)
     filesystem.make([volume])
     program, *words = filesystem.make_command(volume)
