@@ -51,7 +51,7 @@ def test_a_bundled_hook_starts_no_python(node: Node, disk: MakeDisk, tmp_path: P
 
 
 def traced(node: Node, disk: Path, tmp_path: Path) -> tuple[Counter[str], Counter[str], list[float]]:
-    """Create; return how often each program was run and each call made by our processes, and how long they slept."""
+    """Create; return how often each program was run and each call made by processes of ours; the seconds they slept."""
     trace, create = tmp_path / "trace", node.os_dir / "create"
     started = time.time() - time.monotonic()  # boot time of the machine
     subprocess.run(
