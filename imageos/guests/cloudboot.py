@@ -45,7 +45,7 @@ def lists_renderers(target: Target) -> bool:
 
 
 def has_renderer(target: Target, module: str) -> bool:
-    """Return False if cloud-init has renderers, but not this one: 20.4 has none for networkd, 21.1 for NetworkManager.
+    """Return False if cloud-init has renderers, but not this one: 20.4 has none for networkd.
 
     Its package is looked for, as its version does not tell what a distribution has added.
     """
@@ -57,6 +57,17 @@ def has_renderer(target: Target, module: str) -> bool:
     )
     own = next((path for path in directories if target.exists(f"{path}/renderers.py")), "")
     return not own or target.exists(f"{own}/{module}.py")
+
+
+def drop(target: Target, *keys: str) -> list[str]:
+    """Take the first of nested keys out of the files that have the last one; return the names of these."""
+    found = []
+    for path in configuration(target):
+        text = target.read(path) or ""
+        if yaml.has(yaml.scalars(text), *keys):
+            target.write(path, yaml.without(text, keys[0]))
+            found.append(path.rpartition("/")[2])
+    return found
 
 
 def configuration(target: Target) -> Iterator[str]:

@@ -16,7 +16,7 @@ from imageos.ganeti import Instance
 from imageos.guests import accounts, cloudboot
 from imageos.guests.services import is_enabled
 from imageos.guests.target import Target
-from imageos.network import RESOLV_CONF, Interface, render
+from imageos.network import RESOLV_CONF, Interface, existing, render, resolver
 from imageos.settings import Settings
 
 STATE = "/var/lib/cloud"
@@ -44,6 +44,7 @@ INSTANCE_FILES = (
     *(cloudboot.OURS, "/etc/netplan/50-cloud-init.yaml", "/etc/network/interfaces.d/50-cloud-init*"),
 )
 # A guest's text: no pattern may have two ways to match the same blanks, or it takes hours.
+CHOSEN_SOURCE = r"^[ \t]*datasource[ \t]*:.*\n?"  # of ds-identify, which then looks for no other
 # in USER_DATA, which has the last word
 ROOT_DISABLED = r"^(?:[^#\n]*[{,])?[ \t]*[\"']?disable_root[\"']?:\s*[\"']?(true|yes|on|1)\b"
 
@@ -79,6 +80,7 @@ def rename(target: Target, name: str) -> None:
 def write_seed(target: Target, instance: Instance, settings: Settings, interfaces: Sequence[Interface]) -> None:
     """Seed cloud-init for a new instance; forget_instance() removes what it knew of another."""
     target.clear(SEED)  # a file that the image has may be readable to all, and would stay so
+    forget_sources(target, interfaces)
     target.write(f"{SEED}/meta-data", meta_data(instance.name, settings, f"iid-{uuid.uuid4()}"), mode=0o600)
     target.write(f"{SEED}/user-data", settings.user_data or "#cloud-config\n{}\n", mode=0o600)
     target.write(VENDOR_DATA, vendor_data(settings), mode=0o600)
@@ -92,6 +94,18 @@ def write_seed(target: Target, instance: Instance, settings: Settings, interface
     let_in(target, settings)
     if settings.user_data and not is_known(settings.user_data):
         log.warning("USER_DATA does not begin with a line that cloud-init knows, such as #cloud-config: it is ignored")
+
+
+def forget_sources(target: Target, interfaces: Sequence[Interface]) -> None:
+    """Remove what counts more than the seed: the image's choice of a source, what it says of ours, name and network."""
+    target.edit(cloudboot.IDENTIFY, lambda text: re.sub(CHOSEN_SOURCE, "", text, flags=re.MULTILINE))
+    keys = (("datasource", "NoCloud"), ("hostname",), ("fqdn",))
+    found = [path for key in keys for path in cloudboot.drop(target, *key)]
+    if interfaces:
+        found += existing.cloud_init(target, interfaces)
+    if found:
+        files = ", ".join(dict.fromkeys(found))
+        log.info(f"cloud-init is to read its seed: what says otherwise is removed from {files}")
 
 
 def is_known(user_data: str) -> bool:
@@ -137,22 +151,22 @@ def vendor_data(settings: Settings) -> str:
     return "#cloud-config\n" + _document(config)
 
 
-def network_files(target: Target, interfaces: Sequence[Interface], inner: str) -> dict[str, str]:
-    """Return the network-config for a seed that is there (path -> text); `inner`: for what cloud-init writes."""
+def network_files(target: Target, interfaces: Sequence[Interface], programs: Sequence[str]) -> dict[str, str]:
+    """Return the network-config for a seed that is there (path -> text); `programs`: for what cloud-init writes."""
     if not target.is_file(f"{SEED}/meta-data"):
         log.warning(f"cloud-init has no seed in {SEED}: the guest's network is left as it is")
         return {}
-    if not inner:
+    if not programs:
         return {NETWORK_CONFIG: network_config(target, interfaces)}
-    if inner in ("netplan", "networkd"):
-        return {NETWORK_CONFIG: _document(render.version2(interfaces))}
-    return {NETWORK_CONFIG: _document(version1(interfaces, inner == "NetworkManager"))}
+    if programs[0] == "ifupdown":
+        return {NETWORK_CONFIG: _document(version1(interfaces))}
+    return {NETWORK_CONFIG: _document(render.version2(interfaces, programs[-1]))}
 
 
 def network_config(target: Target, interfaces: Sequence[Interface]) -> str:
     """Return the network configuration, in the version that this guest's network programs can follow."""
     if _understands_routes(target):
-        return _document(render.version2(interfaces))
+        return _document(render.version2(interfaces, existing.netplan_renderer(target)))
     return _document(version1(interfaces, not target.which("ifup")))
 
 
@@ -193,7 +207,8 @@ def version1(interfaces: Sequence[Interface], for_network_manager: bool = False)
 
 def needs_resolv_conf(target: Target) -> bool:
     """Return whether the guest has ifupdown, and no program that tells it its DNS servers."""
-    return bool(target.which("ifup")) and not (target.which("resolvconf") or is_enabled(target, "systemd-resolved"))
+    has_resolvconf = target.which("resolvconf") is not None and not resolver.has_only_resolvectl(target)
+    return bool(target.which("ifup")) and not (has_resolvconf or is_enabled(target, resolver.RESOLVED))
 
 
 def _document(value: Any) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from imageos.guests import cloudboot, cloudinit, yaml
+from imageos.guests import cloudboot, cloudinit
 from imageos.guests.services import OWN_UNITS, has_generator, init, is_enabled, is_masked, unit_file
 from imageos.guests.target import Target
 from imageos.network import Interface, existing, render, resolver
@@ -23,15 +23,11 @@ NAMES = ("/etc/udev/rules.d/70-persistent-net.rules", "/etc/udev/rules.d/70-imag
 SOURCES = r"^[ \t]*(source(?:-directory)?[ \t]+/etc/network/interfaces\.d\b.*)$"
 DHCPCD, DHCPCD_HOOK = existing.DHCPCD_CONF, "/etc/dhcpcd.exit-hook"
 CONNMAN = "/etc/connman/main.conf"
-# How cloud-init calls those that it can write for, in the order in which it prefers them
-CLOUD_INIT_WRITES = {
-    "ifupdown": "eni",
-    "ifcfg": "sysconfig",
-    "wicked": "sysconfig",
-    "netplan": "netplan",
-    "NetworkManager": "network-manager",
-    "networkd": "networkd",
-}
+# What cloud-init may write for, in the order in which it prefers them
+CLOUD_INIT_PREFERS = ("ifupdown", "ifcfg", "wicked", "netplan", "NetworkManager", "networkd")
+# How it calls those for which it can write all: for the others it has no word that keeps the routes and DNS servers of
+# DHCP away (20.4 to 25.1)
+CLOUD_INIT_WRITES = {"ifupdown": "eni", "netplan": "netplan", "networkd": "networkd"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,7 @@ def _cloud_init_rules(target: Target) -> bool:
 
 def _cloud_init_writes_for(target: Target, name: str) -> bool:
     """Return whether the guest's cloud-init can: one that is told to use what it does not know configures nothing."""
-    return name in CLOUD_INIT_WRITES and cloudboot.has_renderer(target, CLOUD_INIT_WRITES[name].replace("-", "_"))
+    return name in CLOUD_INIT_WRITES and cloudboot.has_renderer(target, CLOUD_INIT_WRITES[name])
 
 
 def _has_network_manager(target: Target) -> bool:
@@ -189,7 +185,7 @@ def _is_openrc(target: Target, script: str) -> bool:
 
 
 def _cloud_init(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
-    return cloudinit.network_files(target, interfaces, find_inner(target))
+    return cloudinit.network_files(target, interfaces, chain(target, "cloud-init")[1:])
 
 
 def _tell_cloud_init(target: Target, _interfaces: Interfaces, is_ours: bool) -> Mapping[str, str]:
@@ -197,7 +193,7 @@ def _tell_cloud_init(target: Target, _interfaces: Interfaces, is_ours: bool) -> 
     if not is_ours:
         return {cloudboot.OURS: render.HEADER + "network: {config: disabled}\n"}
     inner = find_inner(target)
-    first = next((name for name in CLOUD_INIT_WRITES if _is_installed(target, name)), "")
+    first = next((name for name in CLOUD_INIT_PREFERS if _is_installed(target, name)), "")
     if not inner or (inner == first and not cloudboot.lists_renderers(target)):
         return {cloudboot.OURS: ""}
     config = {"system_info": {"network": {"renderers": [CLOUD_INIT_WRITES[inner]]}}}
@@ -221,24 +217,14 @@ def _is_installed(target: Target, name: str) -> bool:
 
 def _netplan(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
     renderer = _renderer(target)
-    return render.netplan(interfaces, renderer if renderer != "networkd" or _chosen_renderer(target) else "")
+    return render.netplan(interfaces, renderer if renderer != "networkd" or existing.netplan_renderer(target) else "")
 
 
 def _renderer(target: Target) -> str:
     """Return for which program netplan can write: the one that its files choose, else one that is there."""
     able = {"networkd": _has_networkd(target), "NetworkManager": _has_network_manager(target)}
-    chosen = _chosen_renderer(target) or "networkd"
+    chosen = existing.netplan_renderer(target) or "networkd"
     return chosen if able.get(chosen) else next((name for name in able if able[name]), "")
-
-
-def _chosen_renderer(target: Target) -> str:
-    """Return the renderer that netplan's files choose, for all or for ethernet; empty if none."""
-    chosen = ""
-    for path in existing.netplan_files(target):
-        keys = yaml.scalars(target.read(path) or "")
-        for key in (("network", "renderer"), ("network", "ethernets", "renderer")):
-            chosen = keys.get(key, "") or chosen
-    return chosen
 
 
 def _tell_networkd(_target: Target, interfaces: Interfaces, is_ours: bool) -> Mapping[str, str]:

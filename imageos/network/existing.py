@@ -389,6 +389,16 @@ def netplan_files(target: Target) -> list[str]:
     return [by_name[name] for name in sorted(by_name)]
 
 
+def netplan_renderer(target: Target) -> str:
+    """Return the renderer that netplan's files choose, for all or for ethernet; empty if none."""
+    chosen = ""
+    for path in netplan_files(target):
+        keys = yaml.scalars(target.read(path) or "")
+        for key in (("network", "renderer"), ("network", "ethernets", "renderer")):
+            chosen = keys.get(key, "") or chosen
+    return chosen
+
+
 def netplan(target: Target, _interfaces: Interfaces) -> list[str]:
     found = []
     for path in netplan_files(target):
@@ -404,11 +414,4 @@ def netplan(target: Target, _interfaces: Interfaces) -> list[str]:
 
 def cloud_init(target: Target, _interfaces: Interfaces) -> list[str]:
     """Remove a network from cloud-init's configuration: it would count more than that of the seed."""
-    found = []
-    for path in cloudboot.configuration(target):
-        text = target.read(path) or ""
-        keys = yaml.scalars(text)
-        if yaml.has(keys, "network") and keys.get(("network", "config")) != "disabled":
-            target.write(path, yaml.without(text, "network"))
-            found.append(os.path.basename(path))
-    return found
+    return cloudboot.drop(target, "network") if cloudboot.may_configure_network(target) else []

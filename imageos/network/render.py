@@ -33,9 +33,13 @@ IFCFG = "/etc/sysconfig/network-scripts"
 IFCFG_SUSE = "/etc/sysconfig/network"
 
 
-def version2(interfaces: Interfaces) -> dict[str, Any]:
-    """Return netplan's and cloud-init's network configuration, version 2."""
-    return {"version": 2, "ethernets": {interface.name: _ethernet(interface) for interface in interfaces}}
+def version2(interfaces: Interfaces, renderer: str = "") -> dict[str, Any]:
+    """Return netplan's and cloud-init's network configuration, version 2. `renderer`: for whom netplan writes."""
+    ethernets = {interface.name: _ethernet(interface) for interface in interfaces}
+    if renderer == "NetworkManager":
+        for interface in interfaces:
+            ethernets[interface.name].update(_router_advertisements(interface))
+    return {"version": 2, "ethernets": ethernets}
 
 
 def _ethernet(interface: Interface) -> dict[str, Any]:
@@ -75,12 +79,9 @@ def _route2(route: Route) -> dict[str, Any]:
 
 def netplan(interfaces: Interfaces, renderer: str = "") -> Files:
     """Write JSON, which is also YAML. `renderer` is the image's choice; empty: netplan's default."""
-    config = version2(interfaces)
+    config = version2(interfaces, renderer)
     if renderer:
         config["renderer"] = renderer
-    if renderer == "NetworkManager":
-        for interface in interfaces:
-            config["ethernets"][interface.name].update(_router_advertisements(interface))
     return {"/etc/netplan/10-imageos.yaml": HEADER + json.dumps({"network": config}, indent=2) + "\n"}
 
 

@@ -107,7 +107,11 @@ COMMENT = (
 ETH = ("eth0", "eth1")
 NETPLAN = {"usr/libexec/netplan/generate": GENERATE}
 NETPLAN_FOR_NM = {**NETPLAN, "etc/netplan/01.yaml": "network:\n  renderer: 'NetworkManager' # x\n"}
-LAST = ("trixie",)
+OTHER_SOURCES = {
+    "etc/cloud/ds-identify.cfg": "datasource: Ec2\n",
+    "etc/cloud/cloud.cfg.d/90-source.cfg": "datasource: {NoCloud: {seedfrom: /nowhere/}}\n",
+    "etc/cloud/cloud.cfg.d/91-network.cfg": "network: {version: 2, ethernets: {eth0: {dhcp4: true}}}\n",
+}
 NO_NETPLAN = {"etc/systemd/system-generators/netplan": "-> /dev/null"}
 IMAGES = {
     "ifupdown": Image(("ifupdown",), "ifupdown", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH),
@@ -147,30 +151,32 @@ IMAGES = {
         {**NETPLAN, "etc/cloud/cloud-init.disabled": "", "etc/netplan/50-cloud-init.yaml": COMMENT},
         ETH,
     ),
-    "connman": Image(("connman",), "connman", {**NO_NETPLAN, "etc/resolv.conf": STUB}, ETH, suites=LAST),
+    "connman": Image(("connman",), "connman", {**NO_NETPLAN, "etc/resolv.conf": STUB}, ETH),
     "ifupdown-dhcpcd": Image(
         ("ifupdown",), "ifupdown", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH, ("dhclient",)
     ),
-    "cloud-init-ifupdown": Image(("cloud-init", "ifupdown"), "cloud-init", NO_NETPLAN, ETH, suites=LAST),
-    "cloud-init-netplan": Image(("cloud-init", "networkd", "resolved"), "cloud-init", NETPLAN, ETH, suites=LAST),
-    "cloud-init-netplan-NetworkManager": Image(
-        ("cloud-init", "NetworkManager"), "cloud-init", NETPLAN_FOR_NM, ETH, suites=LAST
+    "cloud-init-ifupdown": Image(("cloud-init", "ifupdown"), "cloud-init", NO_NETPLAN, ETH),
+    "cloud-init-netplan": Image(("cloud-init", "networkd", "resolved"), "cloud-init", NETPLAN, ETH),
+    "cloud-init-netplan-NetworkManager": Image(("cloud-init", "NetworkManager"), "cloud-init", NETPLAN_FOR_NM, ETH),
+    "cloud-init-networkd": Image(
+        ("cloud-init", "networkd", "resolved"), "cloud-init", {**NO_NETPLAN, **OTHER_SOURCES}, ETH
     ),
-    "cloud-init-networkd": Image(("cloud-init", "networkd", "resolved"), "cloud-init", NO_NETPLAN, ETH, suites=LAST),
-    "cloud-init-NetworkManager": Image(("cloud-init", "NetworkManager"), "cloud-init", NO_NETPLAN, ETH, suites=LAST),
+    "cloud-init-NetworkManager": Image(("cloud-init", "NetworkManager"), "NetworkManager", NO_NETPLAN, ETH),
 }
 EVERY_PLAN = ("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd")
+# Plan "two" is a static NIC and one with DHCP
+IN_TWO = ("connman", *(name for name in IMAGES if name.startswith("cloud-init-") and name != "cloud-init-off"))
 # The others are asked for what differs there.
 CELLS = {
-    *((name, "static") for name in IMAGES if name != "cloud-init-netplan-NetworkManager"),
+    *((name, "static") for name in IMAGES if name not in IN_TWO),
     *((name, plan) for name in EVERY_PLAN for plan in PLANS if plan != "none"),
-    *((name, "two") for name in ("cloud-init-ifupdown", "cloud-init-networkd")),
+    *((name, "two") for name in IN_TWO),
     *(
         (name, "dual")
-        for name in ("cloud-init-netplan", "cloud-init-netplan-NetworkManager", "cloud-init-NetworkManager")
+        for name in ("cloud-init-ifupdown", "cloud-init-netplan", "cloud-init-netplan-NetworkManager", "connman")
     ),
+    *((name, "routed") for name in ("cloud-init-ifupdown", "connman")),
     ("networkd", "none"),
-    ("connman", "dhcp"),
     ("ifupdown-dhcpcd", "dhcp"),
 }
 TESTS = sorted(
@@ -213,6 +219,7 @@ def prepare(tree: Path, image: Image) -> None:
         ):  # else a link to nothing is not found
             path.unlink()
     (tree / "etc/resolv.conf").unlink(missing_ok=True)
+    (tree / "etc/cloud/cloud.cfg.d/50_locale.cfg").write_text("locale: false\n")  # the image has none
     if (tree / "etc/dhcpcd.conf").exists():
         with (tree / "etc/dhcpcd.conf").open("a") as conf:
             conf.write("nodev\n")  # no udev here that it could wait for

@@ -56,8 +56,8 @@ ORDER = [
     # what makes it boot
     *("guests.bootconfig", "guests.esp", "guests.bootloaders", "guests.initramfs"),
     # the guest's network
-    *("network", "network.files", "network.render", "guests.yaml", "guests.cloudboot", "guests.cloudinit"),
-    *("network.stacked", "network.existing", "network.resolver", "network.backends"),
+    *("network", "network.files", "network.render", "guests.yaml", "guests.cloudboot", "network.stacked"),
+    *("network.existing", "network.resolver", "guests.cloudinit", "network.backends"),
     # its name and identity
     *("guests.guest", "guests.hostname"),
     # images

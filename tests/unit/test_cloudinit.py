@@ -90,6 +90,13 @@ def test_resolv_conf_that_is_no_file(target: Target, is_link: bool) -> None:
     assert not target.exists("/run/systemd")
 
 
+def test_resolv_conf_where_resolvconf_only_asks_a_resolved_that_is_off(target: Target) -> None:
+    target.write("/usr/bin/resolvectl", "", mode=0o755)
+    target.symlink("../bin/resolvectl", "/usr/sbin/resolvconf")
+    network_config(target, ROUTED, "ifup")
+    assert target.read(RESOLV_CONF) == "search example.org\nnameserver 192.0.2.53\n"
+
+
 @pytest.mark.parametrize("helper", ["resolvconf", "resolved", "netplan alone"])
 def test_resolv_conf_is_left_to_who_writes_it(target: Target, helper: str) -> None:
     target.write("/etc/resolv.conf", "theirs\n")
@@ -98,6 +105,30 @@ def test_resolv_conf_is_left_to_who_writes_it(target: Target, helper: str) -> No
             target.write(f"{directory}/systemd-resolved.service", "[Service]\n")
     network_config(target, ROUTED, *{"resolvconf": ["ifup", "resolvconf"], "resolved": ["ifup"]}.get(helper, []))
     assert target.read("/etc/resolv.conf") == "theirs\n"
+
+
+def test_nothing_counts_more_than_the_seed(target: Target) -> None:
+    """An image's own source and name, and Ubuntu's installer, which leaves a network of its own."""
+    target.write("/etc/cloud/ds-identify.cfg", "policy: enabled\ndatasource: Ec2\n")
+    target.write(
+        "/etc/cloud/cloud.cfg.d/50-source.cfg",
+        "a: b\ndatasource:\n  NoCloud: {seedfrom: /there/}\nfqdn: t.example.org\n",
+    )
+    target.write("/etc/cloud/cloud.cfg.d/90-installer-network.cfg", "network: {version: 2}\n")
+    target.write("/etc/cloud/cloud.cfg", "datasource: {Ec2: {strict_id: false}}\n")
+    cloudinit.write_seed(target, INSTANCE, Settings(), ())
+    assert target.read("/etc/cloud/ds-identify.cfg") == "policy: enabled\n"
+    assert target.read("/etc/cloud/cloud.cfg.d/50-source.cfg") == "a: b\n"
+    assert target.read("/etc/cloud/cloud.cfg") == "datasource: {Ec2: {strict_id: false}}\n"
+    assert target.read("/etc/cloud/cloud.cfg.d/90-installer-network.cfg") == "network: {version: 2}\n"  # no NIC
+    cloudinit.write_seed(target, INSTANCE, Settings(), [STATIC])
+    assert target.read("/etc/cloud/cloud.cfg.d/90-installer-network.cfg") == ""
+
+
+def test_network_manager_refuses_no_profile_of_netplan(target: Target) -> None:
+    """It refuses one with an IPv6 server and an IPv6 that is ignored, as netplan writes it without these words."""
+    target.write("/etc/netplan/01-network-manager-all.yaml", "network: {renderer: NetworkManager}\n")
+    assert network_config(target, STATIC, "netplan")["ethernets"]["eth0"]["dhcp6"] is True  # type: ignore[index]
 
 
 def test_root_password() -> None:

@@ -766,19 +766,19 @@ def test_list_of_the_image_without_what_is_enabled(guest: Path, target: Target) 
         assert '{"renderers": ["networkd"]}' in contents(guest)["etc/cloud/cloud.cfg.d/zz-imageos-network.cfg"]
 
 
-RENDERERS_OF_21_1 = ("eni", "netplan", "networkd", "sysconfig", "renderers")
+RENDERERS_OF_20_4 = ("eni", "netplan", "sysconfig", "renderers")
 
 
 @pytest.mark.parametrize("packages", ["usr/lib/python3.9/site-packages", "usr/lib/python3/dist-packages"])
 def test_cloud_init_has_no_such_renderer(packages: str, guest: Path, target: Target) -> None:
     """Told to use one that it does not know, it would configure nothing at all."""
-    make(guest, {**CLOUD_INIT, **enabled("NetworkManager"), "usr/bin/NetworkManager": "x", "sbin/ifup": "x"})
-    make(guest, {f"{packages}/cloudinit/net/{name}.py": "" for name in RENDERERS_OF_21_1})
+    make(guest, {**CLOUD_INIT, **enabled("systemd-networkd"), "sbin/ifup": "x"})
+    make(guest, {f"{packages}/cloudinit/net/{name}.py": "" for name in RENDERERS_OF_20_4})
     for _ in range(2):
-        assert find(target) == "NetworkManager"
-        configure(target, "NetworkManager", PLANS["dhcp"])
+        assert find(target) == "networkd"
+        configure(target, "networkd", PLANS["dhcp"])
         assert "network: {config: disabled}\n" in contents(guest)["etc/cloud/cloud.cfg.d/zz-imageos-network.cfg"]
-    make(guest, {f"{packages}/cloudinit/net/network_manager.py": ""})
+    make(guest, {f"{packages}/cloudinit/net/networkd.py": ""})
     assert find(target) == "cloud-init"
 
 
@@ -791,11 +791,13 @@ def test_network_of_cloud_inits_own_configuration(guest: Path, target: Target) -
     assert contents(guest)["etc/cloud/cloud.cfg.d/50-net.cfg"] == "a: b\nc: d\n"
 
 
-def test_cloud_init_is_forbidden_what_it_cannot_write_for(guest: Path, target: Target) -> None:
-    make(guest, {**CLOUD_INIT, **GUESTS["connman"]})
+@pytest.mark.parametrize("name", ["connman", "NetworkManager", "ifcfg", "wicked"])
+def test_cloud_init_is_forbidden_what_it_cannot_write_for(name: str, guest: Path, target: Target) -> None:
+    """Or cannot in full: it would let DHCP on a second NIC set the default route of three of these."""
+    make(guest, {**CLOUD_INIT, **GUESTS[name]})
     for _ in range(2):
-        assert find(target) == "connman"
-        configure(target, "connman", PLANS["dhcp"])
+        assert find(target) == name
+        configure(target, name, PLANS["dhcp"])
         assert "network: {config: disabled}\n" in contents(guest)["etc/cloud/cloud.cfg.d/zz-imageos-network.cfg"]
 
 
