@@ -104,6 +104,7 @@ inside systemctl list-jobs --no-legend --no-pager || true
 inside systemctl list-units --failed --no-legend --plain --no-pager || true
 inside cat /etc/resolv.conf || true
 inside journalctl --boot --no-pager --output=cat --lines=150 || true
+eval "$ASK"
 """
 # Sends whole checksums, as a network does: connman 1.41 reads no DHCP offer whose checksum a veth leaves to a card
 WHOLE = """
@@ -146,8 +147,11 @@ class Seen:
     log: str
 
 
-def boot(tree: Path, names: Sequence[str], expected: int) -> Seen:
-    """Boot the guest in `tree` with NICs called `names`; wait until it has as many addresses as expected."""
+def boot(tree: Path, names: Sequence[str], expected: int, ask: str = "") -> Seen:
+    """Boot the guest in `tree` with NICs called `names`; wait until it has as many addresses as expected.
+
+    `ask`: commands of bash beside the guest, where `inside` starts one of the guest's; what they print ends the log.
+    """
     done = subprocess.run(
         ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--net", "--pid", "--fork", "--kill-child"]
         + ["--mount-proc", "bash", "-c", WORLD, "world", str(tree), str(expected), " ".join(names)],
@@ -155,7 +159,7 @@ def boot(tree: Path, names: Sequence[str], expected: int) -> Seen:
         capture_output=True,
         encoding="utf-8",
         errors="replace",
-        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "GUEST": GUEST, "WHOLE": WHOLE},
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "GUEST": GUEST, "WHOLE": WHOLE, "ASK": ask},
         timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr

@@ -253,7 +253,7 @@ def calm(tree: Path) -> None:
     inittab.write_text("".join(f"{line}\n" for line in lines if ":respawn:" not in line))
 
 
-def deploy(tree: Path, nics: Mapping[str, str], count: int, dns: str) -> str:
+def deploy(tree: Path, nics: Mapping[str, str], count: int, dns: str, keys: str = "") -> str:
     """Make the tree an instance's own, as `create` does with the hook `interfaces`; return the ruling program."""
     given = {name: text for name, text in recorded("create-kvm-network").items() if not name.startswith("NIC_")}
     given["NIC_COUNT"] = str(count)
@@ -261,7 +261,7 @@ def deploy(tree: Path, nics: Mapping[str, str], count: int, dns: str) -> str:
         given[f"NIC_{number}_MAC"], given[f"NIC_{number}_MODE"] = MACS[number], "bridged"
         given[f"NIC_{number}_IP"] = ""
     instance = ganeti.instance({**given, **nics})
-    settings = Settings(dns_servers=dns)
+    settings = Settings(dns_servers=dns, ssh_authorized_keys=keys)
     with opened(str(tree)) as target:
         hostname.write(target, instance.name)
         guest.forget_identity(target)
@@ -286,6 +286,32 @@ def test_network(name: str, planned: str, tree: Path) -> None:
     assert {("" if gateway == LINK_GATEWAY else gateway, mac) for gateway, mac in seen.routes} == wanted.routes
     assert seen.who == wanted.who
     assert seen.state == "running"
+
+
+@pytest.mark.parametrize("system", [(suite, "networks") for suite in SUITES], indirect=True, ids=SUITES)
+def test_name_and_logins_by_cloud_init(tree: Path, tmp_path: Path) -> None:
+    """Options of a key count for root and the default user alike; a name of the image's does not."""
+    keys = {"free": "", "near": 'from="192.0.2.1" ', "far": 'from="198.51.100.7" '}
+    for name in keys:
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name)
+    lines = [f"{options}{(tmp_path / f'{name}.pub').read_text()}" for name, options in keys.items()]
+    prepare(tree, IMAGES["cloud-init-networkd"])
+    named = "hostname: image\nfqdn: image.example.com\nmanage_etc_hosts: true\n"
+    (tree / "etc/cloud/cloud.cfg.d/60-name.cfg").write_text(named)
+    deploy(tree, STATIC, 1, DNS, "".join(lines))
+    options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o BatchMode=yes -o IdentitiesOnly=yes"
+    ask = f"""
+        for _ in $(seq 300); do inside systemctl is-active --quiet ssh && break; sleep 0.1; done
+        echo; echo "name $(inside hostname --fqdn)"
+        for user in root debian; do for key in {" ".join(keys)}; do
+          ssh -n -F none {options} -i {tmp_path}/$key $user@192.0.2.10 true && echo "let in $user $key" || true
+        done; done
+    """
+    seen = booted.boot(tree, ETH[:1], 1, ask)
+    print(seen.log)
+    said = re.findall("^(?:name|let in) .*", seen.log, re.MULTILINE)
+    lets_in = [f"let in {user} {key}" for user in ("root", "debian") for key in ("free", "near")]
+    assert said == ["name inst1.example.org", *lets_in]
 
 
 @pytest.mark.parametrize("planned", [name for name in PLANS if name != "none"])
