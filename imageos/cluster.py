@@ -11,8 +11,8 @@ import re
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from imageos import log
 from imageos.errors import Failure, Interrupted
@@ -34,8 +34,7 @@ JOB = 3600.0  # ... to do something: other jobs of the cluster may come first
 MOST_NAMES = 10000  # that are compared with one that is wrong
 
 
-@dataclass(frozen=True)
-class ClusterInstance:
+class ClusterInstance(NamedTuple):
     name: str  # in full
     os: str
     node: str  # its primary node

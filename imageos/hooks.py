@@ -8,8 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from imageos import ganeti, log, logins
 from imageos.disks.blockdev import LoopDevice
@@ -28,8 +27,7 @@ from imageos.settings import Settings
 LONGEST = 1 << 20  # bytes of a hook of ours
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(NamedTuple):
     """A command that runs hooks, and its guest."""
 
     action: str  # create, import or rename

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from imageos import ganeti, settings
 from imageos.errors import Failure
@@ -40,8 +41,7 @@ DIRECTORIES = (
 )
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One path that is put in place: a file with `content`, or a link with the text `link`."""
 
     path: str

@@ -16,9 +16,8 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from enum import Enum
-from typing import IO
+from typing import IO, NamedTuple
 
 from imageos import log
 from imageos.causes import cause
@@ -44,8 +43,7 @@ class Outside(Enum):
     SHELL = "the operator's own, in mount-disks --shell"
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """A program of the node and what it has to itself; or one outside, or one that a function of its own confines.
 
     That function runs in the child, before the program.
@@ -59,8 +57,7 @@ class Command:
     private: bool = False  # its output stays out of the debug log
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """A process that has ended. `status` is negative for a signal, as in subprocess."""
 
     argv: Sequence[str]
@@ -187,8 +184,7 @@ def foreground(command: Command) -> int:
 # --- starting --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     popen: subprocess.Popen[bytes]
     confined: bool
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from imageos import ganeti, log, logins, shellfiles
 from imageos.errors import Failure, nearest
@@ -149,8 +149,7 @@ def _for_ganeti(text: str) -> str:
     return text
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     kind: Callable[[str], Any]  # text -> value
     default: str  # text as in a file; empty means none: decided when needed
     doc: str

@@ -12,8 +12,8 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 
 from imageos import log
 from imageos.errors import Failure, TimedOut
@@ -107,8 +107,7 @@ class MissingFile(Failure):
         self.path = path
 
 
-@dataclass(frozen=True)
-class Said:
+class Said(NamedTuple):
     """A line that was said, or a failure that the file does not handle, while `main` was evaluated."""
 
     main: str
@@ -122,8 +121,7 @@ class Said:
         return ": ".join(word for word in (self.file, self.line and f"line {self.line}", self.text) if word)
 
 
-@dataclass(frozen=True)
-class Rules:
+class Rules(NamedTuple):
     # whether what was said of a file may hold a secret: its path, the text, and all variables, if they are known
     is_secret: Callable[[str, str, Mapping[str, str] | None], bool] = lambda _path, _text, _variables: False
     # what must not come out empty of a file in which something has failed
@@ -241,7 +239,7 @@ def _heard(stderr: str, shell: str) -> Iterator[Said]:
         if _MARK.fullmatch(line):
             status, file, number = [*line[1:].split("\1"), "", ""][:3]
             place = (file, number)
-            yield from (replace(said, lost=said.lost or (said.file, said.line) == place) for said in lines)
+            yield from (said._replace(lost=said.lost or (said.file, said.line) == place) for said in lines)
             if not number:
                 main = status
             elif file:  # not our own `.`
@@ -302,7 +300,7 @@ def _told(said: Said, rules: Rules, variables: Mapping[str, str] | None) -> Said
     known = variables or ({} if said.line else None)  # the shell quotes no variable
     if said.status or not rules.is_secret(said.file, said.text, known):
         return said
-    return replace(said, text="(not shown, as the file sets a secret)" if said.line else "")
+    return said._replace(text="(not shown, as the file sets a secret)" if said.line else "")
 
 
 def _check(what: str, path: str, values: Mapping[str, str], said: Sequence[Said], vital: Collection[str]) -> None:
@@ -337,7 +335,7 @@ def _ended(what: str, path: str, status: int, said: Sequence[Said]) -> Failure:
         return Failure(f"{what} {line}", hint=_remedy(line), details=_details(said, str(line)))
     if status and located and located[-1].status in (0, status):  # by `set -e`, `set -u`, ${name:?}
         last = located[-1]
-        line = last if last.text else replace(last, text=f"the command failed with status {last.status}")
+        line = last if last.text else last._replace(text=f"the command failed with status {last.status}")
         return Failure(f"{what} {line}", hint=_remedy(line), details=_details(said, str(line)))
     return Failure(
         f"{what} {path}: it ended the shell with status {status}",

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageos import log
 from imageos.backups.stream import Source, damaged
@@ -44,8 +44,7 @@ FOREIGN = {
 }
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     name: str
     size: int
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import socket
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from imageos import __version__, log
 from imageos.errors import Failure
@@ -18,8 +18,7 @@ OK, NOTE, ERROR, UNKNOWN = "ok", "note", "error", "unknown"
 MARKS = {OK: ("ok", "32"), NOTE: ("note", "33"), ERROR: ("ERROR", "1;31"), UNKNOWN: ("?", "2")}  # and colours
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     level: str
     what: str
     hint: str
@@ -68,7 +67,7 @@ def as_json(report: Report) -> str:
         "imageos": __version__,
         "node": socket.gethostname(),
         "can_deploy": ERROR not in levels(report),
-        "findings": [{"area": area, **dataclasses.asdict(found)} for area in report for found in report[area]],
+        "findings": [{"area": area, **found._asdict()} for area in report for found in report[area]],
     }
     return json.dumps(document, indent=2) + "\n"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from imageos import ganeti, log
 from imageos.checks.report import Finding, error, failed, note, ok
@@ -129,7 +129,7 @@ def check_images(variants: Iterable[Variant]) -> Iterator[Finding]:
     for variant in variants:
         found = checked.setdefault(variant.of_image, [])
         found += [] if found else _of_image(variant)
-        yield from (replace(finding, what=f"variant {variant.name}{finding.what}") for finding in found)
+        yield from (finding._replace(what=f"variant {variant.name}{finding.what}") for finding in found)
 
 
 def _of_image(variant: Variant) -> Iterator[Finding]:

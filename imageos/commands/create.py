@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from imageos import ganeti, hooks, log, network
 from imageos.disks import blockdev, discovery, filesystem, fstab, grow, mounting, partitions
@@ -57,8 +58,7 @@ def leave_to_ganeti(instance: Instance, image: str) -> None:
     log.info(f"os-image={image}: Ganeti has written that to the first disk itself; the disks are left as it made them")
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(NamedTuple):
     """The request, as checked before the first write."""
 
     instance: Instance

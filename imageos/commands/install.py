@@ -145,7 +145,7 @@ def put(root: str, entry: Entry, known: Mapping[str, str] = {}) -> bool:  # noqa
     if entry.site and (old is not None or os.path.islink(path)):  # a link leads perhaps to what is not mounted yet
         if old is not None and digest(old) == known.get(entry.path) and not os.path.islink(path):
             # a hook that the site has made executable stays so
-            _replace(path, dataclasses.replace(entry, mode=os.stat(path).st_mode & 0o777))
+            _replace(path, entry._replace(mode=os.stat(path).st_mode & 0o777))
             _withdraw(path, entry, known)
             return True
         if not entry.offered or content(path + ".new") == entry.content:

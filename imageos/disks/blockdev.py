@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from imageos import log
 from imageos.disks.layout import MIB, SECTOR, Layout, sfdisk_script
@@ -36,8 +36,7 @@ SIGNATURES = MIB
 ZERO_STEP = 256 * MIB
 
 
-@dataclass(frozen=True)
-class Disk:
+class Disk(NamedTuple):
     """A disk of the instance while it is ours."""
 
     path: str  # as Ganeti names it

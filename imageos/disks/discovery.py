@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from imageos import log
 from imageos.disks import btrfs, filesystem, fstab, mounting, partitions
@@ -42,8 +42,7 @@ class NotReplayed(NotSeen):
     """A filesystem could not be looked at in its last state, since nothing may be written to its disk."""
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     table: Table
     root: Part  # of several devices of one btrfs, that which can grow: the last on the disk
     volumes: tuple[Volume, ...]  # the root first
@@ -51,8 +50,7 @@ class Found:
     is_replayed: bool = True  # False: the root's journal was not replayed, so all this may be outdated
 
 
-@dataclass(frozen=True)
-class _System:
+class _System(NamedTuple):
     """A partition (or subvolume) that holds a system, with its fstab."""
 
     part: Part
@@ -74,7 +72,7 @@ def find(loop: LoopDevice, mounted: tuple[str, ...] = MOUNTED) -> Found:
 
 def find_on(table: Table, mounted: tuple[str, ...] = MOUNTED) -> Found:
     """As `find`, on partitions that have been read."""
-    table = replace(table, parts=tuple(_replayed(part) for part in table.parts))
+    table = table._replace(parts=tuple(_replayed(part) for part in table.parts))
     system = _find_system(table)
     try:
         volumes = tuple(_volumes(table, system, mounted))
@@ -139,7 +137,7 @@ def _find_system(table: Table) -> _System:
                 continue
             system = _look(part, seen, doubts)
             if system:
-                systems.append(replace(system, is_whole=not system.lacks_usr or _has_usr(table, system)))
+                systems.append(system._replace(is_whole=not system.lacks_usr or _has_usr(table, system)))
         if systems:
             return _choose(systems, table.parts)
         if doubts:  # whatever the other partitions hold, this may be the root

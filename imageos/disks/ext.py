@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SUPERBLOCK = 1024  # its offset and its size
 MAGIC = 0xEF53
@@ -34,8 +34,7 @@ class Doubtful(Exception):
     """The bitmaps cannot be trusted; the message says why."""
 
 
-@dataclass(frozen=True)
-class Superblock:
+class Superblock(NamedTuple):
     blocks: int
     first: int  # block number of the first group
     block_size: int

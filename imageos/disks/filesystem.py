@@ -7,8 +7,8 @@ import re
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from resource import RLIM_INFINITY
+from typing import NamedTuple
 
 from imageos.disks import btrfs, ext, layout, superblock
 from imageos.disks.layout import MIB, Layout
@@ -32,8 +32,7 @@ _ON_ERROR = "errors=remount-ro"  # errors=panic, in the superblock, would be the
 MADE = {"root": "/", "boot": "/boot"}  # role -> mount point and label of the filesystems that are made
 
 
-@dataclass(frozen=True)
-class Filesystem:
+class Filesystem(NamedTuple):
     """How one type of filesystem is made, judged, mounted, read, checked and grown."""
 
     make: Callable[[str, str, str], list[str]]  # device, UUID, label -> command
@@ -138,8 +137,7 @@ FILESYSTEMS = {
 }
 
 
-@dataclass(frozen=True)
-class Volume:
+class Volume(NamedTuple):
     """A filesystem (of a btrfs: one subvolume) or swap of the guest, as we made or found it."""
 
     role: str  # esp, boot, swap, root, usr or var; member: another device of one of them; data for any other

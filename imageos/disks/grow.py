@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from imageos import log
 from imageos.disks import blockdev, lvm, mounting, partitions, superblock
@@ -148,7 +147,7 @@ def _grow(loop: LoopDevice, table: Table, root: Part) -> Failure | None:
     """Grow the filesystem on `root`, whatever that is, and what is below it; return why it has not grown to the end."""
     if table.kind == "gpt":
         _move_backup_header(loop)
-        table = replace(table, end=partitions.read_table(loop.path, loop.size).end)
+        table = table._replace(end=partitions.read_table(loop.path, loop.size).end)
     if root.volume:
         _show_partitions(loop, table, root, root.size)
         table = _grow_holder(loop, table, root)
@@ -287,7 +286,7 @@ def _grow_holder(loop: LoopDevice, table: Table, root: Part) -> Table:
     groups, problem = lvm.read({part.device: part.uuid for part in table.partitions if part.device in group.starts})
     if problem:
         raise problem
-    return replace(table, groups=groups)
+    return table._replace(groups=groups)
 
 
 def _extend_volume(loop: LoopDevice, table: Table, root: Part) -> int:

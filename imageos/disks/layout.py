@@ -6,7 +6,7 @@ Sizes and offsets are bytes, aligned to 1 MiB.
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageos.errors import Failure
 from imageos.log import size as readable
@@ -39,8 +39,7 @@ BIOS_SIZE = 1 * MIB
 ESP_SIZE = 128 * MIB  # the least that every mkfs.vfat makes a FAT32 of with room for two loaders
 
 
-@dataclass(frozen=True)
-class Partition:
+class Partition(NamedTuple):
     number: int
     role: str  # bios, esp, boot, swap or root
     start: int
@@ -49,8 +48,7 @@ class Partition:
     bootable: bool = False
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     table: str  # msdos or gpt
     disk_id: str
     partitions: tuple[Partition, ...]

@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from imageos.errors import Failure
 from imageos.node.confinement import Room
@@ -59,16 +59,14 @@ class Extents:
         return self.first + self.count
 
 
-@dataclass(frozen=True)
-class LogicalVolume:
+class LogicalVolume(NamedTuple):
     name: str
     id: str  # its group's UUID and its own, as device-mapper has them
     extents: Extents | None
     obstacle: str = ""  # why it cannot be used, as in "it is not linear but striped"
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     name: str
     extent_size: int  # bytes
     starts: Mapping[str, int]  # device of a physical volume -> where its first extent is, in bytes

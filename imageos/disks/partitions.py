@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from imageos import log
 from imageos.disks import blockdev, lvm, superblock
@@ -30,8 +29,7 @@ class NoSystem(Failure):
     """The disk holds no system that is known here, or not certainly; nothing went wrong."""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A partition, a logical volume, or the whole disk where there is no partition table, and what it holds."""
 
     number: int  # 0: the whole disk, or a logical volume
@@ -59,8 +57,7 @@ class Part:
         return f"partition {self.number}" if self.number else "the disk"
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     kind: str  # gpt, dos or, where there is none, an empty string
     parts: tuple[Part, ...]  # in the order of their numbers, then the logical volumes
     end: int  # bytes: where the last partition may end
@@ -80,7 +77,7 @@ def read(loop: LoopDevice) -> Table:
     if not table.parts:
         table = _whole(loop.path, loop.size)
     blockdev.set_partitions(loop, [(part.number, part.start, part.size) for part in table.parts if part.number])
-    table = replace(table, parts=tuple(probe(part) for part in table.parts))
+    table = table._replace(parts=tuple(probe(part) for part in table.parts))
     return with_volumes(loop, table) if any(part.kind == PHYSICAL for part in table.parts) else table
 
 
@@ -91,7 +88,7 @@ def with_volumes(loop: LoopDevice, table: Table) -> Table:
     unread = re.sub(r"/dev/\w+", lambda node: str(holders.get(node[0], node[0])), str(problem or ""))
     placed = [_place(group, volume, holders) for group in groups for volume in group.volumes]
     volumes = [
-        part if part.obstacle else probe(replace(part, device=blockdev.attach_range(loop, part.start, part.size)))
+        part if part.obstacle else probe(part._replace(device=blockdev.attach_range(loop, part.start, part.size)))
         for part in placed
     ]
     for group in groups:
@@ -99,11 +96,11 @@ def with_volumes(loop: LoopDevice, table: Table) -> Table:
             holder = holders[extents.device]
             start, size = group.position(extents)
             free = (holder.start + start, min(holder.start + start + size, holder.end))
-            holders[extents.device] = replace(holder, free=(*holder.free, free))
+            holders[extents.device] = holder._replace(free=(*holder.free, free))
     partitions = [holders.get(part.device, part) for part in table.partitions]
     hide_physical(loop, table)
-    return replace(
-        table, parts=(*partitions, *volumes), groups=groups, unread=unread, remedy=problem.hint if problem else None
+    return table._replace(
+        parts=(*partitions, *volumes), groups=groups, unread=unread, remedy=problem.hint if problem else None
     )
 
 
@@ -147,7 +144,7 @@ def probe(part: Part) -> Part:
         raise done.failure()
     seen = parse_probe(done.stdout.decode("utf-8", "replace"))
     kind = "several filesystems at once" if done.status == 8 else seen.get("TYPE", "")
-    return replace(part, kind=kind, uuid=seen.get("UUID", ""), label=seen.get("LABEL", ""))
+    return part._replace(kind=kind, uuid=seen.get("UUID", ""), label=seen.get("LABEL", ""))
 
 
 # --- pure ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageos.errors import Failure
 
@@ -26,8 +26,7 @@ RECOVERY = {"single", "recovery"}
 ENVIRONMENT_SIZE = 1024  # bytes of GRUB's environment block
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     add: tuple[str, ...]
     root: str = ""  # UUID of the new root; empty: the guest keeps the root that it has
     kind: str = ""  # type of its filesystem

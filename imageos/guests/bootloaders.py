@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from imageos import log
 from imageos.disks.filesystem import Volume
@@ -34,8 +34,7 @@ class CannotBoot(Failure):
     """The guest has no boot loader that could start it from its disk."""
 
 
-@dataclass(frozen=True)
-class Boot:
+class Boot(NamedTuple):
     guest: Target
     change: Change  # of its kernel command lines; with a new root, imageos has made the disk
     disk: str
@@ -46,8 +45,7 @@ class Boot:
     on_lvm: bool = False  # the root or /boot
 
 
-@dataclass(frozen=True)
-class BootLoader:
+class BootLoader(NamedTuple):
     is_in: Callable[[Target], object]
     menus: tuple[str, ...]  # patterns of paths
     configure: Callable[[Boot], object]

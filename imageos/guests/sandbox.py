@@ -13,7 +13,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageos.errors import explained
 from imageos.node import limits, linux, seccomp
@@ -40,8 +40,7 @@ GUEST_DEVICES = {**DEVICES, "tty": (5, 0)}
 LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 8 << 30, resource.RLIMIT_AS: 4 << 30}
 
 
-@dataclass(frozen=True)
-class GuestDisk:
+class GuestDisk(NamedTuple):
     """The guest's own disk as it may see it: device nodes, and UUID -> node of its filesystems."""
 
     nodes: Sequence[str]

@@ -13,8 +13,8 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 from imageos import log
 from imageos.disks import blockdev, discovery, ext, mounting, partitions, usage
@@ -56,8 +56,7 @@ NOT_DUMPED = {
 }
 
 
-@dataclass(frozen=True)
-class Destination:
+class Destination(NamedTuple):
     """Where the image goes, and what it is called."""
 
     directory: str
@@ -74,8 +73,7 @@ class Destination:
         return f"{self.directory}/{self.name}{suffix}"
 
 
-@dataclass(frozen=True)
-class DiskCopy:
+class DiskCopy(NamedTuple):
     """The copy of the disk, complete and settled."""
 
     loop: LoopDevice
@@ -83,8 +81,7 @@ class DiskCopy:
     used: int  # bytes
 
 
-@dataclass(frozen=True)
-class ImageFile:
+class ImageFile(NamedTuple):
     """A file of the image, without a name yet."""
 
     suffix: str
@@ -92,8 +89,7 @@ class ImageFile:
     sha256: str
 
 
-@dataclass(frozen=True)
-class CaptureFormat:
+class CaptureFormat(NamedTuple):
     """A type of image as it is captured."""
 
     image_type: str  # a key of IMAGE_TYPES
@@ -111,7 +107,7 @@ def capture(source: str, capture_format: CaptureFormat, destination: Destination
     with ExitStack() as stack:
         with writing_to(destination):
             directory = os.open(destination.directory, os.O_RDONLY | os.O_DIRECTORY)
-        destination = replace(destination, opened=stack.enter_context(linux.closing(directory)))
+        destination = destination._replace(opened=stack.enter_context(linux.closing(directory)))
         with blockdev.claimed(source, read_only=True) as disk:
             before = blockdev.last_write(disk)
             with log.phase(f"looked at the disk of {log.size(disk.size)}"):

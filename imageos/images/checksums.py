@@ -10,8 +10,9 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from imageos import log
@@ -47,8 +48,7 @@ GOOD = "good"  # what is found of a signature that verifies; else it is the reas
 KEYRING_HINT = "the keyring must be as gpg --export writes it (an armored one: gpg --dearmor)"
 
 
-@dataclass(frozen=True)
-class Signer:
+class Signer(NamedTuple):
     """A key that may sign."""
 
     keyring: str = ""  # path; empty: nothing need be signed
@@ -74,8 +74,7 @@ class Signature(Checksum):
     signer: Signer
 
 
-@dataclass(frozen=True)
-class Policy:
+class Policy(NamedTuple):
     """The demands of the settings on one image before it is used."""
 
     pin: Checksum | None = None  # that it must have, whatever the server says
@@ -132,7 +131,7 @@ def verify_file(settings: Settings, path: str, descriptor: int) -> None:
     url = quote(path)
     wanted = policy(settings, url)
     node = Node({**os.environ, **settings.unknown})
-    checksums = expected(node, replace(wanted, signer=Signer()), url)
+    checksums = expected(node, wanted._replace(signer=Signer()), url)
     if wanted.signer.keyring and (checksums or _signature(node, url, wanted.signer)):
         checksums = expected(node, wanted, url)
     if not checksums:
@@ -390,7 +389,7 @@ def _signed(web: Web, url: str, content: bytes, signer: Signer) -> bytes | None:
         if INLINE in signature:  # a second copy of the text
             verdict = _judge(signer, [signature], ["--output", "-"])
             if not verdict.problem and verdict.signed.split() != content.split():
-                verdict = replace(verdict, problem="what is signed is another text")
+                verdict = verdict._replace(problem="what is signed is another text")
         else:
             verdict = _judge(signer, [signature, content])
         if not verdict.problem:
@@ -399,8 +398,7 @@ def _signed(web: Web, url: str, content: bytes, signer: Signer) -> bytes | None:
     return _verified(url, verdicts[0]) if verdicts else None
 
 
-@dataclass(frozen=True)
-class _Verdict:
+class _Verdict(NamedTuple):
     """What gpgv says of a signature."""
 
     signer: Signer

@@ -11,7 +11,6 @@ import re
 import struct
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from imageos.errors import Failure
@@ -60,8 +59,7 @@ LONGEST_DESCRIPTOR = 1 << 20  # bytes
 MOST_TABLE_ENTRIES = 512  # as QEMU
 
 
-@dataclass(frozen=True)
-class Vmdk:
+class Vmdk(NamedTuple):
     flags: int
     size: int  # of the disk, as all below in bytes
     grain: int

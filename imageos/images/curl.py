@@ -10,7 +10,7 @@ import re
 import select
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from imageos import __version__
@@ -74,8 +74,7 @@ class Transient(Exception):
     """A failure that may not happen at the next attempt."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """The head of a server's answer; read the content from it."""
 
     status: int

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageos import log
 from imageos.disks import blockdev
@@ -44,8 +44,7 @@ def suffixes(first: Sequence[str], more: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*first, *more, *(suffix + packed for packed in COMPRESSED for suffix in plain)]))
 
 
-@dataclass(frozen=True)
-class Content:
+class Content(NamedTuple):
     format: Format | None  # None: raw
     size: int  # bytes of the disk; if it has to be unpacked, or has not arrived, at least so many
 

@@ -13,7 +13,6 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from imageos import log
@@ -224,7 +223,7 @@ def judge(image: Image, directory: str, finished: Sequence[Finished], follower: 
     failure = follower.failure()
     # where restore ended before the dump did, it has to say why
     if failure and not (isinstance(failure, Truncated) and tee and tee.status == -signal.SIGPIPE):
-        check_stages(image, [*upstream, replace(restore, status=0)])
+        check_stages(image, [*upstream, restore._replace(status=0)])
         failure.details = (*failure.details, *damage[:10])
         raise failure
     check_stages(image, finished)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageos.images import containers, qcow2
 from imageos.images.words import Read
@@ -11,8 +11,7 @@ from imageos.images.words import Read
 Judge = Callable[[Read, int], int]  # of the bytes of the file
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     name: str  # for messages
     driver: str  # qemu-img's name
     marks: Sequence[tuple[int, bytes]]  # any of these, at an offset from the beginning or, if negative, from the end

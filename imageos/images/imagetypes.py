@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 from imageos import log
@@ -20,8 +20,7 @@ from imageos.node.programs import require
 from imageos.settings import Settings, is_pin
 
 
-@dataclass(frozen=True)
-class ImageType:
+class ImageType(NamedTuple):
     """One type of image, by its name in IMAGE_TYPE."""
 
     suffixes: tuple[str, ...]  # behind NAME-ARCH, in the order in which they are looked for

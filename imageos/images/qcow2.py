@@ -7,7 +7,7 @@ Format: docs/interop/qcow2.txt of QEMU. All integers are big-endian.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageos.errors import Failure
 from imageos.images.containers import FLATTEN, LARGEST, SECTOR
@@ -38,8 +38,7 @@ def virtual_size(read: Read, _file_size: int = 0) -> int:
     return header.size
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """The content of the first bytes; sizes and offsets in bytes."""
 
     size: int  # of the disk

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -110,7 +109,7 @@ class Web:
         log.info(f"{shown(url)}: the server packs it, although nobody has asked for that")
         with self._answered(url, {}, curl.UNPACKED) as answer:  # all of it: its ranges are of what is packed
             known = {name: value for name, value in answer.headers.items() if name != "content-length"}
-            yield _checked(url, dataclasses.replace(answer, headers=known))
+            yield _checked(url, answer._replace(headers=known))
 
     def patiently(self, url: str, attempt: Callable[[], T], so_far: Callable[[], int] = lambda: 0) -> T:
         """Return the result of `attempt`; repeat it when it raises Transient. In the end raise Unreachable.

@@ -12,7 +12,7 @@ import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Union
+from typing import NamedTuple, Union
 
 from imageos import log
 from imageos.errors import Failure
@@ -45,8 +45,7 @@ class Interface:
     takes_dns: bool = True  # use the DNS servers that DHCP or a router offers; False if any are set
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """A default route."""
 
     version: int  # 4 or 6
@@ -95,8 +94,7 @@ def routes(interface: Interface) -> list[Route]:
 # --- sources of addresses -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Addresses:
+class _Addresses(NamedTuple):
     """The checked addresses of a NIC; `dns` and `search` are not checked yet."""
 
     address: Address | None

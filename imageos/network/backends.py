@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageos.guests import cloudboot, cloudinit
 from imageos.guests.services import OWN_UNITS, has_generator, init, is_enabled, is_masked, unit_file
@@ -30,8 +30,7 @@ CLOUD_INIT_PREFERS = ("ifupdown", "ifcfg", "wicked", "netplan", "NetworkManager"
 CLOUD_INIT_WRITES = {"ifupdown": "eni", "netplan": "netplan", "networkd": "networkd"}
 
 
-@dataclass(frozen=True)
-class Backend:
+class Backend(NamedTuple):
     """One program, with all that differs between them."""
 
     is_enabled: Callable[[Target], bool]  # it may configure the network when the guest boots

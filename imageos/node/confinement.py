@@ -19,8 +19,7 @@ import os
 import resource
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from imageos.node import limits, linux, seccomp
 
@@ -61,8 +60,7 @@ UNPACKING = (
 )
 
 
-@dataclass(frozen=True)
-class Room:
+class Room(NamedTuple):
     """The surroundings of a program, in addition to programs and libraries."""
 
     sees: Sequence[str] = ()  # devices, to read and to write; files and directories, to read

@@ -8,13 +8,12 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageos.node import linux
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(NamedTuple):
     path: str
     source: str  # not to be trusted: with FUSE, any user can mount under the name of a device
     kind: str

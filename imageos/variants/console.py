@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # ECMA-48: what places the cursor in the first column, or clears the screen, begins another line; all else is dropped
 _PLACED = re.compile(r"\x1b\[(?:\d*;)?0*1?[Hf]|\x1b\[\d*[EJ]")
@@ -28,8 +28,7 @@ COLUMNS = 80  # of a screen
 SHOWN = 15  # lines of a console
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Why there is no login prompt, and what may be done about it."""
 
     problem: str

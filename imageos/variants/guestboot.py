@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageos import log
 from imageos.errors import Failure
@@ -61,8 +61,7 @@ FEW_RESETS, MOST_RESETS = (
 MOST_SAID = 1 << 18  # bytes of a console that are kept
 
 
-@dataclass(frozen=True)
-class Booted:
+class Booted(NamedTuple):
     """A guest that came up, and how that went; times in seconds."""
 
     name: str  # in its prompt

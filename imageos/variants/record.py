@@ -5,20 +5,19 @@ It is about one image as it was then: whoever shows it says of which date that w
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 from imageos import log
 from imageos.installation import TRIALS, content
 
 
-@dataclasses.dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """The result of `imageos variants try`; times are seconds since 1970."""
 
     tried: float
@@ -61,7 +60,7 @@ def keep(name: str, trial: Trial) -> None:
     try:
         os.makedirs(TRIALS, exist_ok=True)
         with replacing(path) as new, open(new, "x", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(trial), file, indent=1)
+            json.dump(trial._asdict(), file, indent=1)
     except OSError as error:  # which is no fault of the variant
         log.warning(f"the result is not kept in {path}: {error.strerror}")
 

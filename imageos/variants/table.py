@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 from imageos import __version__, log
@@ -25,8 +25,7 @@ UNKNOWN = "unknown"  # to whom is not root
 LEAST = 16  # characters of the last column; where there are fewer, it is left out
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A variant that the node offers. None and empty texts: there is nothing to say."""
 
     name: str
@@ -59,8 +58,7 @@ def _tried(variant: Variant, row: Row) -> Row:
     if not trial:
         return row
     is_there = row.image in ("directory", "cache")
-    return dataclasses.replace(
-        row,
+    return row._replace(
         tried=trial.tried,
         trial=trial.problem or "ok",
         tried_with=trial.image_time,
@@ -71,13 +69,13 @@ def _tried(variant: Variant, row: Row) -> Row:
 def _image(variant: Variant, row: Row) -> Row:
     settings = variant.settings
     if not variant.has_image:
-        return dataclasses.replace(row, image="installer" if settings.cdinstall else "parameter")
+        return row._replace(image="installer" if settings.cdinstall else "parameter")
     if os.geteuid() != 0 and (settings.image_url or not os.access(settings.image_dir, os.R_OK | os.X_OK)):
-        return dataclasses.replace(row, image=UNKNOWN)  # what is in the cache is root's alone
+        return row._replace(image=UNKNOWN)  # what is in the cache is root's alone
     try:
         return _downloaded(settings, row) if settings.image_url else _in_directory(settings, row)
     except Failure as failure:
-        return dataclasses.replace(row, image="missing", problem=str(failure))
+        return row._replace(image="missing", problem=str(failure))
 
 
 def _in_directory(settings: Settings, row: Row) -> Row:
@@ -87,8 +85,7 @@ def _in_directory(settings: Settings, row: Row) -> Row:
         os.close(file.descriptor)
     wanted = checksums.policy(settings, quote(image.path))
     found = unquote(wanted.file) or ("a checksum beside it" if imagetypes.has_checksum(image.path) else fetch.NOT_FOUND)
-    return dataclasses.replace(
-        row,
+    return row._replace(
         image="directory",
         place=image.path,
         size=status.st_size,
@@ -100,12 +97,11 @@ def _in_directory(settings: Settings, row: Row) -> Row:
 def _downloaded(settings: Settings, row: Row) -> Row:
     known = downloaded(settings)
     if not known:
-        return dataclasses.replace(row, image="URL", place=shown(settings.image_url))
+        return row._replace(image="URL", place=shown(settings.image_url))
     url, path, copy = known
     wanted = checksums.policy(settings, url)
     found = [verdict.found for key, verdict in copy.verdicts.items() if wanted.is_covered_by(key)]
-    return dataclasses.replace(
-        row,
+    return row._replace(
         image="cache",
         place=path,
         size=os.path.getsize(path),
@@ -169,7 +165,7 @@ def as_json(enabled: Sequence[Row], entries: Mapping[str, Entry], arch: str) -> 
         "imageos": __version__,
         "node": os.uname().nodename,
         "arch": arch,
-        "enabled": [dataclasses.asdict(row) for row in enabled],
+        "enabled": [row._asdict() for row in enabled],
         "catalog": [
             {**dataclasses.asdict(entry), "urls": {name: shown(url) for name, url in entry.urls.items()}}
             for entry in entries.values()

@@ -12,7 +12,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import IO
 
 from imageos import ganeti, log
@@ -60,10 +59,10 @@ def try_variant(options: Namespace) -> list[Row]:
         if settings.cdinstall:
             raise Failure("CDINSTALL=yes: there is nothing to boot", hint="try the installer in an instance")
         image = imagetypes.find(settings)
-        trial = replace(trial, image=shown(image.path), image_time=os.fstat(image.descriptor).st_mtime)
+        trial = trial._replace(image=shown(image.path), image_time=os.fstat(image.descriptor).st_mtime)
         rows = try_image(options, settings, environ, image, firmware)
     except Failure as failure:
-        record.keep(options.name, replace(trial, problem=str(failure)))
+        record.keep(options.name, trial._replace(problem=str(failure)))
         raise
     record.keep(options.name, trial)
     return rows

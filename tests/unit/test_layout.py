@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import pytest
@@ -154,7 +153,7 @@ def test_every_disk_has_an_id_of_its_own() -> None:
 def script(table: str, disk_id: str, arch: str = "x86_64", boot: int | None = None, swap: int = 256) -> str:
     boot = (512 if table == "gpt" else 100) if boot is None else boot
     made = plan(table, boot=boot * MIB, swap=swap * MIB, arch=arch)
-    return layout.sfdisk_script(dataclasses.replace(made, disk_id=disk_id))
+    return layout.sfdisk_script(made._replace(disk_id=disk_id))
 
 
 def test_msdos_script() -> None:

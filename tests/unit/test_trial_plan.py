@@ -153,8 +153,7 @@ def test_doctor_says_how_the_last_trial_ended(tmp_path: Path, monkeypatch: pytes
     record.keep("older", Trial(time, "/image", time - 86400))
     record.keep("bad", Trial(time, "/image", time, problem="it hangs"))
     variants = [Variant(name, Settings()) for name in ("good", "older", "bad", "never")]
-    for variant in variants:
-        vars(variant)["image"] = image
+    monkeypatch.setattr(Variant, "opened", lambda _variant: nullcontext(image))
     good, older, bad = check_trials(variants)
     assert (good.level, good.hint) == (OK, "") and good.what.endswith(": ok")
     assert (older.level, older.hint) == (NOTE, "imageos variants try older") and "another now" in older.what

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -190,9 +189,9 @@ def test_terminal_gets_no_control_characters() -> None:
 
 def test_image_that_was_not_tried() -> None:
     """A new one has come since: that the old one was good tells nothing."""
-    row = dataclasses.replace(ROWS[1], is_outdated=True)
+    row = ROWS[1]._replace(is_outdated=True)
     assert "2026-09-21 old image" in table.as_text([row], {}, "x86_64", 0)
-    assert "failed" in table.as_text([dataclasses.replace(row, trial="no login")], {}, "x86_64", 0)
+    assert "failed" in table.as_text([row._replace(trial="no login")], {}, "x86_64", 0)
 
 
 @pytest.mark.parametrize("seconds", ["-5", "0", "1.5", "ten", "9999999"])
