@@ -421,6 +421,7 @@ def test_web_page_instead_of_a_checksum_file(named: bool, server: Server, signed
         ("a.img", b"PK\3\4" + bytes(9999), "is a zip archive"),
         ("a.zip", b"PK\3\4" + bytes(9999), "is a zip archive"),
     ],
+    ids=["text", "packed-page", "packed-twice", "zip-named-img", "zip"],  # what is packed holds the time
 )
 def test_no_image(image: str, content: bytes, words: str, server: Server, tmp_path: Path) -> None:
     """Also when nobody would look into it (NOMOUNT)."""
