@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
@@ -44,6 +45,7 @@ def show(options: Namespace) -> int:
         width = os.get_terminal_size(1).columns if os.isatty(1) else 0
         print(table.as_text(enabled, entries, arch, width), end="")
     if wrong:
+        sys.stdout.flush()  # the cause is the last line of a log, too
         raise wrong
     return 0
 
