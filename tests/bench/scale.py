@@ -37,13 +37,8 @@ def scaled(what: str, counts: tuple[int, int], step: Callable[[int], float], als
     return Scaled(what, (counts[0], few), (counts[1], many), peak[0], also())
 
 
-def loops() -> int:
-    return len(run("losetup", "--list", "--noheadings").splitlines())
-
-
 def creates_at_once(node: Node, work: Path, image: Path) -> Iterator[Scaled]:
     """N creates from one URL, of an image that nobody has downloaded: one download, and no loop device left."""
-    before = loops()
     with serving() as server:
         url = server.put("/image.tar.zst", image.read_bytes())
 
@@ -58,7 +53,8 @@ def creates_at_once(node: Node, work: Path, image: Path) -> Iterator[Scaled]:
             return took
 
         def also() -> str:
-            return f"{server.count('/image.tar.zst')} download(s), {loops() - before} loop devices left"
+            left = run("losetup", "--list", "--noheadings", "--output=BACK-FILE").count(f"{work}/disk-")
+            return f"{server.count('/image.tar.zst')} download(s), {left} loop devices left"
 
         yield scaled("creates at once from one URL", (1, 32), creates, also)
 
