@@ -105,9 +105,9 @@ class Policy(NamedTuple):
 class Node(Web):
     """The web, and files of the node: a quoted path instead of a URL."""
 
-    def small(self, url: str) -> bytes | None:
+    def small(self, url: str, is_guess: bool = False) -> bytes | None:
         if "://" in url:
-            return super().small(url)
+            return super().small(url, is_guess)
         try:
             descriptor = os.open(unquote(url), os.O_RDONLY | os.O_NONBLOCK)
             with open(descriptor, "rb") as file:
@@ -278,12 +278,12 @@ def _entry(line: str) -> tuple[str, str, str] | None:
     return re.sub(r"^(\./|/)+", "", name), algorithm, digest.lower()
 
 
-def _places(web: Web, url: str, further: bool) -> Iterator[tuple[str, Sequence[str], bool]]:
-    """Yield where the checksum of an image may be, which algorithms count there, and whether that is of it alone."""
+def _places(web: Web, url: str, further: bool) -> Iterator[tuple[str, Sequence[str], bool, bool]]:
+    """Yield where the checksum of an image may be, which algorithms count there, if it is of it alone, if a guess."""
     quoted = urlsplit(url).path.rpartition("/")[2]
     usual = {beside(url, pattern.format(quoted)): (algorithms, "{}" in pattern) for pattern, algorithms in CHECKSUMS}
     for place in web.in_turn(usual):
-        yield (place, *usual[place])
+        yield (place, *usual[place], False)
     if not further:
         return
     image = unquote(quoted)
@@ -292,7 +292,7 @@ def _places(web: Web, url: str, further: bool) -> Iterator[tuple[str, Sequence[s
         names = [pattern.format(image) for pattern in FURTHER_CHECKSUMS]
     others = {beside(url, quote(name, safe="")): name.startswith(image) for name in names}
     for place in web.in_turn(others):
-        yield place, STRONG, others[place]
+        yield place, STRONG, others[place], True
 
 
 def checksum_files(listed: Sequence[str], image: str) -> list[str] | None:
@@ -304,6 +304,7 @@ def checksum_files(listed: Sequence[str], image: str) -> list[str] | None:
         return None
     files = sorted((name for name in listed if not LIKE_CHECKSUMS.search(name)), key=len, reverse=True)
     about = {name: next((file for file in files if name.startswith(file)), "") for name in listed if name not in files}
+    about.pop(image, None)  # it may be called like one itself
     names = [name for name, file in about.items() if file in ("", image) and not name.endswith(SIGNATURES)]
     return sorted(names, key=lambda name: (about[name] != image, name))[:MOST_FURTHER]
 
@@ -313,9 +314,9 @@ def _published(web: Web, url: str, wanted: Policy, further: bool) -> list[Checks
     # Without a keyring the server's word counts, also on how the image is called behind a link to the latest one.
     paths = [path] if signer.keyring else [path, unquote(urlsplit(web.led.get(url, url)).path)]
     problems, absent = [], []
-    places = [(wanted.file, STRONG, True)] if wanted.file else _places(web, url, further)
-    for place, algorithms, is_only in places:
-        content = web.small(place)
+    places = [(wanted.file, STRONG, True, False)] if wanted.file else _places(web, url, further)
+    for place, algorithms, is_only, is_guess in places:
+        content = web.small(place, is_guess)
         if content is None:
             absent += [f"{shown(place)} is a web page, and no checksum file"] if place in web.pages else []
             continue

@@ -30,7 +30,7 @@ FURTHER_CHECKSUMS = (
     *("{}.SHA256SUM", "{}.SHA512SUM", "{}.SHA256", "{}.SHA512", "{}.CHECKSUM", "{}.DIGESTS", "{}.sha256sum"),
     *("sha256sum.txt", "sha512sum.txt", "sha256sums", "sha512sums", "CHECKSUM.SHA256", "CHECKSUM.SHA512", "CHECKSUMS"),
 )
-LIKE_CHECKSUMS = re.compile(r"sha-?(256|512)|checksum|digests", re.IGNORECASE)
+LIKE_CHECKSUMS = re.compile(r"sha-?\d|checksum|digest|sha-?sum|(?<![a-z])(sums?|hash(es)?)(?![a-z])", re.IGNORECASE)
 
 
 def shown(url: str) -> str:

@@ -68,8 +68,11 @@ class Web:
 
         return self.patiently(url, ask)
 
-    def small(self, url: str) -> bytes | None:
-        """The content of a small file; None if the server has none, or a web page in its place."""
+    def small(self, url: str, is_guess: bool = False) -> bytes | None:
+        """The content of a small file; None if the server has none, or a web page in its place.
+
+        `is_guess`: something else may have that name; what is too large is none.
+        """
 
         def ask(more: str = "") -> bytes:
             with self._answered(url, {}, f"max-time = {SMALL_TIME}\n{more}") as answer:
@@ -88,6 +91,8 @@ class Web:
             self._small[url] = content
         content = self._small[url]
         if content and len(content) > SMALL:
+            if is_guess:
+                return None
             raise Failure(f"{shown(url)} is larger than {log.size(SMALL)}")
         return content
 

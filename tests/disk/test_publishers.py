@@ -142,6 +142,23 @@ def test_links(href: str, names: list[str]) -> None:
     assert urls.linked(f"<A HREF='{href}'>", "http://h/images/x.qcow2?token") == names
 
 
+LIKE = ["SHASUMS256.txt", "SHA2-256SUMS", "a.qcow2.sha2", "shasums", "hashes.txt", "SUMS", "a.qcow2.sum", "a-CHECKSUM"]
+
+
+@pytest.mark.parametrize("name", LIKE)
+def test_name_like_that_of_checksums(name: str) -> None:
+    assert checksums.checksum_files(["a.qcow2", "summary.html", "rehashed.img", name], "a.qcow2") == [name]
+
+
+def test_image_that_is_called_like_checksums(server: Server, tmp_path: Path) -> None:
+    """Too large a file for checksums is none, and no reason to fail."""
+    settings = publish(server, "sha256-tools.qcow2", tmp_path)
+    server.put("/images/all-hashes.iso", bytes(web.SMALL + 1))
+    show_index(server)
+    get(settings)
+    assert server.count("/images/all-hashes.iso") == server.count("/images/sha256-tools.qcow2") == 1
+
+
 def test_most_of_an_index() -> None:
     listed = ["a", *(f"{number}-CHECKSUM" for number in range(100)), "a.SHA256SUM"]
     found = checksums.checksum_files(listed, "a") or []
