@@ -179,7 +179,9 @@ def scratch(directories: Sequence[str], need: int, size: int) -> Iterator[tuple[
     Fail without room for `need` bytes and a bit more.
     """
     there = [os.path.realpath(directory) for directory in directories if os.path.isdir(directory)]
-    there.sort(key=lambda path: -os.statvfs(path).f_bavail * os.statvfs(path).f_frsize)
+    # asked once of each filesystem: others write meanwhile
+    room = {os.stat(path).st_dev: os.statvfs(path) for path in there}
+    there.sort(key=lambda path: -room[os.stat(path).st_dev].f_bavail * room[os.stat(path).st_dev].f_frsize)
     hint = f"free room in {' or '.join(there)}, or set CACHE_DIR to a place with room"
     with ExitStack() as stack:
         while True:
