@@ -54,10 +54,8 @@ LOOKS = 2.0  # seconds between two looks at the screen, on which BIOS and boot l
 SCREEN = "xp /1000hx 0xb8000"  # 25 lines of 80 characters with their colours: VGA's text mode
 SETTLED = 3.0  # seconds without a word, after which what a hopeless guest says is complete
 SPEAKS = 20.0  # seconds until any firmware has said something: a KVM under which it does not does not work
-FEW_RESETS, MOST_RESETS = (
-    1,
-    3,
-)  # within its time, and at all: SELinux labels a disk at the first boot, and starts it again
+FEW_RESETS = 1  # SELinux labels a disk at the first boot, and starts it again
+MOST_RESETS = 3  # that are waited for
 MOST_SAID = 1 << 18  # bytes of a console that are kept
 
 
