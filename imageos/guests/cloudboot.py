@@ -14,7 +14,6 @@ DISABLED = "/etc/cloud/cloud-init.disabled"
 IDENTIFY = "/etc/cloud/ds-identify.cfg"
 # The stages that configure the network, by their names since 0.7 and since 24.3
 STAGES = ("cloud-init-local", "cloud-init", "cloud-init-main", "cloud-init-network")
-PYTHON = ("/usr/lib/python*", "/usr/local/lib/python*")
 GENERATOR, STARTED = "cloud-init-generator", "cloud-init.target"  # the first starts the second
 
 
@@ -42,21 +41,6 @@ def lists_renderers(target: Target) -> bool:
     """Return whether the image's configuration says for which programs cloud-init may write, and in which order."""
     texts = (target.read(path) or "" for path in configuration(target))
     return any(yaml.has(yaml.scalars(text), "system_info", "network", "renderers") for text in texts)
-
-
-def has_renderer(target: Target, module: str) -> bool:
-    """Return False if cloud-init has renderers, but not this one: 20.4 has none for networkd.
-
-    Its package is looked for, as its version does not tell what a distribution has added.
-    """
-    directories = (
-        f"{found}/{packages}/cloudinit/net"
-        for pattern in PYTHON
-        for found in target.glob(pattern)
-        for packages in ("dist-packages", "site-packages")
-    )
-    own = next((path for path in directories if target.exists(f"{path}/renderers.py")), "")
-    return not own or target.exists(f"{own}/{module}.py")
 
 
 def drop(target: Target, *keys: str) -> list[str]:

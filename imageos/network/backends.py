@@ -25,9 +25,9 @@ DHCPCD, DHCPCD_HOOK = existing.DHCPCD_CONF, "/etc/dhcpcd.exit-hook"
 CONNMAN = "/etc/connman/main.conf"
 # What cloud-init may write for, in the order in which it prefers them
 CLOUD_INIT_PREFERS = ("ifupdown", "ifcfg", "wicked", "netplan", "NetworkManager", "networkd")
-# How it calls those for which it can write all: for the others it has no word that keeps the routes and DNS servers of
-# DHCP away (20.4 to 25.1)
-CLOUD_INIT_WRITES = {"ifupdown": "eni", "netplan": "netplan", "networkd": "networkd"}
+# How it calls those for which it can write all. For networkd it has no word for a gateway outside the address's network
+# and, up to 22.4, for an IPv6 default route; for the others none that keeps routes and DNS servers of DHCP away
+CLOUD_INIT_WRITES = {"ifupdown": "eni", "netplan": "netplan"}
 
 
 class Backend(NamedTuple):
@@ -156,12 +156,7 @@ def _cloud_init_acts(target: Target) -> bool:
 
 def _cloud_init_rules(target: Target) -> bool:
     inner = find_inner(target) if _cloud_init_acts(target) else None
-    return inner is not None and (not inner or _cloud_init_writes_for(target, inner))
-
-
-def _cloud_init_writes_for(target: Target, name: str) -> bool:
-    """Return whether the guest's cloud-init can: one that is told to use what it does not know configures nothing."""
-    return name in CLOUD_INIT_WRITES and cloudboot.has_renderer(target, CLOUD_INIT_WRITES[name])
+    return inner is not None and (not inner or inner in CLOUD_INIT_WRITES)
 
 
 def _has_network_manager(target: Target) -> bool:

@@ -156,11 +156,11 @@ IMAGES = {
         ("ifupdown",), "ifupdown", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH, ("dhclient",)
     ),
     "cloud-init-ifupdown": Image(("cloud-init", "ifupdown"), "cloud-init", NO_NETPLAN, ETH),
-    "cloud-init-netplan": Image(("cloud-init", "networkd", "resolved"), "cloud-init", NETPLAN, ETH),
-    "cloud-init-netplan-NetworkManager": Image(("cloud-init", "NetworkManager"), "cloud-init", NETPLAN_FOR_NM, ETH),
-    "cloud-init-networkd": Image(
-        ("cloud-init", "networkd", "resolved"), "cloud-init", {**NO_NETPLAN, **OTHER_SOURCES}, ETH
+    "cloud-init-netplan": Image(
+        ("cloud-init", "networkd", "resolved"), "cloud-init", {**NETPLAN, **OTHER_SOURCES}, ETH
     ),
+    "cloud-init-netplan-NetworkManager": Image(("cloud-init", "NetworkManager"), "cloud-init", NETPLAN_FOR_NM, ETH),
+    "cloud-init-networkd": Image(("cloud-init", "networkd", "resolved"), "networkd", NO_NETPLAN, ETH),
     "cloud-init-NetworkManager": Image(("cloud-init", "NetworkManager"), "NetworkManager", NO_NETPLAN, ETH),
 }
 EVERY_PLAN = ("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd")
