@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 Pair = tuple[str, str]  # a device, and one that it stands on
 
 # Keys of each program. A value in OVER names a device that stands on the one that has it; one in UNDER is below that.
-IFUPDOWN_OVER = ("bond-master", "vrf")
+IFUPDOWN_OVER = ("bond-master", "vrf", "vrf-member")
 IFUPDOWN_UNDER = (
     *("bridge-ports", "bond-slaves", "slaves", "bond-members", "team-ports"),
-    *("vlan-raw-device", "macvlan-raw-device", "vrf-member"),
+    *("vlan-raw-device", "macvlan-raw-device", "requires"),
 )
 NETWORKD_OVER = ("Bridge", "Bond", "VRF", "VLAN", "MACVLAN", "MACVTAP", "IPVLAN", "IPVTAP")
 PROFILE_OVER = ("controller", "master")

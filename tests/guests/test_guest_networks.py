@@ -14,12 +14,13 @@ from pathlib import Path
 import booted
 import pytest
 from booted import LEASES, MACS, OFFERED, SET
+from credentials import public_key
 from debian import debian
 from hookfiles import hook_module
-from support import recorded, run
+from support import HANGS, recorded, run
 
-from imageos import ganeti
-from imageos.guests import cloudboot, cloudinit, guest, hostname
+from imageos import ganeti, logins
+from imageos.guests import accounts, cloudboot, cloudinit, guest, hostname
 from imageos.guests.target import opened
 from imageos.hook import Hook
 from imageos.network import backends, files, plan
@@ -104,6 +105,28 @@ STALE = {
 COMMENT = (
     "# Use renderer: NetworkManager on desktops\nnetwork:\n  ethernets:\n    e: {dhcp4: true, match: {name: e*}}\n"
 )
+# A bridge of the image over our NIC, and what it says of that
+BRIDGE = {
+    "etc/systemd/network/20-br.netdev": "[NetDev]\nName=br0\nKind=bridge\n",
+    "etc/systemd/network/30-br.network": "[Match]\nName=br0\n[Network]\nDHCP=yes\n",
+    "etc/systemd/network/40-port.network": "[Match]\nName=e*\n[Network]\nBridge=br0\n",
+    # a boot waits for the bridge's carrier then
+    "etc/systemd/system/online.service": "[Unit]\nWants=network-online.target\n[Service]\nExecStart=/bin/true\n",
+    "etc/systemd/system/multi-user.target.wants/online.service": "-> ../online.service",
+}
+BRIDGE_OF_NETPLAN = {
+    "etc/netplan/50.yaml": "network:\n  ethernets: {eth0: {}}\n",
+    "etc/netplan/60.yaml": "network:\n  bridges:\n    br0:\n      interfaces: [eth0]\n      dhcp4: true\n",
+}
+CONTROLLER = "6f1f5be0-5b5a-4c1c-8d3a-000000000002"
+BRIDGE_OF_NM = {
+    "etc/NetworkManager/system-connections/port": PROFILE.replace("[ipv4]", f"controller={CONTROLLER}\n[ipv4]"),
+    "etc/NetworkManager/system-connections/br0": f"[connection]\nid=br0\nuuid={CONTROLLER}\ntype=bridge\n"
+    "interface-name=br0\n[ipv4]\nmethod=manual\naddress1=192.0.2.77/24,192.0.2.1\n",
+}
+STATIC_OF_DHCPCD = "nodev\noption domain_name_servers\nallowinterfaces br0\ninterface eth0\n" + (
+    "static ip_address=192.0.2.88/24\nstatic routers=192.0.2.254\n"
+)
 ETH = ("eth0", "eth1")
 NETPLAN = {"usr/libexec/netplan/generate": GENERATE}
 NETPLAN_FOR_NM = {**NETPLAN, "etc/netplan/01.yaml": "network:\n  renderer: 'NetworkManager' # x\n"}
@@ -139,6 +162,16 @@ IMAGES = {
     "NetworkManager-ifupdown": Image(
         ("NetworkManager", "ifupdown"), "NetworkManager", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH
     ),
+    "networkd-bridge": Image(("networkd", "resolved"), "networkd", {**NO_NETPLAN, **BRIDGE}, suites=("trixie",)),
+    "netplan-bridge": Image(
+        ("networkd", "resolved"), "netplan", {**NETPLAN, **BRIDGE_OF_NETPLAN}, ETH, suites=("trixie",)
+    ),
+    "NetworkManager-bridge": Image(
+        ("NetworkManager",), "NetworkManager", {**NO_NETPLAN, **BRIDGE_OF_NM}, ETH, suites=("trixie",)
+    ),
+    "dhcpcd-static": Image(
+        ("dhcpcd",), "dhcpcd", {**NO_NETPLAN, "etc/dhcpcd.conf": STATIC_OF_DHCPCD}, ETH, suites=("trixie",)
+    ),
     "netplan": Image(("networkd", "resolved"), "netplan", {**NETPLAN, "etc/netplan/50.yaml": COMMENT}, ETH),
     "netplan-ifupdown": Image(
         ("networkd", "resolved", "ifupdown"), "netplan", {**NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH
@@ -168,7 +201,7 @@ EVERY_PLAN = ("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd")
 IN_TWO = ("connman", *(name for name in IMAGES if name.startswith("cloud-init-") and name != "cloud-init-off"))
 # The others are asked for what differs there.
 CELLS = {
-    *((name, "static") for name in IMAGES if name not in IN_TWO),
+    *((name, "static") for name in IMAGES if name not in (*IN_TWO, "dhcpcd-static")),
     *((name, plan) for name in EVERY_PLAN for plan in PLANS if plan != "none"),
     *((name, "two") for name in IN_TWO),
     *(
@@ -177,6 +210,7 @@ CELLS = {
     ),
     *((name, "routed") for name in ("cloud-init-ifupdown", "connman")),
     ("networkd", "none"),
+    ("dhcpcd-static", "dhcp"),
     ("ifupdown-dhcpcd", "dhcp"),
 }
 TESTS = sorted(
@@ -312,6 +346,19 @@ def test_name_and_logins_by_cloud_init(tree: Path, tmp_path: Path) -> None:
     said = re.findall("^(?:name|let in) .*", seen.log, re.MULTILINE)
     lets_in = [f"let in {user} {key}" for user in ("root", "debian") for key in ("free", "near")]
     assert said == ["name inst1.example.org", *lets_in]
+
+
+@pytest.mark.parametrize("system", [(suite, "networks") for suite in SUITES], indirect=True, ids=SUITES)
+def test_sshd_says_what_keeps_root_out(tree: Path) -> None:
+    """The guest's own sshd is asked, where /run is empty; nothing is booted."""
+    (tree / "etc/ssh/sshd_config.d/site.conf").write_text(
+        "AuthorizedKeysFile /etc/ssh/keys/%u\nAuthenticationMethods publickey,password\n"
+    )
+    keys = logins.authorized_keys(public_key("me@home"))
+    with opened(str(tree), timeout=HANGS) as target:
+        assert accounts.authorize(target, keys) == "/etc/ssh/keys/root"
+        said = accounts.obstacles(target, keys)
+    assert said == ["root's keys are of no use: sshd has AuthenticationMethods publickey,password"]
 
 
 @pytest.mark.parametrize("planned", [name for name in PLANS if name != "none"])
