@@ -106,14 +106,6 @@ COMMENT = (
     "# Use renderer: NetworkManager on desktops\nnetwork:\n  ethernets:\n    e: {dhcp4: true, match: {name: e*}}\n"
 )
 # A bridge of the image over our NIC, and what it says of that
-BRIDGE = {
-    "etc/systemd/network/20-br.netdev": "[NetDev]\nName=br0\nKind=bridge\n",
-    "etc/systemd/network/30-br.network": "[Match]\nName=br0\n[Network]\nDHCP=yes\n",
-    "etc/systemd/network/40-port.network": "[Match]\nName=e*\n[Network]\nBridge=br0\n",
-    # a boot waits for the bridge's carrier then
-    "etc/systemd/system/online.service": "[Unit]\nWants=network-online.target\n[Service]\nExecStart=/bin/true\n",
-    "etc/systemd/system/multi-user.target.wants/online.service": "-> ../online.service",
-}
 BRIDGE_OF_NETPLAN = {
     "etc/netplan/50.yaml": "network:\n  ethernets: {eth0: {}}\n",
     "etc/netplan/60.yaml": "network:\n  bridges:\n    br0:\n      interfaces: [eth0]\n      dhcp4: true\n",
@@ -162,7 +154,6 @@ IMAGES = {
     "NetworkManager-ifupdown": Image(
         ("NetworkManager", "ifupdown"), "NetworkManager", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH
     ),
-    "networkd-bridge": Image(("networkd", "resolved"), "networkd", {**NO_NETPLAN, **BRIDGE}, suites=("trixie",)),
     "netplan-bridge": Image(
         ("networkd", "resolved"), "netplan", {**NETPLAN, **BRIDGE_OF_NETPLAN}, ETH, suites=("trixie",)
     ),
