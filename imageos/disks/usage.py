@@ -27,7 +27,7 @@ SMALLEST_BLOCK = 1024  # bytes, of the map, and of an ext filesystem
 MAP_BITS = 1 << 26  # 8 MiB of memory; a disk of more than 64 GiB has larger blocks
 STEP = 1 << 16  # bits that are changed at once
 SWAP_HEADER = 1 << 16  # the first page, on any architecture
-_SOMETHING = re.compile(rb"[^\0]")
+_SOMETHING, _NOTHING = re.compile(rb"[^\0]"), bytes(4096)
 
 
 class Map:
@@ -53,7 +53,7 @@ class Map:
         """Yield ranges (offset, length) of used bytes, ascending, none longer than `longest`."""
         window = longest // self.block // 8 or 1  # bytes of the map
         position = 0
-        while found := _SOMETHING.search(self._bits, position):
+        while found := self._something(position):
             position = found.start() // window * window
             number = int.from_bytes(self._bits[position : position + window], "little")
             for first, last in ext.runs(f"{number:b}"[::-1]):
@@ -62,6 +62,12 @@ class Map:
                 for offset in range(start, end, longest):
                     yield offset, min(longest, end - offset)
             position += window
+
+    def _something(self, position: int) -> re.Match[bytes] | None:
+        """Find the next byte of the map that is not zero; to compare many is 20 times as fast as a pattern."""
+        while self._bits.startswith(_NOTHING, position):
+            position += len(_NOTHING)
+        return _SOMETHING.search(self._bits, position)
 
     def _fill(self, first: int, last: int, used: bool) -> None:
         for start in range(first, last, STEP):
