@@ -222,7 +222,8 @@ def other_firmware(loop: LoopDevice, firmware: str) -> str | None:
         parts = partitions.read_table(loop.path, loop.size).parts
     except Failure:
         parts = ()
-    other = "it has a partition for that of UEFI: --uefi" if any(part.type in ESP_TYPES for part in parts) else None
+    has_esp = any(part.type in ESP_TYPES for part in parts)
+    other = "it has an EFI system partition: try it with --uefi" if has_esp else None
     if sector.endswith(b"\x55\xaa") and not has_code:
         raise NoPrompt(f"the guest has no login prompt: {console.NO_LOADER}", other or NO_CODE)
     return other
