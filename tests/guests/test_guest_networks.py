@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,7 +90,6 @@ class Image:
     files: Mapping[str, str] = field(default_factory=dict)  # `-> ` is a link
     names: tuple[str, ...] = ("ens13", "ens14")  # of the NICs
     without: tuple[str, ...] = ()  # programs that are removed
-    flavour: str = "networks"
     suites: tuple[str, ...] = SUITES
 
 
@@ -204,31 +203,38 @@ CELLS = {
     ("dhcpcd-static", "dhcp"),
     ("ifupdown-dhcpcd", "dhcp"),
 }
-TESTS = sorted(
-    ((suite, IMAGES[name].flavour), name, planned) for name, planned in CELLS for suite in IMAGES[name].suites
-)
+TESTS = sorted((suite, name, planned) for name, planned in CELLS for suite in IMAGES[name].suites)
 
 
 @pytest.fixture(scope="session")
-def system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return the tree of an image, without a kernel. Tests must not change it."""
-    tree = tmp_path_factory.mktemp("guests") / "tree"
-    tree.mkdir()
-    without = ("--exclude=./boot/*", "--exclude=./usr/lib/modules/*")
-    run("tar", "-xf", debian(*request.param).tarball, "-C", tree, *without)
-    yield tree
-    shutil.rmtree(tree)
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Return a function that returns the tree of an image, without a kernel. Tests must not change it.
+
+    No parameter: for each of its values pytest would make the tree anew in each test.
+    """
+    top = tmp_path_factory.mktemp("guests")
+
+    def unpack(suite: str) -> Path:
+        tree = top / suite
+        if not tree.exists():
+            tree.mkdir()
+            without = ("--exclude=./boot/*", "--exclude=./usr/lib/modules/*")
+            run("tar", "-xf", debian(suite, "networks").tarball, "-C", tree, *without)
+        return tree
+
+    yield unpack
+    shutil.rmtree(top)
 
 
 @pytest.fixture
-def tree(system: Path, tmp_path: Path) -> Iterator[Path]:
-    """Return a layer over the image."""
+def tree(request: pytest.FixtureRequest, unpacked: Callable[[str], Path], tmp_path: Path) -> Iterator[Path]:
+    """Return a layer over the image of the suite that is the parameter."""
     root = tmp_path / "root"
     root.mkdir()
     run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", tmp_path)
     for name in ("upper", "work", "root"):
         (tmp_path / name).mkdir()
-    layers = f"lowerdir={system},upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    layers = f"lowerdir={unpacked(request.param)},upperdir={tmp_path}/upper,workdir={tmp_path}/work"
     run("mount", "-t", "overlay", "-o", layers, "overlay", root)
     yield root
     run("umount", root)
@@ -297,9 +303,9 @@ def deploy(tree: Path, nics: Mapping[str, str], count: int, dns: str, keys: str 
 
 
 @pytest.mark.parametrize(
-    ("system", "name", "planned"),
-    [pytest.param(system, *cell, id="-".join([system[0], *cell])) for system, *cell in TESTS],
-    indirect=["system"],
+    ("tree", "name", "planned"),
+    [pytest.param(*cell, id="-".join(cell)) for cell in TESTS],
+    indirect=["tree"],
 )
 def test_network(name: str, planned: str, tree: Path) -> None:
     image, wanted = IMAGES[name], PLANS[planned]
@@ -313,7 +319,7 @@ def test_network(name: str, planned: str, tree: Path) -> None:
     assert seen.state == "running"
 
 
-@pytest.mark.parametrize("system", [(suite, "networks") for suite in SUITES], indirect=True, ids=SUITES)
+@pytest.mark.parametrize("tree", SUITES, indirect=True)
 def test_name_and_logins_by_cloud_init(tree: Path, tmp_path: Path) -> None:
     """Options of a key count for root and the default user alike; a name of the image's does not."""
     keys = {"free": "", "near": 'from="192.0.2.1" ', "far": 'from="198.51.100.7" '}
@@ -339,7 +345,7 @@ def test_name_and_logins_by_cloud_init(tree: Path, tmp_path: Path) -> None:
     assert said == ["name inst1.example.org", *lets_in]
 
 
-@pytest.mark.parametrize("system", [(suite, "networks") for suite in SUITES], indirect=True, ids=SUITES)
+@pytest.mark.parametrize("tree", SUITES, indirect=True)
 def test_sshd_says_what_keeps_root_out(tree: Path) -> None:
     """The guest's own sshd is asked, where /run is empty; nothing is booted."""
     (tree / "etc/ssh/sshd_config.d/site.conf").write_text(
@@ -353,8 +359,8 @@ def test_sshd_says_what_keeps_root_out(tree: Path) -> None:
 
 
 @pytest.mark.parametrize("planned", [name for name in PLANS if name != "none"])
-@pytest.mark.parametrize("system", [(suite, "networks") for suite in SUITES], indirect=True, ids=SUITES)
-def test_network_manager_reads_what_netplan_writes(system: Path, planned: str, tree: Path) -> None:
+@pytest.mark.parametrize("tree", SUITES, indirect=True)
+def test_network_manager_reads_what_netplan_writes(planned: str, tree: Path) -> None:
     """It refuses a whole profile for one word that it does not know; nothing is booted."""
     wanted = PLANS[planned]
     prepare(tree, IMAGES["netplan-NetworkManager"])
