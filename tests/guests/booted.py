@@ -61,9 +61,21 @@ if [ -n "$names" ]; then
   dnsmasq $common --pid-file=/run/2.pid --listen-address=192.0.2.1 --address=/who.test/10.1.1.1 &
   dnsmasq $common --pid-file=/run/3.pid --listen-address=192.0.2.53 --address=/who.test/10.53.53.53 &
 fi
-nsenter --net=/run/net unshare --mount --pid --ipc --uts --cgroup --fork --kill-child bash -euc "$GUEST" guest "$tree" \
-  >/run/guest.log 2>&1 &
+mkdir /run/cgroup
+mount -t cgroup2 cgroup2 /run/cgroup
+own=$(mktemp -d "/run/cgroup$(sed -n s/^0:://p /proc/self/cgroup)/guest.XXXXXX")  # or guests remove each other's groups
+(
+  echo 0 >"$own/cgroup.procs"
+  exec nsenter --net=/run/net unshare --mount --pid --ipc --uts --cgroup --fork --kill-child \
+    bash -euc "$GUEST" guest "$tree" >/run/guest.log 2>&1
+) &
 unshare=$!
+end() {
+  kill -KILL $unshare
+  wait $unshare || true
+  for _ in $(seq 100); do find "$own" -depth -type d -exec rmdir {} + && break; sleep 0.05; done 2>/dev/null
+}
+trap end EXIT
 inside() { nsenter --target "$init" --mount --pid --net --uts --ipc --root --wd -- "$@"; }
 init=
 for _ in $(seq 600); do
