@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -282,19 +282,14 @@ def examine_settings(
     unknown: dict[str, str] = {}
 
     def set_value(name: str, text: str, where: str) -> None:
-        try:
+        with _noted(problems):
             value = parse_setting(name, text, where)
-        except Failure as problem:
-            problems.append(problem)
-        else:
             if name in TABLE:  # else Ganeti's own
                 values[name] = value
 
-    try:
+    layers = []
+    with _noted(problems):
         layers = _evaluate_files(from_ganeti, defaults_file, warn, done)
-    except Failure as problem:
-        layers = []
-        problems.append(problem)
     known = {name: text for _, variables in layers for name, text in variables.items()}
     for path, variables in layers:
         for variable, text in variables.items():
@@ -316,9 +311,16 @@ def examine_settings(
     for name in ("image_signer", "image_signed_name"):
         if values.get(name) and not values.get("image_keyring"):
             warn(f"{name.upper()} has no effect: without IMAGE_KEYRING no signature is asked for")
-    if not values.get("arch"):
-        values["arch"] = _node_arch()
+    values["arch"] = values.get("arch") or _node_arch()
     return Settings(**values, unknown=unknown), problems
+
+
+@contextmanager
+def _noted(problems: list[Failure]) -> Iterator[None]:
+    try:
+        yield
+    except Failure as problem:
+        problems.append(problem)
 
 
 def examine_each(
