@@ -72,13 +72,13 @@ def attempt(node: Node, *tries: Sequence[str]) -> list[Result]:
 
 
 def test_a_prompt_counts_if_it_answers(node: Node) -> None:
-    good, deaf = attempt(node, ["good", "--keep"], ["deaf", "--timeout", "4"])
+    good, deaf = attempt(node, ["good", "--keep"], ["deaf", "--timeout", "20"])
     assert "login prompt     web1 login: (it was to be called try-good)" in good.ok().lines
     assert "powered off in   it did not when asked to, and was ended" in deaf.ok().lines
     kept = node.images / "try-good.raw"
     assert kept.stat().st_mode & 0o777 == 0o600
     before = kept.stat().st_ino
-    again, fake = attempt(node, ["good", "--keep"], ["fake", "--timeout", "6"])
+    again, fake = attempt(node, ["good", "--keep"], ["fake", "--timeout", "20"])
     again.ok()
     assert kept.stat().st_ino != before and [path.name for path in node.images.glob("try-*")] == ["try-good.raw"]
     fake.failed("no login prompt", "does not answer")
@@ -92,7 +92,7 @@ def test_guests_that_end_themselves(node: Node) -> None:
 
 
 def test_a_guest_that_never_stops_talking(node: Node) -> None:
-    flood, efi = attempt(node, ["flood", "--timeout", "5"], ["efi"])
+    flood, efi = attempt(node, ["flood", "--timeout", "30"], ["efi"])
     flood.failed("no login prompt")
     assert "\x1b" not in flood.log and "may need more time" in flood.log
     assert flood.log.count("title") <= 1  # in what the limit has cut the beginning of
