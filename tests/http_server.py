@@ -81,7 +81,9 @@ class Server(ThreadingHTTPServer):
         self.put(path, text.encode())
 
     def count(self, path: str, method: str = "GET") -> int:
-        return sum(1 for request in self.requests if (request.method, request.path) == (method, path))
+        """Return how often a file was asked for; a look at its first byte does not count."""
+        asked = [request for request in self.requests if (request.method, request.path) == (method, path)]
+        return sum(request.headers.get("Range") != "bytes=0-0" for request in asked)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Ignore that clients close connections early."""
