@@ -87,8 +87,10 @@ def check(image_type: ImageType, image: Image) -> None:
     require(*image.decompress[:1])
     wholeness.check_packed(image)
     if image.whole:
-        check_kind(image)
+        check_page(image)
     image_type.check(image)
+    if image.whole:
+        check_kind(image)
     if image_type.deploy == tarball.deploy and archive.DISK.search(image.start[:100].rstrip(b"\0").decode("latin-1")):
         raise Failure(f"image {image.path} is an archive of a disk image, not of a system", hint="set IMAGE_TYPE=qemu")
     wholeness.check(image)
@@ -162,26 +164,37 @@ def check_beginning(image_type: ImageType, url: str, beginning: bytes, size: int
         os.pwrite(descriptor, beginning, 0)
         image = dataclasses.replace(open_image(url, descriptor), size=size, whole=False)
         if not image.compression:
-            check_kind(image)
+            check_page(image)
         elif image_type.deploy:
             return  # its beginning cannot be unpacked alone
         image_type.check(image)
+        if not image.compression:
+            check_kind(image)
         if disk_size is not None and not image_type.deploy:
             diskimage.check_size(image, disk_size)
 
 
+def check_page(image: Image) -> None:
+    """Fail if an image is a web page, also packed."""
+    _check_is_not(image, pages.kind(image.start) if pages.is_page(image.start) else "")
+
+
 def check_kind(image: Image) -> None:
-    """Fail if an image is what servers send instead of one, also packed: nobody else would notice with NOMOUNT."""
-    known = pages.kind(image.start)
-    if known.endswith("archive"):
-        raise Failure(f"image {image.path} is {known}", hint="unpack it, and deploy the disk image that is in it")
-    if known and not formats.recognise(image.read, min(image.size, len(image.start))):
-        raise Failure(
-            f"image {image.path} is {known}: the server sent that instead of the image",
-            hint="look at it with a browser: a login page, or an error that the server sends as if all were well",
-        )
+    """Fail if an image that its type takes is another thing, also packed: nobody else would notice with NOMOUNT."""
+    kind = pages.kind(image.start)
+    if kind.endswith("archive"):
+        raise Failure(f"image {image.path} is {kind}", hint="unpack it, and deploy the disk image that is in it")
+    _check_is_not(image, kind)
     if image.stages and compression_of(image.start):
         raise Failure(f"image {image.path} is compressed twice", hint="unpack it once")
+
+
+def _check_is_not(image: Image, kind: str) -> None:
+    if kind and not formats.recognise(image.read, min(image.size, len(image.start))):
+        raise Failure(
+            f"image {image.path} is {kind}, which a server sends instead of an image",
+            hint="look at it with a browser: a login page, or an error that the server sends as if all were well",
+        )
 
 
 def why_unreachable(settings: Settings) -> str | None:

@@ -432,8 +432,8 @@ def test_web_page_instead_of_a_checksum_file(named: bool, server: Server, signed
 @pytest.mark.parametrize(
     ("image", "content", "words"),
     [
-        ("a.raw", b'{"error": "not found"}\n', "is text: the server sent that"),
-        ("a.raw.gz", gzip.compress(b"<html>Login</html>"), "is a web page: the server sent that"),
+        ("a.raw", b'{"error": "not found"}\n', "is text, which a server sends"),
+        ("a.raw.gz", gzip.compress(b"<html>Login</html>"), "is a web page, which a server sends"),
         ("a.raw.gz", gzip.compress(gzip.compress(bytes(9999))), "is compressed twice"),
         ("a.img", b"PK\3\4" + bytes(9999), "is a zip archive"),
         ("a.zip", b"PK\3\4" + bytes(9999), "is a zip archive"),
@@ -470,7 +470,7 @@ def test_web_page_instead_of_an_image(page: bytes, form: str, server: Server, tm
     kind = "qcow2" if "qcow2" in form else "raw" if "raw" in form else "qemu"
     settings = replace(publish(server, form, tmp_path), image_type=kind, nomount=True, image_checksum="no")
     server.put(f"/images/{form}", page.ljust(4096))
-    with pytest.raises(Failure, match="is a web page: the server sent that"):
+    with pytest.raises(Failure, match="is a web page, which a server sends"):
         imagetypes.find(settings)
 
 

@@ -276,7 +276,7 @@ def test_fetch_all(site: Node, publisher: Server) -> None:
     with DEFAULTS.open("a") as file:
         file.write(f"IMAGE_NAME=tiny\nIMAGE_DIR={site.images}\n")
     result = call(site, "fetch").failed("1 of 5 variants could not be fetched: broken")
-    assert "variant broken: image" in result.log and "a web page: the server sent that" in result.log
+    assert "variant broken: image" in result.log and "a web page, which a server sends" in result.log
     assert result.log.index("variant broken") < result.log.index("variant other is on this node")
     assert f"variant default is on this node: {site.images}/tiny" in result.log
     assert publisher.count("/images/1.0/guest.qcow2") == 1
