@@ -9,7 +9,7 @@ import select
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +137,8 @@ def counting(fifo: Path) -> Iterator[None]:
             try:
                 if ended.is_set():
                     return
-                os.write(writer, f"{number}\n".encode())
+                with suppress(BrokenPipeError):  # the reader was ended, as another program of the command has failed
+                    os.write(writer, f"{number}\n".encode())
                 gone = select.poll()
                 gone.register(writer, 0)  # an error: the reader has closed it
                 gone.poll()
