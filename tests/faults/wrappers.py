@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import os
 import select
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,33 +126,14 @@ def failing(work: Path, fault: Fault) -> Iterator[str]:
 
 @contextmanager
 def counting(fifo: Path) -> Iterator[None]:
-    """Give the first reader of `fifo` 1, the next one 2, and so on."""
+    """Give the first reader of `fifo` 1, the next one 2, and so on: a shell reads a line, and not a byte more."""
     os.mkfifo(fifo)
-    ended = threading.Event()
-
-    def count() -> None:
-        for number in itertools.count(1):
-            writer = os.open(fifo, os.O_WRONLY)  # waits for a reader
-            try:
-                if ended.is_set():
-                    return
-                with suppress(BrokenPipeError):  # the reader was ended, as another program of the command has failed
-                    os.write(writer, f"{number}\n".encode())
-                gone = select.poll()
-                gone.register(writer, 0)  # an error: the reader has closed it
-                gone.poll()
-            finally:
-                os.close(writer)
-
-    thread = threading.Thread(target=count)
-    thread.start()
+    descriptor = os.open(fifo, os.O_RDWR)
+    os.write(descriptor, "".join(f"{number}\n" for number in range(1, 10000)).encode())  # fits into a pipe
     try:
         yield
     finally:
-        ended.set()
-        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-        thread.join()
-        os.close(reader)
+        os.close(descriptor)
 
 
 def write(program: Path, text: str) -> None:
