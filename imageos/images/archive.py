@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from imageos import log
 from imageos.errors import Failure
+from imageos.images import formats
 from imageos.images.imagefile import Image, check_stages, compression_of, decompressor, exact, feed
 from imageos.images.tarball import BLOCK, is_header
 from imageos.node.confinement import Room
@@ -32,6 +33,18 @@ class Member(NamedTuple):
 
 def is_archive(image: Image) -> bool:
     return is_header(image.start[:BLOCK])
+
+
+def begins_with_disk(image: Image) -> bool:
+    """Return whether the first file of an archive is a disk image: the name alone says nothing of /initrd.img."""
+    header, content = image.start[:BLOCK], image.start[BLOCK:]
+    name = DISK.search(header[:100].rstrip(b"\0").decode("latin-1"))
+    if not name or header[156:157] not in (b"0", b"\0"):  # no regular file
+        return False
+    if name[3]:
+        return bool(compression_of(content))
+    is_partitioned = content[510:512] == b"\x55\xaa"
+    return is_partitioned or formats.recognise(lambda at, count: content[at : at + count], len(content)) is not None
 
 
 def opened(image: Image, most: int | None = None) -> Image:

@@ -91,7 +91,7 @@ def check(image_type: ImageType, image: Image) -> None:
     image_type.check(image)
     if image.whole:
         check_kind(image)
-    if image_type.deploy == tarball.deploy and archive.DISK.search(image.start[:100].rstrip(b"\0").decode("latin-1")):
+    if image_type.deploy == tarball.deploy and archive.begins_with_disk(image):
         raise Failure(f"image {image.path} is an archive of a disk image, not of a system", hint="set IMAGE_TYPE=qemu")
     wholeness.check(image)
     if not image_type.deploy:

@@ -16,6 +16,7 @@ from support import run
 
 from imageos.errors import Failure
 from imageos.images import checksums, diskimage, fetch, imagetypes, urls, web
+from imageos.images.imagefile import open_image
 from imageos.settings import PARAMETERS, Settings, parse_setting
 
 Gpg = Callable[..., bytes]
@@ -458,6 +459,18 @@ def test_disk_in_a_tarball(server: Server, tmp_path: Path) -> None:
     with pytest.raises(Failure, match="is an archive of a disk image") as raised:
         imagetypes.check(imagetypes.IMAGE_TYPES["tarball"], image)
     assert raised.value.hint == "set IMAGE_TYPE=qemu"
+
+
+@pytest.mark.parametrize("name", ["initrd.img", "swap.img", "disk.raw", "disk.raw.xz"])
+def test_system_that_begins_like_a_disk(name: str, tmp_path: Path) -> None:
+    """Who packs a system in another order than by name begins with any file: Ubuntu has /swap.img."""
+    if name == "initrd.img":
+        (tmp_path / name).symlink_to("boot/initrd.img-6.1")
+    else:
+        (tmp_path / name).write_bytes(b"070701" if name == "disk.raw" else bytes(9999))
+    (tmp_path / "etc").mkdir()
+    run("tar", "-C", tmp_path, "-cf", tmp_path / "a.tar", name, "etc")
+    imagetypes.check(imagetypes.IMAGE_TYPES["tarball"], open_image(str(tmp_path / "a.tar")))
 
 
 PAGES = [b"<html>", b"\n <!-- a comment -->\n<HTML>", b"<head>", b"<title>Login</title>", b"<script>", b"<?xml ?>"]
