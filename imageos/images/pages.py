@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 BEGINNING = 1 << 10  # bytes that are looked at: a record of a dump
 WEB_PAGE = re.compile(
@@ -31,7 +32,8 @@ def kind(content: bytes) -> str:
 
 
 def decoded(content: bytes) -> bytes:
-    """Return text as UTF-8 without a byte order mark, if it begins with one."""
+    """Return text as UTF-8 without a byte order mark, if it begins with one; anything else as it is."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return content.decode("utf-16", "replace").encode()
+        with suppress(UnicodeDecodeError):
+            return content.decode("utf-16").encode()
     return content[3:] if content.startswith(b"\xef\xbb\xbf") else content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,7 @@ def test_two_checksums_of_one_image(is_only: bool) -> None:
         (b"PK\3\4" + bytes(99), "a zip archive"),
         (b"\xeb\x63\x90" + bytes(510), ""),
         (b"<\0" + bytes(510), ""),
+        (b"\xff\xfe" + random.Random(0).randbytes(1022), ""),  # as UTF-16 it has no control characters
         (b"", ""),
         (b"etc/passwd".ljust(512, b"\0"), ""),
     ],
