@@ -187,6 +187,7 @@ def foreground(command: Command) -> int:
 class Process(NamedTuple):
     popen: subprocess.Popen[bytes]
     confined: bool
+    leads: bool  # a process group of its own, which ends with it if we end it
 
     @property
     def stdout(self) -> IO[bytes]:
@@ -205,6 +206,8 @@ class Process(NamedTuple):
         return 128 - status if self.confined and 128 < status <= 128 + signal.NSIG else status
 
     def end(self) -> None:
+        if self.leads and self.popen.poll() is None:
+            os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.kill()
         self.popen.wait()
         for pipe in (self.popen.stdout, self.popen.stderr):
@@ -235,12 +238,12 @@ def _start(stack: ExitStack, command: Command, stdin: int | None, stdout: int | 
     """
     room = command.room
     env = dict(environment() if command.env is None else command.env)
-    confined = isinstance(room, Room)
+    confined, leads = isinstance(room, Room), room is Outside.SETTINGS  # a shell has others work
     if isinstance(room, Room):
         env["TMPDIR"] = confinement.TEMPORARY
         prepare = confinement.entering(room, env["PATH"], command.keep)
     else:
-        prepare = (lambda: None) if isinstance(room, Outside) else room
+        prepare = os.setpgrp if leads else (lambda: None) if isinstance(room, Outside) else room
     with signals_held() as before:
 
         def enter() -> None:
@@ -261,7 +264,7 @@ def _start(stack: ExitStack, command: Command, stdin: int | None, stdout: int | 
                 )
         except OSError as error:
             raise cannot_start(command.argv[0], error) from None
-        process = Process(popen, confined)
+        process = Process(popen, confined, leads)
         stack.callback(process.end)
         return process
 

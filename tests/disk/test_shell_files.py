@@ -221,12 +221,16 @@ def test_many_at_once(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_of_many_does_not_end(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shellfiles, "TIMEOUT", 1.0)
-    for name, text in {"a": "SWAP_SIZE=1\n", "b": "sleep 3\n", "c": "kill $$\n"}.items():
+    endless = "echo $BASHPID >>/etc/pids\nwhile :; do sleep 0.2; done\n"
+    for name, text in {"a": "SWAP_SIZE=1\n", "b": endless, "c": "kill $$\n"}.items():
         (SITE / f"variants/{name}.conf").write_text(text)
     environments = [{**ganeti.EXAMPLE, "OS_VARIANT": name} for name in "abc"]
     (a, _), (_, b), (_, c) = settings.examine_each(environments, lambda _: None)
     assert a.swap_size == 1
     assert "b.conf does not come to an end" in str(b[0]) and "c.conf: it ended the shell" in str(c[0])
+    processes = [Path("/proc", pid) for pid in Path("/etc/pids").read_text().split()]
+    assert len(processes) == 2, "with the others, and alone"
+    wait_until(lambda: not any(map(Path.exists, processes)), "none is left")
 
 
 def test_a_program_complains(load: Callable[[], Settings], node: Node, capfd: pytest.CaptureFixture[str]) -> None:

@@ -410,6 +410,8 @@ TAKES_NO_PATH = {
         "os.getpid",
         "os.isatty",
         "os.kill",
+        "os.killpg",
+        "os.setpgrp",
         "os.lseek",
         "os.major",
         "os.makedev",
