@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -106,7 +107,10 @@ def test_good_variants(node: Node) -> None:
     root = partitions(disk)[0]
     assert root.content["TYPE"] == "ext4" and root.size > 1 << 30  # it has grown
     assert disk.stat().st_mode & 0o077 == 0
-    os.utime(node.images / "bookworm-x86_64.tar.zst", (1, 1))
+    image = node.images / "bookworm-x86_64.tar.zst"
+    other = node.images / "other"
+    shutil.copyfile(image, other)  # itself is a link into the cache of all test runs
+    other.rename(image)
     assert doctor(node, "tarball").endswith("its image is another now")
 
 
