@@ -12,20 +12,19 @@ import os
 import selectors
 import shlex
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from enum import Enum
-from typing import IO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from imageos import log
 from imageos.causes import cause
 from imageos.errors import Failure, TimedOut, signal_name
-from imageos.node import confinement, linux
-from imageos.node.children import PIPE_SIZE, forget_ours, signals_held
+from imageos.node import children, confinement, linux
+from imageos.node.children import PIPE, PIPE_SIZE, Process
 from imageos.node.confinement import NOTHING, Room
-from imageos.node.programs import cannot_start, environment
+from imageos.node.programs import environment
 
 # What is kept of a stream that we only want for messages; a hostile guest may print for ever.
 OUTPUT_LIMIT = 1 << 20
@@ -101,7 +100,7 @@ def run(
 
 def pipeline(
     *commands: Command,
-    stdin: int = subprocess.DEVNULL,
+    stdin: int | None = None,
     input: str | None = None,
     timeout: float | None = None,
     longest: int | None = None,
@@ -110,7 +109,7 @@ def pipeline(
     on_exit: Callable[[], None] | None = None,
     leaves: bool = False,
 ) -> list[Finished]:
-    """Run commands with each one's stdout as the next one's stdin; judge nothing.
+    """Run commands with each one's stdout as the next one's stdin; judge nothing. `stdin` of the first: a descriptor.
 
     `timeout` in seconds and `longest`, the bytes that they may say: whoever takes more is ended, and that is a Failure.
     `on_line` gets each line that they say as it comes. `tick` is called when all have been started, and often from then
@@ -120,7 +119,7 @@ def pipeline(
     has_ended = False
     with ExitStack() as stack:
         given = None if input is None else input.encode()
-        processes = _start_all(stack, commands, stdin, given, [subprocess.PIPE] * len(commands))
+        processes = _start_all(stack, commands, stdin, given, [PIPE] * len(commands))
 
         def at_exit() -> int:
             nonlocal has_ended
@@ -135,7 +134,7 @@ def pipeline(
         printed, *said = streams = [_Stream(pipe, on_line) for pipe in pipes]
         for pipe, stream in zip(pipes, streams):
             selector.register(pipe, selectors.EVENT_READ, stream.read)
-        ended = os.pidfd_open(processes[-1].popen.pid)  # readable once it has ended
+        ended = os.pidfd_open(processes[-1].pid)  # readable once it has ended
         stack.callback(os.close, ended)
         selector.register(ended, selectors.EVENT_READ, at_exit)
         _attend(selector, commands[0].argv[0], timeout, longest, tick, lambda: leaves and has_ended)
@@ -148,7 +147,7 @@ def pipeline(
 
 @contextmanager
 def output_of(
-    *commands: Command, stdin: int = subprocess.DEVNULL, input: bytes | None = None
+    *commands: Command, stdin: int | None = None, input: bytes | None = None
 ) -> Iterator[tuple[int, Callable[[], None]]]:
     """Run commands as in `pipeline`; yield the descriptor of the last one's stdout, and a function to call at its end.
 
@@ -178,45 +177,14 @@ def foreground(command: Command) -> int:
     """Run a command with our stdin, stdout and stderr, and return its status; negative for a signal."""
     log.debug(f"$ {shlex.join(command.argv)}")
     with ExitStack() as stack:
-        return _start(stack, command, None, None, None).status()
+        return _start(stack, command, (0, 1, 2)).status()
 
 
 # --- starting --------------------------------------------------------------------------------------------
 
 
-class Process(NamedTuple):
-    popen: subprocess.Popen[bytes]
-    confined: bool
-    leads: bool  # a process group of its own, which ends with it if we end it
-
-    @property
-    def stdout(self) -> IO[bytes]:
-        assert self.popen.stdout
-        return self.popen.stdout
-
-    @property
-    def stderr(self) -> IO[bytes]:
-        assert self.popen.stderr
-        return self.popen.stderr
-
-    def status(self) -> int:
-        """Wait for its end, and return its status: negative for a signal."""
-        status = self.popen.wait()
-        # process 1 of its namespace has ended with it, and as a shell would (confinement.exit_as)
-        return 128 - status if self.confined and 128 < status <= 128 + signal.NSIG else status
-
-    def end(self) -> None:
-        if self.leads and self.popen.poll() is None:
-            os.killpg(self.popen.pid, signal.SIGKILL)
-        self.popen.kill()
-        self.popen.wait()
-        for pipe in (self.popen.stdout, self.popen.stderr):
-            if pipe:
-                pipe.close()
-
-
 def _start_all(
-    stack: ExitStack, commands: Sequence[Command], stdin: int, input: bytes | None, errors: Sequence[int]
+    stack: ExitStack, commands: Sequence[Command], stdin: int | None, input: bytes | None, errors: Sequence[int]
 ) -> list[Process]:
     """Start commands, each one's stdout the next one's stdin, each with its stderr, that end with `stack`."""
     log.debug("$ " + " | ".join(shlex.join(command.argv) for command in commands))
@@ -224,49 +192,38 @@ def _start_all(
     if input is not None:
         stdin = stack.enter_context(_memory(len(input)))
         os.pwrite(stdin, input, 0)
+    elif stdin is None:
+        stdin, writer = os.pipe()
+        stack.callback(os.close, stdin)
+        os.close(writer)
     for command, stderr in zip(commands, errors):
-        process = _start(stack, command, stdin, subprocess.PIPE, stderr)
+        process = _start(stack, command, (stdin, PIPE, stderr))
         stdin = process.stdout.fileno()
         linux.enlarge_pipe(stdin, PIPE_SIZE)
         processes.append(process)
     return processes
 
 
-def _start(stack: ExitStack, command: Command, stdin: int | None, stdout: int | None, stderr: int | None) -> Process:
-    """Start a process that ends with `stack`. A signal waits until that is sure: one that came in between would leave
-    a process that goes on writing to the disk.
-    """
+def _start(stack: ExitStack, command: Command, streams: tuple[int, int, int]) -> Process:
+    """Start a process that ends with `stack`."""
     room = command.room
     env = dict(environment() if command.env is None else command.env)
-    confined, leads = isinstance(room, Room), room is Outside.SETTINGS  # a shell has others work
     if isinstance(room, Room):
         env["TMPDIR"] = confinement.TEMPORARY
-        prepare = confinement.entering(room, env["PATH"], command.keep)
+        enter = confinement.entering(room, env["PATH"], command.keep)
     else:
-        prepare = os.setpgrp if leads else (lambda: None) if isinstance(room, Outside) else room
-    with signals_held() as before:
-
-        def enter() -> None:
-            forget_ours(before)
-            prepare()
-
-        try:
-            with linux.children_apart() if confined and os.geteuid() == 0 else nullcontext():
-                popen = subprocess.Popen(
-                    list(command.argv),
-                    stdin=stdin,
-                    stdout=stdout,
-                    stderr=stderr,
-                    env=env,
-                    cwd=command.cwd,
-                    pass_fds=command.keep,
-                    preexec_fn=enter,
-                )
-        except OSError as error:
-            raise cannot_start(command.argv[0], error) from None
-        process = Process(popen, confined, leads)
-        stack.callback(process.end)
-        return process
+        enter = os.setpgrp if room is Outside.SETTINGS else (lambda: None) if isinstance(room, Outside) else room
+    program = children.Program(
+        command.argv,
+        env,
+        enter,
+        streams,
+        command.keep,
+        command.cwd,
+        apart=isinstance(room, Room),
+        leads=room is Outside.SETTINGS,  # a shell has others work
+    )
+    return children.start(stack, program)
 
 
 # --- what they say ---------------------------------------------------------------------------------------
@@ -275,7 +232,7 @@ def _start(stack: ExitStack, command: Command, stdin: int | None, stdout: int | 
 class _Stream:
     """The output from a pipe: the end of it is kept, and every line handed on."""
 
-    def __init__(self, pipe: IO[bytes], on_line: Callable[[str], None] | None) -> None:
+    def __init__(self, pipe: BinaryIO, on_line: Callable[[str], None] | None) -> None:
         self._pipe = pipe
         self._on_line = on_line
         self._line = bytearray()  # that has no end yet

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import select
 import signal
 import stat
 import subprocess
@@ -145,17 +146,26 @@ class Call:
 
         wait_until(happened, what)
 
+    def ended(self, seconds: float) -> bool:
+        """Wait for the end, at most so long. Popen.wait would look every 50 ms only, and measure in such steps."""
+        if self.process.poll() is not None:
+            return True
+        descriptor = os.pidfd_open(self.process.pid)
+        try:
+            return bool(select.select([descriptor], [], [], seconds)[0])
+        finally:
+            os.close(descriptor)
+
     def kill(self, number: int, group: bool = False) -> None:
         (os.killpg if group else os.kill)(self.process.pid, number)
 
     def result(self, interrupted: bool = False) -> Result:
         """Wait for the end. `interrupted`: allow a traceback of Python itself, as SIGINT may come while it starts."""
-        try:
-            status = self.process.wait(HANGS)
-        except subprocess.TimeoutExpired:
+        if not self.ended(HANGS):
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            raise AssertionError(f"not finished within {HANGS} s\n{self.log()}") from None
+            raise AssertionError(f"not finished within {HANGS} s\n{self.log()}")
+        status = self.process.wait()
         log = self.log()  # fails unless it is ASCII
         is_ours = "imageos/site-packages" in log or not interrupted
         assert "Traceback (most recent call last)" not in log or not is_ours, log

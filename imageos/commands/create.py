@@ -88,10 +88,12 @@ def create(instance: Instance, settings: Settings) -> None:
         layout = plan_layout(settings, instance, disk, image)
         context = Context(instance, settings, image, interfaces, names, layout)
         with blockdev.attached(disk, direct=True) as loop, blockdev.disarmed_on_failure(loop), ExitStack() as ahead:
+            volumes = format_disk(context, loop, layout) if layout else ()
             rsa: GetKey = hostkeys.no_key
-            if not settings.nomount:
+            if not settings.nomount:  # it takes a processor while the image is written
                 rsa = ahead.enter_context(hostkeys.rsa_made_meanwhile(instance.short_name))
-            volumes = format_disk(context, loop, layout) if layout else write_disk_image(context, loop)
+            if not layout:
+                volumes = write_disk_image(context, loop)
             if volumes:
                 complete(context, loop, volumes, rsa)
             else:

@@ -58,15 +58,15 @@ def entering(path: str, hostname: str, disk: GuestDisk, join: Callable[[], None]
     # Looked up here: the child must not depend on the state of its parent's /dev.
     nodes = {os.path.basename(node): os.stat(node).st_rdev for node in disk.nodes}
     nodes.update((name, os.makedev(*number)) for name, number in GUEST_DEVICES.items())
-    calls = seccomp.guest()
+    calls, have = linux.filter_of(seccomp.guest()), linux.capabilities()
 
     def enter() -> None:
         try:
             join()
-            _enter(path, hostname, nodes, disk.uuids)
+            _enter(path, hostname, nodes, disk.uuids, have)
             linux.load_filter(calls)  # last: nothing of the above is allowed any more
         except OSError as error:
-            # subprocess would only say that something happened
+            # this is all that anybody is told
             os.write(2, f"cannot enter the sandbox: {error}\n".encode("ascii", "backslashreplace"))
             os._exit(126)
 
@@ -88,7 +88,7 @@ def devices(path: str) -> Iterator[None]:
         yield
 
 
-def _enter(path: str, hostname: str, nodes: dict[str, int], uuids: Sequence[tuple[str, str]]) -> None:
+def _enter(path: str, hostname: str, nodes: dict[str, int], uuids: Sequence[tuple[str, str]], have: int) -> None:
     take_own_null()
     os.setsid()  # no terminal of the node's
     linux.leave_session_keyring()
@@ -112,7 +112,7 @@ def _enter(path: str, hostname: str, nodes: dict[str, int], uuids: Sequence[tupl
     leave_first_process_behind()
     for limit, value in LIMITS.items():
         limits.lower(limit, value)
-    linux.limit_capabilities(CAPABILITIES)
+    linux.limit_capabilities(CAPABILITIES, have)
 
 
 def _become_first_process() -> None:
@@ -120,7 +120,7 @@ def _become_first_process() -> None:
     child = os.fork()
     if child:
         linux.die_with_parent()
-        os.closerange(3, 1 << 16)  # among them the pipe by which subprocess awaits the exec
+        linux.close_all(3)
         exit_as(child)
     linux.die_with_parent()
 

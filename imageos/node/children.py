@@ -1,19 +1,21 @@
-"""Children of this process: what each of them does first, and our own code in one that has nothing."""
+"""Children of this process: programs, and our own code in one that has nothing."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import BinaryIO, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import BinaryIO, NamedTuple, NoReturn
 
 from imageos.node import confinement, linux
 from imageos.node.confinement import NOTHING
-from imageos.node.programs import environment
+from imageos.node.programs import available, cannot_start, environment
 
+PIPE = -1  # instead of a descriptor: one end of a new pipe, whose other end is ours
 PIPE_SIZE = 1 << 20  # bytes between two processes: what any user may ask for (fs.pipe-max-size)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # that end a command in an orderly way
 Work = Callable[[BinaryIO, Callable[[bytes], object]], None]
@@ -36,6 +38,131 @@ def forget_ours(mask: Iterable[int]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+
+
+# --- programs --------------------------------------------------------------------------------------------
+
+
+class Program(NamedTuple):
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    enter: Callable[[], None]  # the child calls it before the program
+    streams: tuple[int, int, int]  # its stdin, stdout and stderr: descriptors, or PIPE
+    keep: Sequence[int]  # other descriptors that it inherits
+    cwd: str | None
+    apart: bool  # it is process 1 of a PID namespace, or that one's child
+    leads: bool  # a process group of its own, which ends with it if we end it
+
+
+class Process(NamedTuple):
+    """A program that has been started, or is about to start. No other process gets its PID until `stack` ends."""
+
+    program: Program
+    pid: int
+    pipes: Mapping[int, BinaryIO]  # its stdout, its stderr: our ends
+    fault: int  # descriptor of a file: the number of the error for which it did not start; empty: it did
+
+    @property
+    def stdout(self) -> BinaryIO:
+        return self.pipes[1]
+
+    @property
+    def stderr(self) -> BinaryIO:
+        return self.pipes[2]
+
+    def status(self) -> int:
+        """Wait for its end, and return its status, negative for a signal; raise Failure if it did not start."""
+        ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        assert ended
+        fault = os.pread(self.fault, 16, 0)
+        if fault:
+            number = int(fault)
+            raise cannot_start(self.program.argv[0], OSError(number, os.strerror(number)))
+        status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        # process 1 of its namespace has ended with it, and as a shell would (confinement.exit_as)
+        return 128 - status if self.program.apart and 128 < status <= 128 + signal.NSIG else status
+
+    def has_ended(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def start(stack: ExitStack, program: Program) -> Process:
+    """Start a program that ends with `stack`; do not wait until it is there, which takes as long as a fork again.
+
+    A signal waits until its end is sure: one that came in between would leave a process that goes on writing.
+    """
+    with signals_held() as mask:
+        return stack.enter_context(_started(program, mask))
+
+
+@contextmanager
+def _started(program: Program, mask: Iterable[int]) -> Iterator[Process]:
+    name = program.argv[0]
+    if "/" not in name and not available(name, program.env["PATH"]):
+        raise cannot_start(name, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+    with ExitStack() as stack:
+        pipes = {number: os.pipe() for number, stream in enumerate(program.streams) if stream == PIPE}
+        ours = {number: stack.enter_context(os.fdopen(reader, "rb", 0)) for number, (reader, _) in pipes.items()}
+        theirs = [pipes[number][1] if number in pipes else stream for number, stream in enumerate(program.streams)]
+        fault = stack.enter_context(linux.closing(os.memfd_create("fault", os.MFD_CLOEXEC)))
+        try:
+            pid = _fork(program, theirs, fault, mask)
+        finally:
+            for _, writer in pipes.values():
+                os.close(writer)
+        process = Process(program, pid, ours, fault)
+        stack.callback(_end, process)
+        yield process
+
+
+def _fork(program: Program, streams: Sequence[int], fault: int, mask: Iterable[int]) -> int:
+    with ExitStack() as stack:
+        try:
+            if program.apart and os.geteuid() == 0:
+                stack.enter_context(linux.children_apart())
+            child = os.fork()
+        except OSError as error:
+            raise cannot_start(program.argv[0], error) from None
+        if not child:
+            _become(program, streams, fault, mask)
+    return child
+
+
+def _become(program: Program, streams: Sequence[int], fault: int, mask: Iterable[int]) -> NoReturn:
+    """In the child: turn into the program."""
+    try:
+        forget_ours(mask)
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python
+            signal.signal(ignored, signal.SIG_DFL)
+        # first out of the way: what is to be one of them may have the number of another
+        above = [fcntl.fcntl(stream, fcntl.F_DUPFD_CLOEXEC, len(streams)) for stream in streams]
+        for number, descriptor in enumerate(above):
+            os.dup2(descriptor, number)
+        for descriptor in program.keep:
+            os.set_inheritable(descriptor, True)
+        if program.cwd is not None:
+            os.chdir(program.cwd)
+        program.enter()
+        first = len(streams)
+        for descriptor in sorted({*program.keep, fault}):  # the rest may be our caller's
+            os.closerange(first, descriptor)
+            first = descriptor + 1
+        linux.close_all(first)
+        os.execvpe(program.argv[0], list(program.argv), program.env)
+    except OSError as error:
+        os.write(fault, str(error.errno).encode())
+    finally:  # there is no way back
+        os._exit(126)
+
+
+def _end(process: Process) -> None:
+    if process.program.leads and not process.has_ended():
+        os.killpg(process.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitpid(process.pid, 0)
+
+
+# --- our own code ----------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -38,7 +38,7 @@ NETWORK = (
     *("/etc/pki/tls/certs", "/etc/pki/tls/cert.pem", "/etc/pki/tls/openssl.cnf", "/etc/pki/tls/openssl.d"),
     *("/etc/pki/ca-trust/extracted", "/etc/crypto-policies"),
 )
-PASSWD = "root:x:0:0:root:/root:/bin/sh\n"  # ssh-keygen asks who it is
+PASSWD = b"root:x:0:0:root:/root:/bin/sh\n"  # ssh-keygen asks who it is
 # Name -> major, minor (Documentation/admin-guide/devices.txt)
 DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9)}
 LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
@@ -98,19 +98,20 @@ def entering(room: Room, path: str, kept: Iterable[int] = ()) -> Callable[[], No
             shown += [place for place in dict.fromkeys((seen, os.path.realpath(seen))) if not _is_beneath(place, shown)]
     if room.mount:
         shown.append(room.mount)
-    calls = seccomp.helper(room.network, KVM in room.sees)
+    calls = linux.filter_of(seccomp.helper(room.network, KVM in room.sees))
+    have, with_below = linux.capabilities(), linux.can_restrict_all()
     files = [descriptor for descriptor in kept if stat.S_ISREG(os.fstat(descriptor).st_mode)]
 
     def enter() -> None:
         try:
-            work = _enter(room, shown, nodes)
+            work = _enter(room, shown, nodes, with_below)
             leave_first_process_behind()
             limits.lower(resource.RLIMIT_AS, room.memory)
-            linux.limit_capabilities(room.capabilities)
+            linux.limit_capabilities(room.capabilities, have)
             linux.forbid_writing(_writable(work, files))
             linux.load_filter(calls)  # last: nothing of the above is allowed any more
         except OSError as error:
-            # subprocess would only say that something happened
+            # this is all that anybody is told
             os.write(2, f"cannot give up privileges: {error}\n".encode("ascii", "backslashreplace"))
             os._exit(126)
 
@@ -131,11 +132,10 @@ def _is_beneath(path: str, places: Iterable[str]) -> bool:
     return f"{os.path.normpath(path)}/".startswith(tuple(f"{os.path.normpath(place)}/" for place in places))
 
 
-def _enter(room: Room, shown: Iterable[str], nodes: dict[str, tuple[int, int]]) -> int | None:
+def _enter(room: Room, shown: Iterable[str], nodes: dict[str, tuple[int, int]], with_below: bool) -> int | None:
     """Make the room and go there; return a descriptor of the directory to work in."""
     # A copy that is mounted nowhere has nothing above it: restore(8) follows a `..` that a hostile dump has for a name
     working = linux.copy_mounts(room.work) if room.work else None
-    with_below = linux.can_restrict_all()
     copies = [(place, linux.copy_mounts(place, with_below)) for place in shown]
     take_own_null()
     os.setsid()  # no terminal of the node's
@@ -184,8 +184,8 @@ def _furnish(copies: Iterable[tuple[str, int]], nodes: dict[str, tuple[int, int]
         os.mknod(name[1:], mode, number)
         os.chmod(name[1:], stat.S_IMODE(mode))  # whatever the umask
     os.symlink("/proc/self/mounts", "etc/mtab")  # resize2fs wants to know what is mounted
-    with open("etc/passwd", "w", encoding="ascii") as file:
-        file.write(PASSWD)
+    with linux.closing(os.open("etc/passwd", os.O_CREAT | os.O_WRONLY, 0o644)) as passwd:
+        os.write(passwd, PASSWD)
     for place, copy in copies:
         place = os.path.normpath(place)[1:]
         os.makedirs(os.path.dirname(place) or ".", exist_ok=True)

@@ -235,33 +235,53 @@ def forbid_dumps() -> None:
     _check(_libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
 
 
-def limit_capabilities(keep: Iterable[int]) -> None:
-    """Drop all capabilities except `keep` from every set, also for all programs started later."""
-    keep = frozenset(keep)
-    for capability in range(64):
-        if capability not in keep and _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
-            break  # EINVAL: beyond the last capability of this kernel
-    _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    header = ctypes.create_string_buffer(struct.pack("=Ii", CAPABILITY_VERSION_3, 0))
+def capabilities() -> int:
+    """Return the mask of those that we have."""
+    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
     # effective, permitted, inheritable of the low 32, then of the high 32 capabilities
     data = ctypes.create_string_buffer(struct.calcsize("=6I"))
     _check(_libc.capget(header, data), "capget")
     _, low, _, _, high, _ = struct.unpack("=6I", data)
+    return int(low | high << 32)
+
+
+def limit_capabilities(keep: Iterable[int], have: int) -> None:
+    """Drop all capabilities except `keep` from every set, also for all programs started later; `have`: `capabilities`.
+
+    A child that has just been forked copies, or finds again, each page that it touches: it is left little to do.
+    """
     mask = sum(1 << capability for capability in keep)
-    low, high = low & mask, high & mask >> 32
-    struct.pack_into("=6I", data, 0, low, low, 0, high, high, 0)
+    for capability in range(64):
+        if not mask >> capability & 1 and _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
+            break  # EINVAL: beyond the last capability of this kernel
+    _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    low, high = have & mask & 0xFFFFFFFF, (have & mask) >> 32
+    header, data = struct.pack("=Ii", CAPABILITY_VERSION_3, 0), struct.pack("=6I", low, low, 0, high, high, 0)
     _check(_libc.capset(header, data), "capset")
 
 
-def load_filter(program: bytes) -> None:
-    """Filter each system call of this process and its children by `program` (an array of struct sock_filter).
+class Filter(NamedTuple):
+    """A program for seccomp(2), ready for a child to load."""
 
-    It stays for ever, beside filters already loaded. An empty program is none. Needs no_new_privs or CAP_SYS_ADMIN.
+    argument: bytes  # struct sock_fprog, which has the address of:
+    instructions: ctypes.Array[ctypes.c_char]
+
+
+def filter_of(program: bytes) -> Filter | None:
+    """Return the filter of `program`, an array of struct sock_filter; None if that is empty."""
+    if not program:
+        return None
+    instructions = ctypes.create_string_buffer(program)
+    return Filter(struct.pack("@HP", len(program) // 8, ctypes.addressof(instructions)), instructions)
+
+
+def load_filter(loaded: Filter | None) -> None:
+    """Filter each system call of this process and its children.
+
+    It stays for ever, beside filters already loaded. Needs no_new_privs or CAP_SYS_ADMIN.
     """
-    if program:
-        instructions = ctypes.create_string_buffer(program)
-        argument = struct.pack("@HP", len(program) // 8, ctypes.addressof(instructions))  # struct sock_fprog
-        _check(_libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, argument, 0, 0), "seccomp")
+    if loaded:
+        _check(_libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, loaded.argument, 0, 0), "seccomp")
 
 
 def forbid_writing(but: Iterable[tuple[int, bool]]) -> None:

@@ -60,8 +60,8 @@ def require(*programs: str) -> None:
         )
 
 
-def available(program: str) -> bool:
-    return shutil.which(program, path=os.environ.get("PATH", DEFAULT_PATH)) is not None
+def available(program: str, path: str | None = None) -> bool:
+    return shutil.which(program, path=path or os.environ.get("PATH", DEFAULT_PATH)) is not None
 
 
 def cannot_start(program: str, error: OSError) -> Failure:

@@ -152,7 +152,7 @@ def test_of_a_guest_of_32_bits(abi: str, node: Node, disk: MakeDisk) -> None:
 
 
 def filtered(network: bool) -> Callable[[], None]:
-    program = seccomp.helper(network)
+    program = linux.filter_of(seccomp.helper(network))
     return lambda: linux.load_filter(program)
 
 
