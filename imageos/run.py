@@ -18,11 +18,11 @@ from contextlib import ExitStack, contextmanager
 from enum import Enum
 from typing import BinaryIO, NamedTuple
 
-from imageos import log
+from imageos import log, preload
 from imageos.causes import cause
 from imageos.errors import Failure, TimedOut, signal_name
 from imageos.node import children, confinement, linux
-from imageos.node.children import PIPE, PIPE_SIZE, Process
+from imageos.node.children import PIPE, PIPE_SIZE, Process, signals_held
 from imageos.node.confinement import NOTHING, Room
 from imageos.node.programs import environment
 
@@ -186,7 +186,10 @@ def foreground(command: Command) -> int:
 def _start_all(
     stack: ExitStack, commands: Sequence[Command], stdin: int | None, input: bytes | None, errors: Sequence[int]
 ) -> list[Process]:
-    """Start commands, each one's stdout the next one's stdin, each with its stderr, that end with `stack`."""
+    """Start commands, each one's stdout the next one's stdin, each with its stderr, that end with `stack`.
+
+    Then import what is needed later: they need a while to start.
+    """
     log.debug("$ " + " | ".join(shlex.join(command.argv) for command in commands))
     processes: list[Process] = []
     if input is not None:
@@ -201,6 +204,8 @@ def _start_all(
         stdin = process.stdout.fileno()
         linux.enlarge_pipe(stdin, PIPE_SIZE)
         processes.append(process)
+    with signals_held():
+        preload.load()
     return processes
 
 

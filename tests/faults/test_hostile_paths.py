@@ -22,16 +22,16 @@ from hookfiles import PYTHON_HOOKS, hook_module
 from support import Node, recorded, run
 
 from imageos import ganeti, log, network
-from imageos.commands import create
 from imageos.disks.blockdev import Disk, LoopDevice
 from imageos.disks.filesystem import Volume
 from imageos.errors import Failure
-from imageos.guests import hostkeys, target
+from imageos.guests import hostkeys, personalize, target
 from imageos.guests import hostname as hostnames
 from imageos.guests.sandbox import GuestDisk
 from imageos.hook import Hook
 from imageos.images.imagefile import Image
 from imageos.node import isolation, linux
+from imageos.request import Request
 from imageos.settings import Settings
 
 TREES = {"systemd": trees.SYSTEMD, "sysvinit": trees.SYSVINIT}
@@ -115,9 +115,9 @@ def steps(guest: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> d
     def configure() -> None:
         image = Image("tiny.tar", 0, 0, "")
         interfaces = network.plan(instance, settings)
-        context = create.Context(instance, settings, image, interfaces, [], None)
+        request = Request(instance, settings, image, interfaces, [], None)
         loop = LoopDevice("/dev/null", 0, Disk("/dev/null", 0, GIB, is_file=False))
-        create.configure(context, loop, volumes, hostkeys.no_key)
+        personalize.configure(request, loop, volumes, hostkeys.no_key)
 
     def rename() -> None:
         with opened() as root:

@@ -34,6 +34,7 @@ ORDER = [
         "node.confinement",
         "node.programs",
         "node.children",
+        "preload",
         "run",
     ),
     *("node.sysfs", "node.mounts", "node.cgroup", "node.isolation"),
@@ -91,6 +92,8 @@ ORDER = [
     *("guests.sealing", "images.capture"),
     # hooks: the module that they import, and the one that runs them
     *("hook", "hooks"),
+    # a create
+    *("request", "guests.personalize", "deployment"),
     # commands
     *("commandline", "images.instance"),
     *("commands", "commands.create", "commands.import_", "commands.export", "commands.rename", "commands.verify"),
@@ -279,7 +282,7 @@ GIVEN_THE_ROOT = {
     "imageos.run.Command": "is where the operator's shell begins",
     "imageos.hooks.Context": "tells hooks",
     "os.mkdir": "makes the place",
-    "context.deploy": "unpacks an image there",
+    "request.deploy": "unpacks an image there",
     "imageos.node.confinement.Room": "shows it to tar and find, and nothing else",
     "TARGET": "hooks get it as that variable",
 }
@@ -456,6 +459,7 @@ MAY_TOUCH = {
     "node.sysfs": ("looks opens", "/sys"),
     "node.mounts": ("looks opens changes resolves", "/proc/self/mountinfo, its device nodes; the mount point in /tmp"),
     "node.space": ("looks", "how much of a filesystem is free"),
+    "preload": ("loads", "our own modules, early"),
     "node.children": ("starts mounts", "a program, in the directory that it is to begin in"),
     "node.confinement": ("looks opens changes mounts", "the root of a confined program, before it starts"),
     "node.programs": ("looks opens", "programs in PATH, and the first line of a hook"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from imageos import deployment
 from imageos.commands import create
 from imageos.disks import filesystem
 from imageos.disks.layout import MIB
@@ -52,7 +53,7 @@ def test_each_filesystem_has_a_smallest_root(kind: str, needs: str) -> None:
 
 def test_instance_without_a_disk() -> None:
     with pytest.raises(Failure, match="inst1.example.org has no disk") as raised:
-        create.create(instance(), Settings())
+        deployment.create(instance(), Settings())
     assert "CDINSTALL=yes" in str(raised.value.hint)
 
 
@@ -64,5 +65,5 @@ def test_installer_leaves_the_disks_alone(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr("os.environ", environment)
     monkeypatch.setattr("imageos.settings.load_settings.__defaults__", (str(tmp_path / "none"),))
     monkeypatch.setattr("imageos.node.isolation.enter", lambda: None)
-    monkeypatch.setattr(create, "create", touched)
+    monkeypatch.setattr(deployment, "create", touched)
     assert create.main([]) == 0
