@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from imageos import ganeti, hooks, log
+from imageos import ganeti, log, preload
 from imageos.errors import Failure
-from imageos.images import imagetypes, preview
 from imageos.node import isolation
 from imageos.node.programs import require
 from imageos.settings import Settings, examine_settings, reserved_parameters, unknown_parameters
@@ -17,9 +16,12 @@ def main(_arguments: Sequence[str]) -> int:
     """Check everything that does not depend on the instance, which only create knows."""
     ganeti.check_api(os.environ)
     isolation.enter()
+    preload.later("imageos.hooks", "imageos.images.preview")
     unknown = unknown_parameters(os.environ)
     settings, problems = examine_settings({**ganeti.EXAMPLE, **os.environ})
     problems += [Failure(f"unknown OS parameter {name}") for name in unknown]
+    from imageos import hooks  # late: preloaded
+
     problems += [] if problems else problems_of(check_image, settings)  # a wrong setting would select another image
     problems += problems_of(hooks.check, settings)
     for problem in problems[:-1]:
@@ -44,6 +46,8 @@ def check_image(settings: Settings) -> None:
     """Fail if the image on this node is wrong. Only warn about a server: it may be up again for the create."""
     if settings.cdinstall or "os-image" in reserved_parameters(os.environ):
         return
+    from imageos.images import imagetypes, preview  # late: preloaded
+
     if settings.image_url:
         require("curl")
         reason = imagetypes.why_unreachable(settings)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from imageos import log
+from imageos import log, preload
 from imageos.disks import mounting
 from imageos.errors import Failure
 from imageos.images.dumpfile import RECORD, TAPE, Dump, Truncated, is_packed, order_of, unpack
@@ -55,6 +55,7 @@ HARMLESS = re.compile(
 def check(image: Image) -> None:
     """Look at the first record: Failure unless it is a full dump that this node can restore."""
     require("restore", "tee", *image.decompress[:1])
+    preload.later("concurrent.futures")
     record = image.start[:RECORD]
     order = order_of(record)
     if not order:
@@ -132,7 +133,7 @@ class Follower:
         else:  # content is passed over, which costs next to nothing
             self._file = stack.enter_context(os.fdopen(reader, "rb", 2 * RECORD))
         with signals_held():
-            from concurrent.futures import ThreadPoolExecutor  # late: it takes more than all that a tarball needs
+            from concurrent.futures import ThreadPoolExecutor  # late: preloaded, and a tarball needs none
         self._thread = stack.enter_context(ThreadPoolExecutor(1))
         stack.callback(self._file.close)  # the thread ends soon: nobody waits for what is left
 
