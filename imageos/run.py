@@ -28,6 +28,7 @@ from imageos.node.programs import environment
 
 # What is kept of a stream that we only want for messages; a hostile guest may print for ever.
 OUTPUT_LIMIT = 1 << 20
+MOST_AT_ONCE = 8
 TICK = 0.5  # seconds between two calls of `tick`, at most
 
 
@@ -116,33 +117,22 @@ def pipeline(
     on; `on_exit` when the last one has ended, while a process that it left behind may still hold its output open.
     With `leaves`, that process is not waited for.
     """
-    has_ended = False
     with ExitStack() as stack:
         given = None if input is None else input.encode()
         processes = _start_all(stack, commands, stdin, given, [PIPE] * len(commands))
+        return _finish(stack, commands, processes, timeout, longest, on_line, tick, on_exit, leaves)
 
-        def at_exit() -> int:
-            nonlocal has_ended
-            has_ended = True
-            _run_dry(processes)
-            if on_exit:
-                on_exit()
-            return 0
 
-        selector = stack.enter_context(selectors.DefaultSelector())
-        pipes = [processes[-1].stdout, *(process.stderr for process in processes)]
-        printed, *said = streams = [_Stream(pipe, on_line) for pipe in pipes]
-        for pipe, stream in zip(pipes, streams):
-            selector.register(pipe, selectors.EVENT_READ, stream.read)
-        ended = os.pidfd_open(processes[-1].pid)  # readable once it has ended
-        stack.callback(os.close, ended)
-        selector.register(ended, selectors.EVENT_READ, at_exit)
-        _attend(selector, commands[0].argv[0], timeout, longest, tick, lambda: leaves and has_ended)
-        outputs = [*[b""] * (len(commands) - 1), bytes(printed.kept)]
-        return [
-            _finished(command, process, stdout, _text(stderr.kept))
-            for command, process, stdout, stderr in zip(commands, processes, outputs, said)
-        ]
+def at_once(commands: Sequence[Command], timeout: float) -> list[Finished]:
+    """Run commands, which say little, at the same time; judge nothing. `timeout` in seconds, for each."""
+    finished: list[Finished] = []
+    for first in range(0, len(commands), MOST_AT_ONCE):
+        with ExitStack() as stack:
+            some = commands[first : first + MOST_AT_ONCE]
+            started = [_start_all(stack, [command], None, None, [PIPE]) for command in some]
+            for command, processes in zip(some, started):
+                finished += _finish(stack, [command], processes, timeout)
+    return finished
 
 
 @contextmanager
@@ -229,6 +219,44 @@ def _start(stack: ExitStack, command: Command, streams: tuple[int, int, int]) ->
         leads=room is Outside.SETTINGS,  # a shell has others work
     )
     return children.start(stack, program)
+
+
+def _finish(
+    stack: ExitStack,
+    commands: Sequence[Command],
+    processes: Sequence[Process],
+    timeout: float | None,
+    longest: int | None = None,
+    on_line: Callable[[str], None] | None = None,
+    tick: Callable[[], None] | None = None,
+    on_exit: Callable[[], None] | None = None,
+    leaves: bool = False,
+) -> list[Finished]:
+    """Take what the processes of one pipeline say until they have ended."""
+    has_ended = False
+
+    def at_exit() -> int:
+        nonlocal has_ended
+        has_ended = True
+        _run_dry(processes)
+        if on_exit:
+            on_exit()
+        return 0
+
+    selector = stack.enter_context(selectors.DefaultSelector())
+    pipes = [processes[-1].stdout, *(process.stderr for process in processes)]
+    printed, *said = streams = [_Stream(pipe, on_line) for pipe in pipes]
+    for pipe, stream in zip(pipes, streams):
+        selector.register(pipe, selectors.EVENT_READ, stream.read)
+    ended = os.pidfd_open(processes[-1].pid)  # readable once it has ended
+    stack.callback(os.close, ended)
+    selector.register(ended, selectors.EVENT_READ, at_exit)
+    _attend(selector, commands[0].argv[0], timeout, longest, tick, lambda: leaves and has_ended)
+    outputs = [*[b""] * (len(commands) - 1), bytes(printed.kept)]
+    return [
+        _finished(command, process, stdout, _text(stderr.kept))
+        for command, process, stdout, stderr in zip(commands, processes, outputs, said)
+    ]
 
 
 # --- what they say ---------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def _replayed(part: Part) -> Part:
     except Failure as failure:
         log.debug(f"{part}: {failure}")  # who looks at it, or mounts it, gets the same and decides
         return part
-    return partitions.probe(part) if done else part
+    return partitions.probe([part])[0] if done else part
 
 
 def describe(found: Found) -> list[str]:

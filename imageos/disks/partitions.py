@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from imageos import log
@@ -18,7 +18,7 @@ from imageos.disks.ends import EXTENDED, MOST_PARTITIONS, PROTECTIVE
 from imageos.disks.layout import SECTOR
 from imageos.errors import Failure
 from imageos.node.confinement import Room
-from imageos.run import Command, pipeline
+from imageos.run import Command, Finished, at_once, pipeline
 
 PROGRAMS = ("sfdisk", "blkid")
 PHYSICAL = superblock.LVM
@@ -77,7 +77,7 @@ def read(loop: LoopDevice) -> Table:
     if not table.parts:
         table = _whole(loop.path, loop.size)
     blockdev.set_partitions(loop, [(part.number, part.start, part.size) for part in table.parts if part.number])
-    table = table._replace(parts=tuple(probe(part) for part in table.parts))
+    table = table._replace(parts=tuple(probe(table.parts)))
     return with_volumes(loop, table) if any(part.kind == PHYSICAL for part in table.parts) else table
 
 
@@ -87,10 +87,11 @@ def with_volumes(loop: LoopDevice, table: Table) -> Table:
     groups, problem = lvm.read({device: part.uuid for device, part in holders.items()})
     unread = re.sub(r"/dev/\w+", lambda node: str(holders.get(node[0], node[0])), str(problem or ""))
     placed = [_place(group, volume, holders) for group in groups for volume in group.volumes]
-    volumes = [
-        part if part.obstacle else probe(part._replace(device=blockdev.attach_range(loop, part.start, part.size)))
-        for part in placed
+    attached = [
+        part._replace(device=blockdev.attach_range(loop, part.start, part.size)) for part in placed if not part.obstacle
     ]
+    probed = iter(probe(attached))
+    volumes = [part if part.obstacle else next(probed) for part in placed]
     for group in groups:
         for extents in group.free:
             holder = holders[extents.device]
@@ -136,10 +137,13 @@ def _whole(path: str, size: int) -> Table:
     return Table("", (Part(0, 0, size, "", "", "", path),), size)
 
 
-def probe(part: Part) -> Part:
-    """Return `part` with what blkid(8) finds on its device."""
-    look = ["blkid", "--probe", "--output", "export", part.device]
-    done = pipeline(Command(look, Room([part.device])), timeout=PROBE_TIMEOUT)[0]
+def probe(parts: Sequence[Part]) -> list[Part]:
+    """Return `parts` with what blkid(8) finds on their devices, each of its own."""
+    looks = [Command(["blkid", "--probe", "--output", "export", part.device], Room([part.device])) for part in parts]
+    return [_seen(part, done) for part, done in zip(parts, at_once(looks, PROBE_TIMEOUT))]
+
+
+def _seen(part: Part, done: Finished) -> Part:
     if done.status not in (0, 2, 8):  # 2: nothing found, 8: several things, so nobody can tell
         raise done.failure()
     seen = parse_probe(done.stdout.decode("utf-8", "replace"))
