@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 from imageos import hooks, log, network, preload
 from imageos.disks import blockdev, discovery, filesystem, grow, mounting, partitions
@@ -58,9 +57,9 @@ def create(instance: Instance, settings: Settings) -> None:
 
 def plan_interfaces(instance: Instance, settings: Settings, names: Sequence[str]) -> tuple[Interface, ...] | Failure:
     """Return the guest's interfaces; a mistake in the site's files and tags fails only what needs them."""
-    untagged = replace(instance, nics=tuple(replace(nic, network={**nic.network, "TAGS": ""}) for nic in instance.nics))
+    nics = tuple(nic._replace(network={**nic.network, "TAGS": ""}) for nic in instance.nics)
     with log.muted():
-        network.plan(untagged, settings)  # a mistake of Ganeti's own always fails
+        network.plan(instance._replace(nics=nics), settings)  # a mistake of Ganeti's own always fails
     try:
         return network.plan(instance, settings, files.read(instance, settings))
     except Failure as failure:

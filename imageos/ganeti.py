@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageos.errors import Failure
 
@@ -20,16 +20,14 @@ MOST_NICS = 256  # Ganeti's own limit is 8
 NOT_GANETI = "Ganeti calls this script; see gnt-instance(8), or imageos --help for the other commands"
 
 
-@dataclass(frozen=True)
-class Disk:
-    index: int
+class Disk(NamedTuple):
+    number: int
     path: str
     size: int | None  # bytes, from Ganeti; the device may be larger
 
 
-@dataclass(frozen=True)
-class Nic:
-    index: int
+class Nic(NamedTuple):
+    number: int
     mac: str
     ip: str
     mode: str
@@ -37,8 +35,7 @@ class Nic:
     network: Mapping[str, str]  # NAME, SUBNET, GATEWAY, SUBNET6, GATEWAY6, TAGS
 
 
-@dataclass(frozen=True)
-class Instance:
+class Instance(NamedTuple):
     name: str
     hypervisor: str
     memory: int  # MiB
@@ -54,12 +51,11 @@ class Instance:
         return self.name.split(".")[0]
 
 
-@dataclass(frozen=True)
-class Backup:
+class Backup(NamedTuple):
     """The disk of one call of export or import."""
 
     instance: str
-    index: int
+    number: int  # of the disk
     device: str
     size_descriptor: int | None  # export writes the number of bytes in its stream there
 
@@ -157,7 +153,7 @@ def _nics(environ: Mapping[str, str]) -> list[Nic]:
         prefix = f"NIC_{index}_"
         nics.append(
             Nic(
-                index=index,
+                number=index,
                 mac=environ.get(prefix + "MAC", ""),
                 ip=_text(environ, prefix + "IP"),
                 mode=environ.get(prefix + "MODE", ""),

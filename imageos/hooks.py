@@ -55,7 +55,7 @@ def check(settings: Settings) -> list[str]:
     """Return the names of the hooks; fail, or warn, before the first write, if they cannot run as the settings want."""
     if settings.nomount:
         return []
-    if settings.customize_dir != Settings.customize_dir and not os.path.lexists(settings.customize_dir):
+    if settings.customize_dir != Settings().customize_dir and not os.path.lexists(settings.customize_dir):
         log.warning(f"there is no CUSTOMIZE_DIR {settings.customize_dir}: no hook runs")
     names = find(settings.customize_dir)
     check_scripts(settings.customize_dir, names)

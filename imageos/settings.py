@@ -6,7 +6,6 @@ them with Ganeti's variables in its environment, and we read back the variables 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shlex
@@ -163,15 +162,13 @@ class Entry(NamedTuple):
 
 
 def _setting(kind: Callable[[str], Any], default: str, doc: str, **marks: bool) -> Any:
-    entry = Entry(kind, default, doc, **marks)
-    return dataclasses.field(default=entry.value(""), metadata={"entry": entry})
+    return Entry(kind, default, doc, **marks)  # `Settings` has its value
 
 
 _parameter = partial(_setting, parameter=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+class _Table(NamedTuple):
     """Every setting, under its name in lower case. They are listed nowhere else."""
 
     cdinstall: bool = _parameter(_yes_no, "no", "leave the disks alone: the instance boots an installer")
@@ -227,21 +224,28 @@ class Settings:
     image_debug: bool = _parameter(_yes_no, "no", "yes: every command and its output in the log")
 
     # Other variables that the files set, for the hooks.
-    unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unknown: Mapping[str, str] = {}
+
+
+TABLE: dict[str, Entry] = {name: entry for name, entry in _Table._field_defaults.items() if isinstance(entry, Entry)}
+
+
+class Settings(_Table):
+    __slots__ = ()
+
+    def __new__(cls, **given: Any) -> Settings:
+        return super().__new__(cls, **{**{name: entry.value("") for name, entry in TABLE.items()}, **given})
 
     def with_sizes(self, memory: int) -> Settings:
         """Return the settings with the default sizes filled in; `memory` of the instance in MiB."""
         boot_size = self.boot_size or (512 if self.partition_table == "gpt" else 100)
-        return dataclasses.replace(self, boot_size=boot_size, swap_size=self.swap_size or memory)
+        return self._replace(boot_size=boot_size, swap_size=self.swap_size or memory)
 
     def variables(self) -> dict[str, str]:
         """Return all settings as in a hook's environment or a file: NAME -> text."""
         return {**self.unknown, **{name.upper(): _as_text(getattr(self, name)) for name in TABLE}}
 
 
-TABLE: dict[str, Entry] = {
-    field.name: field.metadata["entry"] for field in dataclasses.fields(Settings) if field.metadata
-}
 # The installed defaults file sets these better values; the built-in ones cannot change, as old sites rely on them.
 SHIPPED = {"filesystem": "ext4"}
 PARAMETERS = tuple(name for name, entry in TABLE.items() if entry.parameter)
@@ -460,7 +464,7 @@ def _words(from_ganeti: Mapping[str, str], defaults_file: str) -> list[str]:
         raise Failure(f"settings file {defaults_file} is not a regular file")
     words = [shlex.quote(defaults_file)] if has_defaults else []
     if variant:
-        words.append(f'"${{VARIANTS_DIR:-{Settings.variants_dir}}}"/{variant}.conf')
+        words.append(f'"${{VARIANTS_DIR:-{Settings().variants_dir}}}"/{variant}.conf')
     return words
 
 

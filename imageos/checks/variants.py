@@ -89,7 +89,7 @@ def check_settings(variants: list[Variant]) -> Iterator[Finding]:
     for warning in dict.fromkeys(warned):
         yield note(warning)
     offered = {*names}
-    directory = variants[0].settings.variants_dir if variants else Settings.variants_dir
+    directory = variants[0].settings.variants_dir if variants else Settings().variants_dir
     with suppress(OSError):
         for name in sorted(os.listdir(directory)):
             if name.endswith(".conf") and name[: -len(".conf")] not in offered:

@@ -45,12 +45,12 @@ def keep_stdout() -> int:
 
 def export(disk: Disk, backup: ganeti.Backup, output: int) -> None:
     table = survey(disk)
-    with log.phase(f"looked at disk {backup.index} of {log.size(disk.size)}"):
+    with log.phase(f"looked at disk {backup.number} of {log.size(disk.size)}"):
         used = usage.find(disk, table.parts)
     runs, count, members = stream.count(used.extents())
     manifest = describe(disk, backup, table, runs, count)
     announce(backup.size_descriptor, stream.length(manifest, members))
-    with log.phase(f"sent {log.size(count)} of disk {backup.index}"):
+    with log.phase(f"sent {log.size(count)} of disk {backup.number}"):
         send(output, manifest, disk, used)
 
 
@@ -77,7 +77,7 @@ def describe(disk: Disk, backup: ganeti.Backup, table: Table, runs: int, count: 
         bytes=count,
         created=int(time.time()),
         instance=backup.instance,
-        index=backup.index,
+        index=backup.number,
         exporter=f"imageos {__version__}",
     )
 

@@ -6,7 +6,6 @@ perhaps compressed.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,13 +38,13 @@ def main(_arguments: Sequence[str]) -> int:
     instance = ganeti.instance(os.environ)
     isolation.enter()
     settings = load_settings(os.environ).with_sizes(instance.memory)
-    if backup.index == 0 and not settings.nomount:
+    if backup.number == 0 and not settings.nomount:
         require(*partitions.PROGRAMS)
     with blockdev.claimed(backup.device) as disk:
-        with log.phase(f"restored disk {backup.index}"):
+        with log.phase(f"restored disk {backup.number}"):
             restored = restore_any(Source(0), disk, instance, settings)
-        if backup.index == 0:
-            settings = dataclasses.replace(settings, image_type=restored.image_type)
+        if backup.number == 0:
+            settings = settings._replace(image_type=restored.image_type)
             adapt(disk, instance, settings, is_larger=restored.size < disk.size, origin=restored.instance)
     return 0
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple, Union
 
 from imageos import log
@@ -26,8 +25,7 @@ NO_FILES: Mapping[str, str] = {}
 Address = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 
 
-@dataclass(frozen=True)
-class Interface:
+class Interface(NamedTuple):
     """One interface of the guest. Every text is a checked address, MAC or domain: safe in any configuration file."""
 
     name: str  # eth0, eth1, ... in the order of the NICs
@@ -69,8 +67,7 @@ def plan(instance: Instance, settings: Settings, files: Mapping[str, str] = NO_F
     has_dns = any(interface.dns for interface in planned)
     first_dhcp = next((interface for interface in planned if interface.dhcp), None)
     return tuple(
-        replace(
-            interface,
+        interface._replace(
             takes_gateway=not interface.dhcp or (interface is first_dhcp and not has_default),
             takes_gateway6=bool(interface.gateway6) or not has_default6,
             takes_dns=not has_dns,
@@ -108,7 +105,7 @@ class _Addresses(NamedTuple):
 
 def _from_files(nic: Nic, files: Mapping[str, str]) -> _Addresses:
     """The names are those of ganeti-instance-image's files and of the settings."""
-    where = f"NIC {nic.index} (files in NETWORKS_DIR)"
+    where = f"NIC {nic.number} (files in NETWORKS_DIR)"
     address6 = files.get("ADDRESS6", "")
     return _Addresses(
         _address(4, where, files.get("ADDRESS", ""), files.get("NETMASK", "")),
@@ -121,7 +118,7 @@ def _from_files(nic: Nic, files: Mapping[str, str]) -> _Addresses:
 
 
 def _from_ganeti(nic: Nic) -> _Addresses:
-    where = f"NIC {nic.index}"
+    where = f"NIC {nic.number}"
     tags = [tag[len(DNS_TAG) :] for tag in nic.network.get("TAGS", "").split() if tag.startswith(DNS_TAG)]
     subnet, gateway6 = nic.network.get("SUBNET", ""), nic.network.get("GATEWAY6", "")
     address6 = _eui64(nic, nic.network.get("SUBNET6", "")) if gateway6 else None
@@ -144,7 +141,7 @@ def _interface(
     servers = addresses.dns if not settings.dns_servers else settings.dns_servers.split() if first else []
     search = (settings.dns_search or settings.dns_domain).split() or addresses.search
     return Interface(
-        name=f"eth{nic.index}",
+        name=f"eth{nic.number}",
         mac=_mac(nic),
         dhcp=address is None,
         address=str(address or ""),
@@ -163,7 +160,7 @@ def _interface(
 def _mac(nic: Nic) -> str:
     mac = nic.mac.lower()
     if not re.fullmatch(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", mac):
-        raise Failure(f"NIC {nic.index}: {nic.mac!r} is not a MAC address")
+        raise Failure(f"NIC {nic.number}: {nic.mac!r} is not a MAC address")
     return mac
 
 
@@ -216,7 +213,7 @@ def _dns_servers(nic: Nic, servers: Sequence[str]) -> tuple[str, ...]:
             ipaddress.ip_address(_without_scope(server))
         except ValueError:
             raise Failure(
-                f"DNS server {server!r} (DNS_SERVERS, or a tag of NIC {nic.index}'s network) is not an address"
+                f"DNS server {server!r} (DNS_SERVERS, or a tag of NIC {nic.number}'s network) is not an address"
             ) from None
     return tuple(servers)
 

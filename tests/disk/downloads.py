@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,7 @@ def settings(server: Server, tmp_path: Path) -> Settings:
 
 def get(settings: Settings, **others: object) -> bytes:
     """Return the content of the file that `fetched` gives."""
-    settings = replace(settings, **others)
+    settings = settings._replace(**others)
     _, descriptor = fetch.fetched(settings, imagetypes.urls(settings))
     with open(descriptor, "rb") as file:
         return file.read()

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -339,7 +338,7 @@ def test_an_image_is_looked_at_once_for_all_variants(
     looked, check = [], variants.check_image
     monkeypatch.setattr(variants, "check_image", lambda *call: [looked.append(call), *check(*call)][1:])
     mine = Settings(image_dir=str(node.images), image_name="mine", image_type="tarball", arch="x86_64")
-    sharing = [variants.Variant(f"v{size}", replace(mine, swap_size=size)) for size in range(1, 4)]
-    found = variants.check_images([*sharing, variants.Variant("own", replace(mine, image_verify=False))])
+    sharing = [variants.Variant(f"v{size}", mine._replace(swap_size=size)) for size in range(1, 4)]
+    found = variants.check_images([*sharing, variants.Variant("own", mine._replace(image_verify=False))])
     assert [one.what.split(":")[0] for one in found] == ["variant v1", "variant v2", "variant v3", "variant own"]
     assert len(looked) == 2

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import stat
-from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
@@ -111,8 +110,8 @@ def test_every_policy_after_every_other(
     put_beside(server, beside, gpg)
     known_policies = policies(keyrings)
     for number, (second, policy) in enumerate(known_policies.items()):
-        here = replace(settings, cache_dir=str(tmp_path / f"cache{number}"))
-        alone = outcome(replace(here, cache_dir=str(tmp_path / f"alone{number}")), **policy)
+        here = settings._replace(cache_dir=str(tmp_path / f"cache{number}"))
+        alone = outcome(here._replace(cache_dir=str(tmp_path / f"alone{number}")), **policy)
         has_copy = outcome(here, **known_policies[first]) == CONTENT
         with gone(server):
             found = outcome(here, **policy)
@@ -133,7 +132,7 @@ def test_every_policy_after_the_server_has_changed(
     for number, (second, policy) in enumerate(known_policies.items()):
         server.put("/a.tar", CONTENT)
         put_beside(server, "signed by both", gpg)
-        here = replace(settings, cache_dir=str(tmp_path / f"cache{number}"))
+        here = settings._replace(cache_dir=str(tmp_path / f"cache{number}"))
         assert get(here, **known_policies[first]) == CONTENT
         server.put("/a.tar", OTHER)
         put_beside(server, "signed by both", gpg, OTHER)
@@ -283,7 +282,7 @@ def test_named_file_is_signed_where_it_is(
 
 
 def test_named_file_of_a_dump(server: Server, settings: Settings) -> None:
-    settings = replace(settings, image_type="dump", image_url=server.url, image_checksum="sums")
+    settings = settings._replace(image_type="dump", image_url=server.url, image_checksum="sums")
     for name, content in (("x-root.dump", CONTENT), ("x-boot.dump", OTHER)):
         server.put(f"/{name}", content)
     server.sums("/sums", "x-root.dump", "x-boot.dump")
@@ -504,7 +503,7 @@ def test_signed_without_its_name(
 
 def test_signed_name_is_that_of_the_url(server: Server, settings: Settings, keyrings: dict[str, str], gpg: Gpg) -> None:
     """Not that of what it leads to."""
-    settings = replace(settings, image_keyring=keyrings["alice"])
+    settings = settings._replace(image_keyring=keyrings["alice"])
     server.put("/old/b.tar", CONTENT)
     server.put("/a.tar", b"", status=302, location="/old/b.tar")
     put_signed(server, "/SHA256SUMS", f"{SHA256}  b.tar\n", gpg)
@@ -520,7 +519,7 @@ def test_signed_name_is_that_of_the_url(server: Server, settings: Settings, keyr
 
 def test_signed_dump_of_boot(server: Server, settings: Settings, keyrings: dict[str, str], gpg: Gpg) -> None:
     """A signature for the root's dump does not cover that of /boot."""
-    settings = replace(settings, image_type="dump", image_keyring=keyrings["alice"], image_url=server.url)
+    settings = settings._replace(image_type="dump", image_keyring=keyrings["alice"], image_url=server.url)
     for name in ("x-root.dump", "x-boot.dump"):
         server.put(f"/{name}", CONTENT)
         put_signed(server, f"/{name}.sha256", f"{SHA256}  x-root.dump\n", gpg)

@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
@@ -421,7 +420,7 @@ def test_a_server_is_asked_for_many_names_by_one_curl(
     """The index and each first name of a list are asked for alone."""
     started: list[str] = []
     monkeypatch.setattr(curl, "require", started.append)
-    many = replace(settings, image_url=f"{server.url}/images", image_type=image_type)
+    many = settings._replace(image_url=f"{server.url}/images", image_type=image_type)
     names = [f"/images/{url.rpartition('/')[2]}" for url in imagetypes.urls(many)]
     with pytest.raises(curl.Missing, match=re.escape(f"cannot find image {server.url}{names[0]}: 404 ")):
         get(many)

@@ -6,7 +6,6 @@ import gzip
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,8 +103,8 @@ def test_dump(is_directory: bool, server: Server, settings: Settings) -> None:
     server.put("/d/x-x86_64-root.dump.gz", root)
     server.put("/d/x-x86_64-boot.dump.gz", boot)
     url = server.url + ("/d" if is_directory else "/d/x-x86_64-root.dump.gz")
-    settings = replace(
-        settings, image_url=url, image_type="dump", image_name="x" if is_directory else "", arch="x86_64"
+    settings = settings._replace(
+        image_url=url, image_type="dump", image_name="x" if is_directory else "", arch="x86_64"
     )
     image = images_module.find(settings)
     assert image.boot and os.pread(image.boot.descriptor, len(boot) + 1, 0) == boot
@@ -118,7 +117,7 @@ def test_dump(is_directory: bool, server: Server, settings: Settings) -> None:
 def test_dump_that_does_not_say_of_what(server: Server, settings: Settings) -> None:
     """It is that of the root, and must not go onto /boot, too."""
     url = server.put("/d/debian.dump.gz", gzip.compress(CONTENT))
-    assert images_module.find(replace(settings, image_url=url, image_type="dump")).boot is None
+    assert images_module.find(settings._replace(image_url=url, image_type="dump")).boot is None
 
 
 def test_create_eight_at_once(repository: Server, empty_node: Node, disk: MakeDisk) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,7 @@ def test_certificate_that_nobody_trusts(certificate: Path, settings: Settings, t
 def test_proxy(server: Server, settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
     server.put("http://images.example.org/a.tar", CONTENT, cuts=[300_000])
     proxy = server.url.replace("//", "//me:s%20ecret@")
-    settings = replace(settings, image_url="http://u:pw@images.example.org/a.tar", unknown={"http_proxy": proxy})
+    settings = settings._replace(image_url="http://u:pw@images.example.org/a.tar", unknown={"http_proxy": proxy})
     assert get(settings) == CONTENT
     request = server.requests[-1]
     assert request.path == "http://images.example.org/a.tar"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +51,7 @@ def test_checksum_files(
 def test_wrong_checksum(where: str, algorithm: str, server: Server, settings: Settings) -> None:
     wrong, right = (hashlib.new(algorithm, content).hexdigest() for content in (OTHER, CONTENT))
     if where == "setting":
-        settings = replace(settings, image_checksum=f"{algorithm}:{wrong}")
+        settings = settings._replace(image_checksum=f"{algorithm}:{wrong}")
     else:
         server.put(f"/{algorithm.upper()}SUMS", f"{wrong}  a.tar\n".encode())
     for _ in range(2):
@@ -64,7 +63,7 @@ def test_wrong_checksum(where: str, algorithm: str, server: Server, settings: Se
 
 
 def test_pinned_needs_no_server(server: Server, settings: Settings) -> None:
-    settings = replace(settings, image_checksum=f"sha256:{SHA256}")
+    settings = settings._replace(image_checksum=f"sha256:{SHA256}")
     assert get(settings) == CONTENT
     before = len(server.requests)
     assert get(settings) == CONTENT
@@ -117,7 +116,7 @@ def test_checksum_file_cut_off(server: Server, settings: Settings) -> None:
 def signed(gpg: Gpg, settings: Settings, tmp_path: Path) -> Settings:
     keyring = tmp_path / "alice.gpg"
     keyring.write_bytes(gpg("alice"))
-    return replace(settings, image_keyring=str(keyring))
+    return settings._replace(image_keyring=str(keyring))
 
 
 @pytest.mark.parametrize("suffix, how", [(".gpg", ["--detach-sign"]), (".sign", ["--detach-sign", "--armor"]),
@@ -190,7 +189,7 @@ def test_not_signed(case: str, server: Server, signed: Settings, gpg: Gpg, tmp_p
     if signature:
         server.put("/SHA256SUMS.gpg", signature())
     if case == "no keyring":
-        signed = replace(signed, image_keyring=str(tmp_path / "none.gpg"))
+        signed = signed._replace(image_keyring=str(tmp_path / "none.gpg"))
     if case == "armored keyring":
         Path(signed.image_keyring).write_bytes(gpg("alice", b"", "--armor", "--export", "alice"))
     with pytest.raises(Failure, match="KEYRING") as raised:
@@ -227,7 +226,7 @@ def test_verified_copy(server: Server, settings: Settings, capfd: pytest.Capture
 def test_server_is_down(settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
     with serving() as server:
         server.put("/d/" + NAMES[1], CONTENT)
-        settings = replace(settings, image_url=server.url + "/d")
+        settings = settings._replace(image_url=server.url + "/d")
         get(settings)
     assert get(settings) == CONTENT
     with pytest.raises(

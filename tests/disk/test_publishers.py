@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -76,7 +75,7 @@ def test_found(publisher: str, server: Server, tmp_path: Path, capfd: pytest.Cap
     assert f"of {server.url}{at}" in capfd.readouterr().err
     server.put(at, both.replace(HEX["sha256"], "1" * 64).replace(HEX["sha512"], "1" * 128).encode())
     with pytest.raises(Failure, match="has the wrong sha"):
-        get(replace(settings, cache_dir=f"{settings.cache_dir}2"))
+        get(settings._replace(cache_dir=f"{settings.cache_dir}2"))
 
 
 def test_of_other_images(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +172,7 @@ def test_most_of_an_index() -> None:
 def signed(server: Server, gpg: Gpg, tmp_path: Path) -> Settings:
     """An image whose publisher is alice."""
     (tmp_path / "alice.gpg").write_bytes(gpg("alice"))
-    return replace(publish(server, "a-latest.qcow2", tmp_path), image_keyring=str(tmp_path / "alice.gpg"))
+    return publish(server, "a-latest.qcow2", tmp_path)._replace(image_keyring=str(tmp_path / "alice.gpg"))
 
 
 def sign(server: Server, gpg: Gpg, path: str, suffix: str, *how: str, by: str = "alice") -> None:
@@ -224,7 +223,7 @@ def test_signature_of_an_image_that_has_changed(server: Server, signed: Settings
     get(signed)
     assert server.count(IMAGE) == 1
     with pytest.raises(Failure, match="is no good signature of it"):
-        get(replace(signed, cache_dir=f"{signed.cache_dir}2"))
+        get(signed._replace(cache_dir=f"{signed.cache_dir}2"))
     sign(server, gpg, IMAGE, ".sig")
     get(signed)
     assert server.count(IMAGE) == 3
@@ -267,10 +266,10 @@ def test_key_that_must_have_signed(what: str, server: Server, signed: Settings, 
         server.put("/images/SHA256SUMS", gpg("alice", server.files["/images/SHA256SUMS"].content, "--clearsign"))
     else:
         sign(server, gpg, *(("/images/SHA256SUMS", ".gpg") if what == "checksums" else (IMAGE, ".sig")))
-    get(replace(signed, image_signer=fingerprint(gpg, "alice")))
-    get(replace(signed, image_signer=f"{'0' * 40} {fingerprint(gpg, 'alice')}"))
+    get(signed._replace(image_signer=fingerprint(gpg, "alice")))
+    get(signed._replace(image_signer=f"{'0' * 40} {fingerprint(gpg, 'alice')}"))
     with pytest.raises(Failure, match="it is by the key .*, not by IMAGE_SIGNER"):
-        get(replace(signed, image_signer=fingerprint(gpg, "mallory")))
+        get(signed._replace(image_signer=fingerprint(gpg, "mallory")))
 
 
 @pytest.fixture(scope="module")
@@ -301,8 +300,8 @@ def test_revoked_key(server: Server, signed: Settings, gpg: Gpg, revoked: tuple[
         get(signed)
     server.put("/images/SHA256SUMS.gpg", gpg("alice", server.files["/images/SHA256SUMS"].content, "-b") + signature)
     with pytest.raises(Failure, match=f"not by IMAGE_SIGNER {carol}"):
-        get(replace(signed, image_signer=carol))
-    get(replace(signed, image_signer=fingerprint(gpg, "alice")))
+        get(signed._replace(image_signer=carol))
+    get(signed._replace(image_signer=fingerprint(gpg, "alice")))
 
 
 @pytest.mark.parametrize("case", ["page", "other key", "inline", "lines before", "image"])
@@ -346,12 +345,12 @@ def test_signed_under_another_name(
     path = f"{IMAGE}.sha256"
     server.put(path, "".join(PLAIN.format(name=name, **HEX) for name in names).encode())
     sign(server, gpg, path, ".asc", "--detach-sign", "--armor")
-    signed = replace(signed, image_signed_name=pattern)
+    signed = signed._replace(image_signed_name=pattern)
     if is_right:
         get(signed)
         server.put(IMAGE, CONTENT[::-1])
         with pytest.raises(Failure, match="has the wrong sha256"):
-            get(replace(signed, cache_dir=f"{signed.cache_dir}2"))
+            get(signed._replace(cache_dir=f"{signed.cache_dir}2"))
     else:
         with pytest.raises(Failure, match="KEYRING"):
             get(signed)
@@ -377,7 +376,7 @@ def test_image_that_is_packed_on_its_way(server: Server, tmp_path: Path) -> None
 
 def test_packed_image_that_is_announced_as_such(server: Server, tmp_path: Path) -> None:
     """Apache says so of every FILE.gz; it is to be kept as it is."""
-    settings = replace(publish(server, "a.raw.gz", tmp_path), image_type="raw")
+    settings = publish(server, "a.raw.gz", tmp_path)._replace(image_type="raw")
     packed = gzip.compress(CONTENT)
     server.put("/images/a.raw.gz", packed, encoding="x-gzip")
     path, _ = fetch.fetched(settings, imagetypes.urls(settings))
@@ -396,17 +395,17 @@ def test_url_as_people_write_it(scheme: str, server: Server, tmp_path: Path) -> 
 
 def test_file_that_is_announced_as_packed(server: Server, signed: Settings, gpg: Gpg, tmp_path: Path) -> None:
     """Apache says so of every FILE.gz.asc, and others what nobody knows."""
-    settings = replace(publish(server, "a.raw.gz", tmp_path), image_type="raw", image_keyring=signed.image_keyring)
+    settings = publish(server, "a.raw.gz", tmp_path)._replace(image_type="raw", image_keyring=signed.image_keyring)
     server.put("/images/a.raw.gz.sha256", PLAIN.format(name="a.raw.gz", **HEX).encode(), encoding="utf-8")
     for suffix, how in ((".asc", ["--detach-sign", "--armor"]), (".gpg", ["--detach-sign"])):
         sign(server, gpg, "/images/a.raw.gz.sha256", suffix, *how)
         server.files[f"/images/a.raw.gz.sha256{suffix}"].encoding = "x-gzip"
-        get(replace(settings, image_cleanup=True))
+        get(settings._replace(image_cleanup=True))
 
 
 def test_checksum_with_a_byte_order_mark(server: Server, tmp_path: Path) -> None:
     """As Windows writes text; only what is seen may differ from what is there."""
-    settings = replace(publish(server, "a.qcow2", tmp_path), image_cleanup=True)
+    settings = publish(server, "a.qcow2", tmp_path)._replace(image_cleanup=True)
     for encoding in ("utf-8-sig", "utf-16"):
         server.put("/images/SHA256SUMS", f"{'0' * 64}  a.qcow2\r\n".encode(encoding))
         with pytest.raises(Failure, match="has the wrong sha256"):
@@ -427,7 +426,7 @@ def test_checksum_under_the_name_behind_a_link(server: Server, tmp_path: Path) -
 def test_web_page_instead_of_a_checksum_file(named: bool, server: Server, signed: Settings) -> None:
     server.put("/images/SHA256SUMS", b"<html>Login</html>")
     with pytest.raises(Failure, match="/images/SHA256SUMS is a web page, and no checksum file"):
-        get(replace(signed, image_checksum="SHA256SUMS" if named else ""))
+        get(signed._replace(image_checksum="SHA256SUMS" if named else ""))
 
 
 @pytest.mark.parametrize(
@@ -443,7 +442,7 @@ def test_web_page_instead_of_a_checksum_file(named: bool, server: Server, signed
 )
 def test_no_image(image: str, content: bytes, words: str, server: Server, tmp_path: Path) -> None:
     """Also when nobody would look into it (NOMOUNT)."""
-    settings = replace(publish(server, image, tmp_path), image_type="qemu", nomount=True, image_checksum="no")
+    settings = publish(server, image, tmp_path)._replace(image_type="qemu", nomount=True, image_checksum="no")
     server.put(f"/images/{image}", content)
     with pytest.raises(Failure, match=words):
         imagetypes.check(imagetypes.IMAGE_TYPES["qemu"], imagetypes.find(settings))
@@ -453,7 +452,7 @@ def test_disk_in_a_tarball(server: Server, tmp_path: Path) -> None:
     """As Debian has it: no system would be found in it, after the disk was written."""
     (tmp_path / "disk.raw").write_bytes(CONTENT)
     run("tar", "-C", tmp_path, "-cJf", tmp_path / "a.tar.xz", "disk.raw")
-    settings = replace(publish(server, "a.tar.xz", tmp_path), image_type="tarball", image_checksum="no")
+    settings = publish(server, "a.tar.xz", tmp_path)._replace(image_type="tarball", image_checksum="no")
     server.put("/images/a.tar.xz", (tmp_path / "a.tar.xz").read_bytes())
     image = imagetypes.find(settings)
     with pytest.raises(Failure, match="is an archive of a disk image") as raised:
@@ -481,7 +480,7 @@ PAGES = [b"<html>", b"\n <!-- a comment -->\n<HTML>", b"<head>", b"<title>Login<
 def test_web_page_instead_of_an_image(page: bytes, form: str, server: Server, tmp_path: Path) -> None:
     """A login page, or an error with status 200: also when nobody would look into the image (NOMOUNT)."""
     kind = "qcow2" if "qcow2" in form else "raw" if "raw" in form else "qemu"
-    settings = replace(publish(server, form, tmp_path), image_type=kind, nomount=True, image_checksum="no")
+    settings = publish(server, form, tmp_path)._replace(image_type=kind, nomount=True, image_checksum="no")
     server.put(f"/images/{form}", page.ljust(4096))
     with pytest.raises(Failure, match="is a web page, which a server sends"):
         imagetypes.find(settings)
@@ -489,7 +488,7 @@ def test_web_page_instead_of_an_image(page: bytes, form: str, server: Server, tm
 
 def test_bytes_behind_a_gzip_are_no_size(server: Server, tmp_path: Path) -> None:
     """OpenWrt appends what its own upgrade reads: as a size it would be huge."""
-    settings = replace(publish(server, "a.img.gz", tmp_path), image_type="qemu", image_checksum="no")
+    settings = publish(server, "a.img.gz", tmp_path)._replace(image_type="qemu", image_checksum="no")
     raw = bytes(1 << 20)
     server.put("/images/a.img.gz", gzip.compress(raw) + (0xFFFFFE00).to_bytes(4, "little"))
     image = imagetypes.find(settings, disk_size=4 << 20)

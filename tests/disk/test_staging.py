@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import backups
@@ -216,7 +215,7 @@ def test_room_for_a_download_that_goes_meanwhile(server: Server, small: Path) ->
     assert least[0] >= space.reserve(os.statvfs(small))
     assert os.listdir(small) == ["other"]
     (small / "other").unlink()
-    with open(fetch.fetched(replace(settings, image_cleanup=True), [settings.image_url])[1], "rb") as file:
+    with open(fetch.fetched(settings._replace(image_cleanup=True), [settings.image_url])[1], "rb") as file:
         assert len(file.read()) == 40 * MIB
 
 
@@ -277,7 +276,7 @@ def test_raw_image_that_does_not_end(server: Server, small: Path) -> None:
         imagetypes.find(settings, disk_size=16 * MIB)
     assert 64 * MIB > least[0] > 46 * MIB
     assert os.listdir(small) == []
-    settings = replace(settings, image_url=server.put("/b.raw", bytes(16 * MIB)))
+    settings = settings._replace(image_url=server.put("/b.raw", bytes(16 * MIB)))
     assert len(found(settings, 16 * MIB)) == 16 * MIB
 
 
@@ -301,7 +300,7 @@ def test_what_is_there_is_judged_when_it_is_gone_on_with(server: Server, small: 
     with pytest.raises(Failure, match="the instance's disk has 19 MiB"):
         imagetypes.find(settings, disk_size=19 * MIB)
     with pytest.raises(Failure, match="not a qcow2 image"):
-        imagetypes.find(replace(settings, image_type="qcow2"), disk_size=20 * MIB)
+        imagetypes.find(settings._replace(image_type="qcow2"), disk_size=20 * MIB)
     assert os.listdir(small) == []
     assert len(found(settings, 20 * MIB)) == 20 * MIB
 

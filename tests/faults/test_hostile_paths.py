@@ -5,7 +5,6 @@ The paths come from a run on a good tree, so that additions to create or to a ho
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import socket
@@ -80,17 +79,20 @@ def guest(area: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def settings() -> Settings:
-    return dataclasses.replace(
-        Settings(),
-        image_type="tarball",
-        user_data="#cloud-config\n",
-        ssh_authorized_keys=public_key("a@b"),
-        root_password_hash=HASH,
-        kernel_args="quiet",
-        dns_servers="192.0.2.53",
-        dns_search="example.org",
-        dns_domain="example.org",
-    ).with_sizes(512)
+    return (
+        Settings()
+        ._replace(
+            image_type="tarball",
+            user_data="#cloud-config\n",
+            ssh_authorized_keys=public_key("a@b"),
+            root_password_hash=HASH,
+            kernel_args="quiet",
+            dns_servers="192.0.2.53",
+            dns_search="example.org",
+            dns_domain="example.org",
+        )
+        .with_sizes(512)
+    )
 
 
 @pytest.fixture
@@ -100,7 +102,7 @@ def steps(guest: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> d
     for name in ("etc/motd", "etc/ssh/sshd_config", "srv/new"):
         (overlays / "web" / name).parent.mkdir(parents=True, exist_ok=True)
         (overlays / "web" / name).write_text("of the overlay\n")
-    settings = dataclasses.replace(settings, overlay="web", overlays_dir=str(overlays))
+    settings = settings._replace(overlay="web", overlays_dir=str(overlays))
     monkeypatch.setattr(isolation, "TARGET", str(guest))
     monkeypatch.setattr(target, "run", lambda *_, **__: "")
     monkeypatch.setattr("imageos.guests.sandbox.os.stat", os.stat)

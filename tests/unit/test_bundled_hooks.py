@@ -66,7 +66,7 @@ def content(root: Path) -> dict[str, object]:
 
 
 def ssh(target: Target, action: str = "create", **values: str) -> None:
-    hook_module("ssh").main(hook(target, Settings(**values), action))  # type: ignore[arg-type]
+    hook_module("ssh").main(hook(target, Settings(**values), action))
 
 
 def test_ssh_keys_of_root(guest: Path, target: Target) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 from credentials import public_key
@@ -230,4 +229,4 @@ def test_servers_that_network_manager_would_refuse() -> None:
 
     assert given(interface, for_network_manager=False) == list(servers)
     assert given(interface, for_network_manager=True) == ["192.0.2.53"]
-    assert given(replace(interface, address6="2001:db8::1/64"), for_network_manager=True) == list(servers)
+    assert given(interface._replace(address6="2001:db8::1/64"), for_network_manager=True) == list(servers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,7 +89,7 @@ def test_no_directory_but_a_file(tmp_path: Path) -> None:
 
 def test_customize_dir_that_is_missing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     settings = Settings(customize_dir=f"{tmp_path}/missing")
-    hooks.check(replace(settings, nomount=True))
+    hooks.check(settings._replace(nomount=True))
     assert capfd.readouterr().err == ""
     hooks.check(settings)
     assert capfd.readouterr().err == f"imageos: warning: there is no CUSTOMIZE_DIR {tmp_path}/missing: no hook runs\n"
@@ -99,7 +98,7 @@ def test_customize_dir_that_is_missing(tmp_path: Path, capfd: pytest.CaptureFixt
     put(tmp_path, "missing")
     with pytest.raises(Failure, match=f"^cannot list CUSTOMIZE_DIR {tmp_path}/missing: Not a directory$"):
         hooks.check(settings)
-    hooks.check(replace(settings, nomount=True))
+    hooks.check(settings._replace(nomount=True))
 
 
 @pytest.fixture
@@ -118,19 +117,19 @@ def check_overlay(settings: Settings) -> None:
 @pytest.mark.parametrize("name", ["missing", "file", "web "])
 def test_overlay_that_is_missing(name: str, with_overlays: Settings) -> None:
     with pytest.raises(Failure, match=f"^cannot find overlay {with_overlays.overlays_dir}/{name}$"):
-        check_overlay(replace(with_overlays, overlay=name))
-    check_overlay(replace(with_overlays, overlay=name, nomount=True))
+        check_overlay(with_overlays._replace(overlay=name))
+    check_overlay(with_overlays._replace(overlay=name, nomount=True))
 
 
 def test_overlay_without_its_hook(with_overlays: Settings, capfd: pytest.CaptureFixture[str]) -> None:
     """Another hook of the site may use the setting."""
     script = f"{with_overlays.customize_dir}/overlays"
-    check_overlay(replace(with_overlays, overlay="web"))
+    check_overlay(with_overlays._replace(overlay="web"))
     assert capfd.readouterr().err == ""
     os.chmod(script, 0o644)
     check_overlay(with_overlays)
     assert capfd.readouterr().err == ""
-    check_overlay(replace(with_overlays, overlay="missing"))
+    check_overlay(with_overlays._replace(overlay="missing"))
     assert f"warning: OVERLAY=missing is for the hook overlays, which is off: chmod +x {script}" in (
         capfd.readouterr().err
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 
@@ -33,7 +32,7 @@ STATIC = Interface(
     takes_dns=False,
 )
 ROUTED = Interface("eth1", "aa:00:00:9a:16:b4", False, "192.0.2.60/32", takes_gateway6=False, takes_dns=False)
-DHCP = dataclasses.replace(INSTANCE.nics[1], ip="", mode="bridged")
+DHCP = INSTANCE.nics[1]._replace(ip="", mode="bridged")
 
 
 def test_recorded_instance() -> None:
@@ -45,33 +44,33 @@ def test_settings_come_before_the_tags_of_a_network() -> None:
     first, second = network.plan(INSTANCE, settings)
     assert (first.dns, first.search) == (("192.0.2.1", "2001:db8::1"), ("example.org", "example.net"))
     assert (second.dns, second.search) == ((), ())
-    tagged = dataclasses.replace(INSTANCE.nics[0], index=1)
-    assert network.plan(dataclasses.replace(INSTANCE, nics=(INSTANCE.nics[0], tagged)), Settings())[1].dns
-    assert not network.plan(dataclasses.replace(INSTANCE, nics=(INSTANCE.nics[0], tagged)), settings)[1].dns
+    tagged = INSTANCE.nics[0]._replace(number=1)
+    assert network.plan(INSTANCE._replace(nics=(INSTANCE.nics[0], tagged)), Settings())[1].dns
+    assert not network.plan(INSTANCE._replace(nics=(INSTANCE.nics[0], tagged)), settings)[1].dns
 
 
 def test_only_one_default_route() -> None:
-    nic = dataclasses.replace(INSTANCE.nics[0], index=1)
-    instance = dataclasses.replace(INSTANCE, nics=(INSTANCE.nics[0], nic))
+    nic = INSTANCE.nics[0]._replace(number=1)
+    instance = INSTANCE._replace(nics=(INSTANCE.nics[0], nic))
     assert [nic.gateway for nic in network.plan(instance, Settings())] == ["198.51.100.1", ""]
 
 
 def test_routed_alone_has_its_default_route_on_the_link() -> None:
-    instance = dataclasses.replace(INSTANCE, nics=(dataclasses.replace(INSTANCE.nics[1], index=0),))
+    instance = INSTANCE._replace(nics=(INSTANCE.nics[1]._replace(number=0),))
     (only,) = network.plan(instance, Settings())
     assert (only.address, only.gateway, only.on_link) == ("192.0.2.60/32", "", True)
 
 
 def test_gateway_outside_of_the_network_is_on_the_link() -> None:
-    nic = dataclasses.replace(INSTANCE.nics[0], network={**INSTANCE.nics[0].network, "GATEWAY": "203.0.113.1"})
-    (only,) = network.plan(dataclasses.replace(INSTANCE, nics=(nic,)), Settings())
+    nic = INSTANCE.nics[0]._replace(network={**INSTANCE.nics[0].network, "GATEWAY": "203.0.113.1"})
+    (only,) = network.plan(INSTANCE._replace(nics=(nic,)), Settings())
     assert (only.gateway, only.on_link) == ("203.0.113.1", True)
 
 
 @pytest.mark.parametrize(("ip", "mode"), [("", "routed"), ("", "bridged"), ("192.0.2.9", "bridged")])
 def test_dhcp_where_nothing_is_known(ip: str, mode: str) -> None:
-    nic = dataclasses.replace(INSTANCE.nics[1], ip=ip, mode=mode)
-    (only,) = network.plan(dataclasses.replace(INSTANCE, nics=(nic,)), Settings())
+    nic = INSTANCE.nics[1]._replace(ip=ip, mode=mode)
+    (only,) = network.plan(INSTANCE._replace(nics=(nic,)), Settings())
     assert only.dhcp
     assert not only.address
 
@@ -79,14 +78,14 @@ def test_dhcp_where_nothing_is_known(ip: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["routed", "bridged"])
 def test_ipv6_address_of_a_nic_is_no_reason_to_fail(mode: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Ganeti accepts such an address."""
-    nic = dataclasses.replace(INSTANCE.nics[0], ip="2001:db8::5", mode=mode)
-    (only,) = network.plan(dataclasses.replace(INSTANCE, nics=(nic,)), Settings())
+    nic = INSTANCE.nics[0]._replace(ip="2001:db8::5", mode=mode)
+    (only,) = network.plan(INSTANCE._replace(nics=(nic,)), Settings())
     assert only.dhcp and not only.address
     assert "2001:db8::5 is not set up" in capfd.readouterr().err
 
 
 def test_no_nics() -> None:
-    assert network.plan(dataclasses.replace(INSTANCE, nics=()), Settings()) == ()
+    assert network.plan(INSTANCE._replace(nics=()), Settings()) == ()
 
 
 @pytest.mark.parametrize("servers", ["example.org", "192.0.2.300", "192.0.2.1,192.0.2.2"])
@@ -96,9 +95,9 @@ def test_dns_server_that_is_no_address(servers: str) -> None:
 
 
 def test_nic_whose_address_is_none() -> None:
-    nic = dataclasses.replace(INSTANCE.nics[0], ip="here")
+    nic = INSTANCE.nics[0]._replace(ip="here")
     with pytest.raises(Failure, match="NIC 0: here/24 is not an IPv4 address with its netmask"):
-        network.plan(dataclasses.replace(INSTANCE, nics=(nic,)), Settings())
+        network.plan(INSTANCE._replace(nics=(nic,)), Settings())
 
 
 # IPv6
@@ -106,14 +105,14 @@ def test_nic_whose_address_is_none() -> None:
 
 def with_network(**network: str) -> Interface:
     """Return the instance with its first NIC in another gnt-network."""
-    nic = dataclasses.replace(INSTANCE.nics[0], ip="", network={**INSTANCE.nics[0].network, **network})
+    nic = INSTANCE.nics[0]._replace(ip="", network={**INSTANCE.nics[0].network, **network})
     (only,) = plan_of(nic)
     return only
 
 
 def plan_of(*nics: Nic) -> tuple[Interface, ...]:
-    numbered = tuple(dataclasses.replace(nic, index=index) for index, nic in enumerate(nics))
-    return network.plan(dataclasses.replace(INSTANCE, nics=numbered), Settings())
+    numbered = tuple(nic._replace(number=index) for index, nic in enumerate(nics))
+    return network.plan(INSTANCE._replace(nics=numbered), Settings())
 
 
 def test_address6_is_made_of_the_mac() -> None:
@@ -169,7 +168,7 @@ FILES = {"ADDRESS": "203.0.113.7", "SUBNET": "lan", "NETMASK": "255.255.255.0", 
 def test_files_come_before_ganeti() -> None:
     first, second = network.plan(INSTANCE, Settings(), FILES)
     assert (first.address, first.gateway, first.address6) == ("203.0.113.7/24", "203.0.113.1", "")
-    assert second == dataclasses.replace(ROUTED, takes_gateway6=True, takes_dns=True)
+    assert second == ROUTED._replace(takes_gateway6=True, takes_dns=True)
 
 
 def test_files_of_ganeti_instance_image_with_dns_and_ipv6() -> None:
@@ -200,7 +199,7 @@ def test_what_is_wrong_in_the_files(wrong: dict[str, str], message: str) -> None
 
 def test_mac_that_is_none() -> None:
     with pytest.raises(Failure, match="NIC 0: 'auto' is not a MAC address"):
-        plan_of(dataclasses.replace(DHCP, mac="auto"))
+        plan_of(DHCP._replace(mac="auto"))
 
 
 @given(st.text(), st.sampled_from([*FILES, "DNS_SERVERS", "DNS_SEARCH", "ADDRESS6", "GATEWAY6", "NETMASK6"]))

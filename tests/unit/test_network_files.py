@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
@@ -26,17 +25,15 @@ FIRST = Interface(
     "eth0", "aa:00:00:00:00:01", False, "192.0.2.10/24", "192.0.2.1", dns=DNS, search=("example.org", "example.net")
 )
 SECOND = Interface("eth1", "aa:00:00:00:00:02", True, takes_gateway=False, takes_dns=False)
-SIX = dataclasses.replace(FIRST, address6="2001:db8::a800:ff:fe00:1/64", gateway6="2001:db8::1")
+SIX = FIRST._replace(address6="2001:db8::a800:ff:fe00:1/64", gateway6="2001:db8::1")
 PLANS: dict[str, tuple[Interface, ...]] = {
     "static-and-dhcp": (FIRST, SECOND),
     "dhcp": (Interface("eth0", "aa:00:00:00:00:01", True),),
     "routed": (Interface("eth0", "aa:00:00:00:00:01", False, "192.0.2.10/32", on_link=True, dns=("192.0.2.53",)),),
-    "gateway-on-link": (dataclasses.replace(FIRST, address="203.0.113.9/32", on_link=True, dns=(), search=()),),
-    "ipv6": (SIX, dataclasses.replace(SECOND, takes_gateway6=False)),
-    "ipv6-on-link": (
-        dataclasses.replace(FIRST, address6="2001:db8::9/128", gateway6="2001:db8:f::1", dns=(), search=()),
-    ),
-    "ipv6-link-local": (dataclasses.replace(SIX, gateway6="fe80::1", dns=("2001:db8::53",), search=()),),
+    "gateway-on-link": (FIRST._replace(address="203.0.113.9/32", on_link=True, dns=(), search=()),),
+    "ipv6": (SIX, SECOND._replace(takes_gateway6=False)),
+    "ipv6-on-link": (FIRST._replace(address6="2001:db8::9/128", gateway6="2001:db8:f::1", dns=(), search=()),),
+    "ipv6-link-local": (SIX._replace(gateway6="fe80::1", dns=("2001:db8::53",), search=()),),
 }
 RENDERERS: dict[str, Callable[[tuple[Interface, ...]], Mapping[str, str]]] = {
     "netplan": render.netplan,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 
@@ -318,7 +317,7 @@ def test_parameter_wins_over_built_in() -> None:
 
 @pytest.mark.parametrize("name", settings.PARAMETERS)
 def test_empty_parameter_is_the_default(name: str) -> None:
-    assert dataclasses.replace(load(**{name: ""}), arch="") == Settings()
+    assert load(**{name: ""})._replace(arch="") == Settings()
 
 
 @pytest.mark.parametrize("name", [name for name, _, parameter in CONTRACT if not parameter])

@@ -240,7 +240,7 @@ Value = Union[str, int, bool, None]
     ],
 )
 def test_hooks_find_the_same(values: dict[str, Value]) -> None:
-    result = Settings(**values)  # type: ignore[arg-type]
+    result = Settings(**values)
     text = result.variables()
     assert all(isinstance(value, str) for value in text.values())
     assert settings.settings_from_variables(text) == result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -66,7 +65,7 @@ def test_the_disk_of_files_has_room_for_all_partitions(tmp_path: Path) -> None:
     settings = Settings(image_type="tarball", arch="x86_64").with_sizes(guestboot.MEMORY)
     plain = trial.disk_size(settings, image_of(tmp_path, size=GIB))
     assert plain == GIB + trial.ROOT + layout.ESP_SIZE + (100 + 1024) * MIB
-    without = trial.disk_size(dataclasses.replace(settings, swap=False), image_of(tmp_path, size=GIB))
+    without = trial.disk_size(settings._replace(swap=False), image_of(tmp_path, size=GIB))
     assert plain - without == GIB
     packed = trial.disk_size(settings, image_of(tmp_path, b"\x28\xb5\x2f\xfd" + bytes(32), size=GIB))
     assert packed == plain + (trial.EXPANDED - 1) * GIB
