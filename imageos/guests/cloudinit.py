@@ -33,11 +33,11 @@ INSTANCES = f"{STATE}/instances"
 CACHE = "obj.pkl"  # in the directory of an instance: what cloud-init has read of its data source
 INSTANCE_ID = r"""^[ \t{,]*["']?instance-id["']?[ \t]*:[ \t]*["']?([^"',\s]+)"""
 # In CONFIG.d the last one wins; Ubuntu's installer leaves a 99-installer.cfg.
-DATASOURCE = f"{CONFIG}.d/zz-imageos.cfg"
+DATASOURCE = f"{cloudboot.FIRST_OF_OURS}.cfg"
 USERS = f"{CONFIG}.d/99_ganeti.cfg"  # of the hook cloud-init
 UPDATES = f"{CONFIG}.d/99-imageos-network.cfg"  # of the hook interfaces
-DEFAULT_USER = f"{CONFIG}.d/zz-imageos-user.cfg"  # keys with options
-NAME = f"{CONFIG}.d/zz-imageos-name.cfg"
+DEFAULT_USER = f"{cloudboot.FIRST_OF_OURS}-user.cfg"  # keys with options
+NAME = f"{cloudboot.FIRST_OF_OURS}-name.cfg"
 # The seed, and files that cloud-init wrote from it
 INSTANCE_FILES = (
     *(f"{SEED}*", DATASOURCE, DEFAULT_USER),
@@ -97,7 +97,10 @@ def write_seed(target: Target, instance: Instance, settings: Settings, interface
 
 
 def forget_sources(target: Target, interfaces: Sequence[Interface]) -> None:
-    """Remove what counts more than the seed: the image's choice of a source, what it says of ours, name and network."""
+    """Remove what counts more than the seed: the image's choice of a source, what it says of ours, name and network.
+
+    What the kernel's command line says cannot be contradicted: a warning names it.
+    """
     target.edit(cloudboot.IDENTIFY, lambda text: re.sub(CHOSEN_SOURCE, "", text, flags=re.MULTILINE))
     keys = (("datasource", "NoCloud"), ("hostname",), ("fqdn",))
     found = [path for key in keys for path in cloudboot.drop(target, *key)]
@@ -106,6 +109,15 @@ def forget_sources(target: Target, interfaces: Sequence[Interface]) -> None:
     if found:
         files = ", ".join(dict.fromkeys(found))
         log.info(f"cloud-init is to read its seed: what says otherwise is removed from {files}")
+    later = cloudboot.read_before_ours(target)
+    if later:
+        log.info(f"cloud-init is to read imageos's configuration last: {', '.join(later)} has another name now")
+    opposed = cloudboot.overruling(target)
+    if opposed:
+        log.warning(
+            f"cloud-init heeds the kernel's {', '.join(opposed)} more than its seed: take that out of the image's "
+            "boot loader (for GRUB, /etc/default/grub), or this instance may have another name, network and logins"
+        )
 
 
 def is_known(user_data: str) -> bool:

@@ -124,6 +124,54 @@ def test_nothing_counts_more_than_the_seed(target: Target) -> None:
     assert target.read("/etc/cloud/cloud.cfg.d/90-installer-network.cfg") == ""
 
 
+def test_file_behind_ours_is_read_before(target: Target) -> None:
+    """The last of cloud.cfg.d counts; the other files of imageos stay where they are."""
+    said = "datasource_list: [Ec2]\nvendor_data: {enabled: false}\n"
+    directory = "/etc/cloud/cloud.cfg.d"
+    for name in ("90_dpkg.cfg", "zz-imageos-user.cfg", "zzz.cfg", "zz-imagf.cfg", "zzz.txt"):
+        target.write(f"{directory}/{name}", said)
+    for _ in range(2):
+        cloudinit.write_seed(target, INSTANCE, Settings(), ())
+        names = [path.rpartition("/")[2] for path in target.glob(f"{directory}/*")]
+        assert names == ["90_dpkg.cfg", "zz-image-zz-imagf.cfg", "zz-image-zzz.cfg", "zz-imageos.cfg", "zzz.txt"]
+    assert target.read(f"{directory}/zz-image-zzz.cfg") == said
+
+
+MENU, DEFAULT = "/boot/grub/grub.cfg", "/etc/default/grub.d/50-cloud.cfg"
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "named"),
+    [
+        (MENU, "linux /vmlinuz root=UUID=1 ds=nocloud\\;s=http://me:secret@there/ quiet\n", "ds="),
+        (MENU, "linux /vmlinuz root=UUID=1 'ds=nocloud;h=other' ci.ds=Ec2\n", "ds=, ci.ds="),
+        (MENU, "linux /vmlinuz root=UUID=1 ci.datasource=Ec2 cc: datasource_list: [Ec2] end_cc\n", "ci.datasource=, cc:"),
+        (MENU, "linux /vmlinuz root=UUID=1 cloud-config-url=http://there/\n", "cloud-config-url="),
+        (DEFAULT, 'GRUB_CMDLINE_LINUX="quiet network-config=e30="\n', "network-config="),
+        (DEFAULT, "export GRUB_CMDLINE_LINUX_DEFAULT+='ds=OpenStack'\n", "ds="),
+        (DEFAULT, '# GRUB_CMDLINE_LINUX="ds=Ec2"\nGRUB_CMDLINE_LINUX="ds=nocloud rds=x network-config=disabled"\n', ""),
+    ],
+)
+def test_command_line_that_counts_more_than_the_seed_is_named(
+    target: Target, capfd: pytest.CaptureFixture[str], path: str, text: str, named: str
+) -> None:
+    target.write(path, text)
+    cloudinit.write_seed(target, INSTANCE, Settings(), ())
+    said = capfd.readouterr()
+    warnings = [line for line in (said.out + said.err).splitlines() if "warning" in line]
+    assert len(warnings) == bool(named) and all(f"the kernel's {named} more than" in line for line in warnings), said
+    assert "secret" not in said.out + said.err
+
+
+def test_menu_that_is_there_counts_more_than_what_the_next_will_have(
+    target: Target, capfd: pytest.CaptureFixture[str]
+) -> None:
+    target.write(DEFAULT, "GRUB_CMDLINE_LINUX=ds=Ec2\n")
+    target.write(MENU, "linux /vmlinuz root=UUID=1\n")
+    cloudinit.write_seed(target, INSTANCE, Settings(), ())
+    assert "warning" not in "".join(capfd.readouterr())
+
+
 def test_network_manager_refuses_no_profile_of_netplan(target: Target) -> None:
     """It refuses one with an IPv6 server and an IPv6 that is ignored, as netplan writes it without these words."""
     target.write("/etc/netplan/01-network-manager-all.yaml", "network: {renderer: NetworkManager}\n")

@@ -503,7 +503,7 @@ def test_cloud_init_that_is_not_forbidden_the_network(text: str, guest: Path, ta
 
 
 MASKED = "-> /dev/null"
-MENU = "boot/grub/grub.cfg"
+MENU, DEFAULT = "boot/grub/grub.cfg", "etc/default/grub"
 OFF: dict[str, tuple[str, dict[str, str], str]] = {  # guest, what is off, who rules then
     "cloud-init.disabled": ("cloud-init", {"etc/cloud/cloud-init.disabled": ""}, "netplan"),
     "cloud-init.target": ("cloud-init", {"etc/systemd/system/cloud-init.target": MASKED}, "netplan"),
@@ -514,6 +514,8 @@ OFF: dict[str, tuple[str, dict[str, str], str]] = {  # guest, what is off, who r
         "netplan",
     ),
     "kernel": ("cloud-init", {MENU: "linux /vmlinuz root=UUID=1 ro cloud-init=disabled quiet\n"}, "netplan"),
+    "kernel of a menu to be": ("cloud-init", {DEFAULT: 'GRUB_CMDLINE_LINUX="cloud-init=disabled"\n'}, "netplan"),
+    "kernel, policy": ("cloud-init", {MENU: "linux /vmlinuz root=UUID=1 ci.di.policy=disabled\n"}, "netplan"),
     "kernel, network": ("cloud-init", {MENU: "linux /vmlinuz root=UUID=1 network-config=disabled\n"}, "netplan"),
     "policy": ("cloud-init", {"etc/cloud/ds-identify.cfg": "policy: disabled\n"}, "netplan"),
     "netplan's generator": (
