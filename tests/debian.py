@@ -60,6 +60,23 @@ FLAVOURS = {
     "node": ("lvm2", "python3", "fdisk"),  # deploys others itself
     "large": ("build-essential", "git", "vim"),  # for the benchmark: about 600 MB
 }
+# Packages that would take the place of others: they lie in /var/cache/others of a system, for a test to install
+OTHERS = {
+    "networks": (
+        *("ifupdown2", "ifupdown-ng", "ifupdown-ng-compat"),
+        *(
+            "sysvinit-core",
+            "initscripts",
+            "sysv-rc",
+            "startpar",
+            "insserv",
+            "openrc",
+            "libeinfo1",
+            "librc1",
+            "librc1t64",
+        ),
+    ),
+}
 
 # Once the guest is up, it reports on the serial console: `FACT NAME VALUE` lines between two marks.
 # It waits for the getty, because systemd hangs up the terminal before it starts one.
@@ -156,6 +173,18 @@ esac
 umount "$work/proc"
 """
 
+# What the suite has of these packages
+DOWNLOAD = """
+mkdir "$work/var/cache/others"
+mv "$work/etc/resolv.conf" "$work/etc/resolv.conf.own"
+cp /etc/resolv.conf "$work/etc/resolv.conf"
+chroot "$work" sh -euc '
+  cd /var/cache/others
+  apt-get -q -o Acquire::Retries=5 download $(apt-cache show --no-all-versions "$@" | sed -n "s/^Package: //p")
+' download {}
+mv "$work/etc/resolv.conf.own" "$work/etc/resolv.conf"
+"""
+
 END = """
 case $(readlink "$work/etc/resolv.conf") in *systemd*) ;; *) rm -f "$work/etc/resolv.conf" ;; esac
 rm -rf "$work"/var/cache/apt/*.bin "$work"/var/cache/apt/archives/*.deb "$work"/var/log/bootstrap.log
@@ -209,11 +238,15 @@ def _name(suite: str, flavour: str) -> str:
 
 
 def _recipe(flavour: str) -> str:
-    return BEGIN + (FLAVOUR if flavour else SYSTEM) + END
+    return BEGIN + (FLAVOUR if flavour else SYSTEM) + _download(flavour) + END
+
+
+def _download(flavour: str) -> str:
+    return DOWNLOAD.format(" ".join(OTHERS[flavour])) if flavour in OTHERS else ""
 
 
 def _key(flavour: str) -> str:
-    recipe = BEGIN + SYSTEM + END + (FLAVOUR + " ".join(FLAVOURS[flavour]) if flavour else "")
+    recipe = BEGIN + SYSTEM + END + (FLAVOUR + " ".join(FLAVOURS[flavour]) if flavour else "") + _download(flavour)
     return hashlib.sha256(recipe.encode()).hexdigest()[:12]
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import booted
@@ -37,6 +38,13 @@ LINKS = {
     "dhcpcd": ("*.wants/dhcpcd.service",),
     "ifupdown": ("*.wants/networking.service",),
     "resolved": ("*.wants/systemd-resolved.service", "dbus-org.freedesktop.resolve1.service"),
+}
+# Program -> its scripts for another init than systemd
+SCRIPTS = {
+    "cloud-init": ("cloud-*",),
+    "connman": ("connman", "dbus"),
+    "dhcpcd": ("dhcpcd",),
+    "ifupdown": ("networking",),
 }
 ALWAYS_OFF = ("*.wants/report-facts.service", "*.wants/ssh*.service", "*.wants/apt-daily*", "*.wants/e2scrub*")
 # netplan matches the permanent MAC, which a NIC here has not; so what it has generated is changed
@@ -91,6 +99,7 @@ class Image:
     names: tuple[str, ...] = ("ens13", "ens14")  # of the NICs
     without: tuple[str, ...] = ()  # programs that are removed
     suites: tuple[str, ...] = SUITES
+    packages: tuple[str, ...] = ()  # that are installed; with `-` at its end: removed before
 
 
 STUB, PLAIN = "-> ../run/systemd/resolve/stub-resolv.conf", "nameserver 192.0.2.99\n"
@@ -126,9 +135,15 @@ OTHER_SOURCES = {
     "etc/cloud/cloud.cfg.d/90-source.cfg": "datasource: {NoCloud: {seedfrom: /nowhere/}}\n",
     "etc/cloud/cloud.cfg.d/91-network.cfg": "network: {version: 2, ethernets: {eth0: {dhcp4: true}}}\n",
 }
+OTHER_INIT = ("systemd-sysv-", "sysvinit-core", "initscripts", "insserv")
 NO_NETPLAN = {"etc/systemd/system-generators/netplan": "-> /dev/null"}
+# The package ifupdown-ng leaves that to the administrator
+STARTED = {
+    "etc/systemd/system/multi-user.target.wants/networking.service": "-> /usr/lib/systemd/system/networking.service"
+}
+INTERFACES = {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}
 IMAGES = {
-    "ifupdown": Image(("ifupdown",), "ifupdown", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH),
+    "ifupdown": Image(("ifupdown",), "ifupdown", INTERFACES, ETH),
     "ifupdown-resolved": Image(("ifupdown", "resolved"), "ifupdown", {**NO_NETPLAN, "etc/resolv.conf": STUB}, ETH),
     "ifupdown-networkd": Image(
         ("ifupdown", "networkd"),
@@ -178,6 +193,14 @@ IMAGES = {
     "ifupdown-dhcpcd": Image(
         ("ifupdown",), "ifupdown", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH, ("dhclient",)
     ),
+    "ifupdown2": Image(("ifupdown",), "ifupdown", INTERFACES, ETH, packages=("ifupdown-", "ifupdown2")),
+    "ifupdown-ng": Image(
+        ("ifupdown",), "ifupdown", {**INTERFACES, **STARTED}, ETH, packages=("ifupdown-", "ifupdown-ng")
+    ),
+    "sysvinit": Image(("ifupdown",), "ifupdown", INTERFACES, ETH, packages=(*OTHER_INIT, "startpar", "sysv-rc")),
+    "openrc": Image(
+        ("ifupdown",), "ifupdown", INTERFACES, ETH, packages=(*OTHER_INIT, "libeinfo1", "librc1", "openrc")
+    ),
     "cloud-init-ifupdown": Image(("cloud-init", "ifupdown"), "cloud-init", NO_NETPLAN, ETH),
     "cloud-init-netplan": Image(
         ("cloud-init", "networkd", "resolved"), "cloud-init", {**NETPLAN, **OTHER_SOURCES}, ETH
@@ -186,20 +209,22 @@ IMAGES = {
     "cloud-init-networkd": Image(("cloud-init", "networkd", "resolved"), "networkd", NO_NETPLAN, ETH),
     "cloud-init-NetworkManager": Image(("cloud-init", "NetworkManager"), "NetworkManager", NO_NETPLAN, ETH),
 }
-EVERY_PLAN = ("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd")
+EVERY_PLAN = (
+    *("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd"),
+    *("ifupdown2", "ifupdown-ng", "sysvinit", "openrc"),
+)
 # Plan "two" is a static NIC and one with DHCP
 IN_TWO = ("connman", *(name for name in IMAGES if name.startswith("cloud-init-") and name != "cloud-init-off"))
 # The others are asked for what differs there.
 CELLS = {
     *((name, "static") for name in IMAGES if name not in (*IN_TWO, "dhcpcd-static")),
-    *((name, plan) for name in EVERY_PLAN for plan in PLANS if plan != "none"),
+    *((name, plan) for name in EVERY_PLAN for plan in PLANS),
     *((name, "two") for name in IN_TWO),
     *(
         (name, "dual")
         for name in ("cloud-init-ifupdown", "cloud-init-netplan", "cloud-init-netplan-NetworkManager", "connman")
     ),
     *((name, "routed") for name in ("cloud-init-ifupdown", "connman")),
-    ("networkd", "none"),
     ("dhcpcd-static", "dhcp"),
     ("ifupdown-dhcpcd", "dhcp"),
 }
@@ -243,11 +268,14 @@ def tree(request: pytest.FixtureRequest, unpacked: Callable[[str], Path], tmp_pa
 
 def prepare(tree: Path, image: Image) -> None:
     """Enable what the image says, and nothing else; write its files."""
+    if image.packages:
+        install(tree, image.packages)
     off = [pattern for name, patterns in LINKS.items() if name not in image.enabled for pattern in patterns]
-    for pattern in (*off, *ALWAYS_OFF):
-        for path in (tree / "etc/systemd/system").glob(
-            pattern.rstrip("*") + "*"
-        ):  # else a link to nothing is not found
+    links = [f"systemd/system/{pattern}" for pattern in (*off, *ALWAYS_OFF)]
+    scripts = [script for name, names in SCRIPTS.items() if name not in image.enabled for script in names]
+    links += [f"{directory}{script}" for script in scripts for directory in ("rc?.d/S??", "runlevels/*/")]
+    for pattern in links:
+        for path in (tree / "etc").glob(pattern.rstrip("*") + "*"):  # else a link to nothing is not found
             path.unlink()
     (tree / "etc/resolv.conf").unlink(missing_ok=True)
     (tree / "etc/cloud/cloud.cfg.d/50_locale.cfg").write_text("locale: false\n")  # the image has none
@@ -259,7 +287,7 @@ def prepare(tree: Path, image: Image) -> None:
     for program in image.without:
         (tree / "usr/sbin" / program).unlink()
     if (tree / "etc/inittab").exists():
-        calm(tree)
+        calm(tree, [script for name in image.enabled for script in SCRIPTS.get(name, ())])
     for name, text in image.files.items():
         path = tree / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,10 +299,24 @@ def prepare(tree: Path, image: Image) -> None:
             path.chmod(0o755 if text.startswith("#!") else 0o600 if "NetworkManager" in name else 0o644)
 
 
-def calm(tree: Path) -> None:
-    """Leave of sysvinit's scripts and terminals only what starts the network: the others are for a whole machine."""
+def install(tree: Path, packages: Sequence[str]) -> None:
+    """Install packages that lie in the tree, as its own dpkg does. No conflict and no dependency counts."""
+    policy = tree / "usr/sbin/policy-rc.d"
+    policy.write_text("#!/bin/sh\nexit 101\n")  # start and stop nothing
+    policy.chmod(0o755)
+    others = "var/cache/others"
+    added = [f"/{path.relative_to(tree)}" for name in packages for path in (tree / others).glob(f"{name}*_*.deb")]
+    removed = [name[:-1] for name in packages if name.endswith("-")]
+    run("chroot", tree, "dpkg", "--force-all", "--purge", *removed)
+    run("chroot", tree, "dpkg", "--force-all", "--install", *added)
+    policy.unlink()
+
+
+def calm(tree: Path, programs: Sequence[str]) -> None:
+    """Leave of sysvinit's scripts and terminals only what starts these: the others are for a whole machine."""
+    kept = ("rc", "rcS", "functions.sh", ".*", *programs)
     for script in (tree / "etc/init.d").iterdir():
-        if script.name not in ("rc", "rcS", "networking", "functions.sh") and not script.name.startswith("."):
+        if not any(fnmatchcase(script.name, pattern) for pattern in kept):
             comments = [] if script.is_symlink() else re.findall("^#(?!!).*", script.read_text(), re.MULTILINE)
             script.unlink()  # may be a link out of the tree
             script.write_text("\n".join(["#!/bin/sh", *comments, ""]))  # they say what it is needed for

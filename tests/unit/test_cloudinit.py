@@ -145,7 +145,7 @@ MENU, DEFAULT = "/boot/grub/grub.cfg", "/etc/default/grub.d/50-cloud.cfg"
     [
         (MENU, "linux /vmlinuz root=UUID=1 ds=nocloud\\;s=http://me:secret@there/ quiet\n", "ds="),
         (MENU, "linux /vmlinuz root=UUID=1 'ds=nocloud;h=other' ci.ds=Ec2\n", "ds=, ci.ds="),
-        (MENU, "linux /vmlinuz root=UUID=1 ci.datasource=Ec2 cc: datasource_list: [Ec2] end_cc\n", "ci.datasource=, cc:"),
+        (MENU, "linux /vmlinuz root=UUID=1 ci.datasource=Ec2 cc: {locale: C} end_cc\n", "ci.datasource=, cc:"),
         (MENU, "linux /vmlinuz root=UUID=1 cloud-config-url=http://there/\n", "cloud-config-url="),
         (DEFAULT, 'GRUB_CMDLINE_LINUX="quiet network-config=e30="\n', "network-config="),
         (DEFAULT, "export GRUB_CMDLINE_LINUX_DEFAULT+='ds=OpenStack'\n", "ds="),
