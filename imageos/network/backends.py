@@ -52,7 +52,7 @@ class Backend(NamedTuple):
 
 
 def configure(target: Target, name: str, interfaces: Interfaces) -> list[str]:
-    """Write the backend's files for these interfaces, and have all others leave them alone. Idempotent.
+    """Write the backend's files for these interfaces (perhaps none), and have all others leave them alone. Idempotent.
 
     Return what is disabled by that: "ifupdown's eth0".
     """
@@ -74,7 +74,7 @@ def configure(target: Target, name: str, interfaces: Interfaces) -> list[str]:
     for path, values in backend.variables(interfaces).items():
         target.write(path, assign(target.read(path) or "", values))
     write(target, files, backend.mode)
-    for one in ruling:
+    for one in ruling if interfaces else ():  # without a NIC, nothing more is started
         for path, text in BACKENDS[one].links(target, interfaces).items():
             target.symlink(text, path)
     name_interfaces(target, interfaces if any(BACKENDS[one].by_name for one in ruling) else ())
@@ -222,7 +222,7 @@ def _renderer(target: Target) -> str:
 
 
 def _tell_networkd(_target: Target, interfaces: Interfaces, is_ours: bool) -> Mapping[str, str]:
-    return {render.NETWORKD_WAIT: ""} if is_ours else render.networkd_unmanaged(interfaces)
+    return {render.NETWORKD_WAIT: ""} if is_ours and interfaces else render.networkd_unmanaged(interfaces)
 
 
 def _networkd_links(target: Target, _interfaces: Interfaces) -> Mapping[str, str]:

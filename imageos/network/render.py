@@ -128,7 +128,7 @@ def _network(interface: Interface) -> str:
 
 
 def networkd_unmanaged(interfaces: Interfaces) -> Files:
-    """Have networkd leave the interfaces to another program."""
+    """Have networkd leave the interfaces to another program, and wait for none."""
     unmanaged = "[Match]\nMACAddress={}\nType=ether\n\n[Link]\nUnmanaged=yes\n"
     return {
         # it would wait two minutes for a link that it manages

@@ -209,22 +209,22 @@ IMAGES = {
     "cloud-init-networkd": Image(("cloud-init", "networkd", "resolved"), "networkd", NO_NETPLAN, ETH),
     "cloud-init-NetworkManager": Image(("cloud-init", "NetworkManager"), "NetworkManager", NO_NETPLAN, ETH),
 }
-EVERY_PLAN = (
-    *("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd"),
-    *("ifupdown2", "ifupdown-ng", "sysvinit", "openrc"),
-)
+LIKE_IFUPDOWN = ("ifupdown2", "ifupdown-ng", "sysvinit", "openrc")
+OF_THESE = ("dhcp", "dual", "routed", "two", "none")
+EVERY_PLAN = ("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd", *LIKE_IFUPDOWN)
 # Plan "two" is a static NIC and one with DHCP
 IN_TWO = ("connman", *(name for name in IMAGES if name.startswith("cloud-init-") and name != "cloud-init-off"))
 # The others are asked for what differs there.
 CELLS = {
-    *((name, "static") for name in IMAGES if name not in (*IN_TWO, "dhcpcd-static")),
-    *((name, plan) for name in EVERY_PLAN for plan in PLANS),
+    *((name, "static") for name in IMAGES if name not in (*IN_TWO, *LIKE_IFUPDOWN, "dhcpcd-static")),
+    *((name, plan) for name in EVERY_PLAN for plan in PLANS if name not in LIKE_IFUPDOWN or plan in OF_THESE),
     *((name, "two") for name in IN_TWO),
     *(
         (name, "dual")
         for name in ("cloud-init-ifupdown", "cloud-init-netplan", "cloud-init-netplan-NetworkManager", "connman")
     ),
     *((name, "routed") for name in ("cloud-init-ifupdown", "connman")),
+    *((name, "none") for name in ("cloud-init-ifupdown", "cloud-init-netplan", "cloud-init-networkd", "connman")),
     ("dhcpcd-static", "dhcp"),
     ("ifupdown-dhcpcd", "dhcp"),
 }
