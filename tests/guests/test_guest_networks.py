@@ -134,8 +134,10 @@ OTHER_SOURCES = {
     "etc/cloud/ds-identify.cfg": "datasource: Ec2\n",
     "etc/cloud/cloud.cfg.d/90-source.cfg": "datasource: {NoCloud: {seedfrom: /nowhere/}}\n",
     "etc/cloud/cloud.cfg.d/91-network.cfg": "network: {version: 2, ethernets: {eth0: {dhcp4: true}}}\n",
+    "etc/cloud/cloud.cfg.d/zzz-last.cfg": "datasource_list: [Ec2]\n",
 }
 OTHER_INIT = ("systemd-sysv-", "sysvinit-core", "initscripts", "insserv")
+SYSVINIT, OPENRC = (*OTHER_INIT, "startpar", "sysv-rc"), (*OTHER_INIT, "libeinfo1", "librc1", "openrc")
 NO_NETPLAN = {"etc/systemd/system-generators/netplan": "-> /dev/null"}
 # The package ifupdown-ng leaves that to the administrator
 STARTED = {
@@ -197,10 +199,10 @@ IMAGES = {
     "ifupdown-ng": Image(
         ("ifupdown",), "ifupdown", {**INTERFACES, **STARTED}, ETH, packages=("ifupdown-", "ifupdown-ng")
     ),
-    "sysvinit": Image(("ifupdown",), "ifupdown", INTERFACES, ETH, packages=(*OTHER_INIT, "startpar", "sysv-rc")),
-    "openrc": Image(
-        ("ifupdown",), "ifupdown", INTERFACES, ETH, packages=(*OTHER_INIT, "libeinfo1", "librc1", "openrc")
-    ),
+    "sysvinit": Image(("ifupdown",), "ifupdown", INTERFACES, ETH, packages=SYSVINIT),
+    "sysvinit-connman": Image(("connman",), "connman", INTERFACES, ETH, packages=SYSVINIT),
+    "openrc": Image(("ifupdown",), "ifupdown", INTERFACES, ETH, packages=OPENRC),
+    "openrc-dhcpcd": Image(("dhcpcd",), "dhcpcd", INTERFACES, ETH, packages=OPENRC),
     "cloud-init-ifupdown": Image(("cloud-init", "ifupdown"), "cloud-init", NO_NETPLAN, ETH),
     "cloud-init-netplan": Image(
         ("cloud-init", "networkd", "resolved"), "cloud-init", {**NETPLAN, **OTHER_SOURCES}, ETH

@@ -619,6 +619,20 @@ def test_graphical_is_not_reached_by_a_run_level(guest: Path, target: Target) ->
     assert not find(target)
 
 
+def test_guest_without_nics_waits_for_none(guest: Path, target: Target) -> None:
+    """What the image says of its own NICs goes; nothing more is started."""
+    waits = "etc/systemd/system/systemd-networkd-wait-online.service.d/imageos.conf"
+    make(guest, {**INSTALLED_NETWORKD, **IFUPDOWN, "etc/network/interfaces": "auto eth0\niface eth0 inet dhcp\n"})
+    make(guest, {"etc/systemd/network/00.network": "[Match]\nName=en*\n[Network]\nDHCP=yes\n"})
+    assert configure(target, "ifupdown", ()) == ["ifupdown's eth0"]
+    assert "eth0" not in contents(guest)["etc/network/interfaces"]
+    configure(target, "networkd", ())
+    assert "/bin/true" in contents(guest)[waits] and "etc/systemd/network/00.network" not in contents(guest)
+    assert not services.is_enabled(target, "systemd-networkd")
+    configure(target, "networkd", PLANS["dhcp"])
+    assert waits not in contents(guest) and services.is_enabled(target, "systemd-networkd")
+
+
 def test_a_chain_of_units_that_takes_hours(guest: Path, target: Target) -> None:
     units = guest / "etc/systemd/system"
     for number in range(1000):
