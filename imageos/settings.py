@@ -421,9 +421,16 @@ def _warn_unknown(variable: str, path: str, layer: Collection[str], warn: Callab
     if variable.isupper():
         if variable not in _KNOWN_BESIDES:
             warn(f"unknown setting {variable} in {path}{nearest(variable, names)}")
-    # Other names are a file's helper variables, as in `arch=...` or IMAGE_NAME=$image_name.
-    elif "_" in variable and variable.upper() in names and variable.upper() not in layer:
+    # Other names are a file's helper variables, as in `arch=...` and IMAGE_NAME=debian-$arch.
+    elif variable.upper() in names and variable.upper() not in layer and not _uses(path, variable):
         warn(f"unknown setting {variable} in {path} (did you mean {variable.upper()}?)")
+
+
+def _uses(path: str, variable: str) -> bool:
+    """Return whether a file reads a variable itself."""
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        return bool(re.search(rf"\$\{{?{variable}\b", file.read(READ_LIMIT)))
+    return False
 
 
 def _as_text(value: Any) -> str:
@@ -444,7 +451,7 @@ def _evaluate_files(
     from_ganeti: Mapping[str, str], defaults_file: str, warn: Callable[[str], None], done: Finished | None
 ) -> list[tuple[str, dict[str, str]]]:
     """Return (path, variables that it set) of the defaults file, then of the variant's file."""
-    words, rules = _words(from_ganeti, defaults_file), Rules(_may_tell_a_secret, _VITAL, warn)
+    words, rules = _words(from_ganeti, defaults_file), Rules(_may_tell_a_secret, _VITAL, _NAMES, warn)
     try:
         return shellfiles.evaluate("settings file", words, from_ganeti, rules, done)
     except shellfiles.MissingFile as missing:
@@ -499,6 +506,7 @@ def _lost_in_quotes(path: str, variable: str, known: Mapping[str, str]) -> list[
 
 # Without them an image is accepted that they would refuse.
 _VITAL = ("IMAGE_KEYRING", "IMAGE_SIGNER", "IMAGE_CHECKSUM")
+_NAMES = tuple(name.upper() for name in TABLE)
 _SECRETS = tuple(name.upper() for name, entry in TABLE.items() if entry.secret)
 _SHORT = 4  # characters; what is shorter is in too many words
 

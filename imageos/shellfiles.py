@@ -30,19 +30,40 @@ MOST_SAID = 20  # lines that are shown
 # a failure, as `[ a = b ] && X=y` is one, is not ended by its own `set -e`. Check with `-n` first, so that no file with
 # a syntax error runs half; it may switch extglob on. Without `-e`, bash 5.1 accepts an array that does not end. There
 # is no function around `.`, because what a file declares would be local to it, and no `||` behind it, because all
-# failures in the file would count as handled.
+# failures in the file would count as handled. A mark comes, too, before what may be no assignment, though it looks like
+# one: with 1 behind it if it is in a subshell whose output goes where that of the file does, so that what it sets is
+# lost. Of an array that has more than its first element, NAME[] is printed.
 _EVALUATE = r"""
 _imageos_out=8
 _imageos_variables() { /usr/bin/env -0; }
 if [ -n "${BASH_VERSION-}" ]; then
-  eval 'exec {_imageos_out}>&1'
+  eval 'exec {_imageos_out}>&1 {_imageos_err}>&2'
+  unset BASH_EXECUTION_STRING  # this text, which is long
   set -E
   trap 'printf "\n\1%s\1%s\1%s\n" "$?" "${BASH_SOURCE[0]-}" "$LINENO" >&2; [ -n "${BASH_SOURCE[0]-}" ] || set +e' ERR
+  declare -A _imageos_seen
+  _imageos_depth=$BASH_SUBSHELL
+  _imageos_look() {
+    local command=${BASH_COMMAND%%$'\n'*} lost=0
+    case $command in
+      [A-Z]*=*|set\ [A-Z]*|export\ [A-Z]*|read\ *) ;;
+      *) return ;;
+    esac
+    [ -z "${_imageos_seen["$1:$2:$command"]-}" ] || return 0  # a loop
+    _imageos_seen["$1:$2:$command"]=1
+    [ "$BASH_SUBSHELL" = "$_imageos_depth" ] || [ ! /dev/fd/1 -ef "/dev/fd/$_imageos_err" ] || lost=1
+    printf '\n\1\1%s\1%s\1%s\1%s\n' "$1" "$2" "$lost" "${command:0:200}" >&"$_imageos_err"
+  }
   printf -v _imageos_names ' "${!%s@}"' _ {A..Z} {a..z}  # compgen takes two more processes
   _imageos_variables() {
+    local -
+    set +u
     eval "set --$_imageos_names"
     for _imageos_word do
       if [ -n "${!_imageos_word+set}" ]; then printf '%s=%s\0' "$_imageos_word" "${!_imageos_word}"; fi
+      case ${!_imageos_word@a} in
+        *[aA]*) eval "printf '%s[]=%s\0' $_imageos_word \${#$_imageos_word[@]}" ;;
+      esac
     done
   }
 else
@@ -58,8 +79,13 @@ for _imageos_word in "$@"; do
   [ -f "$_imageos_file" ] || exit 102
   [ "$_imageos_file" = "${_imageos_right-}" ] ||
     "$0" -O extglob -en "$_imageos_file" 2>/dev/null || "$0" -en "$_imageos_file" || exit 101
+  [ -z "${BASH_VERSION-}" ] || {
+    trap '{ _imageos_look "${BASH_SOURCE[0]-}" "$LINENO"; } 2>/dev/null' DEBUG
+    set -T
+  }
   . "$_imageos_file"
   { set +vx; } 2>/dev/null
+  [ -z "${BASH_VERSION-}" ] || { set +T; trap - DEBUG; }
   _imageos_variables >&"$_imageos_out"; printf '\0' >&"$_imageos_out"
 done
 _imageos_word=$(jobs -p)
@@ -87,7 +113,7 @@ _SHELL_OWN = re.compile(
     r"BASH_(?!ENV$)\w+|_imageos_\w+"
 )
 
-_MARK = re.compile("\1([^\1]*|[0-9]+\1[^\1]*\1[0-9]+)")
+_MARK = re.compile("\1([^\1]*|[0-9]+\1[^\1]*\1[0-9]+|\1[^\1]*\1[0-9]+\1[01]\1.*)")
 
 # What a shell says itself: bash and BusyBox with `line`, dash without it.
 _COMPLAINT = re.compile(r"(\S.*?): (?:eval: )?(?:line )?([0-9]+): (.*)")
@@ -116,6 +142,7 @@ class Said(NamedTuple):
     text: str
     status: int = 0  # of a failure
     lost: bool = False  # it is a mistake: what the line should do is not done
+    ours: bool = False  # the text quotes nothing
 
     def __str__(self) -> str:
         return ": ".join(word for word in (self.file, self.line and f"line {self.line}", self.text) if word)
@@ -126,6 +153,7 @@ class Rules(NamedTuple):
     is_secret: Callable[[str, str, Mapping[str, str] | None], bool] = lambda _path, _text, _variables: False
     # what must not come out empty of a file in which something has failed
     vital: Collection[str] = ()
+    settings: Collection[str] = ()  # each is one text
     warn: Callable[[str], None] = log.warning
 
 
@@ -152,20 +180,30 @@ def evaluate(
     if done.status == 102:
         raise MissingFile(what, path)
     layers = []
+    arrays: list[Said] = []
     before = _values(at_first)
     own = before.keys() - start.keys() - {"HOSTNAME"}  # they change by themselves
     for file, *variables in evaluated:
         after = _values(variables)
         # a function, which `set -a` exports, too, is no identifier in dash
-        names = [name for name in after if name.isidentifier() and name not in own and not _SHELL_OWN.fullmatch(name)]
-        layers.append((file, {name: after[name] for name in names if before.get(name) != after[name]}))
+        names = [
+            name
+            for name in {**before, **after}
+            if name.isidentifier() and name not in own and not _SHELL_OWN.fullmatch(name)
+        ]
+        # what a file unsets is empty
+        layers.append((file, {name: after.get(name, "") for name in names if before.get(name) != after.get(name)}))
+        arrays += [
+            _array(file, name, name in after) for name in sorted((_arrays(after) - _arrays(before)) & {*rules.settings})
+        ]
         before = after
     is_whole = done.status == 0 and len(evaluated) == len(words)
-    said = [_told(line, rules, before if is_whole else None) for line in _heard(done.stderr, shell)]
+    heard = [line for line in _heard(done.stderr, shell) if not line.ours or line.text.split()[0] in rules.settings]
+    said = [*(_told(line, rules, before if is_whole else None) for line in heard), *arrays]
     if not is_whole:
         raise _ended(what, path, done.status, said)
     for file, values in layers:
-        _check(what, file, values, said, rules.vital)
+        _check(what, file, values, said, rules)
     for line in _details(said):
         rules.warn(line)
     return layers
@@ -236,7 +274,9 @@ def _heard(stderr: str, shell: str) -> Iterator[Said]:
     main = ""
     lines: list[Said] = []  # since the last mark
     for line in [*stderr.split("\n"), "\1"]:
-        if _MARK.fullmatch(line):
+        if line.startswith("\1\1") and _MARK.fullmatch(line):
+            yield from _not_set(main, *line[2:].split("\1", 3))
+        elif _MARK.fullmatch(line):
             status, file, number = [*line[1:].split("\1"), "", ""][:3]
             place = (file, number)
             yield from (said._replace(lost=said.lost or (said.file, said.line) == place) for said in lines)
@@ -245,7 +285,7 @@ def _heard(stderr: str, shell: str) -> Iterator[Said]:
             elif file:  # not our own `.`
                 yield _failed(main, file, number, int(status), lines)
             lines = []
-        elif line.strip():
+        elif line.strip() and "_imageos_look" not in line:  # as `set -v` shows it
             lines.append(_line(main, line, shell))
 
 
@@ -278,12 +318,48 @@ def _is_meant(file: str, number: str, text: str) -> bool:
     """Return whether it is a warning, or a command is not found on a line that says what to do then."""
     if not re.fullmatch(r"[a-z0-9/][\w./+-]*: (command )?not found", text):
         return text.startswith("warning: ") and "here-document" not in text
+    return bool(re.match(r"\s*(if|elif|while|until)\s|\s*!\s|.*\|\|", _line_of(file, number)))
+
+
+def _line_of(file: str, number: str) -> str:
     try:
         with open(os.path.join("/", file), encoding="utf-8", errors="replace") as opened:
-            line = next(islice(opened, int(number) - 1, None), "")
+            return next(islice(opened, int(number) - 1, None), "")
     except OSError:
-        return False
-    return bool(re.match(r"\s*(if|elif|while|until)\s|\s*!\s|.*\|\|", line))
+        return ""
+
+
+# What a shell does without a word, and what it was meant to do
+_NOT_SET = (
+    (r"([A-Z]\w*)= .+", "a space is behind ="),
+    (r"set ([A-Z]\w*)( ?=.*| \w+)", "`set` does not do that"),
+    (r"export ([A-Z]\w*) [a-z0-9]\w*", "`export` wants ="),
+)
+
+
+def _arrays(variables: Mapping[str, str]) -> set[str]:
+    """Return the names of those that are not one text."""
+    counts = {name[:-2]: int(count) for name, count in variables.items() if name.endswith("[]")}
+    return {name for name, count in counts.items() if count > (name in variables)}
+
+
+def _array(file: str, name: str, has_first: bool) -> Said:
+    counts = "only its first element counts" if has_first else "it has no first element"
+    return Said(file, file, "", f"{name} is an array: {counts}", lost=not has_first, ours=True)
+
+
+def _not_set(main: str, file: str, number: str, is_lost: str, command: str) -> Iterator[Said]:
+    """Yield why this command, which may be cut off, does not give a variable its value; nothing if it does."""
+    whys = [(match[1], why) for pattern, why in _NOT_SET if (match := re.fullmatch(pattern, command))]
+    assigned = re.match(r"(?:export )?([A-Z]\w*)\+?=|read .*?\b([A-Z]\w*)$", command)
+    if assigned and not whys:
+        name, line = assigned[1] or assigned[2], _line_of(file, number)
+        if re.search(rf"{re.escape(command)} ?&(?!&)", line):
+            whys = [(name, "an & ends the command")]
+        elif is_lost == "1" or re.search(rf"[^|]\|\s*{re.escape(command)}", line):
+            whys = [(name, "it is in a subshell, made by ( or |")]
+    for name, why in whys:
+        yield Said(main, file, number, f"{name} is not set: {why}", lost="subshell" not in why, ours=True)
 
 
 def _failed(main: str, file: str, number: str, status: int, lines: Sequence[Said]) -> Said:
@@ -298,12 +374,12 @@ def _failed(main: str, file: str, number: str, status: int, lines: Sequence[Said
 def _told(said: Said, rules: Rules, variables: Mapping[str, str] | None) -> Said:
     """Return it without a text that may hold a secret."""
     known = variables or ({} if said.line else None)  # the shell quotes no variable
-    if said.status or not rules.is_secret(said.file, said.text, known):
+    if said.status or said.ours or not rules.is_secret(said.file, said.text, known):
         return said
     return said._replace(text="(not shown, as the file sets a secret)" if said.line else "")
 
 
-def _check(what: str, path: str, values: Mapping[str, str], said: Sequence[Said], vital: Collection[str]) -> None:
+def _check(what: str, path: str, values: Mapping[str, str], said: Sequence[Said], rules: Rules) -> None:
     """Fail if the file has not done what it says."""
     said = [line for line in said if line.main == path]
     for line in said:
@@ -313,7 +389,7 @@ def _check(what: str, path: str, values: Mapping[str, str], said: Sequence[Said]
         if value.endswith("\r") and "\n" not in value:  # else it may be user-data for Windows
             raise Failure(f"{what} {path}: {name} ends in a carriage return", hint=_remedy(Said(path, path, "", "\r")))
     for failed in (line for line in said if line.status):
-        empty = [name for name in vital if values.get(name) == ""]
+        empty = [name for name in rules.vital if values.get(name) == ""]
         if empty:
             raise Failure(
                 f"{what} {path}: {empty[0]} is empty, as line {failed.line} failed with status {failed.status}",
@@ -349,7 +425,11 @@ def _remedy(line: Said) -> str:
         return f"the file has the line ends of Windows: sed -i 's/\\r$//' {line.file}"
     if "\ufeff" in line.text or "\\357\\273\\277" in line.text:
         return f"the file begins with a byte order mark: sed -i '1s/^\\xef\\xbb\\xbf//' {line.file}"
-    if re.fullmatch(r"[A-Z][A-Z0-9_]*: .*not found", line.text):
+    if "an & ends" in line.text:
+        return "put the value in single quotes"
+    if "is an array" in line.text:
+        return "a setting is one text: NAME='first second'"
+    if line.ours or re.fullmatch(r"[A-Z][A-Z0-9_]*:+ .*not found", line.text):
         return "it is shell: NAME=value, without spaces around ="
     if "here-document" in line.text:
         return "the word that ends a here-document must stand alone in its line"

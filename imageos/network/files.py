@@ -10,6 +10,7 @@ from imageos import log, shellfiles
 from imageos.errors import Failure
 from imageos.ganeti import Instance
 from imageos.settings import Settings
+from imageos.shellfiles import Rules
 
 READ = ("ADDRESS", "SUBNET", "NETMASK", "GATEWAY", "ADDRESS6", "NETMASK6", "GATEWAY6")
 READ_TOO = ("DNS_SERVERS", "DNS_SEARCH", "DNS_DOMAIN")
@@ -26,7 +27,12 @@ def read(instance: Instance, settings: Settings) -> Mapping[str, str]:
         return {}
     subnet = shlex.quote(f"{settings.networks_dir}/subnets/") + '"$SUBNET"'
     try:
-        layers = shellfiles.evaluate("network file", [shlex.quote(path), subnet], {"INSTANCE_NAME": instance.name})
+        layers = shellfiles.evaluate(
+            "network file",
+            [shlex.quote(path), subnet],
+            {"INSTANCE_NAME": instance.name},
+            Rules(settings=(*READ, *READ_TOO)),
+        )
     except shellfiles.MissingFile as missing:
         raise Failure(
             f"network file {path} names a subnet that has no file: {missing.path}",

@@ -141,10 +141,13 @@ def test_unknown_setting(with_files: Load, capfd: pytest.CaptureFixture[str], tm
 
 
 def test_setting_in_small_letters(with_files: Load, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """A helper variable is none: its name is a short word, or the setting itself is set, too."""
-    with_files({"image_name": "a", "arch": "b", "boot_size": "100", "BOOT_SIZE": "100"}, {"image_name": "a"})
+    """A helper variable is none: the file reads it, or sets the setting itself, too."""
+    with_files({"image_name": "a", "boot_size": "100", "BOOT_SIZE": "100", "nomount": "yes"}, {"image_name": "a"})
+    (tmp_path / "defaults").write_text("IMAGE_DIR=/images/$image_name-${arch}\n")
+    with_files({"image_name": "a", "arch": "b"})
     assert capfd.readouterr().err.splitlines() == [
         f"imageos: warning: unknown setting image_name in {tmp_path}/defaults (did you mean IMAGE_NAME?)",
+        f"imageos: warning: unknown setting nomount in {tmp_path}/defaults (did you mean NOMOUNT?)",
     ]
 
 
