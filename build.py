@@ -119,6 +119,8 @@ TEST_NEEDS = {  # besides the programs that imageos runs
 # Run the distribution's Python (Ganeti's PATH has no other). It ignores PYTHON* variables and the
 # node's site-packages: they are not ours, and searching them costs time.
 SHEBANG = "/usr/bin/env -S python3 -IS"
+# Behind it, for a file that is cut off: Python takes that for source, and complains of this.
+CUT_OFF = "# coding: this-file-is-cut-off-copy-it-again"
 
 # The time of all files in the archive: the oldest that zip can store. It is a constant, not the time
 # of the commit, because a checkout without git must give the same archive.
@@ -443,7 +445,7 @@ def write_archive(members: Mapping[str, bytes]) -> None:
     unfinished = DIST / f".{ZIPAPP.name}.{os.getpid()}"
     try:
         with open(unfinished, "wb") as file:
-            file.write(f"#!{SHEBANG}\n".encode())
+            file.write(f"#!{SHEBANG}\n{CUT_OFF}\n".encode())
             # Not compressed, because zlib and zlib-ng, which are both in use, give different bytes.
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 for name in sorted(members):

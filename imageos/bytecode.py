@@ -41,6 +41,11 @@ def compiled(program: bytes, path: str) -> bytes:
         return packed.getvalue()
 
 
+def is_whole(program: bytes) -> bool:
+    """Return whether it is an archive to its end, where its table of contents is."""
+    return zipfile.is_zipfile(io.BytesIO(program))
+
+
 def build_of(program: bytes) -> str:
     """Return the name of a program's build, which is a digest of its files."""
     with zipfile.ZipFile(io.BytesIO(program)) as archive:

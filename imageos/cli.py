@@ -45,15 +45,28 @@ USAGE = "usage: imageos COMMAND [ARGUMENT...] | imageos --help | imageos --versi
 
 def main() -> None:
     """Run the command that argv[0] or else the first argument names, and exit."""
+    _occupy_standard()
     status = guard(lambda: dispatch(sys.argv))
     sys.exit(guard(_finish_stdout) or status)
+
+
+def _occupy_standard() -> None:
+    """Let nothing that we open become stdin, stdout or stderr: messages would be written to the disk of a guest.
+
+    As libc does for a setuid program, what takes the place of a closed one cannot be used.
+    """
+    for descriptor, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDONLY)):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open("/dev/null", mode), True)  # the lowest free number
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
 
 
 def _finish_stdout() -> int:
     """Write what is still to be printed; Python itself would not report in our way that it cannot."""
     try:
-        if sys.stdout:  # None if the caller has closed it
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:
         with suppress(OSError):
             sys.stdout.close()  # at exit Python does not try again

@@ -38,9 +38,7 @@ def guard(call: Callable[[], int]) -> int:
         hint = "run it with sudo" if isinstance(error, PermissionError) and os.geteuid() else repair_hint(error)
         if hint:
             log.info(f"hint: {hint}")
-        is_path = error.filename and not isinstance(error.filename, int)  # it may be a descriptor
-        where = f"{os.fsdecode(error.filename)}: " if is_path else ""
-        _say_cause(f"{where}{error.strerror or error}")
+        _say_cause(f"{_where(error)}{error.strerror or error}")
         return 1
     except ZipImportError:  # the new file has other data at the offsets of our modules
         log.info("imageos was replaced by another version while it started: call it again")
@@ -58,6 +56,16 @@ def guard(call: Callable[[], int]) -> int:
             _say(f"| {line}")
         _say(f"internal error, please report it with the lines above: {type(error).__name__}: {error}")
         return 1
+
+
+def _where(error: OSError) -> str:
+    if error.filename and not isinstance(error.filename, int):  # it may be a descriptor
+        return f"{os.fsdecode(error.filename)}: "
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the current directory is not there any more: "
+    return ""
 
 
 def _say_cause(what: str) -> None:

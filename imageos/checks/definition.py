@@ -27,19 +27,23 @@ def check_files(os_dir: str) -> Iterator[Finding]:
     if not os.path.exists(f"{os_dir}/create"):
         yield error(f"there is no OS definition in {os_dir}", "imageos install")
         return
-    program = os.path.realpath(f"{os_dir}/imageos")
+    program, ours = os.path.realpath(f"{os_dir}/imageos"), program_file()
     links = [link.path for link in script_links(os_dir)]
-    wrong = [path for path in links if os.path.realpath(path) != program or not os.access(path, os.X_OK)]
-    errors = [f"{path} is not imageos" for path in wrong]
+    errors = [f"{path} is not imageos" for path in links if os.path.realpath(path) != program]
+    data = content(program) or b""
+    if not bytecode.is_whole(data):
+        yield error(f"{program} is cut off, or no program", f"{ours} install, or the package again")
+        return
+    if not os.access(program, os.X_OK):
+        yield error(f"{program} cannot be executed", f"chmod 755 {program}")
     if not os.path.isfile(f"{os_dir}/variants.list"):
         errors.append(f"{os_dir}/variants.list cannot be read")
     yield from (error(what, "imageos install") for what in errors)
     if content(f"{os_dir}/parameters.list") != parameters_list().encode():
         yield note(f"{os_dir}/parameters.list is another version's", "imageos install")
-    ours = program_file()
-    if os.path.isfile(ours) and content(program) != content(ours):
+    if os.path.isfile(ours) and data != content(ours):
         yield note(f"{program} is another version than {ours}", f"{ours} install")
-    elif not bytecode.is_compiled(content(program) or b"", program + COMPILED):
+    elif not bytecode.is_compiled(data, program + COMPILED):
         yield note(f"{program} is compiled anew at each start", f"{program} install, or the package again")
     if not errors:
         yield ok(os_dir)

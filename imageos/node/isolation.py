@@ -172,6 +172,5 @@ def _supervise(child: int, mask: Iterable[int]) -> NoReturn:
 
 
 def _exit(status: int) -> NoReturn:
-    if sys.stdout:  # None if it was closed when we started
-        sys.stdout.flush()
+    sys.stdout.flush()
     os._exit(status)

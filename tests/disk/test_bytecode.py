@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +98,22 @@ def test_install_renews_it(os_dir: Path, tmp_path: Path) -> None:
     run(program, "install", "--root", root)
     assert (root / OS_DIR / "imageos.compiled").read_bytes() == whole
     assert not list((root / OS_DIR).glob(".*"))
+
+
+def test_a_program_that_is_cut_off(os_dir: Path, imageos: Path) -> None:
+    """A copy that was interrupted says so itself, and doctor of another one finds it."""
+    os.truncate(os_dir / "imageos", 300_000)
+    ended = subprocess.run([os_dir / "create"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert ended.returncode and "this-file-is-cut-off-copy-it-again" in ended.stderr.splitlines()[-1]
+    found = json.loads(run(imageos, "doctor", "--json", "--os-dir", os_dir, check=False))["findings"]
+    assert {"level": "error", "what": f"{os_dir}/imageos is cut off, or no program"}.items() <= found[0].items()
+
+
+def test_a_program_without_the_x_bit(os_dir: Path, imageos: Path) -> None:
+    (os_dir / "imageos").chmod(0o644)
+    found = json.loads(run(imageos, "doctor", "--json", "--os-dir", os_dir, check=False))["findings"]
+    assert found[0]["what"] == f"{os_dir}/imageos cannot be executed" and "is not imageos" not in str(found)
+    assert os.system(found[0]["hint"]) == 0 and version(os_dir)
 
 
 def test_doctor_says_where_it_is_missing(os_dir: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import trees
 from support import HANGS, PATH, Name, Node
 
 
@@ -67,6 +68,31 @@ def test_by_hand_without_ganetis_environment(name: str, node: Node) -> None:
     assert done.stdout == "" and "Traceback" not in done.stderr
     assert "Ganeti" in done.stderr or "INSTANCE_NAME" in done.stderr
     assert last(done.stderr).startswith("imageos: ")
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_descriptors(closed: str, node: Node, images: Path, disk: Callable[..., Path]) -> None:
+    """What is opened next takes their place: the disk must not get messages."""
+    node.image(images / "small.tar.zst", f"small-{trees.ARCH}.tar.zst")
+    target = disk()
+    environment = node.environment(target, OSP_IMAGE_NAME="small")
+    done = call("sh", "-c", f'exec "$0" {closed}', node.os_dir / "create", **environment)
+    assert done.returncode == 0, done.stderr
+    assert b"imageos: " not in target.read_bytes()
+
+
+def test_stdout_is_closed(node: Node) -> None:
+    for command in ("--version", "doctor", "variants"):
+        done = call("sh", "-c", f'exec "$0" {command} >&-', node.os_dir / "imageos")
+        assert (done.returncode, last(done.stderr)) == (1, "imageos: cannot print: Bad file descriptor"), command
+
+
+def test_from_a_directory_that_is_gone(imageos: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = call("sh", "-c", 'cd "$1" && rmdir "$1" && exec "$0" install --root here', imageos, gone)
+    assert done.returncode == 1
+    assert last(done.stderr) == "imageos: the current directory is not there any more: No such file or directory"
 
 
 def test_as_a_command(node: Node, imageos: Path) -> None:
