@@ -43,7 +43,11 @@ def compiled(program: bytes, path: str) -> bytes:
 
 def is_whole(program: bytes) -> bool:
     """Return whether it is an archive to its end, where its table of contents is."""
-    return zipfile.is_zipfile(io.BytesIO(program))
+    try:
+        zipfile.ZipFile(io.BytesIO(program)).close()
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 def build_of(program: bytes) -> str:

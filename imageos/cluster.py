@@ -304,4 +304,4 @@ def _mark(name: str) -> Iterator[int]:
 
 
 def _is_this_node(name: str) -> bool:
-    return name in (os.uname().nodename, socket.getfqdn())
+    return name.lower() in (os.uname().nodename.lower(), socket.getfqdn().lower())  # Ganeti has small letters

@@ -466,7 +466,10 @@ def _words(from_ganeti: Mapping[str, str], defaults_file: str) -> list[str]:
     """Return the files as shell words."""
     variant, has_defaults = from_ganeti.get("OS_VARIANT", ""), os.path.lexists(defaults_file)
     if variant and not re.fullmatch(VARIANT, variant):
-        raise Failure(f"OS_VARIANT={variant!r} is not the name of a variant")
+        raise Failure(
+            f"OS_VARIANT={variant!r} is not the name of a variant",
+            hint=f"letters, digits, _, - and . only: correct {SITE_DIR}/variants.list, or remove its byte order mark",
+        )
     if has_defaults and not os.path.isfile(defaults_file):
         raise Failure(f"settings file {defaults_file} is not a regular file")
     words = [shlex.quote(defaults_file)] if has_defaults else []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 
-from imageos import bytecode, settings
+from imageos import bytecode, log, settings
 from imageos.checks.report import ERROR, NOTE, Finding, error, finding, note, ok, version
 from imageos.errors import Failure
 from imageos.installation import (
@@ -64,6 +65,22 @@ def check_offers() -> Iterator[Finding]:
         if path.endswith(".new") and os.path.exists(path):
             old = path[: -len(".new")]
             yield note(f"{old} is the site's, this version's is beside it", f"diff {old} {path}")
+
+
+def check_owners() -> Iterator[Finding]:
+    """Name the files of the site that root runs, as shell or hooks, and that others can change."""
+    tops = [f"{settings.SITE_DIR}/{name}" for name in ("variants", "hooks", "networks")]
+    below = (f"{top}/{name}" for start in tops for top, _, names in os.walk(start) for name in [".", *sorted(names)])
+    loose = []
+    for path in (settings.DEFAULTS_FILE, *below):
+        with suppress(OSError):  # a link to nowhere, which others report
+            status = os.stat(path)
+            if status.st_uid or status.st_mode & 0o002:
+                loose.append(os.path.normpath(path))
+    if loose:
+        places = shlex.join([settings.DEFAULTS_FILE, *tops])
+        hint = f"chown -R root {places}; chmod -R o-w {places}"
+        yield note(f"root runs what others than root can change: {log.few(loose)}", hint)
 
 
 def check_python() -> Iterator[Finding]:

@@ -36,7 +36,7 @@ def checks(os_dir: str, callers_path: str) -> dict[str, Sequence[Iterator[Findin
     examined: list[Variant] = []  # those that the check of settings finds right, for the checks after it
     return {
         "OS definition": (definition.check_files(os_dir), definition.check_in_use(os_dir), definition.check_offers(),
-                          definition.check_python()),
+                          definition.check_owners(), definition.check_python()),
         "kernel": (kernel.check_kernel(),),
         "settings": (variants.check_settings(examined), variants.check_hooks(examined),
                      variants.check_overlays(examined)),

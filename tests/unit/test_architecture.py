@@ -514,7 +514,7 @@ MAY_TOUCH = {
     "variants.journal": ("opens temporary", "a copy of the guest's journal"),
     "variants.trial": ("looks opens changes", "the scratch disk"),
     "variants.record": ("opens changes", "the results of trials"),
-    "cli": ("loads", "the module of the command that is called"),
+    "cli": ("opens loads", "the module of the command that is called; /dev/null, where a descriptor is closed"),
 }
 
 

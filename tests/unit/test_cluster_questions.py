@@ -125,6 +125,8 @@ def test_ssh_without_what_ganeti_tells() -> None:
 def test_this_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getfqdn", lambda: "node1.example.org")
     assert parse_instance(DOWN).is_here
+    monkeypatch.setattr(socket, "getfqdn", lambda: "Node1.Example.org")  # Ganeti has small letters
+    assert parse_instance(DOWN).is_here
     monkeypatch.setattr(socket, "getfqdn", lambda: "node2.example.org")
     assert not parse_instance(DOWN).is_here
     assert parse_instance(DOWN.replace("node1.example.org", os.uname().nodename)).is_here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from imageos.checks import definition
-from imageos.checks.definition import check_in_use, check_python
+from imageos.checks.definition import check_in_use, check_owners, check_python
 from imageos.checks.kernel import check_kernel
 from imageos.checks.node import check_leftovers, leftovers
 from imageos.checks.programs import limits, programs_for
@@ -82,6 +83,28 @@ def test_a_definition_that_ganeti_does_not_run(os_dir: str, level: str, monkeypa
     ]
     monkeypatch.setattr(definition, "not_in_use", lambda root, where: None)
     assert not list(check_in_use(os_dir))
+
+
+def test_what_others_can_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, defaults = tmp_path / "site", tmp_path / "defaults"
+    for path in (site / "hooks/grub", site / "variants/a.conf", site / "overlays/web", defaults):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (site / "hooks/link").symlink_to("/nonexistent")
+    monkeypatch.setattr(definition.settings, "SITE_DIR", str(site))
+    monkeypatch.setattr(definition.settings, "DEFAULTS_FILE", str(defaults))
+    assert not list(check_owners())
+    for path in (site / "hooks", site / "variants/a.conf"):
+        path.chmod(0o777)
+    os.chown(defaults, 1000, 0)
+    os.chown(site / "overlays/web", 1000, 0)  # of the guest
+    (found,) = check_owners()
+    assert found.level == NOTE
+    assert found.what.partition(": ")[2].split(", ") == [
+        str(path) for path in (defaults, site / "variants/a.conf", site / "hooks")
+    ]
+    places = f"{defaults} {site}/variants {site}/hooks {site}/networks"
+    assert found.hint == f"chown -R root {places}; chmod -R o-w {places}"
 
 
 def test_leftovers_with_their_commands(block: Path) -> None:
