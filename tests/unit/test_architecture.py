@@ -409,6 +409,7 @@ TAKES_NO_PATH = {
         "os.fdopen",
         "os.fork",
     ),
+    "os.getcwd",
     *("os.fsdecode", "os.fsencode", "os.fstat", "os.fstatvfs", "os.fsync", "os.ftruncate", "os.get_terminal_size"),
     *(
         "os.geteuid",
