@@ -185,14 +185,7 @@ def evaluate(
     own = before.keys() - start.keys() - {"HOSTNAME"}  # they change by themselves
     for file, *variables in evaluated:
         after = _values(variables)
-        # a function, which `set -a` exports, too, is no identifier in dash
-        names = [
-            name
-            for name in {**before, **after}
-            if name.isidentifier() and name not in own and not _SHELL_OWN.fullmatch(name)
-        ]
-        # what a file unsets is empty
-        layers.append((file, {name: after.get(name, "") for name in names if before.get(name) != after.get(name)}))
+        layers.append((file, _set_by(before, after, own)))
         arrays += [
             _array(file, name, name in after) for name in sorted((_arrays(after) - _arrays(before)) & {*rules.settings})
         ]
@@ -242,6 +235,13 @@ def _start(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _values(variables: Iterable[str]) -> dict[str, str]:
     return dict(entry.partition("=")[::2] for entry in variables)
+
+
+def _set_by(before: Mapping[str, str], after: Mapping[str, str], own: Collection[str]) -> dict[str, str]:
+    """Return the variables that a file has set; what it has unset is empty."""
+    # a function, which `set -a` exports, too, is no identifier in dash
+    names = [name for name in {**before, **after} if name.isidentifier() and not _SHELL_OWN.fullmatch(name)]
+    return {name: after.get(name, "") for name in names if name not in own and before.get(name) != after.get(name)}
 
 
 def _run(argv: Sequence[str], start: Mapping[str, str], what: str) -> Finished:
