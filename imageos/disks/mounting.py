@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from imageos import log
 from imageos.disks import blockdev
 from imageos.disks.btrfs import MountedTwice
+from imageos.disks.ext import Read
 from imageos.disks.filesystem import FILESYSTEMS, Volume
 from imageos.errors import DAMAGED, Failure, explained
 from imageos.node import isolation, linux
@@ -219,7 +220,18 @@ def _is_read_only(device: str) -> bool:
 
 
 def _objection(device: str, kind: str, writable: bool) -> str:
-    return blockdev.ask(device, lambda read: FILESYSTEMS[kind].objection(read, writable))
+    with open(device, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+    return blockdev.ask(device, lambda read: why_not(kind, read, size, writable))
+
+
+def why_not(kind: str, read: Read, size: int, writable: bool) -> str:
+    """Return why a filesystem on a device of `size` bytes must not, or cannot, be mounted; empty if it can be."""
+    row = FILESYSTEMS[kind]
+    covered = row.size(read)
+    if covered > size:
+        return f"it is of {log.size(covered)}, and its device has only {log.size(size)}"
+    return row.objection(read, writable)
 
 
 def _check_superblock(device: str, kind: str, writable: bool) -> None:
@@ -233,7 +245,8 @@ def _remedy(kind: str, error: int | None) -> str:
         return f"this kernel has no {kind}: modprobe {kind}"
     if error in DAMAGED:
         return f"repair it with {FILESYSTEMS[kind].repair}; dmesg has more"
-    return "dmesg has more; NOMOUNT=yes deploys a disk image, and leaves a disk, without looking into it"
+    features = f"Linux {os.uname().release} may not know its features: " if error == errno.EINVAL else ""
+    return f"{features}dmesg has more; NOMOUNT=yes deploys a disk image, and leaves a disk, without looking into it"
 
 
 def _cannot_mount(device: str, kind: str, reason: str) -> Failure:

@@ -147,7 +147,7 @@ def _seen(part: Part, done: Finished) -> Part:
     if done.status not in (0, 2, 8):  # 2: nothing found, 8: several things, so nobody can tell
         raise done.failure()
     seen = parse_probe(done.stdout.decode("utf-8", "replace"))
-    kind = "several filesystems at once" if done.status == 8 else seen.get("TYPE", "")
+    kind = superblock.SEVERAL if done.status == 8 else seen.get("TYPE", "")
     return part._replace(kind=kind, uuid=seen.get("UUID", ""), label=seen.get("LABEL", ""))
 
 

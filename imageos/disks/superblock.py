@@ -27,34 +27,89 @@ MMP_STRUCT = 114  # bytes, to the end of the last field that counts here
 BTRFS_SUPERBLOCK = 0x10000  # bytes from the beginning
 BTRFS_MAGIC = b"_BHRfS_M"
 BTRFS_SEEDING = 1 << 32
+SEVERAL = "several filesystems at once, which wipefs(8) lists"  # all but one are what is left of older ones
 LVM = "LVM2_member"  # a physical volume, as blkid(8) calls it
+RAID, RAID_MAGIC = "linux_raid_member", b"\xfc\x4e\x2b\xa9"
 # What may have a root that is not read here: offset, magic number, and what blkid(8) calls it
 UNREADABLE = (
     (0, b"LUKS\xba\xbe", "crypto_LUKS"),
-    (0, b"\xfc\x4e\x2b\xa9", "linux_raid_member"),
-    (4096, b"\xfc\x4e\x2b\xa9", "linux_raid_member"),
+    (0, RAID_MAGIC, RAID),
+    (4096, RAID_MAGIC, RAID),
     (0, b"hsqs", "squashfs"),
     (1024, b"\xe2\xe1\xf5\xe0", "erofs"),
     (1024, b"\x10\x20\xf5\xf2", "f2fs"),
 )
+# Where the superblock of each is, and its size
+SUPERBLOCKS = dict.fromkeys(("ext2", "ext3", "ext4"), (SUPERBLOCK, SUPERBLOCK))
+SUPERBLOCKS |= {"xfs": (0, SECTOR), "btrfs": (BTRFS_SUPERBLOCK, SECTOR)}
+XFS_VERSION = 5  # many kernels know no other any more
+OLDEST = (5, 8)  # Linux that imageos runs on
+# Fields of features without which a kernel does not mount it, or does not write to it: form, offset, and bits, each
+# by the Linux that knows it. Left out is what a kernel need not be built with.
+_EXT = (
+    ("<I", 0x60, {OLDEST: 0xE7D6}),  # not compression, journal_dev, dirdata, encrypt, casefold
+    ("<I", 0x64, {OLDEST: 0x077B, (5, 15): 0x10000}),  # not project, verity; the last: a list of orphans is in use
+)
+FEATURES: dict[str, tuple[tuple[str, int, dict[tuple[int, int], int]], ...]] = {
+    **dict.fromkeys(("ext2", "ext3", "ext4"), _EXT),
+    "xfs": (
+        (">I", 216, {OLDEST: 0x7, (5, 10): 0x8, (5, 19): 0x20, (6, 10): 0xC0}),  # bigtime, nrext64, exchange and parent
+        (">I", 212, {OLDEST: 0x7, (5, 10): 0x8}),  # inobtcount
+    ),
+    "btrfs": (
+        ("<Q", 188, {OLDEST: 0xFFF}),
+        ("<Q", 180, {OLDEST: 0x3, (6, 1): 0x8}),  # block_group_tree
+    ),
+}
+MAGICS = (
+    (BTRFS_SUPERBLOCK + 64, BTRFS_MAGIC, "btrfs"),
+    (0, b"XFSB", "xfs"),
+    (SUPERBLOCK + 0x38, MAGIC.to_bytes(2, "little"), "ext4"),
+    *UNREADABLE,
+)
 
 
-def kind(read: Read) -> str:
-    """Return what begins so: a filesystem that may be mounted, LVM, or one of UNREADABLE; empty if it is none.
+def kind(read: Read, size: int) -> str:
+    """Return what is on a partition of `size` bytes: a filesystem that may be mounted, LVM, one of UNREADABLE, or
+    SEVERAL; empty if it is none.
 
     blkid(8) looks closer.
     """
-    if read(BTRFS_SUPERBLOCK + 64, len(BTRFS_MAGIC)) == BTRFS_MAGIC:
-        return "btrfs"
+    found = _kind(read)
+    covered = {"ext4": ext_size, "xfs": xfs_size, "btrfs": btrfs_size}.get(found)
+    # RAID of version 0.90 or 1.0 has its superblock behind a filesystem that begins as any other
+    if covered and any(read(place, 4) == RAID_MAGIC for place in raid_places(size) if covered(read) <= place):
+        return RAID
+    return found
+
+
+def raid_places(size: int) -> tuple[int, int]:
+    """Return where on a device of `size` bytes md(4) has the superblocks of its versions 1.0 and 0.90."""
+    return max(0, size - 8192) // 4096 * 4096, max(0, size // 65536 - 1) * 65536
+
+
+def _kind(read: Read) -> str:
     begin = read(0, SUPERBLOCK + 1024)
+    found = [name for offset, magic, name in MAGICS if read(offset, len(magic)) == magic]
     if any(begin.startswith(b"LABELONE", sector * SECTOR) for sector in range(4)):
-        return LVM
-    if begin.startswith(b"XFSB"):
-        return "xfs"
-    for offset, magic, name in UNREADABLE:
-        if read(offset, len(magic)) == magic:
-            return name
-    return "ext4" if begin[SUPERBLOCK + 0x38 : SUPERBLOCK + 0x3A] == MAGIC.to_bytes(2, "little") else ""
+        found.append(LVM)
+    return SEVERAL if len(found) > 1 else "".join(found)
+
+
+def is_usual(kind: str, read: Read, linux: tuple[int, int]) -> bool:
+    """Return whether every kernel of a version, (6, 1) for example, can mount such a filesystem.
+
+    Others may, too, if they are built for it: they have to be asked.
+    """
+    block = read(*SUPERBLOCKS[kind])
+    if kind == "xfs" and struct.unpack_from(">H", block.ljust(102, b"\0"), 100)[0] & 0xF != XFS_VERSION:
+        return False
+    for form, offset, features in FEATURES[kind]:
+        known = sum(bits for since, bits in features.items() if since <= linux)
+        (used,) = struct.unpack_from(form, block.ljust(offset + 8, b"\0"), offset)
+        if used & ~known:
+            return False
+    return True
 
 
 class BtrfsDevice(NamedTuple):

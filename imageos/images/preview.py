@@ -104,7 +104,8 @@ def _look(settings: Settings, disk: _Beginnings) -> None:
             _check_system(loop)
             return
     is_odd = table.unread or any(part.obstacle for part in table.parts)
-    if is_odd or not _is_readable(disk, [part.start for part in table.parts]):
+    others = [(part.start, part.end) for part in table.parts if part.kind not in (superblock.LVM, "swap")]
+    if is_odd or not _is_readable(disk, others):
         with _copied(disk, settings.cache_dir) as copy:
             _check_system(copy)
 
@@ -183,45 +184,60 @@ def _read(loop: LoopDevice, disk: _Beginnings) -> Table:
 
 
 def _btrfs(disk: _Beginnings, begin: bytes) -> set[uuid.UUID]:
-    starts = [start for start, _ in ends.places(disk.read, begin)] or [0]
+    starts = [start for start, _ in _places(disk, begin)]
     disk.fetch(starts)
     devices = (superblock.btrfs_device(_from(disk, start)) for start in starts)
     return {device.filesystem for device in devices if device}
 
 
+def _places(disk: _Beginnings, begin: bytes) -> list[tuple[int, int]]:
+    """Return where the partitions start and end; without a table the disk is one."""
+    return ends.places(disk.read, begin) or [(0, disk.size)]
+
+
 def _is_plain(disk: _Beginnings, begin: bytes) -> bool:
     """Return whether all that may be the root is a filesystem that can be mounted, and nothing is in a volume group."""
-    places = ends.places(disk.read, begin)
-    if ends.is_odd(places, begin, disk.size):
+    if ends.is_odd(ends.places(disk.read, begin), begin, disk.size):
         return False
-    starts = [start for start, _ in places] or [0]
-    return superblock.LVM not in _kinds(disk, starts) and _is_readable(disk, starts)
+    places = _places(disk, begin)
+    return superblock.LVM not in _kinds(disk, places).values() and _is_readable(disk, places)
 
 
-def _is_readable(disk: _Beginnings, starts: Sequence[int]) -> bool:
-    """Return whether there are filesystems that can be mounted, and no others that the root may be on."""
-    kinds = _kinds(disk, starts)
-    unreadable = {kind for _, _, kind in superblock.UNREADABLE}
-    return bool(kinds & {*FILESYSTEMS}) and not kinds & unreadable and not _obstructed(disk, starts)
+def _is_readable(disk: _Beginnings, places: Sequence[tuple[int, int]]) -> bool:
+    """Return whether there are filesystems that can be mounted, and no others that the root may be on.
+
+    The largest may be the root, whatever it is.
+    """
+    kinds = _kinds(disk, places)
+    unreadable = {*kinds.values()} - {*FILESYSTEMS, ""}
+    largest = max(places, key=lambda place: place[1] - place[0])
+    return kinds[largest] in FILESYSTEMS and not unreadable and not _obstructed(disk, places)
 
 
-def _kinds(disk: _Beginnings, starts: Sequence[int]) -> set[str]:
-    disk.fetch(starts)
-    return {superblock.kind(_from(disk, start)) for start in starts}
+def _kinds(disk: _Beginnings, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], str]:
+    disk.fetch(start for start, _ in places)
+    return {(start, end): superblock.kind(_from(disk, start), end - start) for start, end in places}
 
 
-def _obstructed(disk: _Beginnings, starts: Iterable[int]) -> bool:
+def _obstructed(disk: _Beginnings, places: Sequence[tuple[int, int]]) -> bool:
     """Return whether one of the filesystems there cannot be mounted, or not without another device."""
     numbers: dict[uuid.UUID, set[int]] = {}
     needed: dict[uuid.UUID, int] = {}
-    for read in (_from(disk, start) for start in starts):
-        kind, device = superblock.kind(read), superblock.btrfs_device(read)
-        if kind in FILESYSTEMS and FILESYSTEMS[kind].objection(read, True):
+    for (start, end), kind in _kinds(disk, places).items():
+        read = _from(disk, start)
+        if kind in FILESYSTEMS and not _can_be_mounted(kind, read, end - start):
             return True
+        device = superblock.btrfs_device(read)
         if device:
             numbers.setdefault(device.filesystem, set()).add(device.number)
             needed[device.filesystem] = device.devices
     return any(len(numbers[identity]) < count for identity, count in needed.items())
+
+
+def _can_be_mounted(kind: str, read: Read, size: int) -> bool:
+    major, minor = os.uname().release.split(".")[:2]
+    linux_version = int(major), int(re.sub(r"\D.*", "", minor) or 0)
+    return superblock.is_usual(kind, read, linux_version) and not mounting.why_not(kind, read, size, writable=True)
 
 
 def _from(disk: _Beginnings, start: int) -> Read:

@@ -11,7 +11,7 @@ import guestdisks
 import lvmdisks
 import pytest
 import trees
-from guestdisks import BIOS, DATA, ROOT
+from guestdisks import BIOS, DATA, ROOT, place
 from support import MIB, Node, Result, attached, digest, left_dirty, mounted, run
 from test_btrfs_devices import PROFILES, devices, image_of
 from test_doctor_node import Doctor, doctor  # noqa: F401
@@ -337,10 +337,65 @@ def circular(path: Path) -> None:
     patch(path, 22 * MIB + 446 + 16, struct.pack("<B3xB3xII", 0, 5, 0, 8192))
 
 
+def unknown_beside_boot(path: Path) -> None:
+    """As a root on ZFS, JFS or what comes next: nobody knows it, but it is the largest."""
+    guestdisks.blank(path, 90, "label: gpt\n1 : size=40M\n2 : size=45M\n")
+    guestdisks.make(path, 1, "ext4", "boot")
+    patch(path, 42 * MIB, os.urandom(MIB))
+
+
+def raid_behind_its_data(path: Path) -> None:
+    """Version 0.90 of md(4) has its superblock at the end, so that the filesystem begins as any other."""
+    guestdisks.blank(path, 42, "label: dos\n1 : start=1M, size=40M, type=fd\n")
+    make_ext4(path, "-b", "4096", size="39M")
+    patch(path, 41 * MIB - 65536, struct.pack("<IIII", 0xA92B4EFC, 0, 90, 0).ljust(4096, b"\0"))
+
+
+def remains_of_another(path: Path) -> None:
+    guestdisks.blank(path, 42, "label: dos\n1 : start=1M, size=40M\n")
+    make_ext4(path)
+    patch(path, MIB + 0x10040, b"_BHRfS_M")
+
+
+def larger_than_its_partition(path: Path) -> None:
+    guestdisks.blank(path, 42, "label: dos\n1 : start=1M, size=40M\n")
+    make_ext4(path)
+    run("sfdisk", "--quiet", "--partno", "1", path, text=", 30M\n")
+
+
+def feature_that_nobody_knows(path: Path) -> None:
+    guestdisks.blank(path, 42, "label: dos\n1 : start=1M, size=40M\n")
+    make_ext4(path, "-O", "^metadata_csum")
+    with path.open("r+b") as file:
+        file.seek(MIB + 1024 + 0x63)
+        file.write(b"\x40")
+
+
+def xfs_of_version_4(path: Path) -> None:
+    """Many kernels know it no more."""
+    guestdisks.blank(path, 310, "label: dos\n1 : start=1M, size=305M\n")
+    part = place(path, 1)
+    assert part
+    with attached(path, part.start, part.size) as device:
+        run("mkfs.xfs", "-q", "-f", "-m", "crc=0,finobt=0", device)
+
+
+def make_ext4(path: Path, *options: str, size: str = "") -> None:
+    part = place(path, 1)
+    assert part
+    with attached(path, part.start, part.size) as device:
+        run("mkfs.ext4", "-q", "-F", *options, device, *([size] if size else []))
+
+
 @pytest.mark.parametrize("form", ["raw", "qcow2"])
 @pytest.mark.parametrize(
     "make",
     [
+        unknown_beside_boot,
+        raid_behind_its_data,
+        remains_of_another,
+        larger_than_its_partition,
+        feature_that_nobody_knows,
         encrypted,
         encrypted_beside_boot,
         encrypted_volume,
@@ -359,6 +414,12 @@ def test_no_filesystem_of_linux(
     make(tmp_path / "image")
     refused(node, disk(SIZE), tmp_path / "image", form)
     deployed(node, disk(SIZE), tmp_path / "image", form, OSP_NOMOUNT="yes")
+
+
+def test_old_xfs(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    """Whether a kernel knows a version, or a feature, is asked before; this one holds no system."""
+    xfs_of_version_4(tmp_path / "image")
+    refused(node, disk(400), tmp_path / "image", "raw")
 
 
 def test_qcow2_of_a_truncated_disk(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
