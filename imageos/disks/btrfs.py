@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import time
@@ -18,6 +19,9 @@ from imageos.node import linux, mounts
 from imageos.run import Command, run
 
 OLDEST_LINUX = (5, 10)  # of a guest
+SUBVOLUME = 256  # the inode of the top of each (BTRFS_FIRST_FREE_OBJECTID)
+NAME = re.compile(r"[\w@+-][\w.@+-]{0,63}", re.ASCII)  # of a subvolume that may be a root; no comma, no hidden snapshot
+MOST_NAMES, MOST_SUBVOLUMES = 256, 32  # that are looked at, in one directory and of all
 TWIN_PATIENCE = 300.0  # seconds that another instance of the same image may take
 
 
@@ -73,6 +77,25 @@ def alone(device: str) -> Iterator[None]:
         finally:
             for other in own:
                 linux.forget_btrfs(other)
+
+
+def subvolumes(top: str) -> list[str]:
+    """Return the paths of the subvolumes in a mounted btrfs, and in its directories; odd ones are left out."""
+    found = []
+    for name, is_subvolume in _directories(top):
+        found += [name] if is_subvolume else []
+        found += [f"{name}/{inner}" for inner, is_too in _directories(f"{top}/{name}") if is_too]
+    return sorted(found, key=lambda path: (path.count("/"), path))[:MOST_SUBVOLUMES]
+
+
+def _directories(path: str) -> list[tuple[str, bool]]:
+    """Return the names of the directories in one, and whether each is a subvolume; those that nobody has left out."""
+    with os.scandir(path) as entries:
+        return [
+            (entry.name, entry.stat(follow_symlinks=False).st_ino == SUBVOLUME)
+            for entry in itertools.islice(entries, MOST_NAMES)
+            if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        ]
 
 
 def check_no_twin(identity: uuid.UUID) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from imageos import log
@@ -19,6 +20,7 @@ XBOOTLDR = "BC13C2FF-59E6-4262-A352-B275FD6F7172"  # /boot in the Discoverable P
 ROLES = {"/": "root", "/boot": "boot", "/boot/efi": "esp", "/efi": "esp", "/usr": "usr", "/var": "var"}
 MOST_MOUNTED = 64  # filesystems of a guest; those of an installer are a dozen at most
 MOUNTED = ("/boot", "/usr", "/var")  # partitions of these, and what is below them, are part of the system
+LACKS = "no /etc, or neither /usr nor /bin"
 NOTHING = "nothing that is known"
 UNSEEN = "cannot see whether the disk holds a system: {}"
 UNSEEN_HINT = "NOMOUNT=yes deploys a disk image, and leaves a disk, without looking into it"
@@ -178,7 +180,7 @@ def _look(part: Part, seen: dict[Part, str], doubts: list[NotSeen]) -> _System |
     if part.kind not in FILESYSTEMS:
         seen[part] = part.obstacle or UNREADABLE.get(part.kind, part.kind or NOTHING)
         return None
-    for options in ("", *FILESYSTEMS[part.kind].subvolumes):
+    for options in _places_of_root(part):
         try:
             mount = mounting.mounted_somewhere(part.device, part.kind, read_only=True, options=options)
             with mount as (directory, is_replayed), target.opened(directory) as root:
@@ -186,7 +188,8 @@ def _look(part: Part, seen: dict[Part, str], doubts: list[NotSeen]) -> _System |
                 if is_system or (root.is_dir("/etc") and root.is_dir("/usr")):
                     entries = fstab.parse(root.read("/etc/fstab") or "")
                     return _System(part, options, entries, is_replayed, lacks_usr=not is_system)
-                seen[part] = f"{part.kind} without a system (no /etc, or neither /usr nor /bin)"
+                lacks = "OSTree makes its root when it boots" if root.is_dir("/ostree") else LACKS
+                seen[part] = f"{part.kind} without a system ({lacks})"
                 if not is_replayed:
                     seen[part] += f"; it {mounting.NOT_REPLAYED}"
                     why = f"the {part.kind} on {part} {mounting.NOT_REPLAYED}"
@@ -198,6 +201,20 @@ def _look(part: Part, seen: dict[Part, str], doubts: list[NotSeen]) -> _System |
             if not options:  # a subvolume that is not there cannot be mounted either
                 doubts.append(NotSeen(UNSEEN.format(f"{part}: {failure}"), failure.hint))
     return None
+
+
+def _places_of_root(part: Part) -> Iterator[str]:
+    """Yield the options that mount what may be the root: the default subvolume, usual ones, then any other."""
+    usual = FILESYSTEMS[part.kind].subvolumes
+    yield from ("", *usual)
+    if usual:
+        names: list[str] = []
+        with (
+            suppress(Failure),
+            mounting.mounted_somewhere(part.device, part.kind, read_only=True, options="subvolid=5") as (top, _),
+        ):
+            names = btrfs.subvolumes(top)
+        yield from (option for option in map("subvol={}".format, names) if option not in usual)
 
 
 def _has_usr(table: Table, system: _System) -> bool:

@@ -100,7 +100,7 @@ def resolve(source: str, parts: Sequence[Part], names: Collection[str] = ()) -> 
         folded = str.lower if tag in ("UUID", "PARTUUID") else str
         matching = (part for part in parts if attribute and folded(getattr(part, attribute)) == folded(value))
         return next(matching, None) if value else None
-    node = re.fullmatch(r"/dev/(?:(?:[shv]d|xvd)a|(?:nvme0n1|mmcblk0)p)(\d{1,3})", source)
+    node = re.fullmatch(r"/dev/(?:(?:[shv]d|xvd)a|(?:nvme0n1|mmcblk0|(?:cciss|ida|rd)/c0d0)p)(\d{1,3})", source)
     to_partition = PARTITION_LINK.fullmatch(source)
     number = node[1] if node else to_partition[2] if to_partition and to_partition[1] in names else "0"
     return next((part for part in parts if part.number == int(number) > 0), None)

@@ -314,7 +314,8 @@ def test_type_in_the_gpt_decides(node: Node, disk: MakeDisk, small_tree: Path, t
 
 
 @pytest.mark.parametrize(
-    "subvolume, default", [("root", False), ("@rootfs", False), ("deep/snapshot", True), ("", False)]
+    "subvolume, default",
+    [("root", False), ("@rootfs", False), ("deep/snapshot", True), ("", False), ("arch", False), ("vol/void", False)],
 )
 def test_btrfs_subvolumes(subvolume: str, default: bool, node: Node, disk: MakeDisk, small_tree: Path,
                           tmp_path: Path) -> None:  # fmt: skip

@@ -127,7 +127,7 @@ PARTS = (
         ("UUID=ab-CD", 1), ('UUID="AB-cd"', 1), ("UUID=", None), ("UUID=x", None), ("LABEL=same", 1),
         ("LABEL=SAME", None), ("PARTUUID=DEADBEEF-05", 5), ("PARTLABEL=na me", 5), ("ID=x", None),
         ("/dev/vda1", 1), ("/dev/sda5", 5), ("/dev/xvda1", 1), ("/dev/hda5", 5), ("/dev/nvme0n1p5", 5),
-        ("/dev/mmcblk0p1", 1), ("/dev/sdb1", None), ("/dev/vda2", None), ("/dev/vda", None),
+        ("/dev/mmcblk0p1", 1), ("/dev/cciss/c0d0p5", 5), ("/dev/sdb1", None), ("/dev/vda2", None), ("/dev/vda", None),
         ("/dev/vg/root", None), ("/dev/mapper/vg-root", None),
         ("/dev/disk/by-uuid/AB-cd", 1), ("/dev/disk/by-partuuid/deadbeef-05", 5),
         ("/dev/disk/by-label/same", 1), ("tmpfs", None), ("host:/export", None), ("", None),
