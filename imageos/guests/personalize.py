@@ -27,6 +27,7 @@ def configure(request: Request, loop: LoopDevice, volumes: tuple[Volume, ...], r
             if any(volume.role == "esp" for volume in volumes):
                 root.mkdir("/boot/efi")
             guest.forget_disk(root)
+            root.remove("/.dockerenv")  # by which systemd takes any machine for a container
             forget_swap(root, request)
         if instance.serial_console:
             guest.enable_serial_console(root, "ttyS0", instance.serial_speed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import trees
-from support import MIB, Node, describe, mounted, partitions
+from support import MIB, Node, describe, digest, mounted, partitions, run
 
 MakeDisk = Callable[..., Path]
 # create changes these files of a systemd guest. All others must be as in the image.
@@ -87,6 +87,48 @@ def test_zstd_that_begins_with_a_skippable_frame(node: Node, disk: MakeDisk, ima
     path.unlink()
     path.with_suffix(".zst").write_bytes(frame + (images / "small.tar.zst").read_bytes())
     node.create(disk()).ok()
+
+
+@pytest.mark.parametrize("below", ["root.x86_64", "blobs/sha256"])
+def test_tarball_that_is_not_of_a_root(
+    below: str, node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path
+) -> None:
+    """As Arch and LXD pack it, and `docker save` its layers: seen before the disk is written."""
+    inner = tmp_path / "packed" / below
+    inner.parent.mkdir(parents=True)
+    if below == "blobs/sha256":
+        trees.tarball(small_tree, inner, "tar")
+    else:
+        run("cp", "--archive", small_tree, inner)
+    run(
+        "tar",
+        "--create",
+        "--gzip",
+        "--file",
+        node.images / f"other-{trees.ARCH}.tar.gz",
+        "-C",
+        tmp_path / "packed",
+        ".",
+    )
+    target = disk()
+    before = digest(target)
+    result = node.create(target, OSP_IMAGE_NAME="other").failed("no /etc", below.partition("/")[0])
+    assert "hint: " in result.lines[-2] and "docker export" in result.lines[-2]
+    assert digest(target) == before
+
+
+def test_tarball_that_begins_with_another_file(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
+    """What `docker export` makes has a file by which systemd would take the instance for a container."""
+    tree = tmp_path / "tree"
+    run("cp", "--archive", small_tree, tree)
+    (tree / ".dockerenv").write_bytes(bytes(2 * MIB))
+    names = [".dockerenv", *sorted(path.name for path in small_tree.iterdir())]
+    run("tar", "--create", "--file", node.images / f"other-{trees.ARCH}.tar", "-C", tree, *names)
+    target = disk()
+    node.create(target, OSP_IMAGE_NAME="other").ok()
+    with mounted(target, tmp_path / "root", partitions(target)[-1]) as guest:
+        assert (guest / "usr/share/doc/copyright").read_text() == "free\n"
+        assert not (guest / ".dockerenv").exists()
 
 
 def test_boot_is_on_the_partition_of_its_own(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
