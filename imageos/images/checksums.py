@@ -261,7 +261,7 @@ def _entries(text: str) -> Iterator[tuple[str, str, str]]:
 def _entry(line: str) -> tuple[str, str, str] | None:
     """Return (name, algorithm, hex) of a line of sha256sum, binary or not, with --tag or not, or of openssl."""
     tagged = re.fullmatch(r"SHA(?:2-)?(\d+) ?\((.+)\) ?= ?([0-9a-f]+)", line, re.IGNORECASE)
-    plain = re.fullmatch(r"(\\?)([0-9a-f]+)(?:\s+\*?(.+))?", line, re.IGNORECASE)
+    plain = re.fullmatch(r"(\\?)(?:sha(?:256|512):)?([0-9a-f]+)(?:\s+\*?(.+))?", line, re.IGNORECASE)
     if tagged:
         name, digest = tagged[2], tagged[3]
     elif plain:
@@ -349,7 +349,9 @@ def _fail_unpublished(url: str, wanted: Policy, problems: Sequence[str]) -> None
     """Fail if there had to be a checksum of the image, or a signature."""
     keyring, name = wanted.signer.keyring, unquote(urlsplit(url).path.rpartition("/")[2])
     if wanted.file:
-        problem = problems[0] if problems else f"{shown(wanted.file)} is not there, or has no checksum of {name}"
+        problem = (
+            problems[0] if problems else f"{shown(wanted.file)} is not there, or has no SHA-256 or SHA-512 of {name}"
+        )
         more = f", {wanted.signer}" if keyring else "; IMAGE_CHECKSUM=no skips the check"
         raise Failure(f"image {shown(url)}: {problem}", hint=f"correct IMAGE_CHECKSUM, or publish that file{more}")
     if keyring:

@@ -31,7 +31,10 @@ PACKED = (".tgz", ".txz")  # that say a compression already
 ARCHIVES = (".ova", ".tar", *PACKED)
 OTHERS = (".vmdk", ".vdi", ".vhdx", ".vhd", *ARCHIVES)
 # At the end of a URL; of formats that are refused, too: `inspect` says what is wrong with those.
-URL_ENDS = ("img", "qcow", "qcow2", "raw", "vmdk", "ova", "vdi", "vhd", "vhdx", "tar", "tgz", "txz", "zip", "7z", "rar")
+URL_ENDS = (
+    *("img", "qcow", "qcow2", "raw", "vmdk", "ova", "vdi", "vhd", "vhdx", "tar", "tgz", "txz", "zip", "7z", "rar"),
+    *("wic", "bin", "dd", "box", "vma"),  # of Yocto, Flatcar, Vagrant, Proxmox
+)
 VHD_NAME = re.compile(r"\.vhd(\.|$)", re.IGNORECASE)
 # Bytes of an image for each of the disk, with snapshots, and more that are no disk's; a bomb has more than any
 MOST_FOR_DISK, MARGIN = 4, 1 << 30

@@ -65,7 +65,7 @@ def fetched(settings: Settings, urls: Sequence[str], judge: Judge = accept) -> t
     if silent:
         raise Unreachable(f"cannot download image {silent}", hint=silent.hint)
     others = f" (nor {log.few([unquote(_last(url)) for url in urls[1:]])})" if urls[1:] else ""
-    hint = "set IMAGE_URL, IMAGE_NAME, ARCH or IMAGE_TYPE"
+    hint = "set IMAGE_URL, IMAGE_NAME, ARCH or IMAGE_TYPE" if urls[1:] else "set IMAGE_URL to where it is now"
     raise Missing(f"cannot find image {problems[0]}{others}", hint)
 
 

@@ -20,6 +20,7 @@ from imageos.node.programs import available
 from imageos.run import Command, Finished, output_of, pipeline
 
 SECTOR = 512
+AGAIN = "copy or download it again"  # a hint
 START = 1 << 20  # bytes by which the content of an image is judged
 
 
@@ -208,7 +209,7 @@ def not_unpacked(what: str, failure: Failure) -> Failure:
 
 
 def truncated(image: Image, reason: str) -> Failure:
-    return Failure(f"image {image.path} is truncated: {reason}", hint="copy or download it again")
+    return Failure(f"image {image.path} is truncated: {reason}", hint=AGAIN)
 
 
 def exact(count: int) -> str:

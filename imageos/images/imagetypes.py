@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 from imageos import log
 from imageos.errors import Failure
 from imageos.images import archive, diskimage, dump, formats, pages, tarball, wholeness
-from imageos.images.imagefile import Image, compression_of, open_image
+from imageos.images.imagefile import AGAIN, Image, compression_of, open_image
 from imageos.images.urls import CHECKSUMS, SIGNATURES, cleaned, shown
 from imageos.node import linux
 from imageos.node.programs import require
@@ -100,6 +100,16 @@ def check(image_type: ImageType, image: Image) -> None:
         check(image_type, image.boot)
 
 
+def check_found(settings: Settings, image: Image) -> None:
+    """Fail as `check` does; a copy that the server's word keeps in the cache says how to get rid of it."""
+    try:
+        check(IMAGE_TYPES[settings.image_type], image)
+    except Failure as failure:
+        if settings.image_url and failure.hint == AGAIN:
+            failure.hint = f"rm {image.path}: then it is downloaded again"
+        raise
+
+
 def verify(settings: Settings, image: Image) -> None:
     """Fail if an image of IMAGE_DIR has another checksum than it must have. Reads all of it, if it has to have one."""
     if settings.image_url:
@@ -129,7 +139,7 @@ def _one_of_two() -> Failure:
 def ready(settings: Settings, image: Image, disk_size: int) -> Image:
     """Return an image checked, and as it is deployed: a disk image that has to be unpacked before is unpacked."""
     image_type = IMAGE_TYPES[settings.image_type]
-    check(image_type, image)
+    check_found(settings, image)
     verify(settings, image)
     plain = image if image_type.deploy else diskimage.ready(image, settings.cache_dir, disk_size)
     if plain is not image:
@@ -182,7 +192,7 @@ def check_page(image: Image) -> None:
 def check_kind(image: Image) -> None:
     """Fail if an image that its type takes is another thing, also packed: nobody else would notice with NOMOUNT."""
     kind = pages.kind(image.start)
-    if kind.endswith("archive"):
+    if kind in pages.MARKS.values():
         raise Failure(f"image {image.path} is {kind}", hint="unpack it, and deploy the disk image that is in it")
     _check_is_not(image, kind)
     if image.stages and compression_of(image.start):
@@ -238,6 +248,12 @@ def _names(settings: Settings) -> list[str]:
 
 
 def _require_name(settings: Settings) -> None:
+    ends = IMAGE_TYPES[settings.image_type].url_ends
+    if settings.image_url and not settings.image_name:
+        raise Failure(
+            f"IMAGE_URL {shown(settings.image_url)} is taken for a directory of images, and IMAGE_NAME is not set",
+            hint=f"the URL of one image ends as its file does: {log.few([f'.{end}' for end in ends])}",
+        )
     if not settings.image_name:
         raise Failure("IMAGE_NAME is not set", hint="set it in the variant's file, or as the OS parameter image_name")
 

@@ -12,7 +12,25 @@ WEB_PAGE = re.compile(
 MARKUP = re.compile(rb"\s*<[!?a-z]", re.IGNORECASE)
 # No control characters but those of text. In what is packed or encrypted, 1 KiB without any does not occur.
 TEXT = re.compile(rb"[\t-\r\x1b -~\x80-\xff]+")
-MARKS = {b"PK\3\4": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\7": "a rar archive"}
+# What else is handed out where one looks for an image; no disk that anything boots from begins so
+MARKS = {
+    b"PK\3\4": "a zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\7": "a rar archive",
+    b"070701": "a cpio archive",
+    b"!<arch>\n": "an ar archive (a package of Debian)",
+    b"\xed\xab\xee\xdb": "an RPM archive",
+    b"MSCF": "a cab archive",
+    b"MSWIM\0\0\0": "a WIM archive",
+    b"VMA\0": "a VMA archive (a backup of Proxmox)",
+    b"partclone-image": "a partclone archive",
+    b"LZIP\1": "packed by lzip",
+    b"\x89LZO\0\r\n\x1a\n": "packed by lzop",
+    b"\x5d\0\0": "packed by lzma",
+    b"\x1f\x9d": "packed by compress",
+    b"\x3a\xff\x26\xed": "a sparse image of Android",
+    b"\x7fELF": "a program",
+}
 
 
 def is_page(content: bytes) -> bool:

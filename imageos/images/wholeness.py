@@ -10,7 +10,7 @@ import os
 from imageos.disks import ends
 from imageos.errors import Failure
 from imageos.images import dumpfile, formats, tarball
-from imageos.images.imagefile import SECTOR, Image, exact, not_unpacked, truncated, unpacked
+from imageos.images.imagefile import AGAIN, SECTOR, Image, exact, not_unpacked, truncated, unpacked
 from imageos.images.words import Cut
 from imageos.node import limits
 from imageos.node.programs import available
@@ -42,7 +42,7 @@ def check_packed(image: Image) -> None:
                 raise not_unpacked(f"image {image.path}", failure) from None
             raise Failure(
                 f"image {image.path} of {exact(image.size)} is truncated or damaged at its end: {failure}",
-                hint="copy or download it again",
+                hint=AGAIN,
                 details=failure.details,
             ) from None
 
@@ -53,9 +53,7 @@ def check(image: Image) -> None:
         return
 
     if not image.start.strip(b"\0"):
-        raise Failure(
-            f"image {image.path} begins with nothing but zeroes: it holds no disk", hint="copy or download it again"
-        )
+        raise Failure(f"image {image.path} begins with nothing but zeroes: it holds no disk", hint=AGAIN)
     if tarball.is_header(image.start[: tarball.BLOCK]):
         end = image.size - 2 * tarball.BLOCK
         if not image.stages and image.read(max(0, end), 2 * tarball.BLOCK).strip(b"\0"):

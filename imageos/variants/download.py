@@ -65,7 +65,7 @@ def fetch_one(variant: Variant) -> None:
         return
     image = imagetypes.find(settings)
     try:
-        imagetypes.check(imagetypes.IMAGE_TYPES[settings.image_type], image)
+        imagetypes.check_found(settings, image)
         imagetypes.verify(settings, image)
     finally:
         for file in (image, image.boot) if image.boot else (image,):

@@ -240,10 +240,10 @@ def test_named_file(line: str, server: Server, settings: Settings, capfd: pytest
     "content, words",
     [
         (None, "/sums is not there"),
-        (b"", "has no checksum of a.tar"),
+        (b"", "has no SHA-256 or SHA-512 of a.tar"),
         (b"<html>", "is a web page, and no checksum file"),
-        (f"{SHA256}  b.tar\n{SHA256}  c.tar\n".encode(), "has no checksum of a.tar"),
-        (f"{hashlib.sha1(CONTENT).hexdigest()}  a.tar\n".encode(), "has no checksum of a.tar"),
+        (f"{SHA256}  b.tar\n{SHA256}  c.tar\n".encode(), "has no SHA-256 or SHA-512 of a.tar"),
+        (f"{hashlib.sha1(CONTENT).hexdigest()}  a.tar\n".encode(), "has no SHA-256 or SHA-512 of a.tar"),
         (f"{'0' * 64}  a.tar\n".encode(), "wrong sha256"),
         (f"{'0' * 64}\n".encode(), "wrong sha256"),
     ],

@@ -437,8 +437,18 @@ def test_web_page_instead_of_a_checksum_file(named: bool, server: Server, signed
         ("a.raw.gz", gzip.compress(gzip.compress(bytes(9999))), "is compressed twice"),
         ("a.img", b"PK\3\4" + bytes(9999), "is a zip archive"),
         ("a.zip", b"PK\3\4" + bytes(9999), "is a zip archive"),
+        ("a.raw.gz", gzip.compress(b"VMA\0\0\0\0\1" + bytes(9999)), "is a VMA archive"),
+        ("a.raw", b"LZIP\1" + bytes(9999), "is packed by lzip"),
     ],
-    ids=["text", "packed-page", "packed-twice", "zip-named-img", "zip"],  # what is packed holds the time
+    ids=[
+        "text",
+        "packed-page",
+        "packed-twice",
+        "zip-named-img",
+        "zip",
+        "backup of Proxmox",
+        "lzip",
+    ],  # what is packed holds the time
 )
 def test_no_image(image: str, content: bytes, words: str, server: Server, tmp_path: Path) -> None:
     """Also when nobody would look into it (NOMOUNT)."""
@@ -446,6 +456,23 @@ def test_no_image(image: str, content: bytes, words: str, server: Server, tmp_pa
     server.put(f"/images/{image}", content)
     with pytest.raises(Failure, match=words):
         imagetypes.check(imagetypes.IMAGE_TYPES["qemu"], imagetypes.find(settings))
+
+
+def test_url_that_is_taken_for_a_directory(server: Server, tmp_path: Path) -> None:
+    settings = replace(publish(server, "download?a.qcow2", tmp_path), image_name="")
+    with pytest.raises(Failure, match="is taken for a directory of images, and IMAGE_NAME is not set") as raised:
+        imagetypes.find(settings)
+    assert ".qcow2" in str(raised.value.hint)
+
+
+def test_copy_that_is_not_whole(server: Server, tmp_path: Path) -> None:
+    """The server's word would keep it."""
+    settings = publish(server, "a.img", tmp_path)
+    server.put("/images/a.img", bytes(9999))
+    image = imagetypes.find(settings)
+    with pytest.raises(Failure, match="nothing but zeroes") as raised:
+        imagetypes.check_found(settings, image)
+    assert raised.value.hint == f"rm {image.path}: then it is downloaded again"
 
 
 def test_disk_in_a_tarball(server: Server, tmp_path: Path) -> None:

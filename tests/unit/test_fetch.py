@@ -40,6 +40,7 @@ SHA1 = HEX[:40]
         f"SHA256(debian.qcow2)= {HEX}",
         f"SHA2-256(debian.qcow2)= {HEX}",  # OpenSSL 3
         f"sha256 (debian.qcow2) = {HEX.upper()}",
+        f"sha256:{HEX}  debian.qcow2",
         f"\\{HEX}  a\\\\b\n{HEX}  debian.qcow2",
         f"{HEX}  debian.qcow2\n{HEX} *./debian.qcow2",  # twice the same
     ],
@@ -109,6 +110,7 @@ def test_two_checksums_of_one_image(is_only: bool) -> None:
         (b'{"error": "not found"}', "text"),
         ("404 \xe4\n".encode("latin-1"), "text"),
         (b"PK\3\4" + bytes(99), "a zip archive"),
+        (b"\x89LZO\0\r\n\x1a\n" + bytes(99), "packed by lzop"),
         (b"\xeb\x63\x90" + bytes(510), ""),
         (b"<\0" + bytes(510), ""),
         (b"\xff\xfe" + random.Random(0).randbytes(1022), ""),  # as UTF-16 it has no control characters
