@@ -14,8 +14,8 @@ NO_CAUSE = "(?m)^(?:{})$".format(
             # e2fsprogs: its banner, and what it closes with
             r"\S+ \d+\.\S+ \(\d+-\w+-\d{4}\)",
             r".*UNEXPECTED INCONSISTENCY; RUN fsck MANUALLY\.",
-            r"\s*\(i\.e\., without -a or -p options\)",
-            r"\S+:\s*",
+            r"[ \t]*\(i\.e\., without -a or -p options\)",
+            r"\S+:[ \t]*",
             r"e2fsck: Get a newer version of e2fsck!",
             r"Please run 'e2fsck -fy .*\nafter the aborted resize operation\.",
             # tar, restore and dump
@@ -23,7 +23,7 @@ NO_CAUSE = "(?m)^(?:{})$".format(
             r"tar: (?:Skipping to next header|rmtlseek not stopped at a record boundary)",
             r"restore: cannot open /dev/tty: .*",
             r"abort\? \[yn\].*",
-            r"\s*DUMP: The ENTIRE dump is aborted\.",
+            r"[ \t]*DUMP: The ENTIRE dump is aborted\.",
             # bzip2 and zstd
             r"bzip2: Inappropriate ioctl for device",
             r"\t(?:Input file = |perhaps it is corrupted\?).*",
@@ -35,9 +35,9 @@ NO_CAUSE = "(?m)^(?:{})$".format(
             r"\d+ bytes .*copied, .*",
             r"gpgv: the signature could not be verified\.",
             r"Please remember that the signature file .*\nshould be the first file given on the command line\.",
-            r"\s*Error during parsing of command line\.",
+            r"[ \t]*Error during parsing of command line\.",
             r"File descriptor \d+ .* leaked on .*",
-            r"\s*dmesg\(1\) may have more information .*",
+            r"[ \t]*dmesg\(1\) may have more information .*",
         )
     )
 )

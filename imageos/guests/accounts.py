@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
 import time
@@ -13,7 +12,7 @@ from functools import partial
 from imageos import log, logins
 from imageos.errors import Failure
 from imageos.guests.services import is_enabled
-from imageos.guests.target import Target, directory_of, matches, real
+from imageos.guests.target import Target, directory_of, fits, matches, real
 from imageos.logins import AuthorizedKey
 
 PASSWD, SHADOW = "/etc/passwd", "/etc/shadow"
@@ -233,10 +232,10 @@ def changeable_by_others(target: Target) -> str:
 def sshd_configuration(target: Target, sshd: str) -> dict[str, str]:
     """Return what sshd says that it does for root, from any address: keyword in lower case -> value."""
     said = target.run([*IN_RUN_SSHD, sshd, "-T", "-C", "user=root,host=localhost,addr=192.0.2.1"])
-    settings: dict[str, str] = {}
+    settings: dict[str, list[str]] = {}
     for keyword, _, value in (line.partition(" ") for line in said.splitlines()):
-        settings[keyword] = f"{settings.get(keyword, '')} {value}".strip()  # lists have a line for each name
-    return settings
+        settings.setdefault(keyword, []).append(value)  # lists have a line for each name
+    return {keyword: " ".join(values).strip() for keyword, values in settings.items()}
 
 
 def refusals(configuration: Mapping[str, str]) -> list[str]:
@@ -247,9 +246,9 @@ def refusals(configuration: Mapping[str, str]) -> list[str]:
 
 def _admits_root(name: str, words: Sequence[str]) -> bool:
     if name.startswith("Allow"):
-        return any(fnmatch.fnmatchcase("root", word.partition("@")[0]) for word in words)
+        return any(fits("root", word.partition("@")[0]) for word in words)
     if name.startswith("Deny"):
-        return not any(fnmatch.fnmatchcase("root", word) for word in words)
+        return not any(fits("root", word) for word in words)
     if name == "AuthorizedKeysFile":
         return words != ["none"]
     if name == "AuthenticationMethods":

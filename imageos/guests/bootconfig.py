@@ -135,7 +135,7 @@ def environment_block(text: str, name: str, change: Change) -> str:
 
 def grub_menu(text: str, change: Change) -> str:
     """Return grub.cfg of GRUB 2 with the kernel command lines changed; the guest makes it anew in time."""
-    start = r"^([ \t]*linux(?:16|efi)?[ \t]+\S+[ \t]+)"
+    start = r"^([ \t]*linux(?:16|efi)?[ \t]+\S+[ \t]+(?=\S))"
     return re.sub(rf"{start}(.*\broot=.*)$", lambda match: match[1] + change.whole(match[2]), text, flags=re.MULTILINE)
 
 

@@ -28,6 +28,7 @@ STAGES = ("/usr/lib/grub/x86_64-pc", "/usr/lib/grub/i386-pc", "/usr/share/grub/x
 # GRUB Legacy makes the name of a partition by adding a number, which is wrong for /dev/loop0. The links are in the
 # /dev of the sandbox.
 AS_SDA = 'ln -s "$1" /dev/sda && ln -s "$1p$2" "/dev/sda$2" && exec grub --batch --no-floppy --device-map=/dev/null'
+ERROR = re.compile(r"^[ \t]*Error \d+", re.MULTILINE)  # of GRUB Legacy
 
 
 class CannotBoot(Failure):
@@ -186,7 +187,7 @@ def install_grub_legacy(boot: Boot) -> None:
         linux.flush_buffers(device.fileno())  # it reads the whole disk, which has a cache of its own
     script = f"device (hd0) /dev/sda\nroot (hd0,{number - 1})\nsetup (hd0)\nquit\n"
     output = target.run(["sh", "-c", AS_SDA, "sh", boot.disk, str(number)], input=script)
-    if re.search(r"^\s*Error \d+", output, re.MULTILINE):
+    if ERROR.search(output):
         raise Failure("the guest's GRUB Legacy cannot install itself", details=output.splitlines()[-10:])
 
 

@@ -137,7 +137,7 @@ def inittab(text: str, terminal: str, speed: int, getty: str) -> str:
     others = [
         line
         for line in text.splitlines()
-        if not re.match(rf"#?\s*({terminal}:|[^:]*:[^:]*:respawn:.*\b{terminal}\b)", line)
+        if not re.match(rf"#?\s*(?!\s)({terminal}:|[^:]*:[^:]*:respawn:.*\b{terminal}\b)", line)
     ]
     return "\n".join([*others, line]) + "\n"
 

@@ -30,6 +30,8 @@ from imageos.settings import Settings
 READ_LIMIT = MIB  # bytes; a configuration file that is larger is not one
 READ_TOTAL = 256 * MIB  # of all files together: a directory may have a link to one file a million times
 MOST_NAMES = 1_000_000  # in a directory that is listed
+NAMES_TOTAL = 20 * MOST_NAMES  # in all of them: a directory may have a million links, too
+LONGEST_PATTERN = 1000  # characters, of the name of a file
 LINK_LIMIT = 40  # as the kernel's own
 PROGRAM_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -57,6 +59,7 @@ class Target:
         self._disk = disk
         self._timeout = timeout
         self._left = READ_TOTAL
+        self._left_names = NAMES_TOTAL
 
     # --- looking ---
 
@@ -114,18 +117,9 @@ class Target:
     def glob(self, pattern: str) -> list[str]:
         """Return the paths in one directory whose names match: `/etc/ssh/ssh_host_*`. Only the name is a pattern."""
         directory, name = os.path.split(pattern)
-        try:
-            with (
-                self._opened("list", directory, os.O_RDONLY | os.O_DIRECTORY) as descriptor,
-                _reported("list", directory),
-                os.scandir(descriptor) as entries,
-            ):
-                names = [entry.name for entry in itertools.islice(entries, MOST_NAMES + 1)]
-        except Missing:
-            return []
-        if len(names) > MOST_NAMES:
-            raise Failure(f"the guest's {directory} holds more than {MOST_NAMES} names")
-        return [f"{directory}/{found}" for found in sorted(names) if fnmatch.fnmatchcase(found, name)]
+        is_pattern = re.search(r"[*?[]", name) or name in ("", ".", "..")  # the last are names that nothing has
+        names = self._names(directory) if is_pattern else [name] if self._is_there(pattern) else []
+        return [f"{directory}/{found}" for found in sorted(names) if fits(found, name)]
 
     @contextmanager
     def directory(self, path: str) -> Iterator[str]:
@@ -239,6 +233,32 @@ class Target:
 
     # --- inside ---
 
+    def _names(self, directory: str) -> list[str]:
+        """Return what is in a directory, in any order; nothing if there is none."""
+        try:
+            with (
+                self._opened("list", directory, os.O_RDONLY | os.O_DIRECTORY) as descriptor,
+                _reported("list", directory),
+                os.scandir(descriptor) as entries,
+            ):
+                names = [entry.name for entry in itertools.islice(entries, MOST_NAMES + 1)]
+        except Missing:
+            return []
+        if len(names) > MOST_NAMES:
+            raise Failure(f"the guest's {directory} holds more than {MOST_NAMES} names")
+        self._left_names -= len(names)
+        if self._left_names < 0:
+            raise Failure(f"the guest's {directory}: more than {NAMES_TOTAL} names of its files were to be listed")
+        return names
+
+    def _is_there(self, path: str) -> bool:
+        """Return True if there is anything of that name, be it a link to nothing."""
+        try:
+            with self._parent(path, follow=False) as (parent, name), _reported("find", path):
+                return _lstat(parent, name) is not None
+        except Missing:
+            return False
+
     def _copy(self, source: str, path: str) -> bool:
         """Return True if it made a directory."""
         status = os.lstat(source)
@@ -307,8 +327,8 @@ class Target:
         """Yield the directory (a descriptor) and the name that `path` leads to; unless `follow`, a link itself."""
         for _ in range(LINK_LIMIT):
             directory, name = os.path.split(path)
-            if name in ("", ".."):
-                raise Failure(f"{path!r} is not the path of a file")
+            if name in ("", "..") or "\0" in path:
+                raise Missing(f"{path!r} is not the path of a file")
             with _reported("open", directory or "/"):
                 parent = self._directory(directory, make, mode)
             with linux.closing(parent):
@@ -411,6 +431,14 @@ def real(root: Target, path: str) -> str | None:
     return "/" + found[len(top) :].lstrip("/")
 
 
+def fits(name: str, pattern: str) -> bool:
+    """Return whether a pattern, which may be the guest's, is one of this name; none is so long, and some are none."""
+    try:
+        return len(pattern) <= LONGEST_PATTERN and fnmatch.fnmatchcase(name, pattern)
+    except re.error:  # [z-a], before Python 3.10.6
+        return False
+
+
 def matches(root: Target, path: str, pattern: str) -> bool:
     """Return whether `path` is a file whose text matches; in the pattern, ^ and $ are those of a line."""
     return root.is_file(path) and re.search(pattern, root.read(path) or "", re.MULTILINE) is not None
@@ -447,7 +475,7 @@ def _reported(verb: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = Missing if error.errno in (errno.ENOENT, errno.ENOTDIR) else Failure
+        kind = Missing if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG) else Failure
         raise kind(f"cannot {verb} the guest's {path}: {error.strerror}", repair_hint(error)) from None
 
 

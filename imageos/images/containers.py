@@ -93,8 +93,8 @@ def vmdk_size(read: Read, _file_size: int) -> int:
     # Where, and how long, QEMU takes it to be, whatever the header says
     text = read(VMDK_DESCRIPTOR, LONGEST_DESCRIPTOR).partition(b"\0")[0]
     lines = text.decode("utf-8", "replace").splitlines()
-    matches = [re.fullmatch(r'\s*(\w+)\s*=\s*"?(.*?)"?\s*', line) for line in lines]
-    values = {match[1]: match[2] for match in matches if match}
+    pairs = (line.partition("=") for line in lines)
+    values = {key.strip(): value.strip().removeprefix('"').removesuffix('"') for key, _, value in pairs}
     extents = [line.split() for line in lines if re.match(r"\s*(RW|RDONLY|NOACCESS)\b", line)]
     # QEMU does not mind what is before the name of the parent.
     if values.get("parentCID", "ffffffff").lower() != "ffffffff" or b"parentFileNameHint" in text:

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 BEGINNING = 1 << 10  # bytes that are looked at: a record of a dump
 WEB_PAGE = re.compile(
-    rb"\s*(<!--.*?-->\s*)*<(!doctype|html|head|body|title|meta|script|h1|\?xml)", re.IGNORECASE | re.DOTALL
+    rb"\s*(<!--(?:(?!-->).)*-->\s*)*<(!doctype|html|head|body|title|meta|script|h1|\?xml)", re.IGNORECASE | re.DOTALL
 )
 MARKUP = re.compile(rb"\s*<[!?a-z]", re.IGNORECASE)
 # No control characters but those of text. In what is packed or encrypted, 1 KiB without any does not occur.

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from imageos.guests import cloudboot, yaml
 from imageos.guests.services import OWN_UNITS
-from imageos.guests.target import Target, matches
+from imageos.guests.target import Target, fits, matches
 from imageos.network import Interface, stacked
 from imageos.network.render import DHCPCD_DENY, DHCPCD_SECTIONS
 from imageos.network.stacked import Pair
@@ -112,9 +112,9 @@ def ifupdown(target: Target, interfaces: Interfaces) -> list[str]:
 
 def _sources(target: Target) -> list[str]:
     """Return /etc/network/interfaces, what it includes, and what is in interfaces.d, which may be included later."""
-    asked, paths, looked = [INTERFACES, *target.glob(f"{INTERFACES}.d/*")], dict[str, None](), set[str]()
+    asked, paths, looked = deque([INTERFACES, *target.glob(f"{INTERFACES}.d/*")]), dict[str, None](), set[str]()
     while asked and len(paths) < MOST_SOURCES:
-        path = asked.pop(0)
+        path = asked.popleft()
         if path in paths or not target.is_file(path):
             continue
         paths[path] = None
@@ -178,7 +178,7 @@ def _names_nic(word: str, is_ours: Callable[[str], bool]) -> bool:
     """Return whether a word is or matches a NIC: eth0, eth0:1, eth0=home, en*, /eth*, /*/1."""
     if word.startswith("/") or "*" in word:
         pattern = word.lstrip("/").split("/")[0].partition("=")[0]
-        return any(fnmatchcase(name, pattern) for name in SAMPLES)
+        return any(fits(name, pattern) for name in SAMPLES)
     return is_ours(re.split("[=:]", word)[0])
 
 
@@ -239,13 +239,13 @@ def _has_match(value: str, names: Sequence[str]) -> bool:
     """Return whether a list of patterns, perhaps quoted or all negated, matches one of these; an empty one does."""
     patterns = value.replace('"', " ").replace("'", " ").split()
     if patterns and patterns[0].startswith("!"):
-        return any(not fnmatchcase(name, pattern.lstrip("!")) for name in names for pattern in patterns)
-    return not patterns or any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+        return any(not fits(name, pattern.lstrip("!")) for name in names for pattern in patterns)
+    return not patterns or any(fits(name, pattern) for name in names for pattern in patterns)
 
 
 def ini_section(text: str, section: str) -> dict[str, str]:
     """Return the assignments in one section; several of a key are joined."""
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     current = ""
     for line in text.splitlines():
         line = line.strip()
@@ -253,8 +253,8 @@ def ini_section(text: str, section: str) -> dict[str, str]:
             current = line.strip("[]")
         elif current == section and line and line[0] not in "#;":
             key, _, value = line.partition("=")
-            found[key.strip()] = f"{found.get(key.strip(), '')} {value.strip()}".strip()
-    return found
+            found.setdefault(key.strip(), []).append(value.strip())
+    return {key: " ".join(filter(None, values)) for key, values in found.items()}
 
 
 # --- NetworkManager and the scripts of Red Hat ------------------------------------------------------------

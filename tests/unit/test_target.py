@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,14 @@ def test_paths_that_name_no_file(path: str, guest: Path, target: Target) -> None
     (guest / "etc").mkdir()
     with pytest.raises(Failure):
         target.write(path, "text")
+
+
+def test_path_with_nul(target: Target) -> None:
+    """As a guest's own files and programs may name one; to the kernel it would be the end."""
+    for path in ("/a\0b", "/a\0b/c", "/c\0/"):
+        for use in USES.values():
+            with suppress(Failure):
+                assert not use(target, path)
 
 
 def test_longest_name(guest: Path, target: Target) -> None:

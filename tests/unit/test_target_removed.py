@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from escapes import USES, alarm
 from escapes import node as node
 
 from imageos.errors import Failure
-from imageos.guests.target import Target
+from imageos.guests.target import NAMES_TOTAL, Target
 from imageos.node.confinement import Room
 from imageos.run import Command, Outside
 
@@ -62,6 +63,25 @@ def test_directory_without_end(guest: Path, target: Target, monkeypatch: pytest.
         target.glob("/etc/many/*.cfg")
 
 
+def test_directories_without_end(guest: Path, target: Target) -> None:
+    """A directory may have a million names, and a million links may lead to it."""
+    for number in range(2000):
+        target.write(f"/many/{number}.wants", "")
+    with pytest.raises(Failure, match="more than 20000000 names"):
+        for _ in range(NAMES_TOTAL // 2000 + 1):
+            target.glob("/many/*.x")
+
+
+def test_a_name_is_looked_for_without_a_listing(guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        target.write(f"/etc/{name}", "")
+    target.symlink("nowhere", "/etc/link")
+    assert [name for name in ("", ".", "..") if target.glob(f"/etc/{name}")] == []
+    monkeypatch.setattr("imageos.guests.target.MOST_NAMES", 1)
+    names = ("a", "link", "c", "a/b", "none/a", "n" * 256)
+    assert [name for name in names if target.glob(f"/etc/{name}")] == ["a", "link"]
+
+
 def test_rename(guest: Path, target: Target) -> None:
     for name in ("old", "empty", "full"):
         (guest / name).mkdir()
@@ -85,6 +105,14 @@ def test_glob(guest: Path, target: Target) -> None:
     assert target.glob("/etc/nowhere/*") == []
     assert target.glob("/etc/ssh/sshd_config/*") == []
     assert target.glob("/etc/*/ssh_host_a") == [], "only the name is a pattern"
+
+
+@pytest.mark.parametrize("pattern", ["*a" * 500_000, "[z-a]", "["], ids=["long", "range", "open"])
+def test_pattern_of_a_guest(pattern: str, target: Target) -> None:
+    target.write("/etc/x", "")
+    begin = time.process_time()
+    assert target.glob(f"/etc/{pattern}") == []
+    assert time.process_time() - begin < 5
 
 
 # Removing

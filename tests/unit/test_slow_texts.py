@@ -1,0 +1,53 @@
+"""No text of a stranger takes long to read: each of these took minutes, hours, or for ever."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from diskformats import DESCRIPTOR, vmdk
+from escapes import alarm
+
+from imageos import causes
+from imageos.guests import accounts, bootconfig, bootloaders, guest
+from imageos.guests.bootconfig import Change
+from imageos.guests.target import READ_LIMIT, Target
+from imageos.images import containers, pages
+from imageos.run import OUTPUT_LIMIT
+
+BLANKS = " " * READ_LIMIT
+ADDED = Change(("quiet",))
+
+
+def descriptor() -> None:
+    data = vmdk()[: containers.VMDK_DESCRIPTOR] + f"{DESCRIPTOR}a=x{BLANKS[:-1000]}y\n".encode()
+    containers.vmdk_size(lambda offset, length: data[offset : offset + length], len(data))
+
+
+TEXTS: dict[str, Callable[[], object]] = {
+    "comments of a web page": lambda: pages.is_page(b"<!---->" * 146),
+    "descriptor of a VMDK": descriptor,
+    "inittab": lambda: guest.inittab(f"#{BLANKS}", "ttyS0", 9600, "/sbin/getty"),
+    "menu of GRUB": lambda: bootconfig.grub_menu(f"linux x{BLANKS}", ADDED),
+    "blank lines of a program": lambda: causes.cause("x", "\n" * OUTPUT_LIMIT),
+}
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_a_text_that_takes_hours(what: str) -> None:
+    begin = time.process_time()
+    with alarm():
+        TEXTS[what]()
+    assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize("said", ["a b\n", "\n"])
+def test_a_program_that_says_much(said: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sshd -T and GRUB Legacy of the guest; of what they say, so much is kept."""
+    monkeypatch.setattr(Target, "run", lambda *_: said * (2 * OUTPUT_LIMIT // len(said)))
+    begin = time.process_time()
+    with alarm():
+        accounts.sshd_configuration(target, "sshd")
+        bootloaders.ERROR.search(target.run([]))
+    assert time.process_time() - begin < 5
