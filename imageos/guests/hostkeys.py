@@ -20,6 +20,7 @@ KEYS = "/etc/ssh/ssh_host_*"
 # The second and third are those of its initramfs, which holds copies of them.
 DROPBEAR = ("/etc/dropbear", "/etc/dropbear/initramfs", "/etc/dropbear-initramfs")
 DROPBEAR_KEYS = tuple(f"{directory}/dropbear_*_host_key" for directory in DROPBEAR)
+DROPBEAR_KINDS = ("rsa", "ecdsa", "ed25519", "dss")  # the last is of old ones
 RSA = "/etc/ssh/ssh_host_rsa_key"
 # Of Debian's ssl-cert: web, mail and database servers take it where they have no other
 SNAKEOIL = "/etc/ssl/private/ssl-cert-snakeoil.key"
@@ -95,15 +96,15 @@ def _replace_dropbear(target: Target) -> None:
     for directory, pattern in zip(DROPBEAR, DROPBEAR_KEYS):
         old = target.glob(pattern)
         target.remove(pattern)
-        wanted = old
+        files = {kind: pattern.replace("*", kind) for kind in DROPBEAR_KINDS}
+        wanted = [kind for kind in DROPBEAR_KINDS if files[kind] in old]  # not any name: each takes a program
         if directory == DROPBEAR[0] and target.is_dir(directory):
-            wanted = [pattern.replace("*", kind) for kind in ("rsa", "ecdsa", "ed25519")]
+            wanted = ["rsa", "ecdsa", "ed25519"]
         elif old:
             log.warning("the guest's initramfs keeps the image's ssh host keys: update-initramfs -u makes it anew")
-        for file in wanted if keygen else ():
-            kind = file.rpartition("/dropbear_")[2].partition("_")[0]
+        for kind in wanted if keygen else ():
             try:
-                target.run([keygen or "", "-t", kind, "-f", file])
+                target.run([keygen or "", "-t", kind, "-f", files[kind]])
             except Failure as failure:  # a type that it does not know
                 log.debug(str(failure))
 

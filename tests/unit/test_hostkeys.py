@@ -93,6 +93,18 @@ def test_keys_of_dropbear(
     assert "update-initramfs -u" in capfd.readouterr().err
 
 
+def test_keys_of_dropbear_of_any_name(guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would take a program of the guest, which may take minutes."""
+    for number in range(50):
+        target.write(f"/etc/dropbear/initramfs/dropbear_{number}_host_key", "the image's")
+    target.write("/usr/bin/dropbearkey", "", mode=0o755)
+    ran: list[list[str]] = []
+    monkeypatch.setattr(Target, "run", lambda _self, argv: ran.append(argv))
+    hostkeys.replace(target)
+    assert [argv[2] for argv in ran] == ["rsa", "ecdsa", "ed25519"]
+    assert os.listdir(guest / "etc/dropbear/initramfs") == []
+
+
 def test_keys_of_dropbear_that_cannot_be_made(guest: Path, target: Target) -> None:
     (guest / "etc/dropbear").mkdir(parents=True)
     (guest / "etc/dropbear/dropbear_rsa_host_key").write_text("the image's")
