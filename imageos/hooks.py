@@ -18,7 +18,7 @@ from imageos.guests import bootconfig
 from imageos.guests.sandbox import devices
 from imageos.installation import OS_DIR, program_file
 from imageos.node import linux
-from imageos.node.isolation import other_processes
+from imageos.node.isolation import limit_memory, other_processes
 from imageos.node.programs import environment, script_fault
 from imageos.outcome import guard
 from imageos.run import Command, Outside, pipeline
@@ -189,6 +189,7 @@ def _calling(argv: Sequence[str], env: Mapping[str, str], source: bytes) -> Call
         status = 1
         try:
             linux.close_all(3)  # as the start of a program does
+            limit_memory()  # it is ours, and reads what a stranger has made
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does
             os.environ.clear()
             os.environ.update(env)

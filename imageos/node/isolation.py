@@ -54,7 +54,7 @@ def enter() -> None:
             os._exit(1)  # the supervisor died before die_with_parent
         os.close(alive)
         handle_signals()
-    _limit_memory()
+    limit_memory()
     _private_mounts()
 
 
@@ -82,7 +82,7 @@ def call_apart(call: Callable[[], None]) -> None:
         raise Failure("a process of our own has failed")
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
     """Bound our own address space: what a parser of ours forgets to count must not take the node's memory.
 
     Only the soft limit, which every child lifts again (node.children).
