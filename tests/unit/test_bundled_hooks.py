@@ -244,6 +244,15 @@ def test_ddns_with_many_lines() -> None:
     assert time.process_time() - begin < 3, "quadratic: much more"
 
 
+def test_ddns_of_many_files(target: Target, capfd: pytest.CaptureFixture[str]) -> None:
+    """A line of the log for each name could fill the node's disk."""
+    for number in range(100):
+        target.write(f"/etc/sysconfig/network-scripts/ifcfg-{number}", "")
+    hook_module("zz_ddns").main(hook(target))
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and said.endswith("and 92 more\n")
+
+
 def test_ddns_of_a_client_that_needs_no_help(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
     put(guest, {"usr/sbin/NetworkManager": ""})
     hook_module("zz_ddns").main(hook(target))
@@ -316,6 +325,19 @@ def test_cloud_init_user_with_another_seed(cloud: Path, target: Target) -> None:
     target.write(f"{cloudinit.SEED}/vendor-data", "#cloud-config\nusers: []\n")
     configured(cloud, target, CINIT_USER="admin")
     assert target.read(f"{cloudinit.SEED}/vendor-data") == "#cloud-config\nusers: []\n"
+
+
+@pytest.mark.parametrize(
+    "seed",
+    ["1", "null", '{"users": 1}', '{"users": [1, "x", {"uid": 0}, [{}]]}', "[" * 100_000],
+    ids=lambda seed: seed[:19],
+)
+def test_cloud_init_user_with_a_seed_that_makes_no_sense(seed: str, cloud: Path, target: Target) -> None:
+    """On import it is that of the backup."""
+    target.write(cloudinit.VENDOR_DATA, f"#cloud-config\n{seed}\n")
+    configured(cloud, target, CINIT_USER="admin")
+    text = target.read(cloudinit.VENDOR_DATA) or ""
+    assert text == f"#cloud-config\n{seed}\n" or json.loads(text.partition("\n")[2])["users"][0]["name"] == "admin"
 
 
 def test_cloud_init_resolv_conf(cloud: Path, target: Target) -> None:
