@@ -152,8 +152,9 @@ def output_of(
                 process.stdout.close()
             for process in processes:
                 process.status()  # until it has ended, it may have more to say
-            # the position of a file from `_memory`, which the program writes to, is ours, too
-            said = [_text(os.pread(error, os.lseek(error, 0, os.SEEK_CUR), 0)) for error in errors]
+            # the position of a file from `_memory`, which the program writes to, is ours, too; it may be anywhere
+            lengths = [min(os.lseek(error, 0, os.SEEK_CUR), OUTPUT_LIMIT) for error in errors]
+            said = [_text(os.pread(error, length, 0)) for error, length in zip(errors, lengths)]
             ended = map(_finished, commands, processes, [b""] * len(commands), said)
             failed = [program for program in ended if program.status]
             # what stops because nobody reads any more is not at fault: who should have read is

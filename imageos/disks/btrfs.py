@@ -40,7 +40,7 @@ def make_options() -> list[str]:
     """
     features: list[str] = []
     run(Command(["mkfs.btrfs", "-O", "list-all"]), on_line=features.append)
-    found = [re.match(r"(\S+) .*\(compat=(\d+)\.(\d+).*default=", line) for line in features]
+    found = [re.match(r"(\S+) .*\(compat=(\d{1,9})\.(\d{1,9})\b.*default=", line) for line in features]
     too_new = [f"^{match[1]}" for match in found if match and (int(match[2]), int(match[3])) > OLDEST_LINUX]
     return ["-O", ",".join(too_new)] if too_new else []
 

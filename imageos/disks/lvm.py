@@ -172,8 +172,8 @@ def parse(text: str, devices: Mapping[str, str]) -> tuple[tuple[Group, ...], set
 def _group(report: Any, on_disk: Collection[str], twice: Collection[str], ambiguous: bool) -> Group:
     (row,) = report["vg"]
     devices = {pv["pv_uuid"]: pv["pv_name"] for pv in report["pv"]}
-    starts = {pv["pv_name"]: int(pv["pe_start"]) for pv in report["pv"] if pv["pv_name"] in on_disk}
-    is_partial = int(row["vg_missing_pv_count"]) or len(starts) < len(devices)
+    starts = {pv["pv_name"]: _number(pv["pe_start"]) for pv in report["pv"] if pv["pv_name"] in on_disk}
+    is_partial = _number(row["vg_missing_pv_count"]) or len(starts) < len(devices)
     obstacle = (
         "has physical volumes that are not on this disk" if is_partial
         else "has a physical volume that is on this disk twice" if {*devices} & {*twice}
@@ -184,15 +184,17 @@ def _group(report: Any, on_disk: Collection[str], twice: Collection[str], ambigu
     )  # fmt: skip
     ends: dict[str, int] = {}
     for segment in report["pvseg"]:
-        device, end = devices[segment["pv_uuid"]], int(segment["pvseg_start"]) + int(segment["pvseg_size"])
+        device, end = devices[segment["pv_uuid"]], _number(segment["pvseg_start"]) + _number(segment["pvseg_size"])
         ends[device] = max(end, ends.get(device, 0))
     segments: dict[str, list[tuple[int, str]]] = {}
     for segment in report["seg"]:
-        segments.setdefault(segment["lv_uuid"], []).append((int(segment["seg_start"]), str(segment["seg_pe_ranges"])))
+        segments.setdefault(segment["lv_uuid"], []).append(
+            (_number(segment["seg_start"]), str(segment["seg_pe_ranges"]))
+        )
     name = _name(row["vg_name"])
     return Group(
         name,
-        int(row["vg_extent_size"]),
+        _number(row["vg_extent_size"]),
         starts,
         ends,
         tuple(
@@ -202,7 +204,11 @@ def _group(report: Any, on_disk: Collection[str], twice: Collection[str], ambigu
             for volume in report["lv"]
         ),
         tuple(
-            Extents(devices[segment["pv_uuid"]], int(segment["pvseg_start"]), int(segment["pvseg_size"]))
+            Extents(
+                _one_of(starts, devices[segment["pv_uuid"]]),
+                _number(segment["pvseg_start"]),
+                _number(segment["pvseg_size"]),
+            )
             for segment in report["pvseg"]
             if not (segment["lv_uuid"] or obstacle)
         ),
@@ -220,7 +226,7 @@ def _volume(row: Any, id: str, ranges: Sequence[str], devices: Collection[str], 
         else ""
     )  # fmt: skip
     pieces: list[Extents] = []
-    for match in [re.fullmatch(r"(\S+):(\d+)-(\d+)", text) for text in ranges]:
+    for match in [re.fullmatch(r"(\S+):(\d{1,19})-(\d{1,19})", text) for text in ranges]:
         if not match or match[1] not in devices:
             return LogicalVolume(_name(row["lv_name"]), id, None, obstacle or "it is on another logical volume")
         device, first, end = match[1], int(match[2]), int(match[3]) + 1
@@ -238,3 +244,15 @@ def _name(text: Any) -> str:
     if not NAME.fullmatch(str(text)):
         raise ValueError(f"the name {text!r}")
     return str(text)
+
+
+def _number(text: Any) -> int:
+    if not re.fullmatch("[0-9]{1,19}", str(text)):
+        raise ValueError(f"the number {text!r}")
+    return int(text)
+
+
+def _one_of(devices: Collection[str], device: str) -> str:
+    if device not in devices:
+        raise ValueError(f"the device {device!r}")
+    return device

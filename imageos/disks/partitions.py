@@ -22,6 +22,7 @@ from imageos.run import Command, Finished, at_once, pipeline
 
 PROGRAMS = ("sfdisk", "blkid")
 PHYSICAL = superblock.LVM
+UUID = re.compile(r"[0-9A-Za-z-]{1,64}")  # of any kind of filesystem
 PROBE_TIMEOUT = 60.0  # seconds; a hostile table must not keep a reader busy
 
 
@@ -198,9 +199,13 @@ def check_table(table: Table, disk_size: int) -> None:
 
 
 def parse_probe(text: str) -> dict[str, str]:
-    """Return NAME -> value of the output of `blkid --output export`, where a backslash quotes a character."""
+    """Return NAME -> value of the output of `blkid --output export`, where a backslash quotes a character.
+
+    A UUID becomes the name of a file (guests.sandbox): what has not the form of one is left out.
+    """
     pairs = (line.partition("=") for line in text.splitlines())
-    return {name: re.sub(r"\\(.)", r"\1", value) for name, _, value in pairs}
+    found = {name: re.sub(r"\\(.)", r"\1", value) for name, _, value in pairs}
+    return {name: value for name, value in found.items() if name != "UUID" or UUID.fullmatch(value)}
 
 
 def _part(entry: Any, device: str, disk_id: str) -> Part:

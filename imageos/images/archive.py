@@ -20,7 +20,7 @@ from imageos.run import Command
 DISK = re.compile(r"(^|/)(?!\._)[^/]*\.(raw|img|qcow2?|vmdk|vdi|vhdx?|dd)(\.(gz|xz|bz2|zst|lz4))?$", re.IGNORECASE)
 LIST = ["tar", "--list", "--verbose", "--numeric-owner", "--quoting-style=escape", "--full-time", "--file"]
 # kind and mode, owner, size or numbers of a device, date, time, name
-ENTRY = re.compile(r"(.)\S+ +\S+ +(\d+)(?:,\d+)? \S+ \S+ (.+)")
+ENTRY = re.compile(r"(.)\S+ +\S+ +(\d{1,19})(?:,\d+)? \S+ \S+ (.+)")
 FILE, DIRECTORY = "-", "d"  # kinds
 MOST_MEMBERS = 1000  # an archive of more files is a system, not a disk
 

@@ -130,8 +130,8 @@ def statuses(urls: Sequence[str], environ: Mapping[str, str]) -> dict[str, int]:
         done = pipeline(_curl(), input=AT_ONCE + "next\n".join(requests), timeout=READ_TIMEOUT)[0]
     except TimedOut:
         return {}
-    said = re.findall(rb"^(\d+) (\d+)$", done.stdout, re.MULTILINE)
-    return {urls[int(number)]: int(status) for number, status in said}
+    said = dict(re.findall(rb"^(\d+) (\d{3})$", done.stdout, re.MULTILINE))
+    return {url: int(said[b"%d" % number]) for number, url in enumerate(urls) if b"%d" % number in said}
 
 
 def _curl() -> Command:
@@ -171,7 +171,7 @@ def _head(output: int) -> list[str]:
                 raise Transient("headers without an end")
             if line not in (b"\r\n", b"\n"):
                 lines.append(line.decode("latin-1").rstrip("\r\n"))
-            elif re.match(r"HTTP/\S+ [^1]", lines[0]):
+            elif not lines or re.match(r"HTTP/\S+ [^1]", lines[0]):
                 return lines
             else:
                 lines = []

@@ -129,7 +129,7 @@ def measure(image: Image, form: Format) -> int:
     look = ["qemu-img", "measure", "-O", "qcow2", "--output", "json", *_source(form)]
     looked = pipeline(Command(look, Room(capabilities=[linux.CAP_DAC_OVERRIDE])), stdin=image.descriptor)
     check_stages(image, looked)
-    required = re.search(rb'"required": (\d+)', looked[0].stdout)
+    required = re.search(rb'"required": (\d{1,19})\b', looked[0].stdout)
     return int(required[1]) if required else image.size
 
 
@@ -263,7 +263,7 @@ def qemu_img_progress(progress: log.Progress, total: int) -> Callable[[str], Non
     """Return a function that shows the lines of `qemu-img convert -p` as progress in `total` bytes."""
 
     def report(line: str) -> None:
-        percentage = re.search(r"\((\d+\.\d+)/100%\)", line)
+        percentage = re.search(r"\((\d{1,3}\.\d{1,9})/100%\)", line)
         if percentage:
             progress.update(int(total * float(percentage[1]) / 100))
 
@@ -281,7 +281,7 @@ def _copy(image: Image, loop: LoopDevice) -> int:
             hint="make the disk larger",
         )
     check_stages(image, finished)
-    copied = re.search(r"^(\d+) bytes? ", finished[-1].stderr, re.MULTILINE)
+    copied = re.search(r"^(\d{1,19}) bytes? ", finished[-1].stderr, re.MULTILINE)
     if not copied:
         raise Failure(f"dd does not say how much of image {image.path} it has written", details=[finished[-1].stderr])
     return int(copied[1])

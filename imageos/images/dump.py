@@ -35,7 +35,7 @@ SUFFIXES = ("-root.dump", "-root.dump.gz", "-root.dump.zst", "-root.dump.xz")
 RESTORE = ["restore", "-r", "-y", "-f", "-"]
 LEVEL_OFFSET = 692  # in the first record
 PACKED = 49  # since 0.4b49, dump writes in another way
-VERSION = re.compile(r"0\.4b(\d+)")
+VERSION = re.compile(r"0\.4b(\d{1,9})\b")
 # What restore mutters although its status is 0 and files are missing or full of zeroes
 DAMAGE = re.compile(
     r"abort\?|Incorrect block|not found on tape|End-of-input|[Rr]ead error|[Ww]rite error|"

@@ -96,7 +96,7 @@ class Image:
             command = ["xz", "--robot", "--list", "--force", "/proc/self/fd/0"]
             listed = pipeline(Command(command, Room(capabilities=[CAP_DAC_OVERRIDE])), stdin=self.descriptor)
             check_stages(self, listed)
-            totals = re.search(rb"^totals\t\d+\t\d+\t\d+\t(\d+)", listed[0].stdout, re.MULTILINE)
+            totals = re.search(rb"^totals\t\d+\t\d+\t\d+\t(\d{1,19})\b", listed[0].stdout, re.MULTILINE)
             return (int(totals[1]), True) if totals else (0, False)
         return 0, False
 

@@ -125,6 +125,47 @@ def test_every_program_is_taken_over(
     assert [(part.start, part.size) for part in partitions(disk)] == places
 
 
+# What none of these programs says: it does its work, and says that before and behind its own words
+LIES = """\
+UUID={path}
+{nines} bytes copied
+  ({nines}.0/100%)
+"required": {nines}
+-rw-r--r-- 0/0 {nines} 2026-01-01 00:00:00 disk.img
+totals\t1\t1\t1\t{nines}
+"""
+LIARS = {"create raw": ["dd", "blkid"], "create qcow2": ["qemu-img"]}
+LIAR = """#!/bin/sh
+cat {said}
+cat {said} >&2
+PATH={path} "${{0##*/}}" "$@"
+status=$?
+cat {said}
+cat {said} >&2
+exit $status
+"""
+RUNS_ONE = """#!/usr/bin/env python3
+from imageos.hook import Hook
+Hook.run(lambda hook: hook.target.run(["/bin/sh", "-c", "exit"]))
+"""
+
+
+@pytest.mark.parametrize("name", LIARS)
+def test_what_they_say(name: str, node: Node, sources: Path, small_tree: Path, tmp_path: Path) -> None:
+    """Numbers and names of a program that was taken over."""
+    case, place, made = CASES[name], tmp_path / "taken", tmp_path / "made"
+    place.mkdir()
+    (place / "said").write_text(LIES.format(path="../" * 12 + str(made)[1:], nines="9" * 5000))
+    for program in LIARS[name]:
+        node.write(place / program, LIAR.format(said=place / "said", path=PATH))
+        (place / program).chmod(0o755)
+    node.hook("one", RUNS_ONE)
+    case.make_layout(sources, small_tree, tmp_path)
+    result = case.call(node, case.disk(tmp_path / "disk", sources), f"{place}:{PATH}")
+    assert result.status in (0, 1) and "internal error" not in result.log, result.log
+    assert not os.path.lexists(made)
+
+
 def test_loader_is_written(node: Node, disk: MakeDisk, images: Path, taken_over: TakenOver) -> None:
     node.image(images / "small.tar.zst", f"zst-{trees.ARCH}.tar.zst")
     node.hook("esp", ESP_HOOK)
@@ -218,6 +259,13 @@ for tries in (": >new", "echo x >>old", "rm old", "mv old new", ": >/tmp/x"):
 """
 
 
+def test_place_to_write_that_is_moved() -> None:
+    """Where a program's messages go it shares with us: it may be sent to the end of all numbers."""
+    moves = Command(["perl", "-e", "sysseek(STDERR, 0x7fffffffffffffff, 0); exit 1"])
+    with output_of(moves) as (_, check), pytest.raises(Failure, match="exit status 1"):
+        check()
+
+
 def test_second_lock(tmp_path: Path) -> None:
     """Landlock forbids it, from Linux 5.19 on."""
     place = tmp_path / "seen"
@@ -274,19 +322,22 @@ def test_own_code_is_taken_over(tmp_path: Path) -> None:
     assert (canary.read_text(), socket.gethostname(), os.stat("/dev/null").st_mode) == ("of the node", *before)
 
 
-# A command that takes memory without an end, and what the programs that it starts may take
+# A command that takes memory without an end, and what the programs, and hooks of ours, that it starts may take
 OWN_MEMORY = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from imageos import outcome
+from imageos import hooks, outcome
 from imageos.node import isolation
 from imageos.run import Command, Outside, foreground, pipeline
+
+LIMIT = b"import os, resource; os.write(1, b'%d' % (resource.getrlimit(resource.RLIMIT_AS)[0] >> 10))"
 
 def work():
     isolation.enter()
     limit = ["sh", "-c", "ulimit -v"]
     inside, outside = Command(limit), Command(limit, Outside.HOOK)
-    print(*(pipeline(command)[0].stdout.decode().strip() for command in (inside, outside)), flush=True)
+    hook = Command(["hook"], hooks._calling(["hook"], {}, LIMIT))
+    print(*(pipeline(command)[0].stdout.decode().strip() for command in (inside, outside, hook)), flush=True)
     foreground(outside)
     bytearray(5 << 30)
 
@@ -298,6 +349,6 @@ def test_own_memory_is_bounded() -> None:
     checkout = Path(__file__).resolve().parents[2]
     command = ["/usr/bin/python3", "-BIS", "-c", OWN_MEMORY, str(checkout)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == [str(4 << 20), "unlimited", "unlimited"]
+    assert done.stdout.split() == [str(4 << 20), "unlimited", str(4 << 20), "unlimited"]
     message = "imageos: imageos needs more memory than its limit of 4 GiB"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, message)

@@ -172,6 +172,9 @@ def changed(kind: str, **values: object) -> str:
         changed("pvseg", pvseg_start="many"),
         changed("pv", pe_start=None),
         changed("vg", vg_extent_size="1e400"),
+        changed("vg", vg_extent_size="-4096"),
+        changed("pv", pe_start="-1"),
+        json.dumps({"report": [{**report(), "pv": [*report()["pv"], {**report()["pv"][0], "pv_name": "/dev/sda"}]}]}),
     ],
 )
 def test_output_that_makes_no_sense(text: str) -> None:
