@@ -36,8 +36,13 @@ ENVIRONMENT = {
     "DEBIAN_FRONTEND": "noninteractive",
 }
 GUEST_DEVICES = {**DEVICES, "tty": (5, 0)}
-# Of each process, in bytes; no program of a guest has reason to take more. The limits of all together: node.cgroup.
-LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 8 << 30, resource.RLIMIT_AS: 4 << 30}
+# Of each process; no program of a guest has reason to take more. The limits of all together: node.cgroup.
+LIMITS = {
+    resource.RLIMIT_CORE: 0,
+    resource.RLIMIT_FSIZE: 8 << 30,  # bytes
+    resource.RLIMIT_AS: 4 << 30,
+    resource.RLIMIT_SIGPENDING: 1024,  # queued signals and timers, of which root has a number for the whole node
+}
 
 
 class GuestDisk(NamedTuple):

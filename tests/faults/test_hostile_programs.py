@@ -48,6 +48,9 @@ NUMBERS = {
     "prctl": (157, 167),
     "mprotect": (10, 226),
     "keyctl": (250, 219),
+    "epoll_create1": (291, 20),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigqueueinfo": (129, 138),
 }
 # NAME -> condition in Perl, true if it succeeded; $n{...} are the numbers, $canary a file of the node
 ATTEMPTS = {
@@ -84,10 +87,16 @@ ATTEMPTS = {
     "kill of the node": "kill(0, $pid)",
     # KEYCTL_SEARCH in the session keyring for a key of the command's caller
     "session keyring": 'syscall($n{keyctl}, 10, -3, t("user"), t("imageos-canary"), 0) >= 0',
+    # of both root has a number for the whole node
+    "watches": "syscall($n{epoll_create1}, 0) >= 0",
+    "signals": """do {
+        my $n = syscall($n{rt_sigprocmask}, 0, t(pack("Q", 1 << 39)), 0, 8);
+        $n++ while $n < 9000 && syscall($n{rt_sigqueueinfo}, $$ + 0, 40, t(pack("iiix116", 40, 0, -1))) == 0;
+        $n == 9000 }""",
 }
 # How the kernel refuses; 0: a signal to process 1 is no error
 REFUSED = {str(code) for code in (0, errno.EPERM, errno.EACCES, errno.ENOENT, errno.ESRCH, errno.EROFS, errno.ENOSYS,
-                                  errno.ECONNREFUSED, errno.EAFNOSUPPORT)}  # fmt: skip
+                                  errno.EAGAIN, errno.ECONNREFUSED, errno.EAFNOSUPPORT)}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -85,8 +85,9 @@ def program(request: pytest.FixtureRequest) -> tuple[str, str, bytes]:
 
 
 def test_what_is_not_named_does_not_exist(program: tuple[str, str, bytes]) -> None:
-    _, abi, code = program
-    allowed = set(syscalls.numbers(abi).values())
+    kind, abi, code = program
+    left_out = seccomp.NOT_OF_GUESTS if kind == "guest" else ()
+    allowed = {number for name, number in syscalls.numbers(abi).items() if name not in left_out}
     tried = [*range(1024), *allowed, 0x0F0001, 0x900000, 1 << 31, (1 << 32) - 1, *range(0x40000000, 0x40000400)]
     assert {number for number in tried if answer(code, abi, number, 0) != errno.ENOSYS} == allowed
     assert len(code) // 8 <= 4096  # BPF_MAXINSNS
