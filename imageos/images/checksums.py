@@ -37,6 +37,7 @@ from imageos.node.programs import require
 from imageos.run import Command, pipeline
 from imageos.settings import Settings, is_pin
 
+LONGEST_NAME = 255  # characters
 MOST_FURTHER = 8  # files of an index that are looked into
 ALGORITHMS = {40: "sha1", 64: "sha256", 128: "sha512"}  # by the number of digits
 CHUNK = 1 << 20  # bytes
@@ -302,8 +303,9 @@ def checksum_files(listed: Sequence[str], image: str) -> list[str] | None:
     """
     if image not in listed:
         return None
-    files = sorted((name for name in listed if not LIKE_CHECKSUMS.search(name)), key=len, reverse=True)
-    about = {name: next((file for file in files if name.startswith(file)), "") for name in listed if name not in files}
+    files = {name for name in listed if not LIKE_CHECKSUMS.search(name)}
+    others = (name for name in listed if name not in files and len(name) <= LONGEST_NAME)
+    about = {name: next((name[:end] for end in range(len(name), 0, -1) if name[:end] in files), "") for name in others}
     about.pop(image, None)  # it may be called like one itself
     names = [name for name, file in about.items() if file in ("", image) and not name.endswith(SIGNATURES)]
     return sorted(names, key=lambda name: (about[name] != image, name))[:MOST_FURTHER]

@@ -13,10 +13,11 @@ from imageos import causes
 from imageos.guests import accounts, bootconfig, bootloaders, guest
 from imageos.guests.bootconfig import Change
 from imageos.guests.target import READ_LIMIT, Target
-from imageos.images import containers, pages
+from imageos.images import checksums, containers, pages
 from imageos.run import OUTPUT_LIMIT
 
 BLANKS = " " * READ_LIMIT
+INDEX = [f"{name}{number}" for name in ("sum", "x") for number in range(40_000)]
 ADDED = Change(("quiet",))
 
 
@@ -30,6 +31,7 @@ TEXTS: dict[str, Callable[[], object]] = {
     "descriptor of a VMDK": descriptor,
     "inittab": lambda: guest.inittab(f"#{BLANKS}", "ttyS0", 9600, "/sbin/getty"),
     "menu of GRUB": lambda: bootconfig.grub_menu(f"linux x{BLANKS}", ADDED),
+    "index of a server": lambda: checksums.checksum_files(INDEX, INDEX[-1]),
     "blank lines of a program": lambda: causes.cause("x", "\n" * OUTPUT_LIMIT),
 }
 
