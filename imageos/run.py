@@ -29,6 +29,7 @@ from imageos.node.programs import environment
 # What is kept of a stream that we only want for messages; a hostile guest may print for ever.
 OUTPUT_LIMIT = 1 << 20
 MOST_AT_ONCE = 8
+SHOWN_LIMIT = 1 << 16  # of that, what the debug log gets: an empty line becomes one of 16 bytes there
 TICK = 0.5  # seconds between two calls of `tick`, at most
 
 
@@ -346,7 +347,7 @@ def _memory(size: int) -> Iterator[int]:
 def _finished(command: Command, process: Process, stdout: bytes, stderr: str) -> Finished:
     """Wait for the end of a process that has said this."""
     if not command.private:
-        log.debug(_text(stdout) + stderr)
+        log.debug(_text(stdout[-SHOWN_LIMIT:]) + stderr[-SHOWN_LIMIT:])
     return Finished(command.argv, process.status(), stdout, stderr)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from imageos import run
+from imageos import log, run
 from imageos.errors import Failure
 from imageos.run import Command, Finished
 
@@ -41,6 +43,14 @@ def test_long_output_is_cut() -> None:
     told = failure(1, "".join(f"line {n}\n" for n in range(100)))
     assert str(told).endswith(": line 99")
     assert told.details == ("$ tar --extract", *(f"line {n}" for n in range(90, 99)))
+
+
+def test_debug_log_of_who_says_much(capfd: pytest.CaptureFixture[str]) -> None:
+    """Whoever may set OS parameters may have that log, and a guest's program says what it likes."""
+    log.set_debug(True)
+    ended = SimpleNamespace(status=lambda: 0)
+    run._finished(Command(["x"]), ended, b"\n" * run.OUTPUT_LIMIT, "\n" * run.OUTPUT_LIMIT)  # type: ignore[arg-type]
+    assert 0 < len(capfd.readouterr().err) < 4 << 20
 
 
 def test_nothing_is_started_here() -> None:
