@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import ipaddress
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 # --- passwords --------------------------------------------------------------------------------------------
@@ -49,6 +50,12 @@ def admits(text: str) -> bool:
     return bool(text) and not text.startswith(("!", "*"))
 
 
+def prefix(text: str) -> str:
+    """Return the mark of the form that a hash has: `$6$`, `_`, or nothing for DES."""
+    match = re.match(r"\$[0-9a-z]+\$?|_", text.lstrip("!"))
+    return match[0] if match else ""
+
+
 # --- keys -------------------------------------------------------------------------------------------------
 
 # Options of sshd(8), in lower case: sshd ignores the case.
@@ -67,6 +74,17 @@ _QUOTED = r'"(?:\\"|[^"\\]|\\(?!"))*"'
 _OPTION = re.compile(rf"(?P<name>[A-Za-z0-9-]+)(=(?P<value>{_QUOTED}))?")
 _OPTIONS = re.compile(rf'(?:{_QUOTED}|\\"|[^"\s])*')
 _PLAIN = re.compile(r"[a-z0-9@.-]+\s+AAAA")  # the type of a key, and the beginning of every key in base64
+
+
+_PORT = r"([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]|\*)"
+# What sshd takes as the value of an option; it refuses a key with any other.
+_FORMS = {
+    "environment": r"[A-Za-z0-9_]+=.*",
+    "expiry-time": r"[0-9]{8}([0-9]{4}([0-9]{2})?)?Z?",
+    "permitlisten": rf"((\[[^\]]+\]|[^:\s]*):)?{_PORT}",
+    "permitopen": rf"(\[[^\]]+\]|[^:\s]+):{_PORT}",
+    "tunnel": r"[0-9]+|any",
+}
 
 
 class AuthorizedKey(NamedTuple):
@@ -109,8 +127,21 @@ def _key(line: str) -> AuthorizedKey:
     return AuthorizedKey(line, options, kind, blob, _checked_options(options).get("from", ""))
 
 
-def option_names(key: AuthorizedKey) -> Iterable[str]:
+def options_of(key: AuthorizedKey) -> Mapping[str, str]:
+    """Return the names of a key's options, in lower case, and their values."""
     return _checked_options(key.options)
+
+
+def bits(key: AuthorizedKey) -> int:
+    """Return the length of an RSA key in bits; 0 for others."""
+    fields = _fields(base64.b64decode(key.blob))
+    return int.from_bytes(fields[2], "big").bit_length() if key.kind == "ssh-rsa" and len(fields) == 3 else 0
+
+
+def has_expired(key: AuthorizedKey, now: time.struct_time) -> bool:
+    """Return whether the option expiry-time names a time before `now`."""
+    until = options_of(key).get("expiry-time", "").rstrip("Z")
+    return bool(until) and until.ljust(14, "0") < time.strftime("%Y%m%d%H%M%S", now)
 
 
 def _check_blob(kind: str, blob: str) -> None:
@@ -123,15 +154,22 @@ def _check_blob(kind: str, blob: str) -> None:
         data = b""
     if base64.b64encode(data).decode() != blob:  # no more padding than it takes, and none of its bits set
         raise ValueError(f"has a key of type {kind} that is cut off or changed")
+    fields = _fields(data)
+    is_whole = b"".join(len(one).to_bytes(4, "big") + one for one in fields) == data
+    if fields[0] != kind.encode():
+        raise ValueError(f"has a key that is not of the type {kind}")
+    if not is_whole or len(fields) < 2 or (kind == "ssh-ed25519" and len(fields[1]) != 32):
+        raise ValueError(f"has a key of type {kind} that is cut off or changed")
+
+
+def _fields(data: bytes) -> list[bytes]:
+    """Return a sequence of strings (RFC 4251); the last may be cut off."""
     fields, place = [], 0
     while place < len(data):
         end = place + 4 + int.from_bytes(data[place : place + 4], "big")
         fields.append(data[place + 4 : end])
         place = end
-    if fields[0] != kind.encode():
-        raise ValueError(f"has a key that is not of the type {kind}")
-    if place != len(data) or len(fields) < 2:
-        raise ValueError(f"has a key of type {kind} that is cut off or changed")
+    return fields
 
 
 def _checked_options(text: str) -> dict[str, str]:
@@ -154,13 +192,22 @@ def _checked_options(text: str) -> dict[str, str]:
         if name in options and name in ("command", "from"):
             raise ValueError(f"has the option {name} twice")
         options[name] = (quoted or "")[1:-1].replace('\\"', '"')
+        if not re.fullmatch(_FORMS.get(name, ".*"), options[name]):
+            raise ValueError(f"has a value of the option {name} that sshd(8) does not take")
+    if "principals" in options and "cert-authority" not in options:
+        raise ValueError("has the option principals without cert-authority")
     _check_sources(options)
     return options
 
 
 def _check_sources(options: dict[str, str]) -> None:
     """Refuse a network that sshd takes for none: one with bits of a host, or a netmask. The key would let nobody in."""
-    for pattern in options["from"].split(",") if "from" in options else ():
+    patterns = options["from"].split(",") if "from" in options else []
+    if any(re.search(r"\s", pattern) for pattern in patterns):
+        raise ValueError("has blanks in from=: sshd(8) takes them for a part of a name")
+    if patterns and all(pattern.startswith("!") for pattern in patterns):
+        raise ValueError("has nothing but exceptions in from=: it would let nobody in")
+    for pattern in patterns:
         network = pattern.lstrip("!")
         if not network:
             raise ValueError("has an empty pattern in from=")

@@ -13,7 +13,7 @@ from imageos import log, logins
 from imageos.errors import Failure
 from imageos.guests.services import is_enabled
 from imageos.guests.target import Target, directory_of, fits, matches, real
-from imageos.logins import AuthorizedKey
+from imageos.logins import AuthorizedKey, bits
 
 PASSWD, SHADOW = "/etc/passwd", "/etc/shadow"
 HOME, SHELL = 5, 6  # fields of passwd(5)
@@ -21,6 +21,10 @@ PASSWORD = 1  # field of passwd(5) and shadow(5)
 CHANGED, MAXIMUM, EXPIRES = 2, 4, 7  # fields of shadow(5): days since 1970, days, days since 1970
 DAY = 86400  # seconds
 NO_LOGIN = ("nologin", "false")  # shells that let nobody in
+# Where crypt(3) is, and what it knows where that is musl, whose library does not tell
+LIBCRYPTS = tuple(f"{directory}/libcrypt.so*" for directory in ("/lib", "/usr/lib", "/usr/lib64", "/usr/lib/*-linux-*"))
+MUSL, MUSL_HASHES = "/lib/ld-musl-*", ("", "_", "$1$", "$2a$", "$2b$", "$2x$", "$2y$", "$5$", "$6$")
+EVERYWHERE = ("0.0.0.0", "[::]")  # sshd listens on all addresses
 AUTHORIZED_KEYS = ".ssh/authorized_keys"
 # Settings of sshd that may keep root out; the groups are root's own, root
 REFUSING = (
@@ -28,6 +32,7 @@ REFUSING = (
     *("AllowUsers", "AllowGroups", "DenyUsers", "DenyGroups"),
 )
 SSHD_CONFIG = ("/etc/ssh/sshd_config", "/etc/ssh/sshd_config.d/*.conf")
+LARGEST_PROGRAM = 16 * 2**20  # bytes of a program or library that is looked into
 CHANGED_KEYS_FILE = r"(?i)^[ \t]*AuthorizedKeysFile\b"
 SIGNATURES = {"ssh-rsa": ("rsa-sha2-256", "rsa-sha2-512")}  # of types of keys that have another name for them
 # The options of a key that dropbear knows (2025.89): it refuses a key that has any other
@@ -125,6 +130,9 @@ def admitted(text: str, today: int) -> str:
         text = with_field(text, CHANGED, str(today))
     if expires is not None and expires <= today:
         text = with_field(text, EXPIRES, "")
+    for number in range(CHANGED, EXPIRES + 1):
+        if field(text, number).startswith("-"):  # PAM takes it for long ago
+            text = with_field(text, number, "")
     if field(text, PASSWORD).startswith("!"):
         text = with_field(text, PASSWORD, "*")
     return text
@@ -168,19 +176,30 @@ def describe(keys: Sequence[AuthorizedKey], password: str) -> str:
     return "; ".join(parts)
 
 
-def obstacles(target: Target, keys: Sequence[AuthorizedKey]) -> list[str]:
-    """Return what in the guest keeps root from logging in by ssh, with these keys or else with a password."""
-    shell = field(target.read(PASSWD) or "", SHELL)
-    found = [f"root's shell is {shell}, which lets nobody in"] if shell.rpartition("/")[2] in NO_LOGIN else []
+def obstacles(
+    target: Target, keys: Sequence[AuthorizedKey], password: str = "", addresses: Sequence[str] = ()
+) -> list[str]:
+    """Return what in the guest keeps root from logging in by ssh, with these keys or else with a password.
+
+    `addresses`: those that the guest will have, as far as they are known.
+    """
+    found = _obstacles_of_account(target, password)
+    if any(logins.has_expired(key, time.gmtime()) for key in keys):
+        found.append("a key of root's has expired: expiry-time")
     sshd = target.which("sshd")
     if not sshd:
         return [*found, *_obstacles_of_dropbear(target, keys)]
     if not any(is_enabled(target, name) for name in ("ssh", "sshd")):
         found.append("the guest does not start its sshd when it boots")
+    if is_denied_by_wrappers(target, sshd):
+        found.append("the guest's /etc/hosts.deny has its sshd refuse all")
     try:
         configuration = sshd_configuration(target, sshd)
     except Failure as failure:
         return [*found, f"the guest's sshd does not take its configuration: {failure}"]
+    listening = [words.rpartition(":")[0] for words in configuration.get("listenaddress", "").split()]
+    if listening and not {*EVERYWHERE, *addresses}.intersection(listening):
+        found.append(f"sshd listens on {', '.join(listening)} only (ListenAddress)")
     found += [f"root's keys are of no use: sshd has {reason}" for reason in refusals(configuration) if keys]
     found += _refused_kinds(configuration, keys)
     place = keys and configuration.get("strictmodes") == "yes" and changeable_by_others(target)
@@ -192,12 +211,56 @@ def obstacles(target: Target, keys: Sequence[AuthorizedKey]) -> list[str]:
     return found
 
 
+def _obstacles_of_account(target: Target, password: str) -> list[str]:
+    shell = field(target.read(PASSWD) or "", SHELL)
+    found = []
+    if shell.rpartition("/")[2] in NO_LOGIN:
+        found.append(f"root's shell is {shell}, which lets nobody in")
+    elif shell and not target.is_file(shell):
+        found.append(f"root's shell is {shell}, which the guest does not have: nobody gets in")
+    if logins.admits(password) and not knows_hash(target, password):
+        found.append(f"the guest's crypt(3) does not know hashes that begin with {logins.prefix(password)}")
+    return found
+
+
+def knows_hash(target: Target, password: str) -> bool:
+    """Return whether the guest's crypt(3) knows the form of a hash, as far as its library tells."""
+    mark = logins.prefix(password)
+    libraries = [path for pattern in LIBCRYPTS for path in _files(target, pattern)]
+    if not libraries:
+        return not target.glob(MUSL) or mark in MUSL_HASHES
+    # glibc's own knows fewer; the name of the form is in the library
+    return not mark.startswith("$") or any(mark.encode() in _content(target, path) for path in libraries)
+
+
+def _files(target: Target, pattern: str) -> list[str]:
+    above, star, name = pattern.partition("/*-linux-*")
+    directories = target.glob(f"{above}{star}") if star else [os.path.dirname(pattern)]
+    return [path for found in directories for path in target.glob(f"{found}/{os.path.basename(pattern)}")]
+
+
+def _content(target: Target, path: str) -> bytes:
+    with suppress(Failure):
+        return target.read_bytes(path, LARGEST_PROGRAM) or b""
+    return b""
+
+
+def is_denied_by_wrappers(target: Target, sshd: str) -> bool:
+    """Return whether hosts_access(5) keeps all from an sshd that asks it, as Debian's does."""
+    of_sshd = r"(?i)^[ \t]*(?:[^#:\n]*[\s,])?(?:ALL|sshd)\b[^:\n]*:"
+    if not matches(target, "/etc/hosts.deny", rf"{of_sshd}[ \t]*ALL\b(?![ \t]+EXCEPT)"):
+        return False
+    asking = (sshd, "/usr/lib/openssh/sshd-session")
+    is_asked = any(b"libwrap.so" in _content(target, program) for program in asking)
+    return is_asked and not matches(target, "/etc/hosts.allow", of_sshd)
+
+
 def _obstacles_of_dropbear(target: Target, keys: Sequence[AuthorizedKey]) -> list[str]:
     if not keys:
         return []
     if not target.which("dropbear"):
         return ["the guest has no sshd: root's keys are of no use"]
-    unknown = sorted({name for key in keys for name in logins.option_names(key)}.difference(DROPBEAR_OPTIONS))
+    unknown = sorted({name for key in keys for name in logins.options_of(key)}.difference(DROPBEAR_OPTIONS))
     found = [f"dropbear refuses a key with an option that it does not know: {', '.join(unknown)}"] if unknown else []
     if not is_enabled(target, "dropbear"):
         found.append("the guest does not start its dropbear when it boots")
@@ -212,7 +275,10 @@ def _refused_kinds(configuration: Mapping[str, str], keys: Sequence[AuthorizedKe
     accepted = next((configuration[name].split(",") for name in names if name in configuration), None)
     kinds = sorted({key.kind for key in keys}) if accepted else []
     refused = [kind for kind in kinds if not {kind, *SIGNATURES.get(kind, ())}.intersection(accepted or ())]
-    return [f"root's keys of type {kind} are of no use: sshd's PubkeyAcceptedAlgorithms lack it" for kind in refused]
+    found = [f"root's keys of type {kind} are of no use: sshd's PubkeyAcceptedAlgorithms lack it" for kind in refused]
+    least = max(1024, int(configuration.get("requiredrsasize", "0")))  # less is built in
+    short = sorted({bits(key) for key in keys if 0 < bits(key) < least})
+    return found + [f"root's RSA keys of {number} bits are of no use: sshd wants {least} or more" for number in short]
 
 
 def changeable_by_others(target: Target) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +50,8 @@ def test_one_key_with_two_sets_of_options() -> None:
         ("!:19000::::::", "*:19000::::::"),
         (f"!{HASH}:19000::::::", "*:19000::::::"),
         (f"{HASH}:::::::", f"{HASH}:::::::"),
+        ("*:19000:0:-1:7:::", "*:19000:0::7:::"),  # PAM takes what is negative for long ago
+        ("*:-1:-1:-1:-1:-1:-1:", "*:::::::"),
         ("*:x:0:99999999999:7:::", "*:x:0:99999999999:7:::"),
         ("*", "*"),
     ],
@@ -107,6 +110,84 @@ def test_today_is_a_day_of_shadow(target: Target) -> None:
     assert accounts.admit(target) and not accounts.admit(target)
     (changed,) = [int(accounts.field(target.read("/etc/shadow") or "", accounts.CHANGED))]
     assert changed == int(time.time()) // 86400
+
+
+def sshd_that_says(text: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Target, "run", lambda _self, _argv: text)
+    target.write("/usr/sbin/sshd", "linked to libwrap.so.0", mode=0o755)
+    target.write("/usr/lib/systemd/system/ssh.service", "[Service]\n")
+    target.write("/etc/systemd/system/multi-user.target.wants/ssh.service", "")
+
+
+def test_addresses_on_which_sshd_listens(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the machine that the image was made of."""
+    sshd_that_says(f"{SSHD}listenaddress 192.0.2.77:22\nlistenaddress [2001:db8::7]:22\n", target, monkeypatch)
+    said = ["sshd listens on 192.0.2.77, [2001:db8::7] only (ListenAddress)"]
+    assert accounts.obstacles(target, KEYS, "", ["192.0.2.10"]) == said
+    assert accounts.obstacles(target, KEYS, "", ["192.0.2.77"]) == []
+    sshd_that_says(f"{SSHD}listenaddress [::]:22\nlistenaddress 0.0.0.0:22\n", target, monkeypatch)
+    assert accounts.obstacles(target, KEYS, "", ["192.0.2.10"]) == []
+
+
+@pytest.mark.parametrize(
+    ("deny", "allow", "is_denied"),
+    [
+        ("ALL: ALL\n", "", True),
+        ("# x\nsshd, vsftpd : ALL : spawn x\n", "", True),
+        ("#ALL: ALL\n", "", False),
+        ("vsftpd: ALL\n", "", False),
+        ("ALL: ALL EXCEPT 192.0.2.0/24\n", "", False),
+        ("ALL: 198.51.100.7\n", "", False),
+        ("ALL: ALL\n", "sshd: 192.0.2.0/24\n", False),
+    ],
+)
+def test_wrappers(deny: str, allow: str, is_denied: bool, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    sshd_that_says(SSHD, target, monkeypatch)
+    target.write("/etc/hosts.deny", deny)
+    target.write("/etc/hosts.allow", allow)
+    assert accounts.obstacles(target, KEYS) == ["the guest's /etc/hosts.deny has its sshd refuse all"] * is_denied
+    target.write("/usr/sbin/sshd", "of Red Hat", mode=0o755)
+    assert accounts.obstacles(target, KEYS) == []
+
+
+def test_key_that_is_too_short_or_too_old(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = base64.b64encode(
+        b"".join(len(f).to_bytes(4, "big") + f for f in (b"ssh-rsa", b"\3", b"\0\xff" + bytes(127)))
+    )
+    keys = logins.authorized_keys(f'ssh-rsa {blob.decode()}\nexpiry-time="20200101" {KEY}\n')
+    for least, said in (("requiredrsasize 2048\n", ["sshd wants 2048 or more"]), ("", [])):
+        sshd_that_says(SSHD + least, target, monkeypatch)
+        first, *others = accounts.obstacles(target, keys)
+        assert first == "a key of root's has expired: expiry-time"
+        assert [other.rpartition(": ")[2] for other in others] == said
+
+
+def test_shell_that_is_not_there(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    sshd_that_says(SSHD, target, monkeypatch)
+    target.write("/etc/passwd", "root:x:0:0:root:/root:/bin/zsh\n")
+    said = "root's shell is /bin/zsh, which the guest does not have: nobody gets in"
+    assert accounts.obstacles(target, KEYS) == [said]
+    target.write("/bin/zsh", "", mode=0o755)
+    assert accounts.obstacles(target, KEYS) == []
+
+
+@pytest.mark.parametrize(
+    ("library", "content", "unknown"),
+    [
+        ("usr/lib/x86_64-linux-gnu/libcrypt.so.1", "$y$ $6$ $1$", ["$2b$"]),  # libxcrypt has all; a test needs one less
+        ("lib64/libcrypt-2.17.so", "$6$ $5$ $1$", []),  # not by this name
+        ("usr/lib64/libcrypt.so.1", "$6$ $5$ $1$", ["$y$", "$2b$"]),  # glibc's own, up to RHEL 7 and Debian 10
+        ("lib/ld-musl-x86_64.so.1", "", ["$y$"]),
+    ],
+)
+def test_hash_that_the_guest_does_not_know(library: str, content: str, unknown: list[str], target: Target) -> None:
+    target.write(f"/{library}", content)
+    hashes = {"$y$": "$y$j9T$x$y", "$2b$": "$2b$10$xyz", "$6$": HASH, "": "abcdefghijklM"}
+    found = [mark for mark, value in hashes.items() if not accounts.knows_hash(target, value)]
+    assert found == unknown
+    for mark in unknown:
+        said = accounts.obstacles(target, [], hashes[mark])
+        assert f"the guest's crypt(3) does not know hashes that begin with {mark}" in said
 
 
 @pytest.mark.parametrize(

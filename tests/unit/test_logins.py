@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from credentials import public_key
 from hypothesis import given
@@ -18,6 +20,7 @@ RIGHT = [
     f'command="echo \\"$SSH_ORIGINAL_COMMAND\\", AAAA # \\\\x",no-pty,from="192.0.2.7" {KEY}',
     f'environment="A=b c",expiry-time="20301231",permitopen="a:1",permitopen="b:2",tunnel="0" {KEY}',
     f'cert-authority,principals="a,b" {KEY}',
+    f'permitopen="[::1]:*",permitlisten="8080",permitlisten="*:65535",expiry-time="203012312359Z" {KEY}',
 ]
 WRONG = {
     "ssh-ed25519": "is no key",
@@ -45,6 +48,16 @@ WRONG = {
     f'from="192.0.2.1/24" {KEY}': "a network in from=",
     f'from="192.0.2.0/255.255.255.0" {KEY}': "a network in from=",
     f'from="192.0.2.0/24", {KEY}': "does not know",
+    f'from="192.0.2.1, 192.0.2.2" {KEY}': "blanks in from=",
+    f'from="!192.0.2.1,!*.example.org" {KEY}': "nothing but exceptions",
+    f'environment="A" {KEY}': "a value of the option environment",
+    f'expiry-time="tomorrow" {KEY}': "a value of the option expiry-time",
+    f'permitopen="host" {KEY}': "a value of the option permitopen",
+    f'permitopen="host:65536" {KEY}': "a value of the option permitopen",
+    f'permitlisten="abc" {KEY}': "a value of the option permitlisten",
+    f'tunnel="tun0" {KEY}': "a value of the option tunnel",
+    f'principals="root" {KEY}': "principals without cert-authority",
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAAWEA me": "cut off",
     "-----BEGIN OPENSSH PRIVATE KEY-----": "is a private key",
     "/root/.ssh/id_ed25519.pub": "is the name of a file",
     "~/.ssh/id_ed25519.pub": "is the name of a file",
@@ -73,6 +86,23 @@ def test_options() -> None:
     (key,) = logins.authorized_keys(f'no-pty,from="192.0.2.0/24,*.example.org" {KEY}')
     assert key.options == 'no-pty,from="192.0.2.0/24,*.example.org"'
     assert (key.sources, key.blob) == ("192.0.2.0/24,*.example.org", BLOB)
+
+
+@pytest.mark.parametrize(
+    ("until", "is_over"),
+    [("20260101", True), ("20260102", False), ("202601011159", True), ("202601011201Z", False), ("20270101", False)],
+)
+def test_time_that_is_over(until: str, is_over: bool) -> None:
+    (key,) = logins.authorized_keys(f'expiry-time="{until}" {KEY}')
+    assert logins.has_expired(key, time.strptime("2026-01-01 12:00", "%Y-%m-%d %H:%M")) == is_over
+
+
+@pytest.mark.parametrize(
+    ("text", "mark"),
+    [("$6$x$y", "$6$"), ("!$y$j9T$x", "$y$"), ("$md5,rounds=1$x", "$md5"), ("_ab", "_"), ("ab", ""), ("*", "")],
+)
+def test_mark_of_a_hash(text: str, mark: str) -> None:
+    assert logins.prefix(text) == mark
 
 
 @given(st.text() | st.text(alphabet='",=\\ aA/-.0#').map(lambda text: f"{text} {KEY}"))
