@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,6 +12,7 @@ from typing import NamedTuple, Optional
 
 from imageos import log
 from imageos.errors import Failure
+from imageos.guests.accounts import SSHD_CONFIG
 from imageos.guests.target import Target
 from imageos.node.confinement import Room
 from imageos.node.isolation import TEMPORARY
@@ -21,6 +24,9 @@ KEYS = "/etc/ssh/ssh_host_*"
 DROPBEAR = ("/etc/dropbear", "/etc/dropbear/initramfs", "/etc/dropbear-initramfs")
 DROPBEAR_KEYS = tuple(f"{directory}/dropbear_*_host_key" for directory in DROPBEAR)
 DROPBEAR_KINDS = ("rsa", "ecdsa", "ed25519", "dss")  # the last is of old ones
+# What sshd_config names beside KEYS
+ELSEWHERE = r"""(?im)^[ \t]*HostKey[ \t]+["']?(/[^\s"'*?\[]+)["']?[ \t]*$"""
+KINDS = ("rsa", "ecdsa", "ed25519")
 RSA = "/etc/ssh/ssh_host_rsa_key"
 # Of Debian's ssl-cert: web, mail and database servers take it where they have no other
 SNAKEOIL = "/etc/ssl/private/ssl-cert-snakeoil.key"
@@ -84,10 +90,30 @@ def replace(target: Target, rsa: GetKey = no_key) -> None:
     if key:
         target.write(RSA, key.private, mode=0o600)
         target.write(f"{RSA}.pub", key.public)
+    _replace_elsewhere(target, keygen)
     try:
         target.run([keygen, "-A"])  # makes those that are missing
     except Failure as failure:
         log.warning(f"the guest has no ssh host keys{' but one of RSA' if key else ''}: {failure}")
+
+
+def elsewhere(target: Target) -> list[str]:
+    """Return the host keys that sshd's configuration names in other places than the usual one."""
+    files = [path for pattern in SSHD_CONFIG for path in target.glob(pattern) if target.is_file(path)]
+    found = [path for file in files for path in re.findall(ELSEWHERE, target.read(file) or "")]
+    return [path for path in dict.fromkeys(found) if not fnmatch.fnmatchcase(path, KEYS)]
+
+
+def _replace_elsewhere(target: Target, keygen: str) -> None:
+    for path in elsewhere(target):
+        words = f"{target.read(f'{path}.pub') or ''} {path}".split()
+        kind = next((kind for kind in KINDS if any(kind in word for word in words[:1])), KINDS[-1])
+        target.remove(path)
+        target.remove(f"{path}.pub")
+        try:
+            target.run([keygen, "-q", "-N", "", "-t", kind, "-f", path])
+        except Failure as failure:
+            log.warning(f"the guest has no ssh host key {path}: {failure}")
 
 
 def _replace_dropbear(target: Target) -> None:

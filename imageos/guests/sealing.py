@@ -17,6 +17,11 @@ REMOVED = (
     *cloudinit.INSTANCE_FILES,
     # contents of memory
     *("/var/lib/systemd/coredump/*", "/var/crash/*"),
+    # mail that every copy would deliver
+    *("/var/spool/postfix/maildrop/*", "/var/spool/postfix/incoming/*", "/var/spool/postfix/active/*"),
+    *("/var/spool/postfix/deferred/*", "/var/spool/postfix/defer/*", "/var/spool/exim4/input/*"),
+    *("/var/spool/exim4/msglog/*", "/var/spool/mqueue/*", "/var/spool/nullmailer/queue/*"),
+    *("/var/mail/*", "/var/spool/mail/*"),
     # temporary files
     *("/tmp/*", "/var/tmp/*"),
     # old logs; current ones are emptied, below
@@ -29,7 +34,7 @@ HISTORIES = (".*_history", ".history", ".lesshst", ".viminfo", ".wget-hsts")
 
 def seal(target: Target) -> None:
     guest.forget_identity(target)
-    for pattern in REMOVED:
+    for pattern in (*REMOVED, *hostkeys.elsewhere(target)):
         target.remove(pattern)
     target.empty_files("/var/log")  # files stay, with owner and mode: not every daemon makes its log anew
     for homes in HOMES:

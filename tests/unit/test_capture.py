@@ -54,7 +54,7 @@ def test_directory_is_missing(tmp_path: Path) -> None:
 
 def test_sealing_removes_what_hooks_made_of_the_instance(guest: Path, target: Target) -> None:
     """Names of interfaces by its MAC, and the order to read the seed's network at every boot."""
-    for path in (*backends.NAMES, cloudinit.UPDATES, f"{cloudinit.CONFIG}.d/10_site.cfg"):
+    for path in (*backends.NAMES, cloudinit.UPDATES, cloudinit.USERS, f"{cloudinit.CONFIG}.d/10_site.cfg"):
         (guest / path[1:]).parent.mkdir(parents=True, exist_ok=True)
         (guest / path[1:]).write_text("x")
     sealing.seal(target)
@@ -70,3 +70,11 @@ def test_sealing_finds_every_home(guest: Path, target: Target) -> None:
     sealing.seal(target)
     left = sorted(str(path.relative_to(guest)) for path in guest.rglob("*") if path.is_file())
     assert left == ["home/a/.bashrc", "home/file", "home/with [brackets]*/.bashrc", "root/.bashrc"]
+
+
+def test_sealing_delivers_no_mail(guest: Path, target: Target) -> None:
+    for path in ("spool/postfix/deferred/A/A1", "spool/exim4/input/1-D", "mail/root", "spool/postfix/pid/master.pid"):
+        (guest / "var" / path).parent.mkdir(parents=True)
+        (guest / "var" / path).write_text("x")
+    sealing.seal(target)
+    assert [path.name for path in guest.rglob("*") if path.is_file()] == ["master.pid"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from imageos.errors import Failure
-from imageos.guests import hostkeys
+from imageos.guests import hostkeys, sealing
 from imageos.guests.target import Target
 
 KEYS = dict.fromkeys((f"etc/ssh/ssh_host_{kind}_key" for kind in ("rsa", "dsa", "ecdsa", "ed25519")), "the image's")
@@ -127,3 +127,26 @@ def test_certificate_of_debian(
     wanted = ["/usr/sbin/make-ssl-cert", "generate-default-snakeoil", "--force-overwrite"]
     assert ran == ([wanted] if has_maker else [])
     assert ("is that of the image" in capfd.readouterr().err) == (not has_maker)
+
+
+def test_keys_elsewhere(guest: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sshd's configuration names them; each is made anew, of its type, and a sealed image has none."""
+    image(guest)
+    named = {"/srv/keys/first": "ecdsa-sha2-nistp256 AAAA image", "/etc/ssh/keys/my_rsa": "", "/srv/keys/last": ""}
+    for path, public in named.items():
+        target.write(path, "the image's")
+        if public:
+            target.write(f"{path}.pub", public)
+    target.write("/etc/ssh/sshd_config", "HostKey /srv/keys/first\n#HostKey /x\nHostKey /etc/ssh/ssh_host_rsa_key\n")
+    target.write("/etc/ssh/sshd_config.d/a.conf", ' hostkey "/etc/ssh/keys/my_rsa"\nHostKey /srv/keys/last\n')
+    ran: list[list[str]] = []
+    monkeypatch.setattr(Target, "run", lambda _self, argv: ran.append(argv))
+    hostkeys.replace(target)
+    *made, last = ran
+    assert {words[-1]: words[words.index("-t") + 1] for words in made} == dict(
+        zip(named, ("ecdsa", "rsa", "ed25519"))
+    ) and last[1:] == ["-A"]
+    assert not any(target.exists(path) or target.exists(f"{path}.pub") for path in named)
+    target.write("/srv/keys/last", "of a template")
+    sealing.seal(target)
+    assert not target.exists("/srv/keys/last")
