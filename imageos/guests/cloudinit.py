@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from imageos import log, logins
+from imageos.errors import Failure
 from imageos.ganeti import Instance
-from imageos.guests import accounts, cloudboot
+from imageos.guests import accounts, cloudboot, yaml
 from imageos.guests.services import is_enabled
 from imageos.guests.target import Target
 from imageos.network import RESOLV_CONF, Interface, existing, render, resolver
@@ -29,6 +30,16 @@ HEADERS = (
     *("#cloud-config", "#!", "#include", "#cloud-boothook", "#part-handler", "#upstart-job", "## template:"),
     "content-type:",
 )
+# Says where a text is wrong, and none of it
+LOAD = """
+import sys, yaml
+try:
+    loaded = yaml.safe_load(sys.stdin)
+    print("" if loaded is None or isinstance(loaded, dict) else "it is a " + type(loaded).__name__)
+except yaml.YAMLError as error:
+    mark = getattr(error, "problem_mark", None)
+    print(f"line {mark.line + 1}, column {mark.column + 1}" if mark else type(error).__name__)
+"""
 INSTANCES = f"{STATE}/instances"
 CACHE = "obj.pkl"  # in the directory of an instance: what cloud-init has read of its data source
 INSTANCE_ID = r"""^[ \t{,]*["']?instance-id["']?[ \t]*:[ \t]*["']?([^"',\s]+)"""
@@ -40,7 +51,7 @@ DEFAULT_USER = f"{cloudboot.FIRST_OF_OURS}-user.cfg"  # keys with options
 NAME = f"{cloudboot.FIRST_OF_OURS}-name.cfg"
 # The seed, and files that cloud-init wrote from it
 INSTANCE_FILES = (
-    *(f"{SEED}*", DATASOURCE, DEFAULT_USER),
+    *(f"{SEED}*", DATASOURCE, DEFAULT_USER, USERS),
     *(cloudboot.OURS, "/etc/netplan/50-cloud-init.yaml", "/etc/network/interfaces.d/50-cloud-init*"),
 )
 # A guest's text: no pattern may have two ways to match the same blanks, or it takes hours.
@@ -56,7 +67,7 @@ def is_present(target: Target) -> bool:
 def forget_instance(target: Target) -> None:
     """Remove what cloud-init knows of an instance, as `cloud-init clean` does, and what tells it to read it again."""
     target.clear(STATE, keep=["seed"])
-    for path in (UPDATES, NAME):
+    for path in (UPDATES, NAME, USERS):
         target.remove(path)
 
 
@@ -92,8 +103,28 @@ def write_seed(target: Target, instance: Instance, settings: Settings, interface
     sources = "datasource_list: [NoCloud, None]\nvendor_data: {enabled: true}\n"
     target.write(DATASOURCE, f"# Written by imageos: the seed is in {SEED}\n{sources}")
     let_in(target, settings)
-    if settings.user_data and not is_known(settings.user_data):
+    warn_of_user_data(target, settings)
+
+
+def warn_of_user_data(target: Target, settings: Settings) -> None:
+    """Say what of USER_DATA cloud-init would ignore, or what it overrules; the guest's own parser judges YAML."""
+    text = settings.user_data
+    if text and not is_known(text):
         log.warning("USER_DATA does not begin with a line that cloud-init knows, such as #cloud-config: it is ignored")
+    if text.startswith("#!") and "\r\n" in text:
+        log.warning("USER_DATA is a script whose lines end as on Windows: the guest will not find its interpreter")
+    if not text.lower().startswith("#cloud-config"):
+        return
+    python = target.which("python3")
+    try:
+        said = target.run([python, "-c", LOAD], input=text).strip() if python else ""
+    except Failure as failure:
+        log.debug(str(failure))
+        return
+    if said:
+        log.warning(f"USER_DATA is no YAML with keys: cloud-init will ignore all of it: {said}")
+    elif settings.root_password_hash and yaml.has(yaml.scalars(text), "users"):
+        log.warning("ROOT_PASSWORD_HASH has no effect: USER_DATA has users of its own")
 
 
 def forget_sources(target: Target, interfaces: Sequence[Interface]) -> None:
@@ -143,6 +174,9 @@ def let_in(target: Target, settings: Settings) -> None:
             accounts.authorize(target, limited)
     if keys or logins.admits(settings.root_password_hash):
         accounts.admit(target)
+        expired = cloudboot.drop(target, "chpasswd")  # it expires what it sets, unless told otherwise
+        if expired:
+            log.info(f"cloud-init is to set no passwords of the image's: they are removed from {', '.join(expired)}")
         log.info(f"cloud-init gives root {accounts.describe(keys, settings.root_password_hash)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from credentials import public_key
@@ -170,6 +171,51 @@ def test_menu_that_is_there_counts_more_than_what_the_next_will_have(
     target.write(MENU, "linux /vmlinuz root=UUID=1\n")
     cloudinit.write_seed(target, INSTANCE, Settings(), ())
     assert "warning" not in "".join(capfd.readouterr())
+
+
+def test_users_of_the_last_instance(target: Target) -> None:
+    """An image that was captured of an instance does not make its user, whose key may be anybody's."""
+    target.write(cloudinit.USERS, '#cloud-config\n{"users": [{"name": "tenant"}]}\n')
+    cloudinit.forget_instance(target)
+    assert not target.exists(cloudinit.USERS)
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_passwords_that_expire(is_given: bool, target: Target) -> None:
+    """sshd would refuse root's key, too."""
+    config = "chpasswd:\n  list: |\n    root:secret\na: b\n"
+    target.write("/etc/cloud/cloud.cfg.d/50.cfg", config)
+    cloudinit.write_seed(target, INSTANCE, Settings(ssh_authorized_keys=public_key("me@home") if is_given else ""), ())
+    assert target.read("/etc/cloud/cloud.cfg.d/50.cfg") == ("a: b\n" if is_given else config)
+
+
+@pytest.mark.parametrize(
+    ("user_data", "parsed", "said"),
+    [
+        ("#cloud-config\nruncmd: [x]\n", "\n", ""),
+        ("#cloud-config\nusers:\n- name: x\n bad\n", "line 4, column 2\n", "no YAML with keys: .*: line 4, column 2"),
+        ("#cloud-config\nusers:\n- name: x\n", "\n", "ROOT_PASSWORD_HASH has no effect"),
+        ("#!/bin/sh\r\ntrue\r\n", None, "end as on Windows"),
+        ("#!/bin/sh\ntrue\n", None, ""),
+    ],
+)
+def test_user_data_without_effect(
+    user_data: str,
+    parsed: str | None,
+    said: str,
+    target: Target,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def run(_self: Target, _argv: list[str], input: str) -> str:
+        assert parsed is not None and input == user_data
+        return parsed
+
+    monkeypatch.setattr(Target, "run", run)
+    target.write("/usr/bin/python3", "", mode=0o755)
+    cloudinit.warn_of_user_data(target, Settings(user_data=user_data, root_password_hash="$6$x"))
+    warnings = capfd.readouterr().err
+    assert re.search(said, warnings) if said else warnings == ""
 
 
 def test_network_manager_refuses_no_profile_of_netplan(target: Target) -> None:
