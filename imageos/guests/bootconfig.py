@@ -17,7 +17,9 @@ GRUB_VARIABLES = ("GRUB_CMDLINE_LINUX", LAST)
 # Where the image's own disk was: on a disk that was made anew there is no LVM, RAID, LUKS or subvolume.
 OLD_DISK = (
     *("root=", "rootflags=", "resume=", "resume_offset="),
-    *("rd.lvm.lv=", "rd.lvm.vg=", "rd.luks.uuid=", "rd.md.uuid="),
+    *("rd.lvm.lv=", "rd.lvm.vg=", "rd.md.uuid=", "rd.dm.uuid="),
+    *(f"{name}.{key}=" for name in ("rd.luks", "luks") for key in ("uuid", "name", "key", "options", "partuuid")),
+    *("cryptdevice=", "cryptkey=", "real_root=", "crypt_root=", "crypt_swap=", "real_resume="),  # Arch, Gentoo
 )
 SPECIAL = "'\\$`"  # a meaning of their own in GRUB's menu, whatever the quotes
 SPECIAL_UNQUOTED = ";&|<>"

@@ -77,6 +77,11 @@ def test_arguments(text: str) -> None:
             f"ro root=UUID={OLD} rootflags=subvol=@ rootfstype=ext4",
             f"root=UUID={NEW} ro rootfstype=xfs",
         ),
+        (
+            Change((), NEW),
+            "cryptdevice=UUID=1:root luks.uuid=2 rd.luks.name=3=a rd.luks=0 rd.dm.uuid=4 real_root=/dev/sda3 quiet",
+            f"root=UUID={NEW} rd.luks=0 quiet",
+        ),
         (Change((), NEW), "root=/dev/mapper/a-b rd.lvm.lv=a/b resume=/dev/mapper/a-s rhgb", f"root=UUID={NEW} rhgb"),
         (Change((), NEW), "", f"root=UUID={NEW}"),
     ],
