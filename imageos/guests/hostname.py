@@ -9,7 +9,7 @@ from functools import partial
 from imageos import log
 from imageos.guests import cloudinit
 from imageos.guests.distribution import os_release
-from imageos.guests.target import Target
+from imageos.guests.target import Target, holding
 
 _NAME = r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)"
 _ANY = r"""(?P<name>[^"'\s]*)"""  # any value, to be replaced by the name
@@ -32,20 +32,36 @@ FULL_DISTRIBUTIONS = ("rhel", "fedora", "centos", "suse", "sles", "opensuse")
 REPEATED = {
     HOSTS: rf"(?<=\s){_NAME}(?=\s|$)",
     MAILNAME: _ALONE,
-    "/etc/postfix/main.cf": rf"^\s*(?:myhostname|myorigin|mydestination)\s*=\s*{_LIST}",
+    # what begins with blanks continues a line
+    "/etc/postfix/main.cf": rf"^\s*(?:(?:myhostname|myorigin|mydestination)\s*=\s*|(?<=\s)(?=[^=]*$)){_LIST}",
     "/etc/exim4/update-exim4.conf.conf": rf"""^dc_(?:other_hostnames|readhost|visiblename)=["']?{_LIST}""",
-    "/etc/ssmtp/ssmtp.conf": rf"^\s*hostname\s*=\s*{_NAME}",
+    **dict.fromkeys(("/etc/nullmailer/me", "/etc/nullmailer/helohost", "/etc/mail/local-host-names"), _ALONE),
+    **dict.fromkeys(("/etc/ssmtp/ssmtp.conf", "/etc/dma/dma.conf"), rf"^\s*(?:hostname\s*=|MAILNAME)\s*{_NAME}"),
+    "/etc/msmtprc": rf"^\s*(?:domain|maildomain)\s+{_NAME}\s*$",
     "/etc/machine-info": rf"""^\s*PRETTY_HOSTNAME=["']?{_NAME}["']?\s*$""",
     **dict.fromkeys(
         ("/etc/puppetlabs/puppet/puppet.conf", "/etc/puppet/puppet.conf"), rf"^\s*certname\s*=\s*{_NAME}\s*$"
     ),
     **dict.fromkeys(("/etc/salt/minion", "/etc/salt/minion.d/*.conf"), rf"""^id:\s*["']?{_NAME}["']?\s*$"""),
-    **dict.fromkeys(("/etc/zabbix/zabbix_agentd.conf", "/etc/zabbix/zabbix_agent2.conf"), rf"^Hostname={_NAME}\s*$"),
+    "/etc/salt/minion_id": _ALONE,
+    "/etc/chef/client.rb": rf"""^\s*node_name[\s(]+["']{_NAME}["']""",
+    **dict.fromkeys(
+        (
+            *("/etc/zabbix/zabbix_agentd.conf", "/etc/zabbix/zabbix_agent2.conf"),
+            *("/etc/zabbix/zabbix_agentd.d/*.conf", "/etc/zabbix/zabbix_agent2.d/*.conf"),
+        ),
+        rf"^Hostname={_NAME}\s*$",
+    ),
     **dict.fromkeys(
         ("/etc/telegraf/telegraf.conf", "/etc/collectd/collectd.conf"), rf"""^\s*(?i:hostname)[\s=]+"{_NAME}"\s*$"""
     ),
     "/etc/munin/munin-node.conf": rf"^\s*host_name\s+{_NAME}\s*$",
     "/etc/icinga2/constants.conf": rf"""^const\s+NodeName\s*=\s*"{_NAME}"\s*$""",
+    "/etc/icinga2/zones.conf": rf"""^\s*(?:object\s+(?:Endpoint|Zone)\s+|endpoints\s*=\s*\[\s*)"{_NAME}\"""",
+    **dict.fromkeys(
+        ("/etc/datadog-agent/datadog.yaml", "/etc/netdata/netdata.conf"), rf"^\s*hostname\s*[:=]\s*{_NAME}\s*$"
+    ),
+    "/etc/snmp/snmpd.conf": rf"^\s*sysName\s+{_NAME}\s*$",
     "/etc/dhcp/dhclient.conf": rf"""^\s*send\s+(?:host-name|fqdn\.fqdn)\s+["']?{_NAME}""",
     "/etc/sysconfig/network-scripts/ifcfg-*": rf"""^\s*DHCP_HOSTNAME=["']?{_NAME}""",
     f"{cloudinit.STATE}/data/previous-hostname": _ALONE,
@@ -58,6 +74,8 @@ def write(root: Target, name: str) -> None:
     old = _old_name(root)
     like = f"{os_release(root, 'ID')} {os_release(root, 'ID_LIKE')}".split()
     is_full = any(distribution.split("-")[0] in FULL_DISTRIBUTIONS for distribution in like)
+    if old.lower() not in _forms(name, name):
+        root.edit(HOSTS, partial(without_addresses, name=old))
     root.edit(HOSTS, partial(hosts, instance_name=name))
     for path in [HOSTNAME, *filter(root.is_file, list(OWN)[1:])]:
         own = name if path in FULL or (path == HOSTNAME and is_full) else _short(name)
@@ -66,6 +84,7 @@ def write(root: Target, name: str) -> None:
         root.write(MAILNAME, f"{name}\n")
     if old:
         _replace_all(root, REPEATED, old, name)
+        _warn_of_rest(root, old, name)
 
 
 def _old_name(root: Target) -> str:
@@ -74,8 +93,8 @@ def _old_name(root: Target) -> str:
     own = next(filter(None, (find(texts.get(path, ""), pattern) for path, pattern in OWN.items())), "")
     if _short(own.lower()) in ("localhost", ""):
         return ""
-    local = [line for line in texts.get(HOSTS, "").splitlines() if line.lstrip().startswith("127.")]
-    names = " ".join([own, *local, texts.get(MAILNAME, "")]).split()
+    known = [line.partition("#")[0] for line in texts.get(HOSTS, "").splitlines()]
+    names = " ".join([own, *known, texts.get(MAILNAME, "")]).split()
     return next((name for name in names if name.lower().startswith(f"{own.lower()}.")), own)
 
 
@@ -87,6 +106,28 @@ def _replace_all(root: Target, patterns: Mapping[str, str], old: str, new: str) 
         for found in _expand(root, path)
         if root.edit(found, partial(replace, pattern=pattern, old=old, new=new))
     ]
+
+
+def _warn_of_rest(root: Target, old: str, new: str) -> None:
+    """Name the files of the guest's configuration that have the old name still; a name without a domain is any word."""
+    if "." in old and old.lower() != new.lower():
+        found = holding(root, "/etc", [old])
+        if found:
+            log.warning(f"the old name {old} stays in {log.few(found)}: what it means there is not known")
+
+
+def without_addresses(text: str, name: str) -> str:
+    """Return the text of /etc/hosts in which only addresses of the loopback are called `name`, or its short form."""
+    lines = []
+    for line in text.splitlines(keepends=True):
+        body, hash_sign, comment = line.partition("#")
+        address, *names = body.split() or [""]
+        kept = [one for one in names if one.lower() not in _forms(name, name)]
+        if kept == names or address == "::1" or address.startswith("127."):
+            lines.append(line)
+        elif kept:
+            lines.append(f"{address}\t{' '.join(kept)}{' ' if hash_sign else ''}{hash_sign}{comment}".rstrip() + "\n")
+    return "".join(lines)
 
 
 def hosts(text: str, instance_name: str) -> str:
@@ -115,6 +156,7 @@ def rename(root: Target, old: str, new: str) -> bool:
         if current:
             break
     changed = _replace_all(root, {**OWN, **REPEATED}, old, new)
+    _warn_of_rest(root, old, new)
     if changed:
         cloudinit.rename(root, new)
         log.info(f"renamed the guest from {old} to {new}: {', '.join(changed)}")

@@ -28,6 +28,7 @@ from imageos.run import Command, run
 from imageos.settings import Settings
 
 READ_LIMIT = MIB  # bytes; a configuration file that is larger is not one
+SEARCH_LIMIT = MIB // 16  # bytes of a file that is searched
 READ_TOTAL = 256 * MIB  # of all files together: a directory may have a link to one file a million times
 MOST_NAMES = 1_000_000  # in a directory that is listed
 NAMES_TOTAL = 20 * MOST_NAMES  # in all of them: a directory may have a million links, too
@@ -444,6 +445,30 @@ def matches(root: Target, path: str, pattern: str) -> bool:
     return root.is_file(path) and re.search(pattern, root.read(path) or "", re.MULTILINE) is not None
 
 
+def holding(root: Target, directory: str, words: Sequence[str], most: int = 20) -> list[str]:
+    """Return at most `most` paths of text files below a directory that have one of the words, but for comments."""
+    whole = "|".join(re.escape(word) for word in words)
+    pattern = rf"(?im)^[ \t]*(?![ \t#;]).*?(?<![\w.-])(?:{whole})(?![\w-]|\.\w)".encode()
+    found: list[str] = []
+    left = [READ_TOTAL // 16]
+
+    def look(name: str, *, dir_fd: int) -> None:
+        size = _lstat_size(dir_fd, name)
+        if not 0 < size <= SEARCH_LIMIT or size > left[0] or len(found) >= most:
+            return
+        left[0] -= size
+        with linux.closing(os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=dir_fd)) as descriptor:
+            text = os.read(descriptor, SEARCH_LIMIT)
+            if b"\0" not in text and re.search(pattern, text):
+                top = os.readlink(f"/proc/self/fd/{root._root}")
+                found.append(os.readlink(f"/proc/self/fd/{descriptor}")[len(top.rstrip("/")) :])
+
+    if words and root.is_dir(directory):
+        with root._opened("search", directory, DIRECTORY) as opened_directory, _reported("search", directory):
+            _walk(opened_directory, look)
+    return sorted(found)
+
+
 def drop_preallocated(root: Target) -> None:
     """Free the blocks of files that nothing was written to yet. They read as zero, before and after."""
     with root._opened("open", "/", DIRECTORY) as top, _reported("drop reserved blocks of", "files"):
@@ -494,6 +519,11 @@ def _lstat(parent: int, name: str) -> os.stat_result | None:
         return os.stat(name, dir_fd=parent, follow_symlinks=False)
     except FileNotFoundError:
         return None
+
+
+def _lstat_size(parent: int, name: str) -> int:
+    status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def _new_file(parent: int, name: str) -> BinaryIO:

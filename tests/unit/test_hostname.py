@@ -49,6 +49,27 @@ OLD, NEW = "old.example.org", "new.example.net"
             "dc_other_hostnames='old.example.org;old:bold'\n",
             "dc_other_hostnames='new.example.net;new:bold'\n",
         ),
+        (
+            "/etc/postfix/main.cf",
+            "mydestination = $myhostname,\n    old.example.org,\n\told, localhost\n relayhost = old\n",
+            "mydestination = $myhostname,\n    new.example.net,\n\tnew, localhost\n relayhost = old\n",
+        ),
+        ("/etc/nullmailer/me", "old.example.org\n", "new.example.net\n"),
+        ("/etc/mail/local-host-names", "localhost\nold.example.org\n", "localhost\nnew.example.net\n"),
+        ("/etc/dma/dma.conf", "MAILNAME old.example.org\n", "MAILNAME new.example.net\n"),
+        ("/etc/dma/dma.conf", "MAILNAME /etc/mailname\n", None),
+        ("/etc/msmtprc", "domain old.example.org\nhost old\n", "domain new.example.net\nhost old\n"),
+        ("/etc/salt/minion_id", "old.example.org", "new.example.net"),
+        ("/etc/chef/client.rb", 'node_name "old.example.org"\n', 'node_name "new.example.net"\n'),
+        ("/etc/zabbix/zabbix_agentd.d/*.conf", "Hostname=old.example.org\n", "Hostname=new.example.net\n"),
+        (
+            "/etc/icinga2/zones.conf",
+            'object Zone "old" {\n  endpoints = [ "old" ]\n}\nobject Zone "older" {\n',
+            'object Zone "new" {\n  endpoints = [ "new" ]\n}\nobject Zone "older" {\n',
+        ),
+        ("/etc/datadog-agent/datadog.yaml", "hostname: old\n", "hostname: new\n"),
+        ("/etc/netdata/netdata.conf", "    hostname = old\n", "    hostname = new\n"),
+        ("/etc/snmp/snmpd.conf", "sysName old\n", "sysName new\n"),
         ("/etc/machine-info", 'PRETTY_HOSTNAME="old"\n', 'PRETTY_HOSTNAME="new"\n'),
         ("/etc/machine-info", 'PRETTY_HOSTNAME="The old one"\n', None),
         ("/etc/puppet/puppet.conf", "[main]\ncertname = old.example.org\n", "[main]\ncertname = new.example.net\n"),
@@ -105,7 +126,7 @@ TEMPLATE = {
     "/etc/mailname": ("template.example.org\n", "new.example.net\n"),
     "/etc/hosts": (
         "127.0.0.1 localhost\n127.0.1.1 template.example.org template\n192.0.2.9 template.example.org other\n",
-        "127.0.0.1 localhost\n127.0.1.1\tnew.example.net new\n192.0.2.9 new.example.net other\n",
+        "127.0.0.1 localhost\n127.0.1.1\tnew.example.net new\n192.0.2.9\tother\n",
     ),
     "/etc/postfix/main.cf": ("myhostname = template.example.org\n", "myhostname = new.example.net\n"),
     "/etc/cloud/cloud.cfg.d/90_site.cfg": ("hostname: template\n", "hostname: new\n"),
@@ -128,3 +149,42 @@ def test_write_replaces_no_name_that_all_have(own: str, target: Target) -> None:
     hostname.write(target, NEW)
     assert target.read("/etc/hosts") == "127.0.0.1 localhost.localdomain localhost\n127.0.1.1\tnew.example.net new\n"
     assert target.read("/etc/mailname") == "new.example.net\n"
+
+
+def test_addresses_of_the_image(target: Target) -> None:
+    """Another machine may have the address by which the image is known; the new name would lead there."""
+    before = (
+        "127.0.0.1 localhost\n192.0.2.9 t.example.org t # it\n::1 t localhost\n2001:db8::9 t other # x\n#192.0.2.9 t\n"
+    )
+    target.write("/etc/hostname", "t\n")
+    target.write("/etc/hosts", before)
+    hostname.write(target, NEW)
+    assert target.read("/etc/hosts") == (
+        "127.0.0.1 localhost\n127.0.1.1\tnew.example.net new\n::1 new localhost\n2001:db8::9\tother # x\n#192.0.2.9 t\n"
+    )
+    target.write("/etc/hosts", "192.0.2.10 new.example.net new\n")  # deployed again, from what was captured of it
+    hostname.write(target, NEW)
+    assert "192.0.2.10 new.example.net new\n" in (target.read("/etc/hosts") or "")
+
+
+@pytest.mark.parametrize("is_renamed", [True, False])
+def test_what_still_has_the_old_name(is_renamed: bool, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever it means there, the operator hears of it; not of comments, other names, keys or what cannot be text."""
+    target.write("/etc/hostname", f"{OLD}\n")
+    for name, text in {
+        "site/deep/app.ini": f"a=b\nurl=https://{OLD.upper()}/x\n",
+        "comment.conf": f"  # {OLD}\n; {OLD}\n",
+        "others.conf": f"x{OLD} {OLD}.uk a.{OLD} {OLD}-2\n",
+        "binary": f"\0{OLD}\n",
+        "large": f"{OLD}\n" + "x" * 70_000,
+        "last.conf": f"name={OLD}.",
+    }.items():
+        target.write(f"/etc/{name}", text)
+    target.symlink("site/deep/app.ini", "/etc/link")
+    if is_renamed:
+        assert hostname.rename(target, OLD, NEW)
+    else:
+        hostname.write(target, NEW)
+    said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    where = "/etc/last.conf, /etc/site/deep/app.ini"
+    assert said == [f"imageos: warning: the old name {OLD} stays in {where}: what it means there is not known"]
