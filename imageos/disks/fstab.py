@@ -44,6 +44,20 @@ def render(volumes: Iterable[Volume]) -> str:
     return "\n".join(["# /etc/fstab: written by imageos", *lines]) + "\n"
 
 
+def names_device(source: str) -> bool:
+    """Return whether the first field of an fstab line names a device, not a server, a file or nothing real."""
+    return source.startswith("/dev/") or "=" in source
+
+
+def ids(entries: Iterable[Entry]) -> list[str]:
+    """Return what entries call their devices by, where that is no name that other machines have as well."""
+    uuids = [entry.source.partition("=")[2].strip("\"'") for entry in entries if "UUID=" in entry.source]
+    links = [
+        os.path.basename(entry.source) for entry in entries if re.match("/dev/disk/by-(part)?(uu)?id/", entry.source)
+    ]
+    return [name for name in (*uuids, *links) if len(name) > 7]
+
+
 def parse(text: str) -> tuple[Entry, ...]:
     """Return the entries of an fstab(5) that mount something, in its order, without those that make no sense."""
     entries = []

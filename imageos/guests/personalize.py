@@ -9,11 +9,12 @@ from imageos.disks.filesystem import Volume
 from imageos.errors import Failure
 from imageos.guests import cloudboot, cloudinit, guest, hostkeys, hostname, initramfs, target
 from imageos.guests.hostkeys import GetKey
-from imageos.guests.target import Target
+from imageos.guests.target import Target, holding
 from imageos.node import isolation
 from imageos.request import Request
 
 BY_HOOK = ("SSH_AUTHORIZED_KEYS", "ROOT_PASSWORD_HASH")  # by cloud-init, or the hook ssh
+CHANGED_BY_GRUB = ("/etc/default/grub", "/etc/kernel/cmdline")
 LOGINS = (*BY_HOOK, "USER_DATA")
 
 
@@ -23,16 +24,14 @@ def configure(request: Request, loop: LoopDevice, volumes: tuple[Volume, ...], r
     with target.opened_system(isolation.TARGET, instance, settings, loop.path, volumes) as root:
         guest.check_root(root)
         if request.deploy:
-            root.write("/etc/fstab", fstab.render(volumes))
-            if any(volume.role == "esp" for volume in volumes):
-                root.mkdir("/boot/efi")
             guest.forget_disk(root)
             root.remove("/.dockerenv")  # by which systemd takes any machine for a container
             forget_swap(root, request)
+            replace_fstab(root, volumes)
         if instance.serial_console:
             guest.enable_serial_console(root, "ttyS0", instance.serial_speed)
-        hostname.write(root, instance.name)
         guest.forget_identity(root)
+        hostname.write(root, instance.name)
         hostkeys.replace(root, rsa)
         if cloudboot.runs(root):
             if isinstance(request.interfaces, Failure):
@@ -41,6 +40,27 @@ def configure(request: Request, loop: LoopDevice, volumes: tuple[Volume, ...], r
         else:
             warn_of_unread(root, request)
         guest.request_relabel(root)
+
+
+def replace_fstab(root: Target, volumes: tuple[Volume, ...]) -> None:
+    """Write an fstab for the new volumes; what the image's mounts of no disk stays: tmpfs, network, a swap file."""
+    old = root.read("/etc/fstab") or ""
+    rows = [(line, line.split()) for line in old.splitlines() if not line.lstrip().startswith("#")]
+    others = [(line, row) for line, row in rows if len(row) > 2 and not fstab.names_device(row[0]) and row[1] != "/"]
+    kept = [line for line, row in others if row[2] != "swap" or root.is_file(row[0])]
+    root.write("/etc/fstab", fstab.render(volumes) + "".join(f"{line}\n" for line in kept))
+    if any(volume.role == "esp" for volume in volumes):
+        root.mkdir("/boot/efi")
+    entries = (entry for entry in fstab.parse(old) if fstab.names_device(entry.source))
+    left = [entry.mount_point for entry in entries if not {"noauto", "nofail"}.intersection(entry.options)]
+    left = [point for point in left if point not in ("/", "/boot", "/boot/efi")]
+    named = [
+        path for path in holding(root, "/etc", fstab.ids(fstab.parse(old))) if not path.startswith(CHANGED_BY_GRUB)
+    ]
+    if named:
+        log.warning(f"the image's disk, which the guest does not have, is named in {log.few(named)}")
+    if left:
+        log.warning(f"the guest mounts {log.few(left)} no more: the image's fstab has that on a disk of its own")
 
 
 def forget_swap(root: Target, request: Request) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 
 from imageos.guests.target import Target, matches, real
 
@@ -32,6 +33,7 @@ RUN_LEVEL_TARGETS = {
 RUN_LEVELS = "2345"
 # SUSE up to 11 has its directories below init.d
 RUN_LEVEL_DIRECTORIES = ("/etc", "/etc/init.d", "/etc/rc.d")
+RUNIT = ("/etc/runit/runsvdir/default", "/etc/service")  # of Void, Debian
 GENERATORS = (
     *("/etc/systemd/system-generators", "/usr/local/lib/systemd/system-generators"),
     *("/usr/lib/systemd/system-generators", "/lib/systemd/system-generators"),
@@ -61,6 +63,8 @@ def init(target: Target) -> str:
         return ""
     if os.path.basename(path) == "systemd":
         return "systemd"
+    if os.path.basename(path) in ("runit-init", "runit"):
+        return "runit"
     has_openrc = target.is_dir("/etc/runlevels") and target.which("openrc")
     if os.path.basename(path) == "openrc-init" or has_openrc or matches(target, "/etc/inittab", r"^[^#\n]*\bopenrc\b"):
         return "openrc"
@@ -86,6 +90,15 @@ def has_generator(target: Target, name: str) -> bool:
     paths = [f"{directory}/{name}" for directory in GENERATORS]
     first = next((path for path in paths if target.link(path) is not None or target.is_file(path)), "")
     return target.is_file(first) and init(target) in ("systemd", "")
+
+
+def disable(target: Target, units: Sequence[str]) -> bool:
+    """Remove the links by which systemd starts units of the guest's configuration; return whether there were any."""
+    directories = [path for dependency in DEPENDENCIES for path in target.glob(f"{OWN_UNITS}/*.{dependency}")]
+    links = [link for path in directories for link in target.glob(f"{path}/*") if os.path.basename(link) in units]
+    for link in links:
+        target.remove(link)
+    return bool(links)
 
 
 def is_started(target: Target, unit: str, reached: frozenset[str] = frozenset()) -> bool:
@@ -174,8 +187,13 @@ def _is_in_run_levels(target: Target, service: str) -> bool:
     )
 
 
+def _is_in_runit(target: Target, service: str) -> bool:
+    return any(target.glob(f"{directory}/{service}") for directory in RUNIT)
+
+
 INITS = {
     "systemd": lambda target, service: is_started(target, f"{service}.service"),
     "openrc": _is_in_runlevels,
     "sysvinit": _is_in_run_levels,
+    "runit": _is_in_runit,
 }

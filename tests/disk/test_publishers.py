@@ -459,7 +459,7 @@ def test_no_image(image: str, content: bytes, words: str, server: Server, tmp_pa
 
 
 def test_url_that_is_taken_for_a_directory(server: Server, tmp_path: Path) -> None:
-    settings = replace(publish(server, "download?a.qcow2", tmp_path), image_name="")
+    settings = publish(server, "download?a.qcow2", tmp_path)._replace(image_name="")
     with pytest.raises(Failure, match="is taken for a directory of images, and IMAGE_NAME is not set") as raised:
         imagetypes.find(settings)
     assert ".qcow2" in str(raised.value.hint)

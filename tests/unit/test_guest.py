@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imageos.commands import create
 from imageos.errors import Failure
 from imageos.guests import guest as system
-from imageos.guests import hostname
+from imageos.guests import hostname, services
 from imageos.guests.target import Target
 
 NAME = "inst1.example.org"
@@ -194,6 +195,21 @@ def test_init_is_what_sbin_init_is(init: str, guest: Path, target: Target) -> No
     assert ("ttyS0 vt100" in (guest / "etc/inittab").read_text()) == (init != "systemd")
 
 
+@pytest.mark.parametrize("directory", services.RUNIT)
+def test_console_of_runit(directory: str, guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
+    """As of Void and Debian, beside what other inits have left."""
+    tree(guest, {"usr/lib/systemd/system/serial-getty@.service": "", "etc/inittab": SYSVINIT, "etc/machine-id": "x\n"})
+    tree(guest, {f"{directory[1:]}/sshd/run": ""})
+    install_init(guest, "runit-init")
+    assert services.is_enabled(target, "sshd") and not services.is_enabled(target, "cron")
+    system.enable_serial_console(target, "ttyS0", 38400)
+    assert "no /etc/sv/agetty-ttyS0" in capfd.readouterr().err
+    (guest / "etc/sv/agetty-ttyS0").mkdir(parents=True)
+    system.enable_serial_console(target, "ttyS0", 38400)
+    assert os.readlink(guest / f"{directory[1:]}/agetty-ttyS0") == "/etc/sv/agetty-ttyS0"
+    assert not os.path.lexists(wanted(guest)) and (guest / "etc/inittab").read_text() == SYSVINIT
+
+
 def test_no_machine_id_where_nobody_wants_one(guest: Path, target: Target) -> None:
     system.forget_machine_id(target)
     assert os.listdir(guest) == []
@@ -207,6 +223,10 @@ def test_identity_is_forgotten(guest: Path, target: Target) -> None:
         *("var/lib/dhcp/dhclient.leases", "etc/dhcpcd.duid", "etc/nvme/hostnqn", "etc/salt/pki/minion/minion.pem"),
         *("etc/lvm/devices/system.devices", "boot/loader/random-seed", "var/lib/consul/node-id"),
         *("var/lib/wicked/duid.xml", "var/lib/dhcpv6/dhcp6c_duid", "var/lib/mysql/auto.cnf", "etc/docker/key.json"),
+        *("var/lib/random-seed", "etc/hostid", "var/lib/glusterd/glusterd.info", "var/lib/metricbeat/meta.json"),
+        *("opt/nomad/data/client/client-id", "etc/venv-salt-minion/minion_id", "var/lib/whoopsie/whoopsie-id"),
+        *("var/lib/zerotier-one/identity.secret", "etc/cockpit/ws-certs.d/0-self-signed.key"),
+        *("var/lib/wicked/lease-eth0.xml", "var/db/dhcpcd/duid", "etc/tenable_tag"),
     )
     tree(guest, dict.fromkeys((*names, "var/lib/systemd/network/id", "etc/iscsi/initiatorname.iscsi"), "the image's"))
     tree(guest, {f"var/lib/cloud/{name}": "" for name in ("data/instance-id", "instances/i-1/boot-finished")})
@@ -241,16 +261,84 @@ def test_disk_of_the_image(guest: Path, target: Target, capfd: pytest.CaptureFix
     tree(guest, {"etc/crypttab": crypttab.format(""), "etc/mdadm/mdadm.conf": mdadm.format("")})
     for said in (2, 0):
         system.forget_disk(target)
-        assert (guest / "etc/crypttab").read_text() == crypttab.format(system.OFF)
-        assert (guest / "etc/mdadm/mdadm.conf").read_text() == mdadm.format(system.OFF)
+        assert (guest / "etc/crypttab").read_text() == crypttab.format(system.OF_DISK)
+        assert (guest / "etc/mdadm/mdadm.conf").read_text() == mdadm.format(system.OF_DISK)
         assert capfd.readouterr().err.count("image's disk only") == said
 
 
+@pytest.mark.parametrize(
+    ("unit", "what", "is_of_disk"),
+    [
+        ("data.mount", "/dev/disk/by-uuid/1", True),
+        ("dev-vdb2.swap", " /dev/vdb2", True),
+        ("data.mount", "LABEL=data", True),
+        ("data.mount", "server:/export", False),
+        ("tmp.mount", "tmpfs", False),
+    ],
+)
+def test_units_that_open_the_disk_of_the_image(
+    unit: str, what: str, is_of_disk: bool, guest: Path, target: Target, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A boot waits for them as for an entry of fstab."""
+    units = "etc/systemd/system"
+    tree(guest, {f"{units}/{unit}": f"[X]\nWhat ={what}\n", f"{units}/multi-user.target.wants/other.service": ""})
+    link = guest / f"{units}/local-fs.target.requires/{unit}"
+    link.parent.mkdir()
+    link.symlink_to(f"/{units}/{unit}")
+    for said in (is_of_disk, False):
+        system.forget_disk(target)
+        assert link.is_symlink() != is_of_disk
+        assert ("it is disabled" in capfd.readouterr().err) == said
+    assert (guest / f"{units}/{unit}").exists() and (guest / f"{units}/multi-user.target.wants/other.service").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "is_literal"),
+    [
+        ("etc/systemd/networkd.conf", "DUIDRawData=00:01", True),
+        ("etc/systemd/networkd.conf.d/10-id.conf", " DUIDRawData = 00:01", True),
+        ("etc/systemd/networkd.conf", "DUIDType=vendor", False),
+        ("etc/dhcp/dhclient.conf", 'send dhcp-client-identifier "image";', True),
+        ("etc/dhcp/dhclient.conf", "send dhcp-client-identifier 1:aa:0:0:0:0:1;", True),
+        ("etc/dhcp/dhclient.conf", "send dhcp-client-identifier = hardware;", False),
+        ("etc/dhcpcd.conf", "clientid 01:aa", True),
+        ("etc/dhcpcd.conf", "clientid", False),
+    ],
+)
+def test_ids_of_dhcp_clients_in_configuration(
+    path: str, line: str, is_literal: bool, guest: Path, target: Target
+) -> None:
+    """With one id, all clones get one lease; the client's own, of the MAC or the machine-id, differ."""
+    tree(guest, {path: f"# first\n{line}\nlast\n", "etc/machine-id": ""})
+    for _ in range(2):
+        system.forget_machine(target)
+        mark = system.OF_MACHINE if is_literal else ""
+        assert (guest / path).read_text() == f"# first\n{mark}{line}\nlast\n"
+
+
+def test_fstab_of_the_image(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
+    """What names no disk of the image stays; what does is named, also where other files say so."""
+    kept = "tmpfs /srv tmpfs size=1M 0 0\nserver:/export /mnt nfs _netdev 0 0\n/swapfile none swap sw 0 0\n"
+    gone = "/dev/sr0 /media udf noauto 0 0\n/gone none swap sw 0 0\nUUID=0000-1111-2222 /data ext4 defaults 0 2\n"
+    old = f"# of the image\nUUID=root-1111-2222 / ext4 defaults 0 1\n{kept}{gone}"
+    tree(guest, {"etc/fstab": old, "swapfile": "", "etc/a/disk.conf": "x=/dev/disk/by-uuid/0000-1111-2222\n"})
+    tree(guest, {"etc/b.conf": "# 0000-1111-2222\n", "etc/c.conf": "0000-1111-22223\n"})
+    create.replace_fstab(target, ())
+    lines = (target.read("/etc/fstab") or "").splitlines()
+    assert [line for line in lines if not line.startswith("#")] == kept.splitlines()
+    assert capfd.readouterr().err.splitlines() == [
+        "imageos: warning: the image's disk, which the guest does not have, is named in /etc/a/disk.conf",
+        "imageos: warning: the guest mounts /data no more: the image's fstab has that on a disk of its own",
+    ]
+
+
 def test_identity_that_nobody_makes_anew(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
-    names = ("etc/krb5.keytab", "etc/wireguard/wg0.conf", "var/ossec/etc/client.keys")
-    tree(guest, dict.fromkeys(names, "secret"))
+    names = ("etc/krb5.keytab", "etc/wireguard/wg0.conf", "var/ossec/etc/client.keys", "root/.ssh/id_ed25519")
+    names = (*names, "etc/letsencrypt/renewal/a.conf", "etc/sysconfig/rhn/systemid", "var/lib/snmp/snmpd.conf")
+    tree(guest, {**dict.fromkeys(names, "secret"), "root/.ssh/id_ed25519.pub": "public"})
     system.forget_machine(target)
     assert "shared by all that is made of this" in (said := capfd.readouterr().err) and "secret" not in said
+    assert ".pub" not in said
     assert all(f"/{name}" in said and (guest / name).read_text() == "secret" for name in names)
     for name in names:
         (guest / name).unlink()
