@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from imageos import log
 from imageos.disks import fstab
 from imageos.disks.blockdev import LoopDevice
@@ -44,7 +46,9 @@ def configure(request: Request, loop: LoopDevice, volumes: tuple[Volume, ...], r
 
 def replace_fstab(root: Target, volumes: tuple[Volume, ...]) -> None:
     """Write an fstab for the new volumes; what the image's mounts of no disk stays: tmpfs, network, a swap file."""
-    old = root.read("/etc/fstab") or ""
+    old = ""
+    with suppress(Failure):  # whatever is there gives way
+        old = root.read("/etc/fstab") or ""
     rows = [(line, line.split()) for line in old.splitlines() if not line.lstrip().startswith("#")]
     others = [(line, row) for line, row in rows if len(row) > 2 and not fstab.names_device(row[0]) and row[1] != "/"]
     kept = [line for line, row in others if row[2] != "swap" or root.is_file(row[0])]
