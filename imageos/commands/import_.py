@@ -231,6 +231,8 @@ def adapt(disk: Disk, instance: Instance, settings: Settings, is_larger: bool, o
         how = "" if "interfaces" in available else f" (first: chmod +x {settings.customize_dir}/interfaces)"
         log.info(f"the guest's network is as in the backup; IMPORT_HOOKS with interfaces fits it to this instance{how}")
     is_clone = origin not in ("", instance.name)
+    if not origin and not settings.nomount:
+        log.info("the backup does not say whose it is: machine-id and ssh host keys stay, a clone would share them")
     if settings.nomount or not (names or is_clone or (is_larger and settings.grow)):
         return
     with blockdev.attached(disk) as loop:

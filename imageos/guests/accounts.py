@@ -247,12 +247,19 @@ def _content(target: Target, path: str) -> bytes:
 
 def is_denied_by_wrappers(target: Target, sshd: str) -> bool:
     """Return whether hosts_access(5) keeps all from an sshd that asks it, as Debian's does."""
-    of_sshd = r"(?i)^[ \t]*(?:[^#:\n]*[\s,])?(?:ALL|sshd)\b[^:\n]*:"
-    if not matches(target, "/etc/hosts.deny", rf"{of_sshd}[ \t]*ALL\b(?![ \t]+EXCEPT)"):
+    clients = _clients_of_sshd(target, "/etc/hosts.deny")
+    if not any(words[:1] == ["ALL"] and "EXCEPT" not in words for words in clients):
         return False
     asking = (sshd, "/usr/lib/openssh/sshd-session")
     is_asked = any(b"libwrap.so" in _content(target, program) for program in asking)
-    return is_asked and not matches(target, "/etc/hosts.allow", of_sshd)
+    return is_asked and not _clients_of_sshd(target, "/etc/hosts.allow")
+
+
+def _clients_of_sshd(target: Target, path: str) -> list[list[str]]:
+    """Return the words of each list of clients in a file of hosts_access(5) that is about sshd."""
+    text = (target.read(path) or "") if target.is_file(path) else ""
+    rules = [line.upper().replace(",", " ").split(":") for line in text.splitlines() if not line.startswith("#")]
+    return [rule[1].split() for rule in rules if len(rule) > 1 and {"ALL", "SSHD"}.intersection(rule[0].split())]
 
 
 def _obstacles_of_dropbear(target: Target, keys: Sequence[AuthorizedKey]) -> list[str]:

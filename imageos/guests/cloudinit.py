@@ -102,7 +102,7 @@ def write_seed(target: Target, instance: Instance, settings: Settings, interface
     # With only these two to choose from, nothing is probed: no time is lost, and no other source can speak up.
     sources = "datasource_list: [NoCloud, None]\nvendor_data: {enabled: true}\n"
     target.write(DATASOURCE, f"# Written by imageos: the seed is in {SEED}\n{sources}")
-    let_in(target, settings)
+    let_in(target, settings, [interface.address.partition("/")[0] for interface in interfaces])
     warn_of_user_data(target, settings)
 
 
@@ -157,7 +157,7 @@ def is_known(user_data: str) -> bool:
     return text.startswith(HEADERS) or "mime-version:" in text[:4096]
 
 
-def let_in(target: Target, settings: Settings) -> None:
+def let_in(target: Target, settings: Settings, addresses: Sequence[str]) -> None:
     """Give the keys to whom cloud-init does not, and see that root's account lets in at all.
 
     Root gets every key of the meta-data without its options (20.4 to 25.1: "no-pty" and the like are replaced by those
@@ -177,6 +177,9 @@ def let_in(target: Target, settings: Settings) -> None:
         expired = cloudboot.drop(target, "chpasswd")  # it expires what it sets, unless told otherwise
         if expired:
             log.info(f"cloud-init is to set no passwords of the image's: they are removed from {', '.join(expired)}")
+        if target.which("sshd"):
+            for obstacle in accounts.obstacles(target, keys, settings.root_password_hash, addresses):
+                log.warning(obstacle)
         log.info(f"cloud-init gives root {accounts.describe(keys, settings.root_password_hash)}")
 
 

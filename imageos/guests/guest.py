@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 
 from imageos import log
+from imageos.disks.layout import MIB
 from imageos.errors import Failure
 from imageos.guests import cloudinit, distribution
 from imageos.guests.services import OWN_UNITS, RUNIT, disable, init, unit_file
@@ -84,6 +86,8 @@ OPENED = {
         r"^(?=[ \t]*ARRAY\b)",
     ),
 }
+DEBCONF = "/var/cache/debconf/config.dat"
+GRUB_DISK = re.compile(rb"^Name: grub-pc/install_devices\n(?:\S.*\n){0,4}?Value: .*/dev/disk/", re.MULTILINE)
 OF_DISK = "# of the image's disk: "
 # What a unit for a filesystem or for swap opens
 OPENED_BY_UNIT = r"^[ \t]*What[ \t]*=[ \t]*(?:/dev/|(?:UUID|LABEL|PARTUUID|PARTLABEL|ID)=)"
@@ -145,11 +149,19 @@ def forget_disk(target: Target) -> None:
     """Have a guest on new filesystems open nothing of the disk that its image was on: encrypted devices, RAID."""
     for path in comment_out(target, OPENED, OF_DISK):
         log.warning(f"the guest's {path} names what is on the image's disk only: these lines are comments now")
+    if GRUB_DISK.search(_debconf(target)):
+        log.warning("grub-pc will ask on which disk it is, at its next upgrade in the guest: dpkg-reconfigure grub-pc")
     for path in (path for kind in ("mount", "swap") for path in target.glob(f"{OWN_UNITS}/*.{kind}")):
         unit = path.rpartition("/")[2]
         units = (unit, re.sub(r"\.mount$", ".automount", unit))
         if matches(target, path, OPENED_BY_UNIT) and disable(target, units):
             log.warning(f"the guest's {path} names what is on the image's disk only: it is disabled")
+
+
+def _debconf(target: Target) -> bytes:
+    with suppress(Failure):
+        return target.read_bytes(DEBCONF, 16 * MIB) or b""
+    return b""
 
 
 def comment_out(target: Target, lines: Mapping[str, str], mark: str) -> list[str]:

@@ -33,7 +33,7 @@ REPEATED = {
     HOSTS: rf"(?<=\s){_NAME}(?=\s|$)",
     MAILNAME: _ALONE,
     # what begins with blanks continues a line
-    "/etc/postfix/main.cf": rf"^\s*(?:(?:myhostname|myorigin|mydestination)\s*=\s*|(?<=\s)(?=[^=]*$)){_LIST}",
+    "/etc/postfix/main.cf": rf"^\s*(?:(?:myhostname|myorigin|mydestination)\s*=\s*|(?<=\s)(?=\S[^=]*$)){_LIST}",
     "/etc/exim4/update-exim4.conf.conf": rf"""^dc_(?:other_hostnames|readhost|visiblename)=["']?{_LIST}""",
     **dict.fromkeys(("/etc/nullmailer/me", "/etc/nullmailer/helohost", "/etc/mail/local-host-names"), _ALONE),
     **dict.fromkeys(("/etc/ssmtp/ssmtp.conf", "/etc/dma/dma.conf"), rf"^\s*(?:hostname\s*=|MAILNAME)\s*{_NAME}"),

@@ -173,6 +173,18 @@ def test_menu_that_is_there_counts_more_than_what_the_next_will_have(
     assert "warning" not in "".join(capfd.readouterr())
 
 
+def test_what_keeps_root_out_of_a_guest_with_cloud_init(
+    target: Target, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Target, "run", lambda _self, _argv: "permitrootlogin no\n")
+    settings = Settings(ssh_authorized_keys=public_key("me@home"))
+    cloudinit.write_seed(target, INSTANCE, settings, ())
+    assert "warning" not in capfd.readouterr().err
+    target.write("/usr/sbin/sshd", "", mode=0o755)
+    cloudinit.write_seed(target, INSTANCE, settings, [STATIC])
+    assert "root's keys are of no use: sshd has PermitRootLogin no" in capfd.readouterr().err
+
+
 def test_users_of_the_last_instance(target: Target) -> None:
     """An image that was captured of an instance does not make its user, whose key may be anybody's."""
     target.write(cloudinit.USERS, '#cloud-config\n{"users": [{"name": "tenant"}]}\n')

@@ -293,6 +293,20 @@ def test_units_that_open_the_disk_of_the_image(
 
 
 @pytest.mark.parametrize(
+    ("value", "is_asked"), [("/dev/disk/by-id/ata-QEMU_1", True), ("/dev/vda", False), ("", False)]
+)
+def test_disk_of_grub_in_debconf(
+    value: str, is_asked: bool, guest: Path, target: Target, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its next upgrade would fail where nobody can answer."""
+    of_efi = "Name: grub-efi/install_devices\nTemplate: x\nValue: /dev/disk/by-id/a\n\n"
+    text = f"Name: grub-pc/install_devices\nTemplate: x\nValue: {value}\nOwners: grub-pc\n\n{of_efi}"
+    tree(guest, {"var/cache/debconf/config.dat": text})
+    system.forget_disk(target)
+    assert ("dpkg-reconfigure grub-pc" in capfd.readouterr().err) == is_asked
+
+
+@pytest.mark.parametrize(
     ("path", "line", "is_literal"),
     [
         ("etc/systemd/networkd.conf", "DUIDRawData=00:01", True),
