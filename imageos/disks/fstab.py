@@ -49,6 +49,11 @@ def names_device(source: str) -> bool:
     return source.startswith("/dev/") or "=" in source
 
 
+def names_file(source: str) -> bool:
+    """Return whether it names a file or directory of the guest: swap in a file, a bind mount."""
+    return source.startswith("/") and not source.startswith(("/dev/", "//"))
+
+
 def ids(entries: Iterable[Entry]) -> list[str]:
     """Return what entries call their devices by, where that is no name that other machines have as well."""
     uuids = [entry.source.partition("=")[2].strip("\"'") for entry in entries if "UUID=" in entry.source]

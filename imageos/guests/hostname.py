@@ -93,7 +93,8 @@ def _old_name(root: Target) -> str:
     own = next(filter(None, (find(texts.get(path, ""), pattern) for path, pattern in OWN.items())), "")
     if _short(own.lower()) in ("localhost", ""):
         return ""
-    known = [line.partition("#")[0] for line in texts.get(HOSTS, "").splitlines()]
+    lines = [line.partition("#")[0] for line in texts.get(HOSTS, "").splitlines()]
+    known = [line for line in lines if line.lstrip().startswith("127.") or own in line.split()]
     names = " ".join([own, *known, texts.get(MAILNAME, "")]).split()
     return next((name for name in names if name.lower().startswith(f"{own.lower()}.")), own)
 

@@ -51,7 +51,8 @@ def replace_fstab(root: Target, volumes: tuple[Volume, ...]) -> None:
         old = root.read("/etc/fstab") or ""
     rows = [(line, line.split()) for line in old.splitlines() if not line.lstrip().startswith("#")]
     others = [(line, row) for line, row in rows if len(row) > 2 and not fstab.names_device(row[0]) and row[1] != "/"]
-    kept = [line for line, row in others if row[2] != "swap" or root.is_file(row[0])]
+    others = [(line, row) for line, row in others if row[2] != "zfs"]  # that is on the image's disk, too
+    kept = [line for line, row in others if not fstab.names_file(row[0]) or root.exists(row[0])]
     root.write("/etc/fstab", fstab.render(volumes) + "".join(f"{line}\n" for line in kept))
     if any(volume.role == "esp" for volume in volumes):
         root.mkdir("/boot/efi")

@@ -144,11 +144,14 @@ def test_settings_that_nobody_reads(node: Node, disk: MakeDisk, small_tree: Path
 def test_swap_of_the_image(node: Node, disk: MakeDisk, small_tree: Path, tmp_path: Path) -> None:
     """Without the hook grub, nobody tells the initramfs that is there."""
     resume = "etc/initramfs-tools/conf.d/resume"
-    image_with(node, small_tree, {resume: "RESUME=UUID=1\n"}, tmp_path)
+    mounts = "tmpfs /srv tmpfs size=1M 0 0\n"
+    image_with(node, small_tree, {resume: "RESUME=UUID=1\n", "etc/fstab": f"LABEL=x / ext4 ro 0 1\n{mounts}"}, tmp_path)
     target = disk()
     assert "initramfs waits for the image's swap" in node.create(target).ok().log
     with guest_of(target, tmp_path / "root") as top:
         assert (top / resume).read_text() == ""
+        fstab = (top / "etc/fstab").read_text()
+        assert fstab.endswith(f"\n{mounts}") and "LABEL=x" not in fstab  # what names no disk stays
     kernel = {"INSTANCE_HV_kernel_path": "/boot/vmlinuz"}
     assert "initramfs waits" not in node.create(target, **kernel).ok().log
 

@@ -224,12 +224,16 @@ PRIVATE = {
     "var/log/journal/0123/system.journal": "x" * 100,
     "var/log/syslog.1": "old\n",
     "tmp/scratch": "x\n",
+    "var/spool/postfix/deferred/A/A1": "a mail\n",
+    "srv/host_key": "private key of the image\n",
+    "etc/cloud/cloud.cfg.d/99_ganeti.cfg": '#cloud-config\n{"users": [{"name": "tenant"}]}\n',
 }
 EMPTIED = {"var/log/syslog": "today\n", "var/log/app/deep/er/app.log": "today\n"}
 KEPT = {
     "home/somebody/.bashrc": "alias l=ls\n",
     "root/.ssh/authorized_keys": "ssh-ed25519 AAAA operator\n",
     "etc/network/interfaces": "auto lo\n",
+    "etc/ssh/sshd_config.d/keys.conf": "HostKey /srv/host_key\n",
     "outside/of/log": "kept\n",
 }
 

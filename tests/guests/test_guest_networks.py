@@ -373,6 +373,10 @@ def test_name_and_logins_by_cloud_init(tree: Path, tmp_path: Path) -> None:
     prepare(tree, IMAGES["cloud-init-networkd"])
     named = "hostname: image\nfqdn: image.example.com\nmanage_etc_hosts: true\n"
     (tree / "etc/cloud/cloud.cfg.d/60-name.cfg").write_text(named)
+    of_image = "datasource_list: [None]\nchpasswd: {expire: true, list: ['root:secret', 'debian:secret']}\n"
+    (tree / "etc/cloud/cloud.cfg.d/zz_site.cfg").write_text(
+        of_image
+    )  # sorts last; who has to change a password, is out
     deploy(tree, STATIC, 1, DNS, "".join(lines))
     options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o BatchMode=yes -o IdentitiesOnly=yes"
     ask = f"""
