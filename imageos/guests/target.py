@@ -29,6 +29,7 @@ from imageos.settings import Settings
 
 READ_LIMIT = MIB  # bytes; a configuration file that is larger is not one
 SEARCH_LIMIT = MIB // 16  # bytes of a file that is searched
+SEARCH_TOTAL, BLOCK = 64 * MIB, 4096  # bytes of all of them, and what a smaller one counts
 READ_TOTAL = 256 * MIB  # of all files together: a directory may have a link to one file a million times
 MOST_NAMES = 1_000_000  # in a directory that is listed
 NAMES_TOTAL = 20 * MOST_NAMES  # in all of them: a directory may have a million links, too
@@ -450,13 +451,13 @@ def holding(root: Target, directory: str, words: Sequence[str], most: int = 20) 
     whole = "|".join(re.escape(word) for word in words)
     pattern = rf"(?im)^[ \t]*(?![ \t#;]).*?(?<![\w.-])(?:{whole})(?![\w-]|\.\w)".encode()
     found: list[str] = []
-    left = [READ_TOTAL // 16]
+    left = [SEARCH_TOTAL]
 
     def look(name: str, *, dir_fd: int) -> None:
         size = _lstat_size(dir_fd, name)
         if not 0 < size <= SEARCH_LIMIT or size > left[0] or len(found) >= most:
             return
-        left[0] -= size
+        left[0] -= max(size, BLOCK)
         with linux.closing(os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=dir_fd)) as descriptor:
             text = os.read(descriptor, SEARCH_LIMIT)
             if b"\0" not in text and re.search(pattern, text):
@@ -464,8 +465,8 @@ def holding(root: Target, directory: str, words: Sequence[str], most: int = 20) 
                 found.append(os.readlink(f"/proc/self/fd/{descriptor}")[len(top.rstrip("/")) :])
 
     if words and root.is_dir(directory):
-        with root._opened("search", directory, DIRECTORY) as opened_directory, _reported("search", directory):
-            _walk(opened_directory, look)
+        with root._opened("search", directory, DIRECTORY) as top_directory, suppress(OSError):  # nothing depends on it
+            _walk(top_directory, look)
     return sorted(found)
 
 
