@@ -58,7 +58,7 @@ ORDER = [
     *("guests.bootconfig", "guests.esp", "guests.bootloaders", "guests.initramfs"),
     # the guest's network
     *("network", "network.files", "network.render", "guests.yaml", "guests.cloudboot", "network.stacked"),
-    *("network.existing", "network.resolver", "guests.cloudinit", "network.backends"),
+    *("network.existing", "network.resolver", "network.scripts", "guests.cloudinit", "network.backends"),
     # its name and identity
     *("guests.guest", "guests.hostname"),
     # images

@@ -1,0 +1,48 @@
+"""Scripts and units of an image that configure a NIC themselves are found; those that only look are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_network_files import UNIT, enabled, make
+
+from imageos.guests.target import Target
+from imageos.network import scripts
+
+OWN = "etc/systemd/system"
+
+
+@pytest.mark.parametrize(
+    ("line", "is_found"),
+    [
+        ("ip address add 192.0.2.77/24 dev eth0", True),
+        ("/sbin/dhclient -v ens3 &", True),
+        ("ifconfig eth0:1 192.0.2.77", True),
+        ("sleep 5; ip route replace default via 192.0.2.254", True),
+        ("# ip address add 192.0.2.77/24 dev eth0", False),
+        ("ip route show default", False),
+        ('ip link set "$IFACE" up', False),
+        ("ip link add name br0 type bridge", False),
+        ('resolvectl default-route "$interface" yes', False),
+        ("ethtool -K eth0 gro off", False),
+    ],
+)
+def test_a_script(line: str, is_found: bool, guest: Path, target: Target) -> None:
+    make(guest, {"etc/rc.local": f"#!/bin/sh\n{line}\nexit 0\n"})
+    assert list(scripts.configuring(target)) == (["/etc/rc.local"] if is_found else [])
+
+
+def test_units_that_are_started(guest: Path, target: Target) -> None:
+    text = "[Service]\nExecStart=/sbin/dhclient eth0\n"
+    make(guest, {f"{OWN}/{name}.service": text for name in ("on", "off")})
+    make(guest, {f"{OWN}/multi-user.target.wants/on.service": UNIT, **enabled("networking")})
+    assert list(scripts.configuring(target)) == ["/etc/systemd/system/on.service"]
+
+
+def test_what_the_kernel_is_told(guest: Path, target: Target) -> None:
+    line = "linux /vmlinuz root=LABEL=x ip=192.0.2.77::192.0.2.1:255.255.255.0::eth0:off quiet\n"
+    make(
+        guest, {"boot/grub/grub.cfg": f"menuentry x {{\n{line}}}\nmenuentry y {{\nlinux /vmlinuz ip=off ip=none\n}}\n"}
+    )
+    assert list(scripts.configuring(target)) == ["the kernel's ip=192.0.2.77::192.0.2.1:255.255.255.0::eth0:off"]
