@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from imageos.guests import cloudboot, cloudinit
@@ -49,6 +50,7 @@ class Backend(NamedTuple):
     by_name: bool = False  # it cannot match a MAC, so udev names the interfaces by MAC
     tells_dns: Callable[[Target], bool] = lambda _target: True
     writes_resolv_conf: bool = True
+    own_resolv_conf: str = ""  # the only one that it writes
 
 
 def configure(target: Target, name: str, interfaces: Interfaces) -> list[str]:
@@ -72,14 +74,16 @@ def configure(target: Target, name: str, interfaces: Interfaces) -> list[str]:
                 disabled.append(f"{other}'s {', '.join(found)}" if found else other)
     disabled += existing.single_units(target, interfaces)
     for path, values in backend.variables(interfaces).items():
-        target.write(path, assign(target.read(path) or "", values))
+        target.edit(path, partial(assign, values=values))
     write(target, files, backend.mode)
     for one in ruling if interfaces else ():  # without a NIC, nothing more is started
         for path, text in BACKENDS[one].links(target, interfaces).items():
             target.symlink(text, path)
-    name_interfaces(target, interfaces if any(BACKENDS[one].by_name for one in ruling) else ())
+    named = interfaces if any(BACKENDS[one].by_name for one in ruling) else ()
+    name_interfaces(target, named)
+    write(target, render.sysctl(named), 0o644)
     last = BACKENDS[ruling[-1]]
-    resolver.settle(target, interfaces, last.tells_dns(target), last.writes_resolv_conf)
+    resolver.settle(target, interfaces, last.tells_dns(target), last.writes_resolv_conf, last.own_resolv_conf)
     return disabled
 
 
@@ -222,7 +226,7 @@ def _renderer(target: Target) -> str:
 
 
 def _tell_networkd(_target: Target, interfaces: Interfaces, is_ours: bool) -> Mapping[str, str]:
-    return {render.NETWORKD_WAIT: ""} if is_ours and interfaces else render.networkd_unmanaged(interfaces)
+    return {} if is_ours and interfaces else render.networkd_unmanaged(interfaces)
 
 
 def _networkd_links(target: Target, _interfaces: Interfaces) -> Mapping[str, str]:
@@ -239,24 +243,44 @@ def _systemd_link(target: Target, service: str) -> Mapping[str, str]:
 
 def _tell_network_manager(target: Target, interfaces: Interfaces, is_ours: bool) -> Mapping[str, str]:
     """Contradict the image only where it says something: a list of nothing but exceptions is all other devices."""
-    paths = _network_manager_conf(target)
-    is_limited = any(
-        existing.ini_section(target.read(path) or "", "keyfile").get(key)
-        for path in paths
-        for key in ("unmanaged-devices", "unmanaged-devices+")
-    )
+    devices = render.network_manager_devices(interfaces)
     if not is_ours:
-        return render.network_manager_conf("dns=none", interfaces)
-    main = "rc-manager=file" if resolver.has_idle_resolvconf(target) else ""
-    return render.network_manager_conf(main, interfaces if is_limited else (), True)
+        return render.network_manager_conf({"main": ["dns=none"], "keyfile": [f"unmanaged-devices+={devices}"]})
+    said = _network_manager_says(target)
+    has_resolved = is_enabled(target, resolver.RESOLVED)
+    exceptions = render.network_manager_devices(interfaces, "except:")
+    servers = ",".join(render.dns(interfaces)[0])
+    is_contradicted = {
+        ("main", "rc-manager=file"): resolver.has_idle_resolvconf(target, tells_file=True),
+        ("main", "dns=default"): not has_resolved and said.get(("main", "dns")) == "systemd-resolved",
+        ("main", "systemd-resolved=true"): has_resolved and ("main", "systemd-resolved") in said,
+        ("keyfile", f"path={render.KEYFILES}"): ("keyfile", "path") in said,
+        ("keyfile", f"unmanaged-devices+={exceptions}"): ("keyfile", "unmanaged-devices") in said,
+        ("device-imageos", f"match-device={devices}\nmanaged=1"): ("device", "managed") in said,
+        (render.GLOBAL_DNS, f"servers={servers}"): servers and (render.GLOBAL_DNS, "servers") in said,
+    }
+    sections: dict[str, list[str]] = {}
+    for (section, line), is_so in is_contradicted.items():
+        if is_so:
+            sections.setdefault(section, []).append(line)
+    return render.network_manager_conf(sections)
 
 
 def _network_manager_tells_dns(target: Target) -> bool:
     """Return False if NetworkManager is forbidden to touch resolv.conf."""
-    main: dict[str, str] = {}
-    for path in _network_manager_conf(target):
-        main.update(existing.ini_section(target.read(path) or "", "main"))
-    return main.get("dns") != "none" and main.get("rc-manager") != "unmanaged"
+    said = _network_manager_says(target)
+    return said.get(("main", "dns")) != "none" and said.get(("main", "rc-manager")) != "unmanaged"
+
+
+def _network_manager_says(target: Target) -> dict[tuple[str, str], str]:
+    """Return values that are not empty by section and key, in which sections for devices are one, and += is =."""
+    return {
+        ("device" if section.startswith("device") else section, key.rstrip("+")): value
+        for path in _network_manager_conf(target)
+        for section, values in existing.ini_sections(target.read(path) or "").items()
+        for key, value in values.items()
+        if value
+    }
 
 
 def _network_manager_conf(target: Target) -> list[str]:
@@ -283,7 +307,7 @@ def _tell_connman(target: Target, _interfaces: Interfaces, is_ours: bool) -> Map
 
 
 def _dhcpcd(target: Target, interfaces: Interfaces) -> Mapping[str, str]:
-    sections = render.dhcpcd(interfaces, resolver.has_idle_resolvconf(target))
+    sections = render.dhcpcd(interfaces, resolver.has_idle_resolvconf(target, tells_file=True))
     conf = render.dhcpcd_conf(existing.dhcpcd_conf(target, interfaces)[0], sections)
     return {DHCPCD: conf, DHCPCD_HOOK: render.dhcpcd_hook(interfaces)}
 
@@ -315,7 +339,8 @@ def _tell_ifupdown(target: Target, interfaces: Interfaces, is_ours: bool) -> Map
             files["/etc/udhcpc/udhcpc.conf"] = render.udhcpc_conf(keep_dns, no_gateway)
     if target.which("dhcpcd"):
         dhcp = [interface.name for interface in interfaces if interface.dhcp]
-        sections = render.dhcpcd_client(dhcp, keep_dns, no_gateway, resolver.has_idle_resolvconf(target))
+        is_idle = resolver.has_idle_resolvconf(target, tells_file=False)
+        sections = render.dhcpcd_client(dhcp, keep_dns, no_gateway, is_idle)
         files[DHCPCD] = render.dhcpcd_conf(existing.dhcpcd_conf(target, interfaces)[0], sections)
     return files
 
@@ -382,7 +407,7 @@ BACKENDS = {
         ),
         lambda _target, interfaces: render.wicked(interfaces),
         clear=lambda target, interfaces: [
-            *existing.scripts(target, interfaces, render.IFCFG_SUSE, ["ifroute", "ifrule"]),
+            *existing.scripts(target, interfaces, render.IFCFG_SUSE, ["ifroute", "ifrule", "ifsysctl"]),
             *existing.remove(target, f"{render.IFCFG_SUSE}/routes", "^default"),
         ],
         variables=lambda interfaces: {f"{render.IFCFG_SUSE}/config": render.wicked_dns(interfaces)},
@@ -395,6 +420,7 @@ BACKENDS = {
         tell=_tell_connman,
         state=("/var/lib/connman/ethernet_*", "/var/lib/connman/imageos.config"),
         mode=0o600,
+        own_resolv_conf="/run/connman/resolv.conf",
     ),
     "dhcpcd": Backend(
         lambda target: is_enabled(target, "dhcpcd"),
@@ -422,6 +448,9 @@ BACKENDS = {
         may_act=_has_ifupdown,  # udev starts it for `allow-hotplug`
         can_be_enabled=lambda target: _has_ifupdown(target) and _is_openrc(target, "networking"),
         links=_ifupdown_links,
+        variables=lambda _interfaces: {
+            "/etc/default/networking": {"CONFIGURE_INTERFACES": "", "EXCLUDE_INTERFACES": ""}
+        },
         state=("/var/lib/dhcp/*.leases",),
         by_name=True,
         tells_dns=_tells_dns,

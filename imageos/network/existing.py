@@ -14,7 +14,7 @@ from imageos.guests import cloudboot, yaml
 from imageos.guests.services import OWN_UNITS
 from imageos.guests.target import Target, fits, matches
 from imageos.network import Interface, stacked
-from imageos.network.render import DHCPCD_DENY, DHCPCD_SECTIONS
+from imageos.network.render import DHCPCD_DENY, DHCPCD_SECTIONS, HEADER, NETWORKD_WAITS
 from imageos.network.stacked import Pair
 
 Interfaces = Sequence[Interface]
@@ -24,6 +24,8 @@ SAMPLES = ("eth0", "eth1", "ens3", "ens13", "enp1s0", "enp0s13", "eno1", "enx001
 NIC = r"(eth|en[a-z])[0-9a-z]*"
 INTERFACES = "/etc/network/interfaces"
 DHCLIENT_HOOK = "/etc/dhcp/dhclient-enter-hooks.d/imageos"
+UDHCPC_CONF = "/etc/udhcpc/udhcpc.conf"
+OURS = f"^{HEADER}"
 EVERY_NIC = ("all", "regex", "glob")  # bridge_ports(5): the words that are patterns of names
 MOST_SOURCES = 200  # files that others name, and patterns by which they do
 NETWORKS = "/etc/systemd/network"
@@ -31,9 +33,10 @@ PACKAGED_NETWORKS = ("/usr/local/lib/systemd/network", "/usr/lib/systemd/network
 # networkd uses the first file that matches; ours and those that netplan and cloud-init write have these names
 OUR_NETWORKS = "00-imageos-"
 LAST_NETWORK = "10-netplan-"
+WAITS_FOR_ONE = r"^[ \t]*ExecStart=.* (-i|--interface)\b"
 KEYFILES = "/etc/NetworkManager/system-connections"
 PACKAGED_KEYFILES = ("/usr/lib/NetworkManager/system-connections",)
-ETHERNET_KEYFILE = r"^[ \t]*type[ \t]*=[ \t]*(802-3-)?ethernet"
+ETHERNET = ("ethernet", "802-3-ethernet")  # of a profile: its type, and its section
 ETHERNET_IFCFG = r"^[ \t]*TYPE=[\"']?Ethernet"
 # What NetworkManager writes for the scripts of Red Hat may have any name; one without a NIC is for all
 IFCFG, ROUTES = "/etc/sysconfig/network-scripts", ("route", "route6", "rule", "rule6")
@@ -94,7 +97,8 @@ def _read(target: Target, *patterns: str) -> dict[str, str]:
 def ifupdown(target: Target, interfaces: Interfaces) -> list[str]:
     """Remove what its files say about NICs; a file that then says nothing more goes, too."""
     found: list[str] = []
-    target.remove(DHCLIENT_HOOK)
+    for path in (DHCLIENT_HOOK, UDHCPC_CONF):
+        remove(target, path, OURS)
     texts = {path: target.read(path) or "" for path in _sources(target)}
     pairs = [pair for text in texts.values() for pair in _stanza_pairs(text)]
     upper = stacked.above(pairs, lambda name: name in EVERY_NIC or is_nic(name, interfaces))
@@ -188,7 +192,7 @@ def _names_nic(word: str, is_ours: Callable[[str], bool]) -> bool:
 def networks(target: Target, interfaces: Interfaces) -> list[str]:
     """Remove the files that networkd would use for our NICs before ours, and ours, which may be of another plan.
 
-    With them goes what stands on our NICs, wherever these files are.
+    With them goes what stands on our NICs, wherever these files are, and what has a boot wait for one of another name.
     """
     remove(target, f"{NETWORKS}/{OUR_NETWORKS}*")
     directories = (NETWORKS, *PACKAGED_NETWORKS)
@@ -202,7 +206,8 @@ def networks(target: Target, interfaces: Interfaces) -> list[str]:
     ]
     for pattern in (LAST_NETWORK, OUR_NETWORKS):
         remove(target, f"{NETWORKS}/{pattern}*.d")
-    return found
+    remove(target, f"{NETWORKD_WAITS}/*.conf", OURS)
+    return found + [f"wait-online's {name}" for name in remove(target, f"{NETWORKD_WAITS}/*.conf", WAITS_FOR_ONE)]
 
 
 def _network_pairs(texts: Mapping[str, str], interfaces: Interfaces) -> Iterator[Pair]:
@@ -244,17 +249,22 @@ def _has_match(value: str, names: Sequence[str]) -> bool:
 
 
 def ini_section(text: str, section: str) -> dict[str, str]:
-    """Return the assignments in one section; several of a key are joined."""
-    found: dict[str, list[str]] = {}
-    current = ""
-    for line in text.splitlines():
-        line = line.strip()
+    return ini_sections(text).get(section, {})
+
+
+def ini_sections(text: str) -> dict[str, dict[str, str]]:
+    """Return the assignments in each section; several of a key are joined."""
+    found: dict[str, dict[str, list[str]]] = {}
+    current: dict[str, list[str]] = {}
+    for line in map(str.strip, text.splitlines()):
         if line.startswith("["):
-            current = line.strip("[]")
-        elif current == section and line and line[0] not in "#;":
+            current = found.setdefault(line.strip("[]"), {})
+        elif line and line[0] not in "#;":
             key, _, value = line.partition("=")
-            found.setdefault(key.strip(), []).append(value.strip())
-    return {key: " ".join(filter(None, values)) for key, values in found.items()}
+            current.setdefault(key.strip(), []).append(value.strip())
+    return {
+        section: {key: " ".join(filter(None, values)) for key, values in keys.items()} for section, keys in found.items()
+    }
 
 
 # --- NetworkManager and the scripts of Red Hat ------------------------------------------------------------
@@ -267,11 +277,17 @@ def profiles(target: Target, interfaces: Interfaces) -> list[str]:
     """
     found = scripts(target, interfaces)
     texts = _read(target, *(f"{directory}/*" for directory in (KEYFILES, *PACKAGED_KEYFILES)))
-    wired = {path for path, text in texts.items() if re.search(ETHERNET_KEYFILE, text, re.MULTILINE)}
+    wired = {path for path, text in texts.items() if _is_wired(ini_sections(text))}
     pairs = [pair for path, text in texts.items() for pair in _profile_pairs(path, text)]
     upper = stacked.above(pairs, lambda name: name in wired or is_nic(name, interfaces))
     found += [_discard(target, path, KEYFILES) for path in texts if path in wired or path in upper]
     return [name.partition(".nmconnection")[0] for name in found]
+
+
+def _is_wired(profile: Mapping[str, Mapping[str, str]]) -> bool:
+    """A profile without a type has that of its section."""
+    kind = profile.get("connection", {}).get("type")
+    return kind in ETHERNET if kind else any(section in profile for section in ETHERNET)
 
 
 def _profile_pairs(path: str, text: str) -> Iterator[Pair]:
@@ -318,9 +334,10 @@ def dhcpcd_conf(target: Target, interfaces: Interfaces) -> tuple[str, list[str]]
         if words[0] in ("interface", "ssid", "profile"):
             section = words[1] if words[0] == "interface" else words[0]
             names += [section] if is_nic(section, interfaces) else []
-        elif not section and words[0] in DHCPCD_OF_ALL and line != DHCPCD_DENY:
+        is_of_all = not section and (words[0] in DHCPCD_OF_ALL or (words[0] == "nohook" and "resolv.conf" in line))
+        if is_of_all and line != DHCPCD_DENY:
             names.append(words[0])
-        if not is_nic(section, interfaces) and (section or words[0] not in DHCPCD_OF_ALL):
+        if not is_nic(section, interfaces) and not is_of_all:
             kept.append(line)
     return "".join(f"{line}\n" for line in kept), list(dict.fromkeys(names))
 
@@ -345,7 +362,7 @@ def single_units(target: Target, interfaces: Interfaces) -> list[str]:
     is_ours = {"netctl": upper.__contains__}
     return [
         f"{template}@{name}"
-        for template in ("netctl", "netctl-ifplugd", "dhclient")
+        for template in ("netctl", "netctl-ifplugd", "dhclient", "systemd-networkd-wait-online")
         for name in _disable(target, template, is_ours.get(template, lambda name: is_nic(name, interfaces)))
     ]
 

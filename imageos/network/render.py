@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imageos.network import Interface, Route, routes
@@ -20,7 +20,8 @@ Interfaces = Sequence[Interface]
 HEADER = "# Written by imageos when the instance was made.\n"
 DEFAULT = {4: "0.0.0.0/0", 6: "::/0"}
 DHCPCD_SECTIONS = "# imageos: what this instance needs, to the end of the file"
-NETWORKD_WAIT = "/etc/systemd/system/systemd-networkd-wait-online.service.d/imageos.conf"
+NETWORKD_WAITS = "/etc/systemd/system/systemd-networkd-wait-online.service.d"
+NETWORKD_WAIT = f"{NETWORKD_WAITS}/zz-imageos.conf"
 NETWORK_MANAGER_CONF = "/etc/NetworkManager/conf.d/zz-imageos.conf"
 DHCPCD_TO_FILE = "env resolvconf=none"  # its hook writes resolv.conf itself where that program is not found
 DHCPCD_DENIED = "# imageos: another program rules these"
@@ -28,6 +29,11 @@ DHCPCD_DENY = "denyinterfaces eth* en*"
 CONNMAN_BLACKLIST = "vmnet,vboxnet,virbr,ifb,ve-,vb-,ham,veth"  # its default
 # A gateway for programs that must have one: the node answers ARP for any address that it has a route to (proxy ARP).
 LINK_GATEWAY = "169.254.1.1"
+# netplan's use-dns is for networkd only: what NetworkManager understands goes through it as it is
+WITHOUT_OFFERED_DNS = {
+    "networkmanager": {"passthrough": {"ipv4.ignore-auto-dns": "true", "ipv6.ignore-auto-dns": "true"}}
+}
+GLOBAL_DNS = "global-dns-domain-*"
 KEYFILES = "/etc/NetworkManager/system-connections"
 IFCFG = "/etc/sysconfig/network-scripts"
 IFCFG_SUSE = "/etc/sysconfig/network"
@@ -39,6 +45,7 @@ def version2(interfaces: Interfaces, renderer: str = "") -> dict[str, Any]:
     if renderer == "NetworkManager":
         for interface in interfaces:
             ethernets[interface.name].update(_router_advertisements(interface))
+            ethernets[interface.name].update({} if interface.takes_dns else WITHOUT_OFFERED_DNS)
     return {"version": 2, "ethernets": ethernets}
 
 
@@ -140,18 +147,16 @@ def networkd_unmanaged(interfaces: Interfaces) -> Files:
     }
 
 
-def network_manager_conf(main: str, interfaces: Interfaces, excepted: bool = False) -> Files:
-    """Return a file of NetworkManager.conf(5): a line for its main section, and the devices that it is to leave alone.
+def network_manager_devices(interfaces: Interfaces, prefix: str = "") -> str:
+    """Return a list of devices for NetworkManager.conf(5); the prefix `except:` makes them exceptions."""
+    matches = (m for interface in interfaces for m in (f"mac:{interface.mac}", f"interface-name:{interface.name}"))
+    return ";".join(f"{prefix}{match}" for match in matches)
 
-    With `excepted`, these are exceptions from what other files say.
-    """
-    matches = [
-        match for interface in interfaces for match in (f"mac:{interface.mac}", f"interface-name:{interface.name}")
-    ]
-    devices = ";".join(f"except:{match}" if excepted else match for match in matches)
-    sections = [f"[main]\n{main}\n"] if main else []
-    sections += [f"[keyfile]\nunmanaged-devices+={devices}\n"] if devices else []
-    return {NETWORK_MANAGER_CONF: HEADER + "\n".join(sections) if sections else ""}
+
+def network_manager_conf(sections: Mapping[str, Sequence[str]]) -> Files:
+    """Return a file of NetworkManager.conf(5), which is empty if the sections have no lines."""
+    texts = ["\n".join([f"[{name}]", *lines, ""]) for name, lines in sections.items() if lines]
+    return {NETWORK_MANAGER_CONF: HEADER + "\n".join(texts) if texts else ""}
 
 
 def keyfiles(interfaces: Interfaces) -> Files:
@@ -397,9 +402,16 @@ def _suse_routes(route: Route, name: str) -> list[str]:
 
 
 def wicked_dns(interfaces: Interfaces) -> dict[str, str]:
-    """Return variables of /etc/sysconfig/network/config, from which netconfig makes resolv.conf."""
+    """Return variables of /etc/sysconfig/network/config, from which netconfig makes resolv.conf.
+
+    Its policy: `auto` appends the servers of DHCP and routers to ours, an empty one leaves the file alone.
+    """
     servers, search = dns(interfaces)
-    variables = {"NETCONFIG_DNS_STATIC_SERVERS": servers, "NETCONFIG_DNS_STATIC_SEARCHLIST": search}
+    variables = {
+        "NETCONFIG_DNS_POLICY": ["STATIC" if servers else "auto"],
+        "NETCONFIG_DNS_STATIC_SERVERS": servers,
+        "NETCONFIG_DNS_STATIC_SEARCHLIST": search,
+    }
     return {name: " ".join(words) for name, words in variables.items()}
 
 
@@ -440,6 +452,21 @@ def udev_rules(interfaces: Interfaces) -> Files:
     return {"/etc/udev/rules.d/70-imageos-net.rules": HEADER + "\n".join(lines) + "\n"}
 
 
+def sysctl(interfaces: Interfaces) -> Files:
+    """Return settings for programs that know interfaces by name: they leave to the kernel what the others set.
+
+    An image may have switched IPv6 off for all; a router may advertise itself beside the gateway that is set.
+    """
+    lines = []
+    for interface in interfaces:
+        key = f"net.ipv6.conf.{interface.name}"
+        if interface.address6:
+            lines += [f"{key}.disable_ipv6 = 0", f"{key}.accept_ra = 0"]
+        elif not interface.takes_gateway6:
+            lines += [f"{key}.accept_ra_defrtr = 0"]
+    return {"/etc/sysctl.d/zz-imageos.conf": HEADER + "\n".join([*lines, ""]) if lines else ""}
+
+
 def resolv_conf(interfaces: Interfaces) -> str:
     servers, search = dns(interfaces)
     lines = [*([f"search {' '.join(search)}"] if search else []), *(f"nameserver {server}" for server in servers)]
@@ -447,8 +474,10 @@ def resolv_conf(interfaces: Interfaces) -> str:
 
 
 def resolved_conf(interfaces: Interfaces) -> str:
+    """Return a file that counts instead of what others say: without an empty assignment, ours would join theirs."""
     servers, search = dns(interfaces)
-    return f"{HEADER}[Resolve]\nDNS={' '.join(servers)}\nDomains={' '.join(search)}\n"
+    ours = [*([f"DNS={' '.join(servers)}"] if servers else []), *([f"Domains={' '.join(search)}"] if search else [])]
+    return HEADER + "\n".join(["[Resolve]", "DNS=", "Domains=", *ours]) + "\n"
 
 
 def dns(interfaces: Interfaces) -> tuple[list[str], list[str]]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 
+from imageos import log
 from imageos.guests.services import is_enabled
 from imageos.guests.target import Target, real
-from imageos.network import RESOLV_CONF, render
+from imageos.network import RESOLV_CONF, existing, render
 from imageos.network.render import Interfaces
 
 RESOLVED = "systemd-resolved"
-RESOLVED_CONFIG = "/etc/systemd/resolved.conf.d/imageos.conf"
-STUB = "../run/systemd/resolve/stub-resolv.conf"
+RESOLVED_CONFIG = "/etc/systemd/resolved.conf.d/zz-imageos.conf"  # the last one counts
+RESOLVED_CONFIGS = ("/usr/lib/systemd/resolved.conf.d", "/etc/systemd/resolved.conf.d")
+RESOLVED_LINK = "../run/systemd/resolve"
+DEMANDS, YES = ("DNSOverTLS", "DNSSEC"), ("yes", "true", "on", "1")
 # Directories that only a running guest fills, in which resolv.conf is a link, and by whom
 FILLED = {
     "/run/systemd/resolve": (RESOLVED,),
@@ -26,22 +29,29 @@ FILLED = {
 WITHOUT_SERVICE = {"/run/resolvconf": "resolvconf", "/etc/resolvconf/run": "resolvconf", "/run/netconfig": "netconfig"}
 
 
-def settle(target: Target, interfaces: Interfaces, is_told: bool, tells_file: bool) -> None:
+def settle(target: Target, interfaces: Interfaces, is_told: bool, tells_file: bool, own: str = "") -> None:
     """Set the DNS servers, and see that resolv.conf is what an enabled program writes.
 
     `is_told`: the program that rules the network tells the servers to resolved, resolvconf or the file. `tells_file`:
-    it writes the file itself, unless this is a link to what resolved writes.
+    it writes the file itself, unless this is a link to what resolved writes. `own`: or only this one, elsewhere.
     """
     is_known = any(render.dns(interfaces))
     has_resolved = is_enabled(target, RESOLVED)
-    target.remove(RESOLVED_CONFIG)
+    target.remove("/etc/systemd/resolved.conf.d/*imageos.conf")
     if target.link(RESOLV_CONF) is None and target.is_dir(RESOLV_CONF):
         target.remove(RESOLV_CONF)  # a container's mistake, which nobody could write to
     if has_resolved and not (tells_file and not _leads_to_resolved(target)):
-        if is_known and not is_told:
-            target.write(RESOLVED_CONFIG, render.resolved_conf(interfaces))
+        said = _resolved_conf(target)
+        if is_known and (not is_told or said.get("DNS") or said.get("Domains")):
+            target.write(RESOLVED_CONFIG, render.resolved_conf(() if is_told else interfaces))
+        demands = [f"{key}={said[key]}" for key in DEMANDS if said.get(key, "").lower() in YES]
+        if is_known and demands:
+            log.warning(f"the guest's resolved asks no server without {', '.join(demands)}: DNS_SERVERS must have it")
         if not _leads_to_resolved(target):
-            target.symlink(STUB, RESOLV_CONF)
+            has_stub = said.get("DNSStubListener", "yes").lower() in (*YES, "udp", "tcp")
+            target.symlink(f"{RESOLVED_LINK}/{'stub-' if has_stub else ''}resolv.conf", RESOLV_CONF)
+    elif own and is_told:
+        target.symlink(own, RESOLV_CONF)
     elif is_known and (not is_told or not _is_filled(target) or _leads_elsewhere(target)):
         target.write(RESOLV_CONF, render.resolv_conf(interfaces), follow=False)
     elif not _is_filled(target):
@@ -59,9 +69,24 @@ def has_only_resolvectl(target: Target) -> bool:
     return program is not None and (real(target, program) or "").endswith("/resolvectl")
 
 
-def has_idle_resolvconf(target: Target) -> bool:
-    """Return whether resolvconf fails: NetworkManager and dhcpcd prefer it to the file, but its resolved is off."""
-    return has_only_resolvectl(target) and not is_enabled(target, RESOLVED)
+def has_idle_resolvconf(target: Target, tells_file: bool) -> bool:
+    """Return whether resolvconf is of no use: NetworkManager and dhcpcd prefer it to the file, but its resolved is off.
+
+    Or resolved is on, and resolv.conf a file that knows nothing of it; `tells_file`: it stays one (see settle).
+    """
+    is_asked = is_enabled(target, RESOLVED) and (not tells_file or _leads_to_resolved(target))
+    return has_only_resolvectl(target) and not is_asked
+
+
+def _resolved_conf(target: Target) -> dict[str, str]:
+    """Return what the image tells resolved; of a list, the assignments of one file are joined."""
+    found: dict[str, str] = {}
+    drop_ins = sorted(
+        (path for directory in RESOLVED_CONFIGS for path in target.glob(f"{directory}/*.conf")), key=os.path.basename
+    )
+    for path in ("/etc/systemd/resolved.conf", *filter(target.is_file, drop_ins)):
+        found.update(existing.ini_section(target.read(path) or "", "Resolve"))
+    return found
 
 
 def _leads_to_resolved(target: Target) -> bool:

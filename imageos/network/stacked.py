@@ -21,7 +21,6 @@ NETWORKD_OVER = ("Bridge", "Bond", "VRF", "VLAN", "MACVLAN", "MACVTAP", "IPVLAN"
 PROFILE_OVER = ("controller", "master")
 IFCFG_OVER = ("BRIDGE", "MASTER", "TEAM_MASTER", "VRF", "BRIDGE_UUID", "MASTER_UUID", "TEAM_MASTER_UUID")
 IFCFG_UNDER = r"PHYSDEV|ETHERDEVICE|MACVLAN_DEVICE|BRIDGE_PORTS|BONDING_SLAVE_?[0-9]+|TEAM_PORT_DEVICE_?[0-9]+"
-NETPLAN = ("bonds", "bridges", "vlans", "vrfs")
 NETPLAN_UNDER = ("interfaces", "link")
 
 
@@ -85,7 +84,5 @@ def of_netifrc(text: str) -> Iterator[Pair]:
 def is_of_netplan(keys: Mapping[tuple[str, ...], str]) -> bool:
     """Return whether a file of netplan defines something on others, of which it may not know any more."""
     return any(
-        path[0] == "network" and path[1] in NETPLAN and path[3] in NETPLAN_UNDER and value
-        for path, value in keys.items()
-        if len(path) > 3
+        path[0] == "network" and path[3] in NETPLAN_UNDER and value for path, value in keys.items() if len(path) > 3
     )

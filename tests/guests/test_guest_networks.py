@@ -124,9 +124,36 @@ BRIDGE_OF_NM = {
     "etc/NetworkManager/system-connections/br0": f"[connection]\nid=br0\nuuid={CONTROLLER}\ntype=bridge\n"
     "interface-name=br0\n[ipv4]\nmethod=manual\naddress1=192.0.2.77/24,192.0.2.1\n",
 }
-STATIC_OF_DHCPCD = "nodev\noption domain_name_servers\nallowinterfaces br0\ninterface eth0\n" + (
+STATIC_OF_DHCPCD = "nodev\noption domain_name_servers\nnohook resolv.conf\nallowinterfaces br0\ninterface eth0\n" + (
     "static ip_address=192.0.2.88/24\nstatic routers=192.0.2.254\n"
 )
+# What keeps a program from a NIC or from DNS servers that are set, as forums advise it
+SITE_OF_NM = {
+    "etc/NetworkManager/conf.d/50-site.conf": "[keyfile]\npath=/etc/NetworkManager/site\n[global-dns-domain-*]\n"
+    "servers=192.0.2.99\n[device-wired]\nmatch-device=type:ethernet\nmanaged=0\n",
+    "etc/NetworkManager/system-connections/Wired": PROFILE.replace("type=ethernet\n", "[ethernet]\n").replace(
+        "method=auto", "method=manual\naddress1=192.0.2.77/24"
+    ),
+    "etc/resolv.conf": PLAIN,
+}
+SITE_OF_RESOLVED = {
+    "etc/systemd/resolved.conf.d/dns.conf": "[Resolve]\nDNS=192.0.2.99\nDomains=~.\n",
+    "etc/resolv.conf": STUB,
+}
+WAITS = "-> /usr/lib/systemd/system/systemd-networkd-wait-online"
+SITE_OF_NETWORKD = {
+    **SITE_OF_RESOLVED,
+    "etc/systemd/system/multi-user.target.wants/systemd-networkd-wait-online.service": f"{WAITS}.service",
+    "etc/systemd/system/network-online.target.wants/systemd-networkd-wait-online@ens3.service": f"{WAITS}@.service",
+    "etc/systemd/system/systemd-networkd-wait-online@.service.d/soon.conf": "[Service]\nTimeoutStartSec=9\n",
+    "etc/systemd/system/systemd-networkd-wait-online.service.d/one.conf": "[Service]\nExecStart=\n"
+    "ExecStart=/usr/lib/systemd/systemd-networkd-wait-online --interface=ens3 --timeout=9\n",
+}
+SITE_OF_IFUPDOWN = {
+    **SITE_OF_RESOLVED,
+    "etc/default/networking": 'EXCLUDE_INTERFACES="eth0"\n',
+    "etc/sysctl.d/99-ipv6.conf": "net.ipv6.conf.all.disable_ipv6 = 1\nnet.ipv6.conf.default.disable_ipv6 = 1\n",
+}
 ETH = ("eth0", "eth1")
 NETPLAN = {"usr/libexec/netplan/generate": GENERATE}
 NETPLAN_FOR_NM = {**NETPLAN, "etc/netplan/01.yaml": "network:\n  renderer: 'NetworkManager' # x\n"}
@@ -170,6 +197,15 @@ IMAGES = {
     "NetworkManager-ifupdown": Image(
         ("NetworkManager", "ifupdown"), "NetworkManager", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH
     ),
+    "NetworkManager-site": Image(
+        ("NetworkManager", "resolved"), "NetworkManager", {**NO_NETPLAN, **SITE_OF_NM}, ETH, suites=("trixie",)
+    ),
+    "networkd-site": Image(
+        ("networkd", "resolved"), "networkd", {**NO_NETPLAN, **SITE_OF_NETWORKD}, suites=("trixie",)
+    ),
+    "ifupdown-site": Image(
+        ("ifupdown", "resolved"), "ifupdown", {**NO_NETPLAN, **SITE_OF_IFUPDOWN}, ETH, suites=("trixie",)
+    ),
     "netplan-bridge": Image(
         ("networkd", "resolved"), "netplan", {**NETPLAN, **BRIDGE_OF_NETPLAN}, ETH, suites=("trixie",)
     ),
@@ -191,7 +227,7 @@ IMAGES = {
         {**NETPLAN, "etc/cloud/cloud-init.disabled": "", "etc/netplan/50-cloud-init.yaml": COMMENT},
         ETH,
     ),
-    "connman": Image(("connman",), "connman", {**NO_NETPLAN, "etc/resolv.conf": STUB}, ETH),
+    "connman": Image(("connman",), "connman", {**NO_NETPLAN, "etc/resolv.conf": PLAIN}, ETH),
     "ifupdown-dhcpcd": Image(
         ("ifupdown",), "ifupdown", {**NO_NETPLAN, "etc/network/interfaces": HOTPLUG}, ETH, ("dhclient",)
     ),
@@ -218,7 +254,7 @@ EVERY_PLAN = ("ifupdown", "networkd", "NetworkManager", "netplan", "dhcpcd", *LI
 IN_TWO = ("connman", *(name for name in IMAGES if name.startswith("cloud-init-") and name != "cloud-init-off"))
 # The others are asked for what differs there.
 CELLS = {
-    *((name, "static") for name in IMAGES if name not in (*IN_TWO, *LIKE_IFUPDOWN, "dhcpcd-static")),
+    *((name, "static") for name in IMAGES if name not in (*IN_TWO, *LIKE_IFUPDOWN, "dhcpcd-static", "ifupdown-site")),
     *((name, plan) for name in EVERY_PLAN for plan in PLANS if name not in LIKE_IFUPDOWN or plan in OF_THESE),
     *((name, "two") for name in IN_TWO),
     *(
@@ -228,6 +264,7 @@ CELLS = {
     *((name, "routed") for name in ("cloud-init-ifupdown", "connman")),
     *((name, "none") for name in ("cloud-init-ifupdown", "cloud-init-netplan", "cloud-init-networkd", "connman")),
     ("dhcpcd-static", "dhcp"),
+    ("ifupdown-site", "dual"),
     ("ifupdown-dhcpcd", "dhcp"),
 }
 TESTS = sorted((suite, name, planned) for name, planned in CELLS for suite in IMAGES[name].suites)
@@ -427,3 +464,4 @@ def test_network_manager_reads_what_netplan_writes(planned: str, tree: Path) -> 
     static = {one for addresses in wanted.addresses for one in addresses if not one.startswith(LEASES)}
     gateways = {gateway for gateway, _ in wanted.routes if gateway and static}
     assert {*static, *gateways, *wanted.dns.split()} <= set(values), said
+    assert said.count("ignore-auto-dns=true") == (2 * len(wanted.addresses) if wanted.dns else 0)  # of IPv4 and IPv6

@@ -35,6 +35,13 @@ PLANS: dict[str, tuple[Interface, ...]] = {
     "ipv6-on-link": (FIRST._replace(address6="2001:db8::9/128", gateway6="2001:db8:f::1", dns=(), search=()),),
     "ipv6-link-local": (SIX._replace(gateway6="fe80::1", dns=("2001:db8::53",), search=()),),
 }
+
+
+def unmanaged(plan: tuple[Interface, ...], main: str = "dns=none", prefix: str = "") -> Mapping[str, str]:
+    devices = f"unmanaged-devices+={render.network_manager_devices(plan, prefix)}"
+    return render.network_manager_conf({"main": [main] if main else [], "keyfile": [devices]})
+
+
 RENDERERS: dict[str, Callable[[tuple[Interface, ...]], Mapping[str, str]]] = {
     "netplan": render.netplan,
     "networkd": render.networkd,
@@ -54,9 +61,10 @@ RENDERERS: dict[str, Callable[[tuple[Interface, ...]], Mapping[str, str]]] = {
         "/etc/dhcpcd.exit-hook": render.dhcpcd_hook(plan),
     },
     "netplan for NetworkManager": lambda plan: render.netplan(plan, "NetworkManager"),
-    "unmanaged": lambda plan: {**render.networkd_unmanaged(plan), **render.network_manager_conf("dns=none", plan)},
-    "managed": lambda plan: render.network_manager_conf("", plan, True),
+    "unmanaged": lambda plan: {**render.networkd_unmanaged(plan), **unmanaged(plan)},
+    "managed": lambda plan: unmanaged(plan, "", "except:"),
     "udev": render.udev_rules,
+    "sysctl": render.sysctl,
     "resolv.conf": lambda plan: {"/etc/resolv.conf": render.resolv_conf(plan), "resolved": render.resolved_conf(plan)},
 }
 
@@ -189,6 +197,7 @@ STALE: dict[str, tuple[dict[str, str], dict[str, str]]] = {  # removed, kept
     "NetworkManager, profiles for every NIC": (
         {
             "etc/NetworkManager/system-connections/Wired connection 1": "[connection]\ntype = ethernet\n",
+            "etc/NetworkManager/system-connections/no-type": "[connection]\nid=a\n[802-3-ethernet]\n",
             "etc/sysconfig/network-scripts/ifcfg-Wired_connection_1": 'NAME="Wired connection 1"\nTYPE=Ethernet\n',
         },
         {"etc/sysconfig/network-scripts/ifcfg-lo": "DEVICE=lo\n"},
@@ -302,7 +311,28 @@ def test_resolv_conf_of_resolved_is_left_to_it(guest: Path, target: Target) -> N
     configure(target, "ifupdown", PLANS["static-and-dhcp"])
     files = contents(guest)
     assert files["etc/resolv.conf"] == "-> ../run/systemd/resolve/stub-resolv.conf"
-    assert "DNS=192.0.2.53 2001:db8::53\n" in files["etc/systemd/resolved.conf.d/imageos.conf"]
+    assert "DNS=192.0.2.53 2001:db8::53\n" in files["etc/systemd/resolved.conf.d/zz-imageos.conf"]
+
+
+def test_what_the_image_tells_resolved_gives_way(guest: Path, target: Target) -> None:
+    """Its lists would be joined with ours, and `~.` sends all to the image's server."""
+    ours, theirs = "etc/systemd/resolved.conf.d/zz-imageos.conf", "etc/systemd/resolved.conf.d/dns.conf"
+    make(guest, {**enabled("systemd-networkd", "systemd-resolved"), theirs: "[Resolve]\nDNS=192.0.2.99\nDomains=~.\n"})
+    configure(target, "networkd", PLANS["static-and-dhcp"])
+    assert contents(guest)[ours].endswith("[Resolve]\nDNS=\nDomains=\n")
+    configure(target, "networkd", PLANS["dhcp"])  # without DNS servers, the image's count
+    assert ours not in contents(guest)
+    make(guest, {theirs: "[Resolve]\nFallbackDNS=192.0.2.99\n"})
+    configure(target, "networkd", PLANS["static-and-dhcp"])
+    assert ours not in contents(guest)
+
+
+def test_resolved_without_a_stub(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
+    text = "[Resolve]\nDNSStubListener=no\nDNSOverTLS=yes\n"
+    make(guest, {**enabled("systemd-networkd", "systemd-resolved"), "etc/systemd/resolved.conf": text})
+    configure(target, "networkd", PLANS["static-and-dhcp"])
+    assert contents(guest)["etc/resolv.conf"] == "-> ../run/systemd/resolve/resolv.conf"
+    assert "asks no server without DNSOverTLS=yes" in capfd.readouterr().err
 
 
 def test_dns_is_told_to_resolvconf(guest: Path, target: Target) -> None:
@@ -321,7 +351,7 @@ def test_ifupdown_does_not_tell_resolved(guest: Path, target: Target) -> None:
     configure(target, "ifupdown", PLANS["static-and-dhcp"])
     files = contents(guest)
     assert "dns-nameservers" not in files["etc/network/interfaces"]
-    assert "DNS=192.0.2.53 2001:db8::53\n" in files["etc/systemd/resolved.conf.d/imageos.conf"]
+    assert "DNS=192.0.2.53 2001:db8::53\n" in files["etc/systemd/resolved.conf.d/zz-imageos.conf"]
     assert files["etc/resolv.conf"] == "-> /run/systemd/resolve/resolv.conf"
 
 
@@ -717,6 +747,33 @@ def test_rivals(guest: Path, target: Target) -> None:
     assert disabled == ["networkd", "connman", "dhcpcd"]
 
 
+def test_what_keeps_a_program_from_its_work(guest: Path, target: Target) -> None:
+    """Debian's networking from NICs, dhcpcd from resolv.conf; others of these settings stay."""
+    make(guest, {**GUESTS["ifupdown"], "etc/default/networking": "CONFIGURE_INTERFACES=no\nVERBOSE=yes\n"})
+    configure(target, "ifupdown", PLANS["dhcp"])
+    assert contents(guest)["etc/default/networking"] == "VERBOSE=yes\n"
+    (guest / "etc/default/networking").unlink()
+    configure(target, "ifupdown", PLANS["dhcp"])
+    assert "etc/default/networking" not in contents(guest)
+    text = "nohook resolv.conf, ntp.conf\nnohook hostname\n"
+    make(guest, {**GUESTS["dhcpcd"], "etc/dhcpcd.conf": text})
+    assert "dhcpcd's nohook" in configure(target, "dhcpcd", PLANS["dhcp"])
+    assert contents(guest)["etc/dhcpcd.conf"].startswith("nohook hostname\n# imageos")
+
+
+def test_a_boot_waits_for_no_other_nic(guest: Path, target: Target) -> None:
+    waits, wants = (
+        "etc/systemd/system/systemd-networkd-wait-online.service.d",
+        "etc/systemd/system/network-online.target.wants",
+    )
+    one = "[Service]\nExecStart=\nExecStart=/lib/systemd/systemd-networkd-wait-online --interface=ens3\n"
+    make(guest, {**enabled("systemd-networkd"), f"{waits}/a.conf": one, f"{waits}/b.conf": "[Service]\nNice=1\n"})
+    make(guest, {f"{wants}/systemd-networkd-wait-online@ens3.service": UNIT})
+    disabled = configure(target, "networkd", PLANS["dhcp"])
+    assert disabled == ["networkd's wait-online's a.conf", "systemd-networkd-wait-online@ens3"]
+    assert f"{waits}/b.conf" in contents(guest)
+
+
 def test_dhcpcd_of_one_nic(guest: Path, target: Target) -> None:
     make(guest, {"usr/lib/systemd/system/dhcpcd@.service": UNIT, **enabled("systemd-networkd")})
     for name in ("ens3", "wlan0"):
@@ -748,6 +805,30 @@ def test_rivals_that_rule_again(guest: Path, target: Target) -> None:
         assert ("denyinterfaces" in files["etc/dhcpcd.conf"]) == (name != "dhcpcd")
         assert ("eth,en" in files["etc/connman/main.conf"]) == (name != "connman")
         assert ("except:" in files["etc/NetworkManager/conf.d/zz-imageos.conf"]) == (name == "NetworkManager")
+
+
+def test_what_keeps_network_manager_from_a_profile(guest: Path, target: Target) -> None:
+    """The NIC left out, profiles elsewhere, DNS servers for all domains; only what the image says is contradicted."""
+    ours, theirs = "etc/NetworkManager/conf.d/zz-imageos.conf", "etc/NetworkManager/conf.d/50-site.conf"
+    said = {
+        "[device-wired]\nmatch-device=type:ethernet\nmanaged=0\n": "[device-imageos]\nmatch-device=mac:aa:00:00",
+        "[keyfile]\npath=/etc/site\n": "[keyfile]\npath=/etc/NetworkManager/system-connections\n",
+        "[global-dns-domain-*]\nservers=192.0.2.99\n": "[global-dns-domain-*]\nservers=192.0.2.53,2001:db8::53\n",
+    }
+    for text, answer in said.items():
+        make(guest, {**GUESTS["NetworkManager"], theirs: text})
+        configure(target, "NetworkManager", PLANS["static-and-dhcp"])
+        assert answer in contents(guest)[ours]
+        assert contents(guest)[ours].count("[") == 1
+    configure(target, "NetworkManager", PLANS["dhcp"])  # the image's servers may stay
+    assert ours not in contents(guest)
+    for text in ("dns=systemd-resolved\n", "dns=default\nsystemd-resolved=false\n"):
+        make(guest, {theirs: f"[main]\n{text}"})
+        configure(target, "NetworkManager", PLANS["dhcp"])
+        assert contents(guest).get(ours, "").endswith("dns=default\n") == (text == "dns=systemd-resolved\n")
+    make(guest, enabled("systemd-resolved"))
+    configure(target, "NetworkManager", PLANS["dhcp"])
+    assert contents(guest)[ours].endswith("[main]\nsystemd-resolved=true\n")
 
 
 def test_disabled_in_words(guest: Path, target: Target) -> None:

@@ -55,6 +55,7 @@ CASES: dict[str, tuple[str, Mapping[str, str], Mapping[str, str]]] = {
         {
             "etc/netplan/10-br.yaml": "network:\n  bridges:\n    br0:\n      interfaces: [eth0, dummy0]\n",
             "etc/netplan/20-vlan.yaml": "network: {vlans: {v7: {id: 7, link: br0}}}\n",
+            "etc/netplan/20-vxlan.yaml": "network: {tunnels: {vx: {mode: vxlan, id: 5, link: ens3}}}\n",
             "etc/netplan/30-vrf.yaml": "network:\n  vrfs:\n    red:\n      table: 1\n      interfaces:\n      - v7\n",
         },
         {"etc/netplan/40.yaml": "network:\n  bridges:\n    lxc0: {interfaces: [], addresses: [10.0.3.1/24]}\n"},
