@@ -308,7 +308,7 @@ class Target:
             temporary = f".imageos-{os.urandom(6).hex()}"
             try:
                 yield parent, name, temporary
-                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+                _forced(parent, name, lambda: os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent))
             except OSError:
                 with suppress(OSError):  # the reason why it may not be there is being reported
                     os.unlink(temporary, dir_fd=parent)
@@ -560,10 +560,23 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+def _forced(parent: int, name: str, act: Callable[[], None]) -> None:
+    """Replace or remove a file by `act`, even an immutable one: forums advise `chattr +i /etc/resolv.conf`."""
+    try:
+        act()
+    except PermissionError as error:
+        try:
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
+        except OSError:
+            raise error from None
+        with linux.closing(descriptor), linux.changeable(descriptor):
+            act()
+
+
 def _remove_tree(parent: int, name: str) -> None:
     """Remove a file, a link or a directory with all in it: any depth, with two descriptors."""
     if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-        os.unlink(name, dir_fd=parent)
+        _forced(parent, name, lambda: os.unlink(name, dir_fd=parent))
         return
     with linux.closing(os.open(name, DIRECTORY, dir_fd=parent)) as top:
         _walk(top, os.unlink, os.rmdir)

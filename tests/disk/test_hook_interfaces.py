@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import trees
-from support import HANGS, SITE, TESTS, Node, mounted, partitions
+from support import HANGS, SITE, TESTS, Node, mounted, partitions, run
+
+from imageos.guests.target import opened
 
 MakeDisk = Callable[..., Path]
 GOLDEN = Path(__file__).parent / "golden"
@@ -250,6 +252,22 @@ def test_rename_and_once_more(node: Node, disk: MakeDisk, tmp_path: Path) -> Non
     assert "203.0.113.7/24" in seen[0]["var/lib/cloud/seed/nocloud/network-config"]
     assert "boot-new-instance, boot" in seen[0]["etc/cloud/cloud.cfg.d/99-imageos-network.cfg"]
     assert seen[0] == seen[1]
+
+
+def test_a_resolv_conf_that_nobody_may_change(disk: MakeDisk, tmp_path: Path) -> None:
+    """Forums advise it, against programs that write there."""
+    guest = disk(16)
+    run("mkfs.ext4", "-q", guest)
+    with mounted(guest, tmp_path / "guest", None, "rw") as top:
+        (top / "etc/ssh").mkdir(parents=True)
+        for name in ("resolv.conf", "ssh/key"):
+            (top / "etc" / name).write_text("of the image")
+        run("chattr", "+i", top / "etc/resolv.conf", top / "etc/ssh/key")
+        with opened(str(top)) as target:
+            target.write("/etc/resolv.conf", "nameserver 192.0.2.53\n")
+            target.remove("/etc/ssh/*")
+        assert (top / "etc/resolv.conf").read_text() == "nameserver 192.0.2.53\n"
+        assert os.listdir(top / "etc/ssh") == []
 
 
 # Programs that read the files
