@@ -28,6 +28,47 @@ NICS = {
 }
 ADDRESS6 = "2001:db8:1:0:a800:ff:fe4e:3701/64"
 PAIRS = [("ifupdown", "netplan"), ("networkd", "network-manager")]
+# A bond of the image over its NIC, and a VLAN over that, with an address that is another machine's
+BOND = "6f1f5be0-5b5a-4c1c-8d3a-000000000001"
+PROFILES = "etc/NetworkManager/system-connections"
+STACKED = {
+    "ifupdown": {
+        "etc/network/interfaces.d/bond": """
+            auto eth0 bond0 bond0.5
+            iface eth0 inet manual
+              up ip link add bond0 type bond && ip link set eth0 down master bond0
+            iface bond0 inet static
+              address 10.0.0.77/24
+              bond-slaves eth0
+            iface bond0.5 inet static
+              address 10.0.5.77/24
+              vlan-raw-device bond0
+            """
+    },
+    "netplan": {
+        "etc/netplan/50.yaml": """
+network:
+  ethernets: {nic: {match: {name: "e*"}}}
+  bonds: {bond0: {interfaces: [nic], addresses: [10.0.0.77/24]}}
+""",
+        "etc/netplan/60.yaml": "network: {vlans: {v5: {id: 5, link: bond0, addresses: [10.0.5.77/24]}}}\n",
+    },
+    "networkd": {
+        "etc/systemd/network/05-bond0.netdev": "[NetDev]\nName=bond0\nKind=bond\n",
+        "etc/systemd/network/05-v5.netdev": "[NetDev]\nName=v5\nKind=vlan\n[VLAN]\nId=5\n",
+        "etc/systemd/network/50-nic.network": "[Match]\nName=e*\n[Network]\nBond=bond0\n",
+        "etc/systemd/network/50-bond0.network": "[Match]\nName=bond0\n[Network]\nVLAN=v5\nAddress=10.0.0.77/24\n",
+        "etc/systemd/network/50-v5.network": "[Match]\nName=v5\n[Network]\nAddress=10.0.5.77/24\n",
+    },
+    "network-manager": {
+        f"{PROFILES}/bond0.nmconnection": f"[connection]\nid=bond0\nuuid={BOND}\ntype=bond\ninterface-name=bond0\n"
+        "[ipv4]\nmethod=manual\naddress1=10.0.0.77/24\n",
+        f"{PROFILES}/port.nmconnection": "[connection]\nid=port\nuuid=6f1f5be0-5b5a-4c1c-8d3a-000000000002\n"
+        f"type=ethernet\nautoconnect-priority=9\nmaster={BOND}\nslave-type=bond\n",
+        f"{PROFILES}/v5.nmconnection": "[connection]\nid=v5\nuuid=6f1f5be0-5b5a-4c1c-8d3a-000000000003\ntype=vlan\n"
+        f"interface-name=v5\n[vlan]\nid=5\nparent={BOND}\n[ipv4]\nmethod=manual\naddress1=10.0.5.77/24\n",
+    },
+}
 
 
 @pytest.fixture(scope="session")
@@ -53,12 +94,18 @@ def work(tmp_path: Path) -> Iterator[Path]:
 
 
 def deploy(node: Node, flavour: str, disk: Path) -> str:
+    """Deploy an image that has a bond of its own: a hook before ours makes it."""
+    texts = "".join(
+        f"cat >$TARGET/{path} <<'END'\n{text}END\nchmod 600 $TARGET/{path}\n" for path, text in STACKED[flavour].items()
+    )
+    node.hook("bond", f"#!/bin/sh\nset -e\n{texts}")
     with disk.open("xb") as file:
         file.truncate(2048 * MIB)
     return node.create(disk, env="create-kvm-network", OSP_IMAGE_NAME=flavour, **NICS).ok().log
 
 
 def check(facts: Facts) -> None:
+    assert sorted(facts.links.values()) == sorted(MACS)  # neither a bond nor a VLAN
     names = {mac: name for name, mac in facts.links.items()}
     first, second = (names[mac] for mac in MACS)
     assert [one for one in facts.addresses[first] if "." in one] == ["10.0.0.40/24"]
