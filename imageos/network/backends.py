@@ -330,7 +330,7 @@ def _tell_ifupdown(target: Target, interfaces: Interfaces, is_ours: bool) -> Map
     if not is_ours:
         return {}
     files = {}
-    keep_dns = any(render.dns(interfaces)) and not _tells_dns(target)
+    keep_dns = any(render.dns(interfaces))
     no_gateway = [interface.name for interface in interfaces if not interface.takes_gateway]
     if any(interface.dhcp for interface in interfaces) and (keep_dns or no_gateway):
         if target.which("dhclient"):

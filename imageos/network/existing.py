@@ -23,7 +23,7 @@ Interfaces = Sequence[Interface]
 SAMPLES = ("eth0", "eth1", "ens3", "ens13", "enp1s0", "enp0s13", "eno1", "enx001122334455")
 NIC = r"(eth|en[a-z])[0-9a-z]*"
 INTERFACES = "/etc/network/interfaces"
-DHCLIENT_HOOK = "/etc/dhcp/dhclient-enter-hooks.d/imageos"
+DHCLIENT_HOOK = "/etc/dhcp/dhclient-enter-hooks.d/zz-imageos"  # of those that name a function, the last one counts
 UDHCPC_CONF = "/etc/udhcpc/udhcpc.conf"
 OURS = f"^{HEADER}"
 EVERY_NIC = ("all", "regex", "glob")  # bridge_ports(5): the words that are patterns of names
@@ -97,7 +97,7 @@ def _read(target: Target, *patterns: str) -> dict[str, str]:
 def ifupdown(target: Target, interfaces: Interfaces) -> list[str]:
     """Remove what its files say about NICs; a file that then says nothing more goes, too."""
     found: list[str] = []
-    for path in (DHCLIENT_HOOK, UDHCPC_CONF):
+    for path in ("/etc/dhcp/dhclient-enter-hooks.d/*imageos", UDHCPC_CONF):
         remove(target, path, OURS)
     texts = {path: target.read(path) or "" for path in _sources(target)}
     pairs = [pair for text in texts.values() for pair in _stanza_pairs(text)]

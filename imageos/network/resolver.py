@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from imageos import log
 from imageos.guests.services import is_enabled
@@ -26,6 +27,8 @@ FILLED = {
     "/etc/resolvconf/run": (),
     "/run/netconfig": (),
 }
+RESOLVCONF = ("/etc/resolvconf/resolv.conf.d/head", "/etc/resolvconf/resolv.conf.d/base", "/etc/resolvconf.conf")
+SERVERS_OF_RESOLVCONF = r"^[ \t]*(nameserver[ \t]|name_servers=).*\n?"
 WITHOUT_SERVICE = {"/run/resolvconf": "resolvconf", "/etc/resolvconf/run": "resolvconf", "/run/netconfig": "netconfig"}
 
 
@@ -36,6 +39,8 @@ def settle(target: Target, interfaces: Interfaces, is_told: bool, tells_file: bo
     it writes the file itself, unless this is a link to what resolved writes. `own`: or only this one, elsewhere.
     """
     is_known = any(render.dns(interfaces))
+    if is_known:
+        _forget_servers(target)
     has_resolved = is_enabled(target, RESOLVED)
     target.remove("/etc/systemd/resolved.conf.d/*imageos.conf")
     if target.link(RESOLV_CONF) is None and target.is_dir(RESOLV_CONF):
@@ -76,6 +81,13 @@ def has_idle_resolvconf(target: Target, tells_file: bool) -> bool:
     """
     is_asked = is_enabled(target, RESOLVED) and (not tells_file or _leads_to_resolved(target))
     return has_only_resolvectl(target) and not is_asked
+
+
+def _forget_servers(target: Target) -> None:
+    """Take DNS servers of the image out of what resolvconf, of Debian or openresolv, writes before all others."""
+    for path in RESOLVCONF:
+        if target.is_file(path):
+            target.edit(path, lambda text: re.sub(SERVERS_OF_RESOLVCONF, "", text, flags=re.MULTILINE))
 
 
 def _resolved_conf(target: Target) -> dict[str, str]:

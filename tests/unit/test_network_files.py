@@ -344,6 +344,17 @@ def test_dns_is_told_to_resolvconf(guest: Path, target: Target) -> None:
     assert files["etc/resolv.conf"] == "-> /run/resolvconf/resolv.conf"
 
 
+def test_servers_of_the_image_that_resolvconf_would_write_first(guest: Path, target: Target) -> None:
+    head, own = "etc/resolvconf/resolv.conf.d/head", "etc/resolvconf.conf"
+    files = {head: "# first\nnameserver 192.0.2.99\n", own: "name_servers=192.0.2.99\nresolv_conf=/etc/resolv.conf\n"}
+    make(guest, {**GUESTS["ifupdown"], **files})
+    configure(target, "ifupdown", PLANS["dhcp"])
+    assert {name: contents(guest)[name] for name in files} == files
+    configure(target, "ifupdown", PLANS["static-and-dhcp"])
+    assert contents(guest)[head] == "# first\n"
+    assert contents(guest)[own] == "resolv_conf=/etc/resolv.conf\n"
+
+
 def test_ifupdown_does_not_tell_resolved(guest: Path, target: Target) -> None:
     """The script of Debian 12 gives it a word that is no address, and it refuses all."""
     make(guest, {**GUESTS["ifupdown"], "etc/network/if-up.d/resolved": "x", **enabled("systemd-resolved")})
@@ -355,18 +366,28 @@ def test_ifupdown_does_not_tell_resolved(guest: Path, target: Target) -> None:
     assert files["etc/resolv.conf"] == "-> /run/systemd/resolve/resolv.conf"
 
 
+def test_dhclient_tells_resolvconf_nothing(guest: Path, target: Target) -> None:
+    """Its servers would come before those that ifupdown tells; of two functions of one name, the last counts."""
+    make(guest, {**GUESTS["ifupdown"], "etc/network/if-up.d/000resolvconf": "x", "sbin/resolvconf": "x"})
+    make(guest, {"sbin/dhclient": "x", "etc/dhcp/dhclient-enter-hooks.d/resolvconf": "make_resolv_conf() { x; }\n"})
+    (guest / "etc/resolv.conf").symlink_to("/run/resolvconf/resolv.conf")
+    configure(target, "ifupdown", PLANS["static-and-dhcp"])
+    hooks = [path for path in contents(guest) if path.startswith("etc/dhcp/dhclient-enter-hooks.d/")]
+    assert "make_resolv_conf() { :; }\n" in contents(guest)[max(hooks)]
+
+
 def test_dhcp_clients_of_ifupdown(guest: Path, target: Target) -> None:
     """They know nothing of values set for another interface."""
     make(guest, {**GUESTS["ifupdown"], "sbin/dhclient": "x", "sbin/udhcpc": "x"})
     configure(target, "ifupdown", PLANS["static-and-dhcp"])
     files = contents(guest)
-    assert files["etc/dhcp/dhclient-enter-hooks.d/imageos"].splitlines()[1:] == [
+    assert files["etc/dhcp/dhclient-enter-hooks.d/zz-imageos"].splitlines()[1:] == [
         "make_resolv_conf() { :; }",
         'case "$interface" in eth1) unset new_routers ;; esac',
     ]
     assert files["etc/udhcpc/udhcpc.conf"].splitlines()[1:] == ['RESOLV_CONF="no"', 'NO_GATEWAY="eth1"']
     configure(target, "ifupdown", PLANS["dhcp"])
-    assert "etc/dhcp/dhclient-enter-hooks.d/imageos" not in contents(guest)
+    assert "etc/dhcp/dhclient-enter-hooks.d/zz-imageos" not in contents(guest)
 
 
 DHCPCD = "hostname\nduid\n"
