@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 
+from imageos.errors import Failure
 from imageos.guests.bootloaders import command_lines
 from imageos.guests.services import OWN_UNITS, is_started
 from imageos.guests.target import Target
@@ -24,6 +25,7 @@ PLACES = (
 )
 PROGRAMS = frozenset(("ip", "ifconfig", "route", "ifup", "dhclient", "dhcpcd", "udhcpc", "nmcli"))
 ASKS = frozenset(("show", "get", "list"))
+NO_RESOLV_CONF = re.compile(r"\bmake_resolv_conf\s*\(\)\s*\{\s*(?::|true|return)[\s;0]*\}")
 MOST_UNITS = 20  # that name a NIC, of which it is asked whether they are started
 NIC = r"(eth|en[a-z]+)[0-9]\w*"
 
@@ -37,10 +39,24 @@ def configuring(target: Target) -> Iterator[str]:
     yield from (f"the kernel's {word}" for word in sorted(words) if re.match("ip=[^on]", word))
 
 
+def keeping_dns(target: Target) -> list[str]:
+    """Return hooks of dhclient that keep DHCP's servers from resolv.conf, as forums advise it."""
+    paths = filter(target.is_file, target.glob("/etc/dhcp/dhclient-enter-hooks.d/*"))
+    return [path for path in paths if NO_RESOLV_CONF.search(_text(target, path))]
+
+
 def _found(target: Target, pattern: str) -> Iterator[str]:
     for path in filter(target.is_file, target.glob(pattern)):
-        if any(_configures(line) for line in (target.read(path) or "").splitlines()):
+        if any(_configures(line) for line in _text(target, path).splitlines()):
             yield path
+
+
+def _text(target: Target, path: str) -> str:
+    """Return a script; nothing of what is too large for one, as a compiled program may be."""
+    try:
+        return target.read(path) or ""
+    except Failure:
+        return ""
 
 
 def _configures(line: str) -> bool:
