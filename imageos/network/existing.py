@@ -263,7 +263,8 @@ def ini_sections(text: str) -> dict[str, dict[str, str]]:
             key, _, value = line.partition("=")
             current.setdefault(key.strip(), []).append(value.strip())
     return {
-        section: {key: " ".join(filter(None, values)) for key, values in keys.items()} for section, keys in found.items()
+        section: {key: " ".join(filter(None, values)) for key, values in assigned.items()}
+        for section, assigned in found.items()
     }
 
 
