@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imageos.commands import create
 from imageos.errors import Failure
 from imageos.guests import guest as system
-from imageos.guests import hostname, services
+from imageos.guests import hostname, personalize, services
 from imageos.guests.target import Target
 
 NAME = "inst1.example.org"
@@ -339,7 +338,7 @@ def test_fstab_of_the_image(guest: Path, target: Target, capfd: pytest.CaptureFi
     old = f"# of the image\nUUID=root-1111-2222 / ext4 defaults 0 1\n{kept}{gone}"
     tree(guest, {"etc/fstab": old, "swapfile": "", "etc/a/disk.conf": "x=/dev/disk/by-uuid/0000-1111-2222\n"})
     tree(guest, {"etc/b.conf": "# 0000-1111-2222\n", "etc/c.conf": "0000-1111-22223\n"})
-    create.replace_fstab(target, ())
+    personalize.replace_fstab(target, ())
     lines = (target.read("/etc/fstab") or "").splitlines()
     assert [line for line in lines if not line.startswith("#")] == kept.splitlines()
     assert capfd.readouterr().err.splitlines() == [

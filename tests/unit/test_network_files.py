@@ -672,7 +672,7 @@ def test_graphical_is_not_reached_by_a_run_level(guest: Path, target: Target) ->
 
 def test_guest_without_nics_waits_for_none(guest: Path, target: Target) -> None:
     """What the image says of its own NICs goes; nothing more is started."""
-    waits = "etc/systemd/system/systemd-networkd-wait-online.service.d/imageos.conf"
+    waits = "etc/systemd/system/systemd-networkd-wait-online.service.d/zz-imageos.conf"
     make(guest, {**INSTALLED_NETWORKD, **IFUPDOWN, "etc/network/interfaces": "auto eth0\niface eth0 inet dhcp\n"})
     make(guest, {"etc/systemd/network/00.network": "[Match]\nName=en*\n[Network]\nDHCP=yes\n"})
     assert configure(target, "ifupdown", ()) == ["ifupdown's eth0"]
