@@ -348,8 +348,8 @@ def test_fstab_of_the_image(guest: Path, target: Target, capfd: pytest.CaptureFi
 
 
 def test_identity_that_nobody_makes_anew(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
-    names = ("etc/krb5.keytab", "etc/wireguard/wg0.conf", "var/ossec/etc/client.keys", "root/.ssh/id_ed25519")
-    names = (*names, "etc/letsencrypt/renewal/a.conf", "etc/sysconfig/rhn/systemid", "var/lib/snmp/snmpd.conf")
+    usual = ("etc/krb5.keytab", "etc/wireguard/wg0.conf", "var/ossec/etc/client.keys", "root/.ssh/id_ed25519")
+    names = (*usual, "etc/letsencrypt/renewal/a.conf", "etc/sysconfig/rhn/systemid", "var/lib/snmp/snmpd.conf")
     tree(guest, {**dict.fromkeys(names, "secret"), "root/.ssh/id_ed25519.pub": "public"})
     system.forget_machine(target)
     assert "shared by all that is made of this" in (said := capfd.readouterr().err) and "secret" not in said
