@@ -450,6 +450,7 @@ def holding(root: Target, directory: str, words: Sequence[str], most: int = 20) 
     """Return at most `most` paths of text files below a directory that have one of the words, but for comments."""
     whole = "|".join(re.escape(word) for word in words)
     pattern = rf"(?im)^[ \t]*(?![ \t#;]).*?(?<![\w.-])(?:{whole})(?![\w-]|\.\w)".encode()
+    plain = [word.lower().encode() for word in words]
     found: list[str] = []
     left = [SEARCH_TOTAL]
 
@@ -460,7 +461,8 @@ def holding(root: Target, directory: str, words: Sequence[str], most: int = 20) 
         left[0] -= max(size, BLOCK)
         with linux.closing(os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=dir_fd)) as descriptor:
             text = os.read(descriptor, SEARCH_LIMIT)
-            if b"\0" not in text and re.search(pattern, text):
+            lower = text.lower()
+            if any(word in lower for word in plain) and b"\0" not in text and re.search(pattern, text):
                 top = os.readlink(f"/proc/self/fd/{root._root}")
                 found.append(os.readlink(f"/proc/self/fd/{descriptor}")[len(top.rstrip("/")) :])
 
