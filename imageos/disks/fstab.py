@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from imageos.disks.filesystem import FILESYSTEMS, MADE, Volume
@@ -42,6 +42,15 @@ def render(volumes: Iterable[Volume]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["".join(cell.ljust(width + 1) for cell, width in zip(row, widths)) + row[5] for row in rows]
     return "\n".join(["# /etc/fstab: written by imageos", *lines]) + "\n"
+
+
+def others(text: str) -> Iterator[tuple[str, str]]:
+    """Yield (line, first field) of what is on no disk: tmpfs, network, a swap file."""
+    for line in text.splitlines():
+        source, mount_point, kind, *_ = (*line.split(), "", "", "")
+        is_entry = kind and not source.startswith("#")
+        if is_entry and not names_device(source) and mount_point != "/" and kind != "zfs":  # that is on the disk, too
+            yield line, source
 
 
 def names_device(source: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 from imageos import log
@@ -49,21 +50,25 @@ def replace_fstab(root: Target, volumes: tuple[Volume, ...]) -> None:
     old = ""
     with suppress(Failure):  # whatever is there gives way
         old = root.read("/etc/fstab") or ""
-    rows = [(line, line.split()) for line in old.splitlines() if not line.lstrip().startswith("#")]
-    others = [(line, row) for line, row in rows if len(row) > 2 and not fstab.names_device(row[0]) and row[1] != "/"]
-    others = [(line, row) for line, row in others if row[2] != "zfs"]  # that is on the image's disk, too
-    kept = [line for line, row in others if not fstab.names_file(row[0]) or root.exists(row[0])]
+    kept = [line for line, source in fstab.others(old) if not fstab.names_file(source) or root.exists(source)]
     root.write("/etc/fstab", fstab.render(volumes) + "".join(f"{line}\n" for line in kept))
     if any(volume.role == "esp" for volume in volumes):
         root.mkdir("/boot/efi")
-    entries = (entry for entry in fstab.parse(old) if fstab.names_device(entry.source))
-    left = [entry.mount_point for entry in entries if not {"noauto", "nofail"}.intersection(entry.options)]
-    left = [point for point in left if point not in ("/", "/boot", "/boot/efi")]
-    named = [
-        path for path in holding(root, "/etc", fstab.ids(fstab.parse(old))) if not path.startswith(CHANGED_BY_GRUB)
-    ]
+    warn_of_disk(root, fstab.parse(old))
+
+
+def warn_of_disk(root: Target, entries: Sequence[fstab.Entry]) -> None:
+    """Say what of the image's fstab is mounted no more, and which files still name the image's disk."""
+    named = [path for path in holding(root, "/etc", fstab.ids(entries)) if not path.startswith(CHANGED_BY_GRUB)]
     if named:
         log.warning(f"the image's disk, which the guest does not have, is named in {log.few(named)}")
+    left = [
+        entry.mount_point
+        for entry in entries
+        if fstab.names_device(entry.source)
+        and entry.mount_point not in ("/", "/boot", "/boot/efi")
+        and not {"noauto", "nofail"}.intersection(entry.options)
+    ]
     if left:
         log.warning(f"the guest mounts {log.few(left)} no more: the image's fstab has that on a disk of its own")
 
