@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from http_server import serving
-from machine import GIB, disk, peak_memory, seconds
-from support import MIB, PATH, SITE, Node, run
+from machine import GIB, disk, peak_memory, seconds, timed
+from support import MIB, SITE, Node, run
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,6 @@ def variants_and_files(node: Node, work: Path, image: Path) -> Iterator[Scaled]:
     images.mkdir()
     (images / "one-x86_64.tar.zst").symlink_to(image)
     node.defaults(f"IMAGE_DIR={images}\nIMAGE_NAME=one")
-
-    def timed(*argv: object, **environment: str) -> float:
-        start = time.monotonic()
-        command = [str(word) for word in argv]
-        environment = {"PATH": PATH, **environment}
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        assert done.returncode == 0 or "doctor" in argv, done.stderr  # doctor may find this machine wanting
-        return time.monotonic() - start
 
     def with_variants(count: int, *argv: object) -> float:
         names = [f"v{number}" for number in range(count)]
