@@ -25,7 +25,8 @@ PLACES = (
 )
 PROGRAMS = frozenset(("ip", "ifconfig", "route", "ifup", "dhclient", "dhcpcd", "udhcpc", "nmcli"))
 ASKS = frozenset(("show", "get", "list"))
-NO_RESOLV_CONF = re.compile(r"\bmake_resolv_conf\s*\(\)\s*\{\s*(?::|true|return)[\s;0]*\}")
+# Not within an `if`, as in the hooks of packages, which tell the servers to resolved or resolvconf instead
+NO_RESOLV_CONF = re.compile(r"^make_resolv_conf\s*\(\)\s*\{\s*(?::|true|return)[\s;0]*\}", re.MULTILINE)
 MOST_UNITS = 20  # that name a NIC, of which it is asked whether they are started
 NIC = r"(eth|en[a-z]+)[0-9]\w*"
 

@@ -60,9 +60,10 @@ def test_what_the_kernel_is_told(guest: Path, target: Target) -> None:
         ("#!/bin/sh\nmake_resolv_conf(){\n\t:\n}\n", True),
         ("make_resolv_conf () { return 0; }", True),
         ("make_resolv_conf() { resolvconf -a eth0; }", False),
+        ("if [ -x /sbin/resolvconf ]; then\n\tmake_resolv_conf() { : ; }\nfi\n", False),  # of Debian's package
         ("make_resolv_conf() {" + " " * 500_000, False),
     ],
-    ids=["colon", "lines", "return", "resolvconf", "blanks"],
+    ids=["colon", "lines", "return", "resolvconf", "package", "blanks"],
 )
 def test_a_hook_that_keeps_dns_away(text: str, is_found: bool, guest: Path, target: Target) -> None:
     make(guest, {"etc/dhcp/dhclient-enter-hooks.d/nodns": text})
