@@ -125,7 +125,7 @@ def admit(target: Target) -> bool:
 
 def admitted(text: str, today: int) -> str:
     """Return the text of /etc/shadow with root's line such that root can log in on the day `today`."""
-    changed, maximum, expires = (_days(field(text, number)) for number in (CHANGED, MAXIMUM, EXPIRES))
+    changed, maximum, expires = (_number(field(text, number)) for number in (CHANGED, MAXIMUM, EXPIRES))
     if changed == 0 or (changed is not None and maximum is not None and changed + maximum < today):
         text = with_field(text, CHANGED, str(today))
     if expires is not None and expires <= today:
@@ -138,7 +138,7 @@ def admitted(text: str, today: int) -> str:
     return text
 
 
-def _days(text: str) -> int | None:
+def _number(text: str) -> int | None:
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else None
 
 
@@ -257,9 +257,14 @@ def is_denied_by_wrappers(target: Target, sshd: str) -> bool:
 
 def _clients_of_sshd(target: Target, path: str) -> list[list[str]]:
     """Return the words of each list of clients in a file of hosts_access(5) that is about sshd."""
-    text = (target.read(path) or "") if target.is_file(path) else ""
-    rules = [line.upper().replace(",", " ").split(":") for line in text.splitlines() if not line.startswith("#")]
-    return [rule[1].split() for rule in rules if len(rule) > 1 and {"ALL", "SSHD"}.intersection(rule[0].split())]
+    text = _content(target, path).decode("utf-8", "replace").upper().replace(",", " ")
+    found = []
+    for line in text.splitlines():
+        daemons, _, rest = line.partition(":")
+        named, _, excepted = (set(words.split()) for words in daemons.partition("EXCEPT"))
+        if not line.startswith("#") and named & {"ALL", "SSHD"} and "SSHD" not in excepted:
+            found.append(rest.partition(":")[0].split())
+    return found
 
 
 def _obstacles_of_dropbear(target: Target, keys: Sequence[AuthorizedKey]) -> list[str]:
@@ -283,7 +288,7 @@ def _refused_kinds(configuration: Mapping[str, str], keys: Sequence[AuthorizedKe
     kinds = sorted({key.kind for key in keys}) if accepted else []
     refused = [kind for kind in kinds if not {kind, *SIGNATURES.get(kind, ())}.intersection(accepted or ())]
     found = [f"root's keys of type {kind} are of no use: sshd's PubkeyAcceptedAlgorithms lack it" for kind in refused]
-    least = max(1024, int(configuration.get("requiredrsasize", "0")))  # less is built in
+    least = max(1024, _number(configuration.get("requiredrsasize", "")) or 0)  # less is built in
     short = sorted({bits(key) for key in keys if 0 < bits(key) < least})
     return found + [f"root's RSA keys of {number} bits are of no use: sshd wants {least} or more" for number in short]
 

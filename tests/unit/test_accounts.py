@@ -139,6 +139,9 @@ def test_addresses_on_which_sshd_listens(target: Target, monkeypatch: pytest.Mon
         ("ALL: ALL EXCEPT 192.0.2.0/24\n", "", False),
         ("ALL: 198.51.100.7\n", "", False),
         ("ALL: ALL\n", "sshd: 192.0.2.0/24\n", False),
+        ("ALL EXCEPT vsftpd: ALL\n", "", True),
+        ("ALL EXCEPT vsftpd, sshd: ALL\n", "", False),
+        ("sshd: 192.0.2.1\n" * 80_000, "", False),  # of DenyHosts
     ],
 )
 def test_wrappers(deny: str, allow: str, is_denied: bool, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +158,11 @@ def test_key_that_is_too_short_or_too_old(target: Target, monkeypatch: pytest.Mo
         b"".join(len(f).to_bytes(4, "big") + f for f in (b"ssh-rsa", b"\3", b"\0\xff" + bytes(127)))
     )
     keys = logins.authorized_keys(f'ssh-rsa {blob.decode()}\nexpiry-time="20200101" {KEY}\n')
-    for least, said in (("requiredrsasize 2048\n", ["sshd wants 2048 or more"]), ("", [])):
+    for least, said in (
+        ("requiredrsasize 2048\n", ["sshd wants 2048 or more"]),
+        (f"requiredrsasize {'9' * 5000}\n", []),  # of an image that lies
+        ("", []),
+    ):
         sshd_that_says(SSHD + least, target, monkeypatch)
         first, *others = accounts.obstacles(target, keys)
         assert first == "a key of root's has expired: expiry-time"
