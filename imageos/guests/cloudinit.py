@@ -30,6 +30,7 @@ HEADERS = (
     *("#cloud-config", "#!", "#include", "#cloud-boothook", "#part-handler", "#upstart-job", "## template:"),
     "content-type:",
 )
+LISTS = ("#cloud-config-archive", "#cloud-config-jsonp")  # YAML without keys
 # Says where a text is wrong, and none of it
 LOAD = """
 import sys, yaml
@@ -113,7 +114,7 @@ def warn_of_user_data(target: Target, settings: Settings) -> None:
         log.warning("USER_DATA does not begin with a line that cloud-init knows, such as #cloud-config: it is ignored")
     if text.startswith("#!") and "\r\n" in text:
         log.warning("USER_DATA is a script whose lines end as on Windows: the guest will not find its interpreter")
-    if not text.lower().startswith("#cloud-config"):
+    if not text.lower().startswith("#cloud-config") or text.lower().startswith(LISTS):
         return
     python = target.which("python3")
     try:
