@@ -27,6 +27,7 @@ DROPBEAR_KINDS = ("rsa", "ecdsa", "ed25519", "dss")  # the last is of old ones
 # What sshd_config names beside KEYS
 ELSEWHERE = r"""(?im)^[ \t]*HostKey[ \t]+["']?(/[^\s"'*?\[]+)["']?[ \t]*$"""
 KINDS = ("rsa", "ecdsa", "ed25519")
+MOST_KEYS = 16  # each takes a program of the guest's
 RSA = "/etc/ssh/ssh_host_rsa_key"
 # Of Debian's ssl-cert: web, mail and database servers take it where they have no other
 SNAKEOIL = "/etc/ssl/private/ssl-cert-snakeoil.key"
@@ -101,7 +102,7 @@ def elsewhere(target: Target) -> list[str]:
     """Return the host keys that sshd's configuration names in other places than the usual one."""
     files = [path for pattern in SSHD_CONFIG for path in target.glob(pattern) if target.is_file(path)]
     found = [path for file in files for path in re.findall(ELSEWHERE, target.read(file) or "")]
-    return [path for path in dict.fromkeys(found) if not fnmatch.fnmatchcase(path, KEYS)]
+    return [path for path in dict.fromkeys(found) if not fnmatch.fnmatchcase(path, KEYS)][:MOST_KEYS]
 
 
 def _replace_elsewhere(target: Target, keygen: str) -> None:

@@ -150,3 +150,5 @@ def test_keys_elsewhere(guest: Path, target: Target, monkeypatch: pytest.MonkeyP
     target.write("/srv/keys/last", "of a template")
     sealing.seal(target)
     assert not target.exists("/srv/keys/last")
+    target.write("/etc/ssh/sshd_config", "".join(f"HostKey /srv/{number}\n" for number in range(20_000)))
+    assert len(hostkeys.elsewhere(target)) < 20
