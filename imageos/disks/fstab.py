@@ -14,6 +14,7 @@ from imageos.node.mounts import unescape
 # udev's links to a partition: a name of its disk, and its number
 PARTITION_LINK = re.compile(r"/dev/disk/by-((?:id|path)/.+)-part(\d{1,3})")
 SYSTEM = ("/boot", "/boot/efi", "/usr")
+MOST_IDS = 64  # each is looked for in many files
 
 
 class Entry(NamedTuple):
@@ -69,7 +70,7 @@ def ids(entries: Iterable[Entry]) -> list[str]:
     links = [
         os.path.basename(entry.source) for entry in entries if re.match("/dev/disk/by-(part)?(uu)?id/", entry.source)
     ]
-    return [name for name in (*uuids, *links) if len(name) > 7]
+    return [name for name in dict.fromkeys((*uuids, *links)) if len(name) > 7][:MOST_IDS]
 
 
 def parse(text: str) -> tuple[Entry, ...]:

@@ -10,15 +10,17 @@ from diskformats import DESCRIPTOR, vmdk
 from escapes import alarm
 
 from imageos import causes
+from imageos.disks import fstab
 from imageos.guests import accounts, bootconfig, bootloaders, guest
 from imageos.guests.bootconfig import Change
-from imageos.guests.target import READ_LIMIT, Target
+from imageos.guests.target import READ_LIMIT, Target, holding
 from imageos.images import checksums, containers, pages
 from imageos.run import OUTPUT_LIMIT
 
 BLANKS = " " * READ_LIMIT
 INDEX = [f"{name}{number}" for name in ("sum", "x") for number in range(40_000)]
 ADDED = Change(("quiet",))
+FSTAB = "".join(f"UUID={number * 2477:08} /{number} ext4\n" for number in range(40_000))
 
 
 def descriptor() -> None:
@@ -34,6 +36,16 @@ TEXTS: dict[str, Callable[[], object]] = {
     "index of a server": lambda: checksums.checksum_files(INDEX, INDEX[-1]),
     "blank lines of a program": lambda: causes.cause("x", "\n" * OUTPUT_LIMIT),
 }
+
+
+def test_an_fstab_of_many_disks(target: Target) -> None:
+    """Each of its names is looked for in all files of /etc."""
+    for number in range(4):
+        target.write(f"/etc/{number}", "# 00002477\n" + "0 " * 30_000)
+    begin = time.process_time()
+    with alarm():
+        assert holding(target, "/etc", fstab.ids(fstab.parse(FSTAB))) == []
+    assert time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize("what", TEXTS)
