@@ -62,11 +62,13 @@ def warn_of_disk(root: Target, entries: Sequence[fstab.Entry]) -> None:
     named = [path for path in holding(root, "/etc", fstab.ids(entries)) if not path.startswith(CHANGED_BY_GRUB)]
     if named:
         log.warning(f"the image's disk, which the guest does not have, is named in {log.few(named)}")
+    own = {entry.source for entry in entries if entry.mount_point == "/"}  # other subvolumes of it are in the image
     left = [
         entry.mount_point
         for entry in entries
         if fstab.names_device(entry.source)
-        and entry.mount_point not in ("/", "/boot", "/boot/efi")
+        and entry.source not in own
+        and entry.mount_point not in ("/boot", "/boot/efi")
         and not {"noauto", "nofail"}.intersection(entry.options)
     ]
     if left:

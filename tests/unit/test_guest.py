@@ -335,7 +335,8 @@ def test_fstab_of_the_image(guest: Path, target: Target, capfd: pytest.CaptureFi
     kept += "/swapfile none swap sw 0 0\n"
     gone = "/dev/sr0 /media udf noauto 0 0\n/gone none swap sw 0 0\n/data/srv /srv2 none bind 0 0\n"
     gone += "tank/a /a zfs defaults 0 0\nUUID=0000-1111-2222 /data ext4 defaults 0 2\n"
-    old = f"# of the image\nUUID=root-1111-2222 / ext4 defaults 0 1\n{kept}{gone}"
+    gone += "UUID=root-1111-2222 /home btrfs subvol=home 0 0\n"
+    old = f"# of the image\nUUID=root-1111-2222 / btrfs subvol=root 0 0\n{kept}{gone}"
     tree(guest, {"etc/fstab": old, "swapfile": "", "etc/a/disk.conf": "x=/dev/disk/by-uuid/0000-1111-2222\n"})
     tree(guest, {"etc/b.conf": "# 0000-1111-2222\n", "etc/c.conf": "0000-1111-22223\n"})
     personalize.replace_fstab(target, ())
