@@ -67,6 +67,8 @@ REPEATED = {
     f"{cloudinit.STATE}/data/previous-hostname": _ALONE,
     **dict.fromkeys((*cloudinit.NAMED, f"{cloudinit.STATE}/data/set-hostname"), _YAML),
 }
+# Where a name only says on which machine a key was made, or metadata of LVM was written
+REMARKS = ("/etc/ssh/ssh_host_", "/etc/lvm/archive/", "/etc/lvm/backup/")
 
 
 def write(root: Target, name: str) -> None:
@@ -112,7 +114,7 @@ def _replace_all(root: Target, patterns: Mapping[str, str], old: str, new: str) 
 def _warn_of_rest(root: Target, old: str, new: str) -> None:
     """Name the files of the guest's configuration that have the old name still; a name without a domain is any word."""
     if "." in old and old.lower() != new.lower():
-        found = holding(root, "/etc", [old])
+        found = [path for path in holding(root, "/etc", [old]) if not path.startswith(REMARKS)]
         if found:
             log.warning(f"the old name {old} stays in {log.few(found)}: what it means there is not known")
 

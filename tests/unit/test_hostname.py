@@ -178,6 +178,8 @@ def test_what_still_has_the_old_name(is_renamed: bool, target: Target, capfd: py
         "binary": f"\0{OLD}\n",
         "large": f"{OLD}\n" + "x" * 70_000,
         "last.conf": f"name={OLD}.",
+        "ssh/ssh_host_rsa_key.pub": f"ssh-rsa AAAA root@{OLD}\n",
+        "lvm/backup/vg0": f'creation_host = "{OLD}"\n',
     }.items():
         target.write(f"/etc/{name}", text)
     target.symlink("site/deep/app.ini", "/etc/link")
