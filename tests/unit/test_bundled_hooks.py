@@ -97,6 +97,14 @@ def test_ssh_keys_in_a_guest_without_passwd(guest: Path, target: Target) -> None
     assert (guest / "root/.ssh/authorized_keys").read_text() == f"{KEY}\n"
 
 
+def test_ssh_keys_in_a_guest_without_sshd(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
+    """For one with cloud-init, create says what keeps root out, but not this: user-data may install sshd."""
+    put(guest, {"etc/passwd": PASSWD, "etc/cloud/cloud.cfg": ""})
+    target.write("/usr/bin/cloud-init", "", mode=0o755)
+    ssh(target, ssh_authorized_keys=KEY)
+    assert "the guest has no sshd" in capfd.readouterr().err
+
+
 def test_ssh_keys_stay_in_the_guest(guest: Path, target: Target, tmp_path: Path) -> None:
     outside = tmp_path / "node"
     outside.mkdir()
