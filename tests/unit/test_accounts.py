@@ -176,6 +176,8 @@ def test_shell_that_is_not_there(target: Target, monkeypatch: pytest.MonkeyPatch
     assert accounts.obstacles(target, KEYS) == [said]
     target.write("/bin/zsh", "", mode=0o755)
     assert accounts.obstacles(target, KEYS) == []
+    target.write("/etc/passwd", "root:x:0:0:root:/root:/run/current-system/sw/bin/bash\n")
+    assert accounts.obstacles(target, KEYS) == []
 
 
 @pytest.mark.parametrize(
