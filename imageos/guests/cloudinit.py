@@ -52,7 +52,7 @@ DEFAULT_USER = f"{cloudboot.FIRST_OF_OURS}-user.cfg"  # keys with options
 NAME = f"{cloudboot.FIRST_OF_OURS}-name.cfg"
 # The seed, and files that cloud-init wrote from it
 INSTANCE_FILES = (
-    *(f"{SEED}*", DATASOURCE, DEFAULT_USER, USERS),
+    *(f"{SEED}*", DATASOURCE, DEFAULT_USER),
     *(cloudboot.OURS, "/etc/netplan/50-cloud-init.yaml", "/etc/network/interfaces.d/50-cloud-init*"),
 )
 # A guest's text: no pattern may have two ways to match the same blanks, or it takes hours.

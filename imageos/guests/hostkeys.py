@@ -23,10 +23,10 @@ KEYS = "/etc/ssh/ssh_host_*"
 # The second and third are those of its initramfs, which holds copies of them.
 DROPBEAR = ("/etc/dropbear", "/etc/dropbear/initramfs", "/etc/dropbear-initramfs")
 DROPBEAR_KEYS = tuple(f"{directory}/dropbear_*_host_key" for directory in DROPBEAR)
-DROPBEAR_KINDS = ("rsa", "ecdsa", "ed25519", "dss")  # the last is of old ones
+KINDS = ("rsa", "ecdsa", "ed25519")
+DROPBEAR_KINDS = (*KINDS, "dss")  # the last is of old ones
 # What sshd_config names beside KEYS
 ELSEWHERE = r"""(?im)^[ \t]*HostKey[ \t]+["']?(/[^\s"'*?\[]+)["']?[ \t]*$"""
-KINDS = ("rsa", "ecdsa", "ed25519")
 MOST_KEYS = 16  # each takes a program of the guest's
 RSA = "/etc/ssh/ssh_host_rsa_key"
 # Of Debian's ssl-cert: web, mail and database servers take it where they have no other
@@ -107,8 +107,8 @@ def elsewhere(target: Target) -> list[str]:
 
 def _replace_elsewhere(target: Target, keygen: str) -> None:
     for path in elsewhere(target):
-        words = f"{target.read(f'{path}.pub') or ''} {path}".split()
-        kind = next((kind for kind in KINDS if any(kind in word for word in words[:1])), KINDS[-1])
+        telling, *_ = f"{target.read(f'{path}.pub') or ''} {path}".split()  # its type, or else its name
+        kind = next((kind for kind in KINDS if kind in telling), KINDS[-1])
         target.remove(path)
         target.remove(f"{path}.pub")
         try:
@@ -126,7 +126,7 @@ def _replace_dropbear(target: Target) -> None:
         files = {kind: pattern.replace("*", kind) for kind in DROPBEAR_KINDS}
         wanted = [kind for kind in DROPBEAR_KINDS if files[kind] in old]  # not any name: each takes a program
         if directory == DROPBEAR[0] and target.is_dir(directory):
-            wanted = ["rsa", "ecdsa", "ed25519"]
+            wanted = [*KINDS]
         elif old:
             log.warning("the guest's initramfs keeps the image's ssh host keys: update-initramfs -u makes it anew")
         for kind in wanted if keygen else ():
