@@ -208,6 +208,8 @@ def _is_readable(disk: _Beginnings, places: Sequence[tuple[int, int]]) -> bool:
 
     The largest may be the root, whatever it is.
     """
+    if not places:  # swap only
+        return False
     kinds = _kinds(disk, places)
     unreadable = {*kinds.values()} - {*FILESYSTEMS, ""}
     largest = max(places, key=lambda place: place[1] - place[0])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support import make_odd
 
 from imageos.errors import Failure, Interrupted
-from imageos.images import dump, imagefile, imagetypes, tarball, wholeness
+from imageos.images import dump, imagefile, imagetypes, preview, tarball, wholeness
 from imageos.images.imagefile import Image, check_stages, zstd_frame_size
 from imageos.run import Finished
 from imageos.settings import Settings
@@ -348,3 +348,8 @@ def test_signal_when_enough_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imagefile, "unpacked", unpacked)
     with pytest.raises(Interrupted):
         _ = Image("image", -1, 10, "gzip").start
+
+
+def test_disk_of_nothing_but_swap() -> None:
+    """Of a group that has its volume in the first MiB, for example."""
+    assert not preview._is_readable(None, [])  # type: ignore[arg-type]
