@@ -189,6 +189,11 @@ def obstacles(
     sshd = target.which("sshd")
     if not sshd:
         return [*found, *_obstacles_of_dropbear(target, keys)]
+    return [*found, *_obstacles_of_sshd(target, sshd, keys, addresses)]
+
+
+def _obstacles_of_sshd(target: Target, sshd: str, keys: Sequence[AuthorizedKey], addresses: Sequence[str]) -> list[str]:
+    found = []
     if not any(is_enabled(target, name) for name in ("ssh", "sshd")):
         found.append("the guest does not start its sshd when it boots")
     if is_denied_by_wrappers(target, sshd):
