@@ -14,6 +14,8 @@ from imageos.node.mounts import unescape
 # udev's links to a partition: a name of its disk, and its number
 PARTITION_LINK = re.compile(r"/dev/disk/by-((?:id|path)/.+)-part(\d{1,3})")
 SYSTEM = ("/boot", "/boot/efi", "/usr")
+# On the image's disk, too, or of its hypervisor: a boot would end where it cannot be mounted
+OF_MACHINE = ("zfs", "9p", "virtiofs", "vboxsf", "fuse.vmhgfs-fuse")
 MOST_IDS = 64  # each is looked for in many files
 
 
@@ -46,11 +48,11 @@ def render(volumes: Iterable[Volume]) -> str:
 
 
 def others(text: str) -> Iterator[tuple[str, str]]:
-    """Yield (line, first field) of what is on no disk: tmpfs, network, a swap file."""
+    """Yield (line, first field) of what any machine has: tmpfs, network, a swap file."""
     for line in text.splitlines():
         source, mount_point, kind, *_ = (*line.split(), "", "", "")
         is_entry = kind and not source.startswith("#")
-        if is_entry and not names_device(source) and mount_point != "/" and kind != "zfs":  # that is on the disk, too
+        if is_entry and not names_device(source) and mount_point != "/" and kind not in OF_MACHINE:
             yield line, source
 
 

@@ -334,7 +334,7 @@ def test_fstab_of_the_image(guest: Path, target: Target, capfd: pytest.CaptureFi
     kept = "tmpfs /srv tmpfs size=1M 0 0\nserver:/export /mnt nfs _netdev 0 0\n//s/x /x cifs ro 0 0\n"
     kept += "/swapfile none swap sw 0 0\n"
     gone = "/dev/sr0 /media udf noauto 0 0\n/gone none swap sw 0 0\n/data/srv /srv2 none bind 0 0\n"
-    gone += "tank/a /a zfs defaults 0 0\nUUID=0000-1111-2222 /data ext4 defaults 0 2\n"
+    gone += "share /host 9p trans=virtio 0 0\ntank/a /a zfs defaults 0 0\nUUID=0000-1111-2222 /data ext4 defaults 0 2\n"
     gone += "UUID=root-1111-2222 /home btrfs subvol=home 0 0\n"
     old = f"# of the image\nUUID=root-1111-2222 / btrfs subvol=root 0 0\n{kept}{gone}"
     tree(guest, {"etc/fstab": old, "swapfile": "", "etc/a/disk.conf": "x=/dev/disk/by-uuid/0000-1111-2222\n"})
