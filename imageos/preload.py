@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from imageos.node.children import signals_held
+
 _later: list[str] = []
 
 
@@ -12,6 +14,7 @@ def later(*modules: str) -> None:
 
 
 def load() -> None:
-    """Import them; to be called with signals held, as Python may lose an exception that one raises in an import."""
-    while _later:
-        import_module(_later.pop(0))
+    """Import them. Signals wait, as Python may lose an exception that one raises in an import."""
+    with signals_held():
+        while _later:
+            import_module(_later.pop(0))

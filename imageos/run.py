@@ -6,6 +6,7 @@ and bounded; every stage of a pipeline counts; children are killed when we leave
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
 import os
@@ -22,9 +23,9 @@ from imageos import log, preload
 from imageos.causes import cause
 from imageos.errors import Failure, TimedOut, signal_name
 from imageos.node import children, confinement, linux
-from imageos.node.children import PIPE, PIPE_SIZE, Process, signals_held
+from imageos.node.children import PIPE, PIPE_SIZE, Process
 from imageos.node.confinement import NOTHING, Room
-from imageos.node.programs import environment
+from imageos.node.programs import DEFAULT_PATH, available, cannot_start, environment
 
 # What is kept of a stream that we only want for messages; a hostile guest may print for ever.
 OUTPUT_LIMIT = 1 << 20
@@ -196,15 +197,17 @@ def _start_all(
         stdin = process.stdout.fileno()
         linux.enlarge_pipe(stdin, PIPE_SIZE)
         processes.append(process)
-    with signals_held():
-        preload.load()
+    preload.load()
     return processes
 
 
 def _start(stack: ExitStack, command: Command, streams: tuple[int, int, int]) -> Process:
     """Start a process that ends with `stack`."""
-    room = command.room
+    room, name = command.room, command.argv[0]
     env = dict(environment() if command.env is None else command.env)
+    # told at once; but where a function leads, such as a guest, there are other programs
+    if isinstance(room, (Room, Outside)) and "/" not in name and not available(name, env.get("PATH", DEFAULT_PATH)):
+        raise cannot_start(name, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
     if isinstance(room, Room):
         env["TMPDIR"] = confinement.TEMPORARY
         enter = confinement.entering(room, env["PATH"], command.keep)
@@ -325,7 +328,7 @@ def _run_dry(processes: Sequence[Process]) -> None:
 
     tar stops at the end of its archive; only the decompressor's end tells whether what it gave was right.
     """
-    status = processes[-1].status()  # whatever it was, it is no zombie any more
+    status = processes[-1].status()
     for process in processes[:-1]:
         while status == 0 and os.read(process.stdout.fileno(), 1 << 16):
             pass

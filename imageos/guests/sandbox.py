@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import socket
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -122,12 +123,16 @@ def _enter(path: str, hostname: str, nodes: dict[str, int], uuids: Sequence[tupl
 
 def _become_first_process() -> None:
     """Continue as process 1 of the new PID namespace: all that it starts ends with it."""
+    parent = os.pidfd_open(os.getpid())
     child = os.fork()
     if child:
         linux.die_with_parent()
         linux.close_all(3)
         exit_as(child)
     linux.die_with_parent()
+    if select.select([parent], [], [], 0)[0]:
+        os._exit(1)  # it was ended before
+    os.close(parent)
 
 
 def _make_devices(root: int, nodes: dict[str, int], uuids: Sequence[tuple[str, str]]) -> None:

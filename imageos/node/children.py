@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import resource
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import BinaryIO, NamedTuple, NoReturn
 
 from imageos.node import confinement, linux
 from imageos.node.confinement import NOTHING
-from imageos.node.programs import available, cannot_start, environment
+from imageos.node.programs import DEFAULT_PATH, cannot_start, environment
 
 PIPE = -1  # instead of a descriptor: one end of a new pipe, whose other end is ours
+MISSING = (errno.ENOENT, errno.ENOTDIR)
+LONGEST_FAULT = 1 << 12  # bytes
 PIPE_SIZE = 1 << 20  # bytes between two processes: what any user may ask for (fs.pipe-max-size)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # that end a command in an orderly way
 Work = Callable[[BinaryIO, Callable[[bytes], object]], None]
@@ -60,7 +63,7 @@ class Process(NamedTuple):
     program: Program
     pid: int
     pipes: Mapping[int, BinaryIO]  # its stdout, its stderr: our ends
-    fault: int  # descriptor of a file: the number of the error for which it did not start; empty: it did
+    fault: int  # descriptor of a file: why it did not start, as the number and text of an error; empty: it did
 
     @property
     def stdout(self) -> BinaryIO:
@@ -74,10 +77,10 @@ class Process(NamedTuple):
         """Wait for its end, and return its status, negative for a signal; raise Failure if it did not start."""
         ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         assert ended
-        fault = os.pread(self.fault, 16, 0)
+        fault = os.pread(self.fault, LONGEST_FAULT, 0).decode("utf-8", "replace")
         if fault:
-            number = int(fault)
-            raise cannot_start(self.program.argv[0], OSError(number, os.strerror(number)))
+            number, _, why = fault.partition(" ")
+            raise cannot_start(self.program.argv[0], OSError(int(number), why))
         status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
         # process 1 of its namespace has ended with it, and as a shell would (confinement.exit_as)
         return 128 - status if self.program.apart and 128 < status <= 128 + signal.NSIG else status
@@ -97,9 +100,6 @@ def start(stack: ExitStack, program: Program) -> Process:
 
 @contextmanager
 def _started(program: Program, mask: Iterable[int]) -> Iterator[Process]:
-    name = program.argv[0]
-    if "/" not in name and not available(name, program.env["PATH"]):
-        raise cannot_start(name, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
     with ExitStack() as stack:
         pipes = {number: os.pipe() for number, stream in enumerate(program.streams) if stream == PIPE}
         ours = {number: stack.enter_context(os.fdopen(reader, "rb", 0)) for number, (reader, _) in pipes.items()}
@@ -130,6 +130,7 @@ def _fork(program: Program, streams: Sequence[int], fault: int, mask: Iterable[i
 
 def _become(program: Program, streams: Sequence[int], fault: int, mask: Iterable[int]) -> NoReturn:
     """In the child: turn into the program."""
+    gc.disable()  # what is left of our parent's objects is the parent's to end
     try:
         forget_ours(mask)
         for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python
@@ -148,17 +149,33 @@ def _become(program: Program, streams: Sequence[int], fault: int, mask: Iterable
             os.closerange(first, descriptor)
             first = descriptor + 1
         linux.close_all(first)
-        os.execvpe(program.argv[0], list(program.argv), program.env)
-    except OSError as error:
-        os.write(fault, str(error.errno).encode())
+        _execute(program)
+    except Exception as error:
+        known = isinstance(error, OSError) and error.errno
+        told = f"{known} {os.strerror(known)}" if known else f"0 {type(error).__name__}: {error}"
+        os.write(fault, told.encode("utf-8", "replace")[:LONGEST_FAULT])
     finally:  # there is no way back
         os._exit(126)
 
 
+def _execute(program: Program) -> NoReturn:
+    """As os.execvpe, which may import a module for that: in the root of a guest, it would be the guest's."""
+    name, path = program.argv[0], program.env.get("PATH", DEFAULT_PATH)
+    failed = []
+    for place in [name] if "/" in name else [os.path.join(directory, name) for directory in path.split(":")]:
+        try:
+            os.execve(place, list(program.argv), program.env)
+        except OSError as error:
+            failed.append(error)
+    raise next((error for error in failed if error.errno not in MISSING), failed[0])
+
+
 def _end(process: Process) -> None:
-    if process.program.leads and not process.has_ended():
-        os.killpg(process.pid, signal.SIGKILL)
-    os.kill(process.pid, signal.SIGKILL)
+    with_group = process.program.leads and not process.has_ended()
+    os.kill(process.pid, signal.SIGKILL)  # first: from now on it makes no group, and starts nothing
+    if with_group:
+        with suppress(ProcessLookupError):  # it had not made one yet
+            os.killpg(process.pid, signal.SIGKILL)
     os.waitpid(process.pid, 0)
 
 
@@ -176,37 +193,41 @@ def in_child(work: Work, source: int) -> Iterator[tuple[BinaryIO, Callable[[], i
     reader, writer = os.pipe()
     linux.enlarge_pipe(writer, PIPE_SIZE)
     enter = confinement.entering(NOTHING, environment()["PATH"])
-    with signals_held() as before, linux.children_apart() if os.geteuid() == 0 else nullcontext():
-        child = os.fork()
-        if not child:
-            _work(work, source, writer, enter, before)  # there is no way back
-    os.close(source)
-    os.close(writer)
-    with _ending(child), os.fdopen(reader, "rb", PIPE_SIZE) as output:
+    with ExitStack() as stack:
+        output = stack.enter_context(os.fdopen(reader, "rb", PIPE_SIZE))
+        with signals_held() as before:
+            with linux.children_apart() if os.geteuid() == 0 else nullcontext():
+                child = os.fork()
+                if not child:
+                    _work(work, source, writer, enter, before)  # there is no way back
+            stack.enter_context(_ending(child))
+            os.close(source)
+            os.close(writer)
         yield output, lambda: _status(child)
 
 
 @contextmanager
 def meanwhile(call: Callable[[], object]) -> Iterator[Callable[[], None]]:
     """Have a child wait for a system call of ours; yield a function that waits for it, and raises its OSError."""
-    with signals_held() as before:
-        child = os.fork()
-        if not child:
-            try:
-                forget_ours(before)
-                call()
-                os._exit(0)
-            except OSError as error:
-                os._exit(error.errno or errno.EIO)
-            finally:
-                os._exit(errno.EIO)
 
     def finish() -> None:
         status = _status(child)
         if status:
             raise OSError(status, os.strerror(status))
 
-    with _ending(child):
+    with ExitStack() as stack:
+        with signals_held() as before:
+            child = os.fork()
+            if not child:
+                try:
+                    forget_ours(before)
+                    call()
+                    os._exit(0)
+                except OSError as error:
+                    os._exit(error.errno or errno.EIO)
+                finally:
+                    os._exit(errno.EIO)
+            stack.enter_context(_ending(child))
         yield finish
 
 
