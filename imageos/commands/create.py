@@ -24,7 +24,8 @@ def main(_arguments: Sequence[str]) -> int:
     if image:
         leave_to_ganeti(instance, image)
     else:
-        from imageos import deployment  # late: preloaded
+        preload.load()  # without settings files, no shell has run
+        from imageos import deployment
 
         deployment.create(instance, settings)
     return 0

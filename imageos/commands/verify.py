@@ -20,7 +20,8 @@ def main(_arguments: Sequence[str]) -> int:
     unknown = unknown_parameters(os.environ)
     settings, problems = examine_settings({**ganeti.EXAMPLE, **os.environ})
     problems += [Failure(f"unknown OS parameter {name}") for name in unknown]
-    from imageos import hooks  # late: preloaded
+    preload.load()  # without settings files, no shell has run
+    from imageos import hooks
 
     problems += [] if problems else problems_of(check_image, settings)  # a wrong setting would select another image
     problems += problems_of(hooks.check, settings)

@@ -41,7 +41,6 @@ def enter() -> None:
         raise Failure("this needs root", hint="run it with sudo")
     alive, supervisor_end = os.pipe()  # `alive` reads end of file when the supervisor is gone
     with signals_held() as before:  # until both have their handlers; Python loses what a handler raises in fork
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, nobody would learn how the child ended
         with explained("cannot make a PID namespace"):
             linux.unshare(linux.CLONE_NEWPID)  # applies to the next child, not to us
             child = os.fork()
@@ -93,7 +92,8 @@ def limit_memory() -> None:
 
 
 def handle_signals() -> None:
-    """Raise Interrupted on the first of SIGNALS; ignore later ones."""
+    """Raise Interrupted on the first of SIGNALS; ignore later ones. Our children's ends are ours to learn."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if the caller ignores it, nobody is told how a child has ended
     interrupted = False
 
     def interrupt(signum: int, _frame: FrameType | None) -> None:

@@ -14,7 +14,7 @@ from imageos.node import children, isolation, linux
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in children.SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*children.SIGNALS, signal.SIGCHLD)}
     isolation.handle_signals()
     yield
     for number, handler in before.items():
@@ -33,6 +33,13 @@ def test_cleaning_up_is_not_interrupted() -> None:
         signal.raise_signal(signal.SIGTERM)
     for number in children.SIGNALS:
         signal.raise_signal(number)
+
+
+def test_children_are_ours_to_bury() -> None:
+    """A caller that ignores SIGCHLD has its programs ignore it, too: the kernel would tell nobody how a child ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    isolation.handle_signals()
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
 
 
 def test_namespaces_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
