@@ -16,7 +16,7 @@ def main(_arguments: Sequence[str]) -> int:
     """Check everything that does not depend on the instance, which only create knows."""
     ganeti.check_api(os.environ)
     isolation.enter()
-    preload.later("imageos.hooks", "imageos.images.preview")
+    preload.later("imageos.hooks", "imageos.images.imagetypes", "imageos.images.preview")
     unknown = unknown_parameters(os.environ)
     settings, problems = examine_settings({**ganeti.EXAMPLE, **os.environ})
     problems += [Failure(f"unknown OS parameter {name}") for name in unknown]

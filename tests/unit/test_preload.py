@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
+import imageos
 from imageos import ganeti, preload
 from imageos.commands import create, verify
 from imageos.node import isolation
@@ -44,3 +47,15 @@ def test_signals_wait_where_no_shell_has_run(monkeypatch: pytest.MonkeyPatch, co
     with pytest.raises(Looked) as looked:
         main([])
     assert looked.value.args[0] >= {*SIGNALS}
+
+
+def test_what_is_called_preloaded() -> None:
+    late: set[str] = set()
+    early: set[str] = set()
+    for path in Path(imageos.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        for package, names in re.findall(r"from (imageos[\w.]*) import ([\w, ]+)  # late: preloaded", text):
+            late |= {f"{package}.{name}" for name in names.split(", ")}
+        for names in re.findall(r"preload\.later\((.+)\)", text):
+            early |= {*re.findall(r'"([\w.]+)"', names)}
+    assert late and late <= early
