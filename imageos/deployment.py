@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from imageos import hooks, log, network, preload
+from imageos import hooks, log, network
 from imageos.disks import blockdev, discovery, filesystem, grow, mounting, partitions
 from imageos.disks.blockdev import Disk, LoopDevice
 from imageos.disks.filesystem import Volume
@@ -32,7 +32,6 @@ def create(instance: Instance, settings: Settings) -> None:
             f"instance {instance.name} has no disk to put an image on",
             hint="add one (gnt-instance modify --disk add:size=10G), or set CDINSTALL=yes",
         )
-    preload.later("imageos.guests.personalize")
     names = hooks.check(settings)
     interfaces = plan_interfaces(instance, settings, names)
     with blockdev.claimed(instance.disks[0].path) as disk:

@@ -15,7 +15,7 @@ from imageos.settings import load_settings, reserved_parameters
 def main(_arguments: Sequence[str]) -> int:
     instance = ganeti.instance(os.environ)
     isolation.enter()
-    preload.later("imageos.deployment")
+    preload.later("imageos.deployment", "imageos.guests.personalize")  # soon: an install may replace the file
     settings = load_settings(os.environ).with_sizes(instance.memory)
     if settings.cdinstall:
         log.info("CDINSTALL=yes: the disks are left alone, boot the instance from an installer")

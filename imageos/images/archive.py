@@ -39,7 +39,7 @@ def begins_with_disk(image: Image) -> bool:
     """Return whether the first file of an archive is a disk image: the name alone says nothing of /initrd.img."""
     header, content = image.start[:BLOCK], image.start[BLOCK:]
     name = DISK.search(header[:100].rstrip(b"\0").decode("latin-1"))
-    if not name or header[156:157] not in (b"0", b"\0"):  # no regular file
+    if not (name and is_header(header)) or header[156:157] not in (b"0", b"\0"):  # no regular file
         return False
     if name[3]:
         return bool(compression_of(content))

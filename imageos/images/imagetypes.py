@@ -88,11 +88,11 @@ def check(image_type: ImageType, image: Image) -> None:
     wholeness.check_packed(image)
     if image.whole:
         check_page(image)
+    if image_type.deploy == tarball.deploy and archive.begins_with_disk(image):
+        raise Failure(f"image {image.path} is an archive of a disk image, not of a system", hint="set IMAGE_TYPE=qemu")
     image_type.check(image)
     if image.whole:
         check_kind(image)
-    if image_type.deploy == tarball.deploy and archive.begins_with_disk(image):
-        raise Failure(f"image {image.path} is an archive of a disk image, not of a system", hint="set IMAGE_TYPE=qemu")
     wholeness.check(image)
     if not image_type.deploy:
         diskimage.check_readable(image)
