@@ -45,7 +45,6 @@ def version2(interfaces: Interfaces, renderer: str = "") -> dict[str, Any]:
     if renderer == "NetworkManager":
         for interface in interfaces:
             ethernets[interface.name].update(_router_advertisements(interface))
-            ethernets[interface.name].update({} if interface.takes_dns else WITHOUT_OFFERED_DNS)
     return {"version": 2, "ethernets": ethernets}
 
 
@@ -87,6 +86,9 @@ def _route2(route: Route) -> dict[str, Any]:
 def netplan(interfaces: Interfaces, renderer: str = "") -> Files:
     """Write JSON, which is also YAML. `renderer` is the image's choice; empty: netplan's default."""
     config = version2(interfaces, renderer)
+    if renderer == "NetworkManager":  # not by way of cloud-init, which takes it for a mistake since 25.1
+        for interface in interfaces:
+            config["ethernets"][interface.name].update({} if interface.takes_dns else WITHOUT_OFFERED_DNS)
     if renderer:
         config["renderer"] = renderer
     return {"/etc/netplan/10-imageos.yaml": HEADER + json.dumps({"network": config}, indent=2) + "\n"}
