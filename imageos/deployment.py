@@ -33,6 +33,7 @@ def create(instance: Instance, settings: Settings) -> None:
             hint="add one (gnt-instance modify --disk add:size=10G), or set CDINSTALL=yes",
         )
     names = hooks.check(settings)
+    hooks.load(settings, names)
     interfaces = plan_interfaces(instance, settings, names)
     with blockdev.claimed(instance.disks[0].path) as disk:
         image = imagetypes.find(settings, with_boot=not instance.kernel_path, disk_size=disk.size)

@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
+from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
 from imageos import ganeti, log, logins
@@ -18,6 +20,7 @@ from imageos.guests import bootconfig
 from imageos.guests.sandbox import devices
 from imageos.installation import OS_DIR, program_file
 from imageos.node import linux
+from imageos.node.children import signals_held
 from imageos.node.isolation import limit_memory, other_processes
 from imageos.node.programs import environment, script_fault
 from imageos.outcome import guard
@@ -49,6 +52,17 @@ def find(directory: str) -> list[str]:
         and os.path.isfile(f"{directory}/{name}")
         and os.access(f"{directory}/{name}", os.X_OK)
     )
+
+
+def chosen(settings: Settings, names: str) -> list[str]:
+    """Return those of the hooks that run which are in `names`, separated by spaces."""
+    return [name for name in find(settings.customize_dir) if name in names.split()]
+
+
+def load(settings: Settings, names: Iterable[str]) -> None:
+    """Load hooks of ours as they are now: before they run, an install may replace them, and the file we run from."""
+    for name in names:
+        _shipped(f"{settings.customize_dir}/{name}")
 
 
 def check(settings: Settings) -> list[str]:
@@ -166,23 +180,29 @@ class _Relay:
             log.info(f"{self._name}: {self.held.pop(0)}")
 
 
-def _shipped(path: str) -> bytes:
-    """Return the source of a hook if it is one of ours, unchanged; else nothing."""
+@cache
+def _shipped(path: str) -> CodeType | None:
+    """Return a hook if it is one of ours, unchanged, and all that it imports imported; else nothing."""
     loader: Any = __spec__.loader
     try:
         with open(path, "rb") as file:
             source = file.read(LONGEST)
         ours = loader.get_data(f"{os.path.dirname(__file__)}/hooks.d/{os.path.basename(path)}")
     except OSError:  # it is the site's, or a program that only root may run
-        return b""
-    return source if source == ours else b""
+        return None
+    if source != ours:
+        return None
+    code = compile(source, path, "exec", dont_inherit=True)
+    with signals_held():  # Python may lose an exception that a handler raises during an import
+        exec(code, {"__name__": ""})  # without its main
+    return code
 
 
-def _calling(argv: Sequence[str], env: Mapping[str, str], source: bytes) -> Callable[[], None]:
+def _calling(argv: Sequence[str], env: Mapping[str, str], code: CodeType) -> Callable[[], None]:
     """Return the function by which a child is such a hook: most of what it imports, half of its time, is there."""
 
     def main() -> int:
-        exec(compile(source, argv[0], "exec", dont_inherit=True), {"__name__": "__main__"})
+        exec(code, {"__name__": "__main__"})
         return 0
 
     def call() -> NoReturn:
@@ -210,10 +230,10 @@ def _run_one(name: str, argv: Sequence[str], env: Mapping[str, str], timeout: in
     relay = _Relay(name)
     ours = other_processes()  # they write back meanwhile
     try:
-        source = _shipped(argv[0])
+        code = _shipped(argv[0])
         # private: its output is in the log already
         command = Command(
-            argv, _calling(argv, env, source) if source else Outside.HOOK, env=env, cwd=os_directory(), private=True
+            argv, _calling(argv, env, code) if code else Outside.HOOK, env=env, cwd=os_directory(), private=True
         )
         finished = pipeline(command, timeout=timeout, on_line=relay.add, on_exit=end_others)[0]
     except TimedOut:

@@ -40,6 +40,7 @@ def main(_arguments: Sequence[str]) -> int:
     settings = load_settings(os.environ).with_sizes(instance.memory)
     if backup.number == 0 and not settings.nomount:
         require(*partitions.PROGRAMS)
+        hooks.load(settings, hooks.chosen(settings, settings.import_hooks))
     with blockdev.claimed(backup.device) as disk:
         with log.phase(f"restored disk {backup.number}"):
             restored = restore_any(Source(0), disk, instance, settings)
@@ -225,10 +226,13 @@ def adapt(disk: Disk, instance: Instance, settings: Settings, is_larger: bool, o
 
     `origin` is the instance whose backup it is: that of another makes a clone, with an identity of its own.
     """
-    available = hooks.find(settings.customize_dir)
-    names = [name for name in available if name in settings.import_hooks.split()]
+    names = hooks.chosen(settings, settings.import_hooks)
     if instance.nics and "interfaces" not in names and not settings.nomount:
-        how = "" if "interfaces" in available else f" (first: chmod +x {settings.customize_dir}/interfaces)"
+        how = (
+            ""
+            if "interfaces" in hooks.find(settings.customize_dir)
+            else f" (first: chmod +x {settings.customize_dir}/interfaces)"
+        )
         log.info(f"the guest's network is as in the backup; IMPORT_HOOKS with interfaces fits it to this instance{how}")
     is_clone = origin not in ("", instance.name)
     if not origin and not settings.nomount:

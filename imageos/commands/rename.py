@@ -25,6 +25,7 @@ def main(_arguments: Sequence[str]) -> int:
         reason = "NOMOUNT=yes" if settings.nomount else "the instance has no disk"
         log.info(f"{reason}: there is no guest to rename")
         return 0
+    hooks.load(settings, hooks.chosen(settings, settings.rename_hooks))
     with blockdev.claimed(instance.disks[0].path) as disk, blockdev.attached(disk) as loop:
         found = discovery.find_if_any(loop, "there is no guest to rename")
         if not found:
@@ -46,7 +47,7 @@ def rename(instance: Instance, old: str, settings: Settings, loop: LoopDevice, f
             log.info(f"the guest's name {old} stays as it is")
         else:
             changed = hostname.rename(root, old, instance.name)
-        names = [name for name in hooks.find(settings.customize_dir) if name in settings.rename_hooks.split()]
+        names = hooks.chosen(settings, settings.rename_hooks)
         context = hooks.Context("rename", os.environ, settings, isolation.TARGET, loop, found.volumes)
         try:
             hooks.run_all(names, context, ["-r"])

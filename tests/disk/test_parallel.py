@@ -12,7 +12,7 @@ from pathlib import Path
 import backups
 import guestdisks
 import pytest
-from support import Call, Node, Result, attached, mounted, partitions, run, wait_until
+from support import SITE, Call, Node, Result, attached, mounted, partitions, run, wait_until
 from trees import ARCH
 
 from imageos.disks import btrfs
@@ -115,6 +115,23 @@ def test_install_during_create(node: Node, disk: MakeDisk, tmp_path: Path) -> No
     node.variant("default")
     node.hook("version", "#!/bin/sh\n$IMAGEOS --version\n")
     assert "imageos 99.9" in here.create(disk()).ok().log
+
+
+def test_install_before_a_hook(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
+    """The bundled hooks of a create that has begun are those of the old version, too."""
+    newer = another_version(node.imageos, tmp_path / "newer", "99.9")
+    here = copy.copy(node)
+    here.root = tmp_path / "own"
+    here.os_dir = here.root / "usr/share/ganeti/os/image"
+    run(node.imageos, "install", "--root", here.root)
+    gate = tmp_path / "gate"
+    node.hook("a_wait", f"#!/bin/sh\n: >{gate}\nwhile [ -e {gate} ]; do sleep 0.05; done\n")
+    (SITE / "hooks/interfaces").chmod(0o755)
+    call = here.start("create", here.environment(disk(), NIC_COUNT="0"))
+    call.wait_for(gate.exists, "its hooks run")
+    run(newer, "install", "--root", here.root)
+    gate.unlink()
+    call.result().ok()
 
 
 def another_version(imageos: Path, path: Path, version: str) -> Path:

@@ -330,13 +330,13 @@ from imageos import hooks, outcome
 from imageos.node import isolation
 from imageos.run import Command, Outside, foreground, pipeline
 
-LIMIT = b"import os, resource; os.write(1, b'%d' % (resource.getrlimit(resource.RLIMIT_AS)[0] >> 10))"
+LIMIT = "import os, resource; os.write(1, b'%d' % (resource.getrlimit(resource.RLIMIT_AS)[0] >> 10))"
 
 def work():
     isolation.enter()
     limit = ["sh", "-c", "ulimit -v"]
     inside, outside = Command(limit), Command(limit, Outside.HOOK)
-    hook = Command(["hook"], hooks._calling(["hook"], {}, LIMIT))
+    hook = Command(["hook"], hooks._calling(["hook"], {}, compile(LIMIT, "hook", "exec")))
     print(*(pipeline(command)[0].stdout.decode().strip() for command in (inside, outside, hook)), flush=True)
     foreground(outside)
     bytearray(5 << 30)
