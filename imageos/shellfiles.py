@@ -353,10 +353,11 @@ def _not_set(main: str, file: str, number: str, is_lost: str, command: str) -> I
     whys = [(match[1], why) for pattern, why in _NOT_SET if (match := re.fullmatch(pattern, command))]
     assigned = re.match(r"(?:export )?([A-Z]\w*)\+?=|read .*?\b([A-Z]\w*)$", command)
     if assigned and not whys:
-        name, line = assigned[1] or assigned[2], _line_of(file, number)
-        if re.search(rf"{re.escape(command)} ?&(?!&)", line):
+        name, line, itself = assigned[1] or assigned[2], _line_of(file, number), re.escape(command)
+        line = line if "#" in command else line.partition(" #")[0]
+        if re.search(rf"{itself} ?&(?!&)", line):
             whys = [(name, "an & ends the command")]
-        elif is_lost == "1" or re.search(rf"[^|]\|\s*{re.escape(command)}", line):
+        elif is_lost == "1" or re.search(rf"[^|]\|\s*{itself}|{itself}\s*;?\s*}}?\s*\|(?!\|)", line):
             whys = [(name, "it is in a subshell, made by ( or |")]
     for name, why in whys:
         yield Said(main, file, number, f"{name} is not set: {why}", lost="subshell" not in why, ours=True)
