@@ -53,7 +53,7 @@ def others(text: str) -> Iterator[tuple[str, str]]:
         source, mount_point, kind, *_ = (*line.split(), "", "", "")
         is_entry = kind and not source.startswith("#")
         if is_entry and not names_device(source) and mount_point != "/" and kind not in OF_MACHINE:
-            yield line, source
+            yield line, unescape(source)
 
 
 def names_device(source: str) -> bool:

@@ -332,12 +332,15 @@ def test_ids_of_dhcp_clients_in_configuration(
 def test_fstab_of_the_image(guest: Path, target: Target, capfd: pytest.CaptureFixture[str]) -> None:
     """What names no disk of the image stays; what does is named, also where other files say so."""
     kept = "tmpfs /srv tmpfs size=1M 0 0\nserver:/export /mnt nfs _netdev 0 0\n//s/x /x cifs ro 0 0\n"
-    kept += "/swapfile none swap sw 0 0\n"
+    kept += "/swapfile none swap sw 0 0\n/swap\\040file none swap sw 0 0\n"
     gone = "/dev/sr0 /media udf noauto 0 0\n/gone none swap sw 0 0\n/data/srv /srv2 none bind 0 0\n"
     gone += "share /host 9p trans=virtio 0 0\ntank/a /a zfs defaults 0 0\nUUID=0000-1111-2222 /data ext4 defaults 0 2\n"
     gone += "UUID=root-1111-2222 /home btrfs subvol=home 0 0\n"
     old = f"# of the image\nUUID=root-1111-2222 / btrfs subvol=root 0 0\n{kept}{gone}"
-    tree(guest, {"etc/fstab": old, "swapfile": "", "etc/a/disk.conf": "x=/dev/disk/by-uuid/0000-1111-2222\n"})
+    tree(
+        guest,
+        {"etc/fstab": old, "swapfile": "", "swap file": "", "etc/a/disk.conf": "x=/dev/disk/by-uuid/0000-1111-2222\n"},
+    )
     tree(guest, {"etc/b.conf": "# 0000-1111-2222\n", "etc/c.conf": "0000-1111-22223\n"})
     personalize.replace_fstab(target, ())
     lines = (target.read("/etc/fstab") or "").splitlines()
