@@ -188,7 +188,7 @@ def _shipped(path: str) -> CodeType | None:
         with open(path, "rb") as file:
             source = file.read(LONGEST)
         ours = loader.get_data(f"{os.path.dirname(__file__)}/hooks.d/{os.path.basename(path)}")
-    except OSError:  # it is the site's, or a program that only root may run
+    except (OSError, ImportError):  # the site's, for root only; or our file is replaced: it runs as the new one's
         return None
     if source != ours:
         return None

@@ -102,7 +102,8 @@ def test_install_during_create(node: Node, disk: MakeDisk, tmp_path: Path) -> No
     run(node.imageos, "install", "--root", here.root)
     target, gate = disk(), tmp_path / "gate"
     node.variant("default", f": > {gate}; while [ -e {gate} ]; do sleep 0.05; done")
-    call = here.start("create", here.environment(target))
+    (SITE / "hooks/interfaces").chmod(0o755)
+    call = here.start("create", here.environment(target, NIC_COUNT="0"))
     call.wait_for(gate.exists, "it reads its settings")
     with (here.os_dir / "imageos").open("rb") as running:
         run(newer, "install", "--root", here.root)
@@ -114,7 +115,7 @@ def test_install_during_create(node: Node, disk: MakeDisk, tmp_path: Path) -> No
     assert [name for name in os.listdir(here.os_dir) if name.endswith(".tmp")] == []
     node.variant("default")
     node.hook("version", "#!/bin/sh\n$IMAGEOS --version\n")
-    assert "imageos 99.9" in here.create(disk()).ok().log
+    assert "imageos 99.9" in here.create(disk(), NIC_COUNT="0").ok().log
 
 
 def test_install_before_a_hook(node: Node, disk: MakeDisk, tmp_path: Path) -> None:
