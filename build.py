@@ -134,6 +134,7 @@ MAIN = """\
 import _signal
 import os
 import sys
+import zipimport
 
 if sys.version_info < (3, 9):
     sys.stderr.write("imageos: needs Python 3.9 or later; python3 in PATH is %d.%d\\n"
@@ -153,9 +154,19 @@ directory = os.stat(os.path.dirname(program))
 if directory.st_uid == 0 and not directory.st_mode & 0o022:
     sys.path.insert(0, program + ".compiled/" + BUILD)
 
+
+class Archive(zipimport.zipimporter):
+    # zipimport itself loads a module to say how its file is called, and then once more
+    def get_filename(self, name):
+        file = "/__init__.py" if self.is_package(name) else ".py"
+        return self.archive + "/" + self.prefix + name.rpartition(".")[2] + file
+
+sys.path_hooks.insert(0, Archive)
+
 from imageos.cli import main
 
-sys.exit(main())
+# At once: Python takes all objects apart first, one by one, which takes longer than many a command.
+os._exit(main())
 """
 
 # --- The demonstration ----------------------------------------------------------------------------

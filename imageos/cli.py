@@ -5,6 +5,7 @@ Import little at the top: `--version` and `--help` must be quick, and a command 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -41,13 +42,15 @@ MANUALS: dict[tuple[str, ...], str] = {
 }
 
 USAGE = "usage: imageos COMMAND [ARGUMENT...] | imageos --help | imageos --version"
+OBJECTS = 10_000  # new ones until garbage is looked for: those that imports make, thousands, are none
 
 
-def main() -> None:
-    """Run the command that argv[0] or else the first argument names, and exit."""
+def main() -> int:
+    """Run the command that argv[0] or else the first argument names, and return its status."""
     _occupy_standard()
+    gc.set_threshold(OBJECTS)
     status = guard(lambda: dispatch(sys.argv))
-    sys.exit(guard(_finish_stdout) or status)
+    return guard(_finish_stdout) or status
 
 
 def _occupy_standard() -> None:

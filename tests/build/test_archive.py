@@ -73,7 +73,8 @@ def test_survives_a_change_of_directory(imageos: Path, tmp_path: Path) -> None:
     """Called by a relative name, it imports by an absolute path."""
     (tmp_path / "link").symlink_to(imageos)
     script = """
-import runpy, sys
+import os, runpy, sys
+os._exit = sys.exit
 sys.argv = ["link", "--version"]
 try:
     runpy.run_path("link", run_name="__main__")
@@ -148,10 +149,27 @@ def test_runs_under_every_python(imageos: Path, version: str) -> None:
         assert output(python, "-IS", imageos, "--version") == version, python
 
 
+def test_compiles_each_module_once(imageos: Path) -> None:
+    script = f"""
+import collections, runpy, sys
+compiled = collections.Counter()
+sys.addaudithook(lambda event, facts: compiled.update([str(facts[1])] if event == "compile" else []))
+sys.argv = ["imageos", "doctor", "--help"]
+try:
+    runpy.run_path({str(imageos)!r}, run_name="__main__")
+except SystemExit:
+    print({{name: times for name, times in compiled.items() if times > 1 and "/site-packages/" in name}})
+    print(sum("/site-packages/" in name for name in compiled) > 20)
+"""
+    for python in pythons():
+        assert output(python, "-ISc", script).splitlines()[-2:] == ["{}", "True"], python
+
+
 def test_old_python_is_told(imageos: Path) -> None:
     """Run the start code under a version that only claims to be old."""
     script = f"""
-import runpy, sys
+import os, runpy, sys
+os._exit = sys.exit
 sys.version_info = (3, 8, 2)
 runpy.run_path({str(imageos)!r}, run_name="__main__")
 """
