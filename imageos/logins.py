@@ -6,7 +6,6 @@ Messages of ValueError say what is accepted; they never quote a value.
 from __future__ import annotations
 
 import base64
-import ipaddress
 import re
 import time
 from collections.abc import Mapping
@@ -202,6 +201,8 @@ def _checked_options(text: str) -> dict[str, str]:
 
 def _check_sources(options: dict[str, str]) -> None:
     """Refuse a network that sshd takes for none: one with bits of a host, or a netmask. The key would let nobody in."""
+    import ipaddress  # late: few keys say from where
+
     patterns = options["from"].split(",") if "from" in options else []
     if any(re.search(r"\s", pattern) for pattern in patterns):
         raise ValueError("has blanks in from=: sshd(8) takes them for a part of a name")

@@ -17,7 +17,7 @@ from imageos import log
 from imageos.checks.variants import listed
 from imageos.commandline import Parser
 from imageos.errors import Failure, Usage
-from imageos.variants import catalog, download, site, table, trial
+from imageos.variants import catalog, site, table
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -61,6 +61,8 @@ def disable(options: Namespace) -> int:
 
 
 def fetch(options: Namespace) -> int:
+    from imageos.variants import download  # late: the table needs nothing of it
+
     failure = None
     try:
         download.fetch_all(options.names)
@@ -79,6 +81,8 @@ def fetch(options: Namespace) -> int:
 
 
 def try_variant(options: Namespace) -> int:
+    from imageos.variants import download, trial  # late: the table needs nothing of them
+
     download.check_enabled(options.name, listed())
     for label, value in trial.try_variant(options):
         print(f"{label:<16} {value}")
