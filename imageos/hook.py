@@ -19,8 +19,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from imageos import ganeti, log
 from imageos.disks.filesystem import Volume
@@ -33,8 +32,7 @@ from imageos.settings import Settings, settings_from_variables
 __all__ = ["Failure", "Hook"]  # for hooks to import
 
 
-@dataclass(frozen=True)
-class Hook:
+class Hook(NamedTuple):
     """One call of a hook."""
 
     action: str  # create, import or rename

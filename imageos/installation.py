@@ -7,9 +7,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from imageos import ganeti, settings
@@ -52,12 +51,11 @@ class Entry(NamedTuple):
     offered: bool = True  # a newer version is put beside it then
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """The paths that install has put in place, or the package that did so instead."""
 
-    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the content
-    links: dict[str, str] = field(default_factory=dict)  # text of the link
+    files: Mapping[str, str] = {}  # SHA-256 of the content
+    links: Mapping[str, str] = {}  # text of the link
     package: str = ""
 
 
@@ -196,7 +194,7 @@ def read(root: str, path: str) -> Record:
     if text is None:
         return Record()
     try:
-        fields = Record.__dataclass_fields__  # a newer version may have written more
+        fields = Record._fields  # a newer version may have written more
         record = Record(**{name: value for name, value in json.loads(text).items() if name in fields})
         for paths in (record.files, record.links):
             if not all(isinstance(text, str) for pair in paths.items() for text in pair):

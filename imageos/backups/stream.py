@@ -11,7 +11,6 @@ compares. Pure but for the descriptors read and written.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -20,8 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from imageos.errors import Failure, explained
 from imageos.images.tarball import BLOCK, octal
@@ -43,8 +41,7 @@ USTAR = struct.Struct("100s8s8s8s12s12s8sc100x8s32s32s183x")
 Runs = Iterable[tuple[int, int]]  # offset, length
 
 
-@dataclass(frozen=True)
-class Volume:
+class Volume(NamedTuple):
     """A partition, or with number 0 the whole disk, as the exporter saw it."""
 
     number: int
@@ -54,8 +51,7 @@ class Volume:
     content: str
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     disk_size: int
     table: str  # gpt, dos, or an empty string for none
     volumes: tuple[Volume, ...]
@@ -63,7 +59,7 @@ class Manifest:
     bytes: int  # of all runs
     created: int  # seconds since 1970
     instance: str = ""
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # of the disk; a tuple has a method of that name
     exporter: str = ""
 
 
@@ -135,7 +131,8 @@ def _hashed(runs: Runs, read_into: Callable[[int, memoryview], None]) -> Iterato
 
 
 def manifest_document(manifest: Manifest) -> bytes:
-    return _json({"format": "imageos", "version": VERSION, **dataclasses.asdict(manifest)})
+    volumes = [volume._asdict() for volume in manifest.volumes]
+    return _json({"format": "imageos", "version": VERSION, **manifest._asdict(), "volumes": volumes})
 
 
 def header(name: str, size: int, digest: str, created: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageos import ganeti, log
 from imageos.checks.report import Finding, error, failed, note, ok
@@ -24,8 +24,7 @@ from imageos.variants.record import last_trial
 LISTING = f"{SITE_DIR}/variants.list"
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     name: str
     settings: Settings
 

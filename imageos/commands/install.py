@@ -7,7 +7,6 @@ it as FILE.new. There is no cache to prune: imageos runs from its file.
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import glob
 import hashlib
@@ -185,7 +184,7 @@ def record_entry(root: str, record: str, wanted: Iterable[Entry], before: Record
             files.update(dict.fromkeys((entry.path, entry.path + ".new"), digest(entry.content)))
     files = {path: known for path, known in files.items() if digest(content(under(root, path)) or b"") == known}
     links = {path: text for path, text in links.items() if _is_link(under(root, path), text)}
-    text = json.dumps(dataclasses.asdict(Record(files, links)), indent=1)
+    text = json.dumps(Record(files, links)._asdict(), indent=1)
     return Entry(record, f"{text}\n".encode())
 
 

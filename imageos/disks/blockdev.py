@@ -13,7 +13,6 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from imageos import log
@@ -45,15 +44,14 @@ class Disk(NamedTuple):
     is_file: bool
 
 
-@dataclass(frozen=True)
-class LoopDevice:
+class LoopDevice(NamedTuple):
     """The loop device over a disk, with the kernel's nodes for its partitions, and more of them over parts of it."""
 
     path: str  # /dev/loopN
     descriptor: int
     disk: Disk
-    ranges: list[Range] = field(default_factory=list)  # they go before it
-    hidden: set[tuple[int, int]] = field(default_factory=set)  # (start, size) of partitions without a node
+    ranges: list[Range]  # they go before it
+    hidden: set[tuple[int, int]]  # (start, size) of partitions without a node
 
     @property
     def size(self) -> int:
@@ -63,8 +61,7 @@ class LoopDevice:
         return f"{self.path}p{number}"
 
 
-@dataclass
-class Range:
+class Range(NamedTuple):
     """A loop device over a part of a disk, for what has no partition of its own: a logical volume."""
 
     path: str
@@ -117,7 +114,7 @@ def attached(disk: Disk, read_only: bool = False, direct: bool = False) -> Itera
         descriptor, path = _attach(disk.path, disk.descriptor, flags)
         stack.callback(os.close, descriptor)
         backing = _attribute(path, "backing_file")
-        loop = LoopDevice(path, descriptor, disk)
+        loop = LoopDevice(path, descriptor, disk, [], set())
         stack.callback(_detach_ranges, loop)
         if not read_only:
             stack.callback(_restore, loop)
@@ -141,9 +138,9 @@ def attach_range(loop: LoopDevice, start: int, size: int) -> str:
 
 def grow_range(loop: LoopDevice, path: str, size: int) -> None:
     """Give the loop device `path`, one of `attach_range`, another size."""
-    found = next(partial for partial in loop.ranges if partial.path == path)
+    number, found = next(pair for pair in enumerate(loop.ranges) if pair[1].path == path)
     linux.set_loop_range(found.descriptor, found.start, size)
-    found.size = size
+    loop.ranges[number] = found._replace(size=size)
 
 
 def _detach_ranges(loop: LoopDevice) -> None:

@@ -180,7 +180,7 @@ def _behind(loop: LoopDevice, table: Table, part: Part) -> int:
     holder = _holder(table, part)
     unknown = holder.size - group.starts[holder.device] - group.ends[holder.device] * group.extent_size
     # what lvm2 rounds away is no room
-    return group.behind(extents).count * group.extent_size + spare + unknown // group.extent_size * group.extent_size
+    return group.behind(extents).length * group.extent_size + spare + unknown // group.extent_size * group.extent_size
 
 
 def _last_end(loop: LoopDevice, table: Table) -> int:
@@ -203,7 +203,7 @@ def _why_not_volume(table: Table, root: Part) -> str:
     """As `why_not`: a logical volume grows into free extents behind it, and stays in one piece."""
     group, extents = _extents(table.groups, root)
     free = group.behind(extents)
-    if group.fixed or free.count:
+    if group.fixed or free.length:
         return group.fixed
     if free.end == group.ends[free.device]:
         return why_not(table, _holder(table, root))
@@ -293,10 +293,10 @@ def _extend_volume(loop: LoopDevice, table: Table, root: Part) -> int:
     """Give a logical volume the free extents behind it; return its size in bytes."""
     group, extents = _extents(table.groups, root)
     free = group.behind(extents)
-    if free.count:
+    if free.length:
         lvm.extend(group, root.volume, free)
-        blockdev.grow_range(loop, root.device, root.size + free.count * group.extent_size)
-    return root.size + free.count * group.extent_size
+        blockdev.grow_range(loop, root.device, root.size + free.length * group.extent_size)
+    return root.size + free.length * group.extent_size
 
 
 def _resize(loop: LoopDevice, part: Part, size: int) -> None:

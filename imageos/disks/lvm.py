@@ -11,7 +11,6 @@ import os
 import re
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from imageos.errors import Failure
@@ -46,17 +45,16 @@ REPORT = {
 }
 
 
-@dataclass(frozen=True)
-class Extents:
+class Extents(NamedTuple):
     """Extents of a physical volume, one behind the other."""
 
     device: str
     first: int
-    count: int
+    length: int  # in extents
 
     @property
     def end(self) -> int:
-        return self.first + self.count
+        return self.first + self.length
 
 
 class LogicalVolume(NamedTuple):
@@ -77,7 +75,7 @@ class Group(NamedTuple):
 
     def position(self, extents: Extents) -> tuple[int, int]:
         """Return where extents begin on their device, and their size, in bytes."""
-        return self.starts[extents.device] + extents.first * self.extent_size, extents.count * self.extent_size
+        return self.starts[extents.device] + extents.first * self.extent_size, extents.length * self.extent_size
 
     def volume(self, name: str) -> LogicalVolume:
         return next(volume for volume in self.volumes if volume.name == name)
@@ -123,7 +121,7 @@ def resize(group: Group, device: str) -> None:
 
 def extend(group: Group, volume: str, free: Extents) -> None:
     """Give the logical volume GROUP/NAME exactly these extents, so that it stays in one piece."""
-    _change(["lvextend", "--extents", f"+{free.count}", volume, f"{free.device}:{free.first}-{free.end - 1}"], group)
+    _change(["lvextend", "--extents", f"+{free.length}", volume, f"{free.device}:{free.first}-{free.end - 1}"], group)
 
 
 def _change(command: Sequence[str], group: Group) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import NamedTuple
 
 from imageos import log
@@ -57,13 +56,13 @@ def opened(image: Image, most: int | None = None) -> Image:
     require("tar")
     disk = _only_disk(image, _members(image, most))
     tar = ["tar", "--extract", "--to-stdout", "--no-recursion", "--no-unquote", "--file=-", "--", _unescaped(disk.name)]
-    inner = replace(image, layers=(tar,), known_size=disk.size)
+    inner = image._replace(layers=(tar,), known_size=disk.size)
     compression = compression_of(inner.start)
     if compression:
         log.info(f"{disk.name} in image {image.path} is compressed with {compression}")
         require(decompressor(compression)[0])
-        inner = replace(inner, layers=(tar, decompressor(compression)), known_size=None)
-    return replace(inner, path=f"{image.path}:{disk.name}")
+        inner = inner._replace(layers=(tar, decompressor(compression)), known_size=None)
+    return inner._replace(path=f"{image.path}:{disk.name}")
 
 
 def _members(image: Image, most: int | None) -> list[Member]:

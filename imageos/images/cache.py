@@ -5,7 +5,6 @@ All of them belong to root alone: files that others may have written are ignored
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -15,7 +14,7 @@ import re
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from imageos import log
 from imageos.errors import Failure
@@ -28,27 +27,25 @@ DOWNLOAD = r"([0-9a-f]{16}-.+?)(?:\.part)?(?:\.json|\.lock)?"
 MOST_VERDICTS = 32  # of one copy: whoever may set OS parameters can ask for any number
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """A server's answer to the question for a checksum, which the copy satisfies."""
 
     found: str  # where, for messages; or that there was none
     checked: float  # when
 
 
-@dataclasses.dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """The facts about a downloaded file, or about the whole of a partial one."""
 
     url: str  # without secrets
     etag: str
     last_modified: str
     size: int | None  # bytes of the whole
+    digests: dict[str, str]  # algorithm -> hex; more are added when they are asked for
     identity: tuple[int, ...] = ()  # inode, size and time of change of the file that the rest is about
-    digests: dict[str, str] = dataclasses.field(default_factory=dict)  # algorithm -> hex
     source: str = ""  # SHA-256 of the whole URL
     checked: float = 0.0  # when the server last said that this is what it has
-    verdicts: Mapping[str, Verdict] = dataclasses.field(default_factory=dict)  # by the key of the policy that asked
+    verdicts: Mapping[str, Verdict] = {}  # by the key of the policy that asked
 
     @property
     def condition(self) -> str:
@@ -68,7 +65,7 @@ class Copy:
             ((other, verdict) for other, verdict in self.verdicts.items() if other != key),
             key=lambda entry: entry[1].checked,
         )
-        return dataclasses.replace(self, verdicts={**dict(others[1 - MOST_VERDICTS :]), key: verdict})
+        return self._replace(verdicts={**dict(others[1 - MOST_VERDICTS :]), key: verdict})
 
 
 def source_of(url: str) -> str:
@@ -84,13 +81,13 @@ def load(path: str, url: str) -> Copy | None:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     if not copy.source:
-        copy = dataclasses.replace(copy, source=source_of(url))  # of 1.0, which did not say for whom it was verified
+        copy = copy._replace(source=source_of(url))  # of 1.0, which did not say for whom it was verified
     if copy.source != source_of(url):
         return None
     if copy.identity and copy.identity != found:  # touched, or brought from another node
         if digests(path, found, ["sha256"])["sha256"] != copy.digests.get("sha256"):
             return None
-        copy = dataclasses.replace(copy, identity=found)
+        copy = copy._replace(identity=found)
         save(path, copy)
     return copy
 
@@ -101,6 +98,7 @@ def _parsed(values: dict[str, Any]) -> Copy:
         values.pop(name, None)
     verdicts = {key: Verdict(**verdict) for key, verdict in values.pop("verdicts", {}).items()}
     identity = tuple(values.pop("identity", ()))
+    values.setdefault("digests", {})
     copy = Copy(**values, identity=identity, verdicts=verdicts)
     texts = [copy.url, copy.etag, copy.last_modified, copy.source, *copy.digests.values()]
     numbers = [copy.size or 0, copy.checked, *identity]
@@ -118,7 +116,8 @@ def save(path: str, copy: Copy) -> None:
     name = path + ".json"
     _unlink(name)  # whoever has that open must not write to the new one
     with open(opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(copy), file, indent=1)
+        verdicts = {key: verdict._asdict() for key, verdict in copy.verdicts.items()}
+        json.dump({**copy._asdict(), "verdicts": verdicts}, file, indent=1)
 
 
 def opened(path: str, flags: int = os.O_RDONLY) -> int:

@@ -10,7 +10,6 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
@@ -60,19 +59,20 @@ class Signer(NamedTuple):
         return f"signed by a key of {self.keyring}"
 
 
-@dataclass(frozen=True)
-class Checksum:
-    algorithm: str
-    hex: str
-    source: str  # for messages
-
-
-@dataclass(frozen=True)
-class Signature(Checksum):
-    """A detached signature of the image itself. What is found of it (GOOD or not) is kept as that of a checksum is."""
+class Signature(NamedTuple):
+    """A detached signature of the image itself."""
 
     contents: Sequence[bytes]  # one that verifies is enough
     signer: Signer
+
+
+class Checksum(NamedTuple):
+    """A checksum of an image; or a signature of it, of which is kept what is found of it (GOOD or not)."""
+
+    algorithm: str
+    hex: str
+    source: str  # for messages
+    signature: Signature | None = None
 
 
 class Policy(NamedTuple):
@@ -145,11 +145,11 @@ def verify_file(settings: Settings, path: str, descriptor: int) -> None:
 def check(name: str, checksums: Iterable[Checksum], found: Mapping[str, str]) -> None:
     """Fail unless `found` (algorithm -> hex) of the image `name` has all `checksums`."""
     for checksum in checksums:
-        if isinstance(checksum, Signature):
+        if checksum.signature:
             if found[checksum.algorithm] != GOOD:
                 raise Failure(
                     f"image {name}: {checksum.source} is no good signature of it by a key of IMAGE_KEYRING "
-                    f"{checksum.signer.keyring}: {found[checksum.algorithm]}",
+                    f"{checksum.signature.signer.keyring}: {found[checksum.algorithm]}",
                     hint=KEYRING_HINT,
                 )
             log.info(f"verified: by {checksum.source}")
@@ -203,7 +203,7 @@ def keyring_id(path: str) -> str:
 
 def digests_of(path: str, wanted: Sequence[str | Checksum]) -> dict[str, str]:
     """Return algorithm -> what is found of a file: hex, or of a Signature, GOOD or what is wrong."""
-    signatures = {one.algorithm: one for one in wanted if isinstance(one, Signature)}
+    signatures = {one.algorithm: one.signature for one in wanted if not isinstance(one, str) and one.signature}
     names = {one if isinstance(one, str) else one.algorithm for one in wanted}
     hashes = {name: hashlib.new(name, usedforsecurity=False) for name in names - set(signatures)}
     with open(path, "rb", buffering=0) as file:
@@ -364,7 +364,7 @@ def _fail_unpublished(url: str, wanted: Policy, problems: Sequence[str]) -> None
         )
 
 
-def _signature(web: Web, url: str, signer: Signer) -> Signature | None:
+def _signature(web: Web, url: str, signer: Signer) -> Checksum | None:
     """Return the signature beside the image itself; what else is there under such a name is none."""
     # RFC 4880, 4.2: of a packet
     found = {place: one for place, one in _beside(web, url) if DETACHED in one or one[:1] >= b"\x80"}
@@ -373,7 +373,7 @@ def _signature(web: Web, url: str, signer: Signer) -> Signature | None:
     facts = " ".join([signer.keyring_id, signer.keys, *(hashlib.sha256(one).hexdigest() for one in found.values())])
     algorithm = f"signature {hashlib.sha256(facts.encode()).hexdigest()}"
     source = f"{' or '.join(map(shown, found))}, {signer}"
-    return Signature(algorithm, GOOD, source, list(found.values()), signer)
+    return Checksum(algorithm, GOOD, source, Signature(list(found.values()), signer))
 
 
 def _beside(web: Web, url: str) -> Iterator[tuple[str, bytes]]:

@@ -5,7 +5,6 @@ FILE.part there is an unfinished download, which the next run goes on with.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import os
@@ -112,7 +111,7 @@ def _updated(web: Web, wanted: Policy, url: str, path: str, start: float, judge:
     else:
         copy, is_same = _downloaded(web, url, path, checksums, judge), True
     if is_same:
-        copy = dataclasses.replace(copy, checked=time.time())
+        copy = copy._replace(checked=time.time())
     if wanted.is_published:
         found = ", ".join(checksum.source for checksum in checksums) or NOT_FOUND
         copy = copy.judged(wanted.key, Verdict(found, time.time()))
@@ -168,7 +167,7 @@ def _downloaded(web: Web, url: str, path: str, wanted: Sequence[Checksum], judge
     try:
         with log.phase(f"downloaded {shown(url)}"):
             copy = web.patiently(url, lambda: _receive(web, url, part, judge), lambda: _size(part))
-        copy = dataclasses.replace(copy, identity=cache.identity(part))
+        copy = copy._replace(identity=cache.identity(part))
         copy.digests.update(cache.digests(part, copy.identity, ["sha256", *wanted]))
         try:
             check(shown(url), wanted, copy.digests)
@@ -199,7 +198,7 @@ def _receive(web: Web, url: str, part: str, judge: Judge) -> Copy:
         if answer.status == 200:
             have = 0
             etag, last_modified = answer.headers.get("etag", ""), answer.headers.get("last-modified", "")
-            known = Copy(shown(url), etag, last_modified, answer.size, source=cache.source_of(url))
+            known = Copy(shown(url), etag, last_modified, answer.size, {}, source=cache.source_of(url))
             cache.remove(part)
         elif not (known and _is_rest(known, have, answer)):
             cache.remove(part)
@@ -209,7 +208,7 @@ def _receive(web: Web, url: str, part: str, judge: Judge) -> Copy:
         else:
             log.info(f"going on with a download of {log.size(have)}")
             if known.size is None and answer.size is not None:
-                known = dataclasses.replace(known, size=have + answer.size)
+                known = known._replace(size=have + answer.size)
         beginning, first = _begun(answer, part, have, known)
 
         def judge_size(size: int) -> None:

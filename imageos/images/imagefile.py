@@ -8,8 +8,8 @@ import signal
 import stat
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from imageos import log
 from imageos.errors import Failure, explained
@@ -38,10 +38,7 @@ COMPRESSIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Image:
-    """An image file, opened once: what was checked is what is deployed."""
-
+class _Opened(NamedTuple):
     path: str
     descriptor: int
     size: int  # bytes of the file
@@ -50,6 +47,10 @@ class Image:
     layers: Sequence[Sequence[str]] = ()  # commands that unpack what the compression holds
     known_size: int | None = None  # bytes of the content, where what holds it says so
     whole: bool = True  # False: only its beginning is here yet; `size` is at least what it will have
+
+
+class Image(_Opened):  # a class of its own, because a NamedTuple itself has no room for a cached property
+    """An image file, opened once: what was checked is what is deployed."""
 
     @property
     def decompress(self) -> Sequence[str]:

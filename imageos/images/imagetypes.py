@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -78,7 +77,7 @@ def find(settings: Settings, with_boot: bool = True, disk_size: int | None = Non
     image = open_image(path)
     boot_path = image_type.boot_path(path) if image_type.boot_path and with_boot else ""
     if os.path.lexists(boot_path):
-        image = dataclasses.replace(image, boot=open_image(boot_path))
+        image = image._replace(boot=open_image(boot_path))
     return image
 
 
@@ -164,7 +163,7 @@ def _find_at_url(settings: Settings, with_boot: bool, disk_size: int | None) -> 
     if of_boot:
         with suppress(curl.Missing):
             boot = fetch.fetched(settings, of_boot, judge)
-            image = dataclasses.replace(image, boot=open_image(*boot))
+            image = image._replace(boot=open_image(*boot))
     return image
 
 
@@ -172,7 +171,7 @@ def check_beginning(image_type: ImageType, url: str, beginning: bytes, size: int
     """Fail if an image that begins so, and has at least `size` bytes, is known not to be what it should."""
     with linux.closing(os.memfd_create("imageos", os.MFD_CLOEXEC)) as descriptor:
         os.pwrite(descriptor, beginning, 0)
-        image = dataclasses.replace(open_image(url, descriptor), size=size, whole=False)
+        image = open_image(url, descriptor)._replace(size=size, whole=False)
         if not image.compression:
             check_page(image)
         elif image_type.deploy:

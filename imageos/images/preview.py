@@ -13,8 +13,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, NamedTuple
 
 from imageos import log
 from imageos.disks import blockdev, btrfs, discovery, ends, mounting, partitions, superblock
@@ -118,15 +117,14 @@ def _check_system(loop: LoopDevice) -> None:
 # How partitions begin
 
 
-@dataclass(frozen=True)
-class _Beginnings:
+class _Beginnings(NamedTuple):
     """A file that reads as the disk in an image where that was fetched, and else as zero; a raw image is one itself."""
 
     image: Image
     format: Format | None
     descriptor: int
     size: int
-    fetched: set[int] = field(default_factory=set)  # numbers of MiB
+    fetched: set[int]  # numbers of MiB
 
     def read(self, offset: int, length: int) -> bytes:
         if offset >= self.size:
@@ -163,11 +161,11 @@ class _Beginnings:
 @contextmanager
 def _beginnings(image: Image, form: Format | None, size: int) -> Iterator[_Beginnings]:
     if not form:
-        yield _Beginnings(image, None, image.descriptor, size // SECTOR * SECTOR)
+        yield _Beginnings(image, None, image.descriptor, size // SECTOR * SECTOR, set())
         return
     with linux.closing(os.memfd_create("imageos")) as descriptor:
         os.ftruncate(descriptor, size)
-        yield _Beginnings(image, form, descriptor, size)
+        yield _Beginnings(image, form, descriptor, size, set())
 
 
 def _read(loop: LoopDevice, disk: _Beginnings) -> Table:

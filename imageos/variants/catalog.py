@@ -7,7 +7,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from imageos import log
@@ -25,8 +25,7 @@ UNITS = {"M": 1 << 20, "G": 1 << 30}
 WRITTEN = "# as written: "  # before the SHA-256 of all that is above, in a variant's file
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One image of a publisher. Texts that are not in the catalog are empty."""
 
     name: str
@@ -34,8 +33,8 @@ class Entry:
     title: str = ""
     page: str = ""
     type: str = "qcow2"
-    checksums: Mapping[str, str] = field(default_factory=dict)  # IMAGE_CHECKSUM by architecture; "" for all others
-    signed_names: Mapping[str, str] = field(default_factory=dict)  # IMAGE_SIGNED_NAME, likewise
+    checksums: Mapping[str, str] = {}  # IMAGE_CHECKSUM by architecture; "" for all others
+    signed_names: Mapping[str, str] = {}  # IMAGE_SIGNED_NAME, likewise
     keyring: str = ""
     key: str = ""
     key_from: str = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -167,7 +166,7 @@ def as_json(enabled: Sequence[Row], entries: Mapping[str, Entry], arch: str) -> 
         "arch": arch,
         "enabled": [row._asdict() for row in enabled],
         "catalog": [
-            {**dataclasses.asdict(entry), "urls": {name: shown(url) for name, url in entry.urls.items()}}
+            {**entry._asdict(), "urls": {name: shown(url) for name, url in entry.urls.items()}}
             for entry in entries.values()
         ],
     }

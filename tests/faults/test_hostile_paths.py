@@ -118,7 +118,7 @@ def steps(guest: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> d
         image = Image("tiny.tar", 0, 0, "")
         interfaces = network.plan(instance, settings)
         request = Request(instance, settings, image, interfaces, [], None)
-        loop = LoopDevice("/dev/null", 0, Disk("/dev/null", 0, GIB, is_file=False))
+        loop = LoopDevice("/dev/null", 0, Disk("/dev/null", 0, GIB, is_file=False), [], set())
         personalize.configure(request, loop, volumes, hostkeys.no_key)
 
     def rename() -> None:

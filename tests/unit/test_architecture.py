@@ -347,7 +347,7 @@ HARMLESS = {
         "configparser",
     ),
     *("contextlib", "enum", "html", "math", "zlib"),
-    *("ctypes", "dataclasses", "difflib", "errno", "fcntl", "fnmatch", "functools", "gc", "hashlib"),
+    *("ctypes", "difflib", "errno", "fcntl", "fnmatch", "functools", "gc", "hashlib"),
     *("ipaddress", "itertools", "json", "mmap", "re", "resource", "secrets", "select", "selectors"),
     *("shlex", "signal", "socket", "stat", "struct", "sys", "textwrap", "time", "traceback"),
     *("types", "typing", "urllib.parse", "uuid", "zipimport", "zlib"),

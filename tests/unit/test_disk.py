@@ -39,7 +39,7 @@ def attached(path: Path) -> Iterator[LoopDevice]:
     """The file in the place of the loop device and of its disk."""
     with path.open("r+b", buffering=0) as file:
         disk = Disk(str(path), file.fileno(), path.stat().st_size, is_file=True)
-        yield LoopDevice("/dev/loop7", file.fileno(), disk)
+        yield LoopDevice("/dev/loop7", file.fileno(), disk, [], set())
 
 
 # Claim
@@ -186,7 +186,7 @@ def test_root_cause_is_not_hidden(
 
 
 def test_partition_node() -> None:
-    assert LoopDevice("/dev/loop7", -1, Disk("", -1, 0, is_file=False)).partition(15) == "/dev/loop7p15"
+    assert LoopDevice("/dev/loop7", -1, Disk("", -1, 0, is_file=False), [], set()).partition(15) == "/dev/loop7p15"
 
 
 # Structures for the kernel: their sizes (include/uapi/linux/loop.h, blkpg.h)

@@ -344,7 +344,7 @@ def message(**headers: str) -> dict[str, str]:
 
 
 def test_is_it_current() -> None:
-    copy = Copy("http://h/a", etag='"1"', last_modified="Mon", size=5)
+    copy = Copy("http://h/a", etag='"1"', last_modified="Mon", size=5, digests={})
     assert copy.is_of(message(ETag='"1"', Last_Modified="Tue"))
     assert not copy.is_of(message(ETag='"2"', Last_Modified="Mon"))
     assert copy.is_of(message(Last_Modified="Mon"))
@@ -354,9 +354,9 @@ def test_is_it_current() -> None:
 
 
 def test_condition_of_a_resume() -> None:
-    assert Copy("", '"1"', "Mon", 5).condition == '"1"'
-    assert Copy("", 'W/"1"', "Mon", 5).condition == "Mon"
-    assert Copy("", 'W/"1"', "", 5).condition == ""
+    assert Copy("", '"1"', "Mon", 5, {}).condition == '"1"'
+    assert Copy("", 'W/"1"', "Mon", 5, {}).condition == "Mon"
+    assert Copy("", 'W/"1"', "", 5, {}).condition == ""
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -368,7 +368,7 @@ def write(path: Path, content: bytes) -> Path:
 def test_kept_beside_the_file(tmp_path: Path) -> None:
     path = str(write(tmp_path / "a", b"content"))
     digests = checksums.digests_of(path, ["sha256"])
-    copy = Copy("http://h/a?...", '"1"', "Mon", 7, cache.identity(path), digests, cache.source_of("http://h/a?b"), 1.5)
+    copy = Copy("http://h/a?...", '"1"', "Mon", 7, digests, cache.identity(path), cache.source_of("http://h/a?b"), 1.5)
     copy = copy.judged("beside", Verdict("SHA256SUMS", 2.5))
     cache.save(path, copy)
     assert cache.load(path, "http://h/a?b") == copy
@@ -413,7 +413,7 @@ def test_notes_that_are_none(text: str, tmp_path: Path) -> None:
 
 def test_verdicts_are_bounded() -> None:
     """Anyone who may set OS parameters can ask in any number of ways."""
-    copy = Copy("", "", "", 7)
+    copy = Copy("", "", "", 7, {})
     for number in range(3 * cache.MOST_VERDICTS):
         copy = copy.judged(f"key {number}", Verdict("", float(number)))
     assert list(copy.verdicts) == [f"key {number}" for number in range(number + 1 - cache.MOST_VERDICTS, number + 1)]
@@ -422,7 +422,7 @@ def test_verdicts_are_bounded() -> None:
 def test_touched_or_changed(tmp_path: Path) -> None:
     path = write(tmp_path / "a", b"content")
     digests = checksums.digests_of(str(path), ["sha256"])
-    cache.save(str(path), Copy("", '"1"', "", 7, cache.identity(str(path)), digests))
+    cache.save(str(path), Copy("", '"1"', "", 7, digests, cache.identity(str(path))))
     os.utime(path, (1, 1))
     touched = cache.load(str(path), "http://h/a")
     assert touched and touched.identity == cache.identity(str(path))

@@ -33,7 +33,7 @@ def context(
         ENVIRONMENT if environ is None else environ,
         settings,
         "/run/imageos/root",
-        LoopDevice("/dev/loop7", -1, Disk("/dev/xenvg/disk0", -1, 1 << 30, is_file=False)),
+        LoopDevice("/dev/loop7", -1, Disk("/dev/xenvg/disk0", -1, 1 << 30, is_file=False), [], set()),
         volumes or (BOOT, SWAP, ROOT),
     )
 

@@ -64,7 +64,7 @@ def test_a_group() -> None:
     )
     assert group.position(root) == (MIB + 10 * EXTENT, 20 * EXTENT)
     assert group.behind(root) == Extents(PV, 30, 20)
-    assert group.behind(Extents(PV, 0, 10)).count == 0
+    assert group.behind(Extents(PV, 0, 10)).length == 0
     assert group.ends == {PV: 50}
 
 

@@ -41,7 +41,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     really_close = os.close
     device = Disk("/dev/disk0", -1, 0, is_file=False)
-    attached = LoopDevice("/dev/loop0", -1, device)
+    attached = LoopDevice("/dev/loop0", -1, device, [], set())
     part = Part(0, 0, 0, "", "", "", "/dev/loop0")
     monkeypatch.setattr(blockdev, "claimed", lambda *_, **__: holding("disk", device))
     monkeypatch.setattr(blockdev, "attached", lambda *_: holding("loop", attached))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import inspect
 import itertools
 import re
@@ -216,7 +215,7 @@ def test_variables_of_hooks() -> None:
         environ={},
         settings=Settings(),
         target="/mnt",
-        loop=LoopDevice("/dev/loop0", -1, Disk("/dev/x", -1, 1 << 30, is_file=False)),
+        loop=LoopDevice("/dev/loop0", -1, Disk("/dev/x", -1, 1 << 30, is_file=False), [], set()),
         volumes=(),
     )
     variables = set(hooks.variables(context)) - set(Settings().variables()) - {"LC_ALL", "PATH", "TMPDIR", "HOME"}
@@ -274,7 +273,7 @@ def test_what_hooks_find() -> None:
     """The text names every bundled hook, every member of Hook and its target, and every function for shell hooks."""
     text = section("Hooks")
     bundled = set(HOOKS)
-    parts = {field.name for field in dataclasses.fields(Hook)}
+    parts = set(Hook._fields)
     methods = {name for name in vars(Target) if not name.startswith("_")} - {"directory", "drop_preallocated"}
     functions = set(re.findall(r"^([a-z]\w*)\(\) \{", (CHECKOUT / "defaults/common.sh").read_text(), re.MULTILINE))
     assert len(functions) == 6

@@ -9,7 +9,6 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -209,15 +208,15 @@ def test_runs_that_cannot_be(runs: list[Run]) -> None:
         *({field: 10**400} for field in ("disk_size", "runs", "bytes", "index")),
         {"instance": "\u00fc"},
         {"instance": None},
-        {"volumes": (replace(VOLUME, start=1 << 40),)},
-        {"volumes": (replace(VOLUME, size=-1),)},
-        {"volumes": (replace(VOLUME, size="1"),)},  # type: ignore[arg-type]
+        {"volumes": (VOLUME._replace(start=1 << 40),)},
+        {"volumes": (VOLUME._replace(size=-1),)},
+        {"volumes": (VOLUME._replace(size="1"),)},  # type: ignore[arg-type]
     ],
 )
 def test_manifest_that_makes_no_sense(change: dict[str, object]) -> None:
     """Anyone can compute checksums."""
     with pytest.raises(Failure, match="damaged at byte 0: its manifest makes no sense"):
-        received(written(RUNS, replace(manifest(RUNS), **change)))  # type: ignore[arg-type]
+        received(written(RUNS, manifest(RUNS)._replace(**change)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

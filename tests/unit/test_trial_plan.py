@@ -123,7 +123,8 @@ def test_bios_takes_zeroes_for_code(
 ) -> None:
     monkeypatch.setattr(partitions, "read_table", lambda *_: Table("dos", (), len(sector)))
     image = image_of(tmp_path, sector)
-    loop = LoopDevice("/dev/loop9", image.descriptor, Disk("/dev/vg/a", image.descriptor, len(sector), is_file=False))
+    device = Disk("/dev/vg/a", image.descriptor, len(sector), is_file=False)
+    loop = LoopDevice("/dev/loop9", image.descriptor, device, [], set())
     assert uefi in str(trial.other_firmware(loop, "uefi"))
     with pytest.raises(Failure, match=bios) if bios else nullcontext():
         assert trial.other_firmware(loop, "bios") is None
