@@ -88,6 +88,9 @@ def test_failed_create_fails_the_demo(checkout: Path, scratch: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["build: built", "create, as Ganeti", "partitioned"])
 def test_interrupted(checkout: Path, scratch: Path, number: signal.Signals, moment: str) -> None:
+    build = checkout / "build.py"
+    build.write_text(build.read_text().replace("\nset -eu\n", "\nset -eu\nsleep 1000\n", 1))  # in the demo's hook
+    assert "sleep 1000" in build.read_text(), "it could end before the signal"
     process = start(checkout, scratch, "demo")
     assert process.stdout is not None
     for line in process.stdout:
