@@ -111,6 +111,15 @@ def test_two_checksums_of_one_image(is_only: bool) -> None:
         ("404 \xe4\n".encode("latin-1"), "text"),
         (b"PK\3\4" + bytes(99), "a zip archive"),
         (b"\x89LZO\0\r\n\x1a\n" + bytes(99), "packed by lzop"),
+        (bytes.fromhex("455646090d0aff00") + bytes(99), "an EWF image (of EnCase)"),  # as the programs of each make it
+        (bytes.fromhex("41464631300d0a00") + bytes(99), "an AFF image"),
+        (bytes.fromhex("467341306b140e6b") + bytes(99), "a fsarchiver archive"),
+        (bytes.fromhex("78465364756d703000000003") + bytes(99), "a dump by xfsdump"),
+        (bytes.fromhex("62747266732d73747265616d0001") + bytes(99), "a stream of btrfs send"),
+        (bytes.fromhex("27051956 99c958fe") + bytes(99), "an image for U-Boot"),
+        (b"age-encryption.org/v1\n->" + bytes(99), "encrypted by age"),
+        (b"Salted__" + bytes(99), "encrypted by openssl"),
+        (b"LRZI\0\6" + bytes(99), "packed by lrzip"),
         (b"\xeb\x63\x90" + bytes(510), ""),
         (b"<\0" + bytes(510), ""),
         (b"\xff\xfe" + random.Random(0).randbytes(1022), ""),  # as UTF-16 it has no control characters
