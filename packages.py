@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from imageos import __version__
-from imageos.installation import COMPILED, OS_DIR, SITE_RECORD
+from imageos.installation import COMPILED, OS_DIR, RECORD, SITE_RECORD
 from imageos.settings import CACHE_DIR, SITE_DIR
 
 PACKAGE = "ganeti-instance-image"  # that of the program that imageos replaces, so that an upgrade installs it
@@ -52,6 +52,15 @@ CHANGELOG = f"""\
 # The site's files are not in the package: scripts put them in place. dpkg would ask what to do with a conffile that the
 # site has changed, rpm takes the x bit from a hook that is on; both are wrong where no terminal is.
 INSTALL = f"{OS_DIR}/imageos install --site-files"
+# Before the package's files are there: it has a record of its own in the place of that of an `imageos install`, which
+# knows what the site has changed.
+KEEP_RECORD = f"""\
+if [ -f {OS_DIR}/{RECORD} ] && [ ! -e {SITE_RECORD} ]; then
+  mkdir -p {os.path.dirname(SITE_RECORD)}
+  cp {OS_DIR}/{RECORD} {SITE_RECORD}
+fi
+"""
+PREINST = f"#!/bin/sh\nset -e\n{KEEP_RECORD}"
 POSTINST = f"""\
 #!/bin/sh
 set -e
@@ -136,7 +145,7 @@ def deb(tree: Path, built: Path) -> list[str]:
     sums = "".join(f"{hashlib.md5(path.read_bytes()).hexdigest()}  {path.relative_to(tree)}\n" for path in files)
     size = sum(-(-path.stat().st_size // 1024) for path in files)
     write(tree / "DEBIAN/md5sums", sums)
-    for name, script in {"postinst": POSTINST, "prerm": PRERM, "postrm": POSTRM % removed}.items():
+    for name, script in {"preinst": PREINST, "postinst": POSTINST, "prerm": PRERM, "postrm": POSTRM % removed}.items():
         write(tree / "DEBIAN" / name, script)
         (tree / "DEBIAN" / name).chmod(0o755)
     write(tree / "DEBIAN/control", debian_control(size))
@@ -162,7 +171,7 @@ def complete(tree: Path, zipapp: Path, zsh_completions: str) -> None:
     """Add the manual page, completions and documents to the tree of `imageos install`, and make its links relative."""
     (tree / OS_DIR[1:] / f"imageos{COMPILED}").unlink()  # of the builder's Python
     # This tells `imageos` to ask the package manager which files the site has changed.
-    write(tree / OS_DIR[1:] / "installed.json", json.dumps({"package": PACKAGE}) + "\n")
+    write(tree / OS_DIR[1:] / RECORD, json.dumps({"package": PACKAGE}) + "\n")
     for link in (tree / "usr/sbin").iterdir():
         target = os.path.relpath(os.readlink(link), "/usr/sbin")
         link.unlink()
@@ -248,6 +257,7 @@ def rpm_spec(tree: Path) -> str:
             *(f"{strength.replace('Depends', 'Requires')}: {name}" for strength, name in wants),
             *("%description", DESCRIPTION),
             *("%install", f"cp -a {shlex.quote(str(tree))}/. %{{buildroot}}"),
+            *("%pre", KEEP_RECORD),
             *("%posttrans", f"{INSTALL} </dev/null"),
             *("%preun", f'if [ "$1" = 0 ]; then {INSTALL.replace("install", "uninstall")}; fi'),
             *("%files", "%defattr(-,root,root,-)", *rpm_files(tree), ""),

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -253,6 +254,44 @@ cp -a {{tree}}/. %{{{{buildroot}}}}
 /usr
 %config(noreplace) /etc
 """
+
+
+@pytest.mark.parametrize("kind", ["deb", "rpm"])
+def test_over_an_install(kind: str, bare: Path, packages: dict[str, Path], imageos: Path, tmp_path: Path) -> None:
+    """Until now, `imageos install` of an older version was used: what nobody has changed since is renewed."""
+    rpm = ("rpm", "--root", bare, "--nodeps", "--define=_dbpath /over")
+    older = tmp_path / "older"
+    with zipfile.ZipFile(imageos) as ours, zipfile.ZipFile(older, "w") as archive:
+        for name in ours.namelist():
+            data = ours.read(name)
+            if name == "__main__.py":
+                data = data.replace(b'BUILD = "', b'BUILD = "0')
+            if name.startswith("site-packages/imageos/hooks.d/"):
+                data += b"# of the older version\n"
+            archive.writestr(name, data)
+    shutil.copy(older, bare / "root/older")
+    done(bare, "python3", "-IS", "/root/older", "install", "--bin-dir", "/usr/sbin")
+    hooks = bare / SITE / "hooks"
+    assert (hooks / "grub").read_text().endswith("# of the older version\n")
+    (hooks / "grub").chmod(0o755)
+    (hooks / "ssh").write_text("#!/bin/sh\n")
+    if kind == "deb":
+        readme_install(bare)
+    else:
+        output(*rpm, "--install", packages["rpm"])
+    assert [name for name in os.listdir(hooks) if name.endswith(".new")] == ["ssh.new"]
+    assert "of the older version" not in "".join(path.read_text() for path in hooks.iterdir())
+    assert (hooks / "ssh").read_text() == "#!/bin/sh\n"
+    assert os.access(hooks / "grub", os.X_OK)
+    assert done(bare, "imageos", "--version").startswith("imageos ")
+    if kind == "deb":
+        done(bare, "apt-get", "--yes", "purge", NAME)
+        assert not (bare / SITE).exists() and not (bare / OS_DIR).exists()
+    else:
+        output(*rpm, "--erase", NAME)
+        assert not (bare / OS_DIR).exists() and os.listdir(hooks) == ["ssh"]
+        shutil.rmtree(bare / SITE)
+        shutil.rmtree(bare / "var/lib" / NAME, ignore_errors=True)
 
 
 def version_1(kind: str, imageos: Path, place: Path) -> Path:
