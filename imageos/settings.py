@@ -393,8 +393,11 @@ def _assignment(name: str, default: str) -> str:
 
 def _shown(entry: Entry, text: str) -> str:
     """Return a value for messages, without secrets. A URL may contain a password, and a query that is a token."""
-    hidden = entry.secret or (entry.kind in (_url, _for_ganeti, _checksum) and re.search("[@?]", text))
-    return "(secret)" if hidden else repr(text)
+    return "(secret)" if _is_hidden(entry, text) else repr(text)
+
+
+def _is_hidden(entry: Entry, text: str) -> bool:
+    return entry.secret or bool(entry.kind in (_url, _for_ganeti, _checksum) and re.search("[@?]", text))
 
 
 def parse_setting(name: str, text: str, where: str) -> Any:
@@ -451,7 +454,11 @@ def _evaluate_files(
     from_ganeti: Mapping[str, str], defaults_file: str, warn: Callable[[str], None], done: Finished | None
 ) -> list[tuple[str, dict[str, str]]]:
     """Return (path, variables that it set) of the defaults file, then of the variant's file."""
-    words, rules = _words(from_ganeti, defaults_file), Rules(_may_tell_a_secret, _VITAL, _NAMES, warn)
+
+    def is_secret(path: str, text: str, variables: Mapping[str, str] | None) -> bool:
+        return _may_tell_a_secret(path, text, variables, from_ganeti)
+
+    words, rules = _words(from_ganeti, defaults_file), Rules(is_secret, _VITAL, _NAMES, warn)
     try:
         return shellfiles.evaluate("settings file", words, from_ganeti, rules, done)
     except shellfiles.MissingFile as missing:
@@ -511,19 +518,21 @@ def _lost_in_quotes(path: str, variable: str, known: Mapping[str, str]) -> list[
 _VITAL = ("IMAGE_KEYRING", "IMAGE_SIGNER", "IMAGE_CHECKSUM")
 _NAMES = tuple(name.upper() for name in TABLE)
 _SECRETS = tuple(name.upper() for name, entry in TABLE.items() if entry.secret)
+_NAMED_SECRET = re.compile("PASS|SECRET|TOKEN|CREDENTIAL|PRIVATE", re.IGNORECASE)
 _SHORT = 4  # characters; what is shorter is in too many words
 
 
-def _may_tell_a_secret(path: str, text: str, variables: Mapping[str, str] | None) -> bool:
-    """Return whether what was said of a file may quote a secret that it sets, or that is among `variables`.
+def _may_tell_a_secret(
+    path: str, text: str, variables: Mapping[str, str] | None, from_ganeti: Mapping[str, str]
+) -> bool:
+    """Return whether what was said of a file may quote a secret that it sets, or that is among all `variables`.
 
     If these are not known, it may be one of any file that it reads.
     """
     command = re.fullmatch(r"([A-Z_]+): .*not found", text)
     if command and command[1].lower() in TABLE:  # spaces around =
         return False
-    values = [line for name in _SECRETS for line in (variables or {}).get(name, "").splitlines() if len(line) >= _SHORT]
-    if any(word in text for word in (*_SECRETS, *values)):
+    if any(word in text for word in (*_SECRETS, *_secret_lines({**from_ganeti, **(variables or {})}))):
         return True
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -532,3 +541,14 @@ def _may_tell_a_secret(path: str, text: str, variables: Mapping[str, str] | None
         return False  # no file of the site's
     telling = "|".join((*_SECRETS, *(() if variables is not None else (r"source\s", r"(?<!\S)\.\s"))))
     return any(re.search(telling, line) for line in lines)
+
+
+def _secret_lines(variables: Mapping[str, str]) -> Iterator[str]:
+    """Yield the lines of secrets: ours, those whose names say so, and the OS parameters of a site's own hooks.
+
+    Whether Ganeti was told that such a parameter is secret, it does not tell us.
+    """
+    for name, text in variables.items():
+        entry = TABLE.get(name.removeprefix("OSP_").lower())
+        if _is_hidden(entry, text) if entry else name.startswith("OSP_") or _NAMED_SECRET.search(name):
+            yield from (line for line in text.splitlines() if len(line) >= _SHORT)

@@ -401,6 +401,35 @@ def test_secrets_are_not_told(
     assert SECRET not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("end", ["", "false\n", "exit 1\n", "nosuch\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "env\n",
+        "export\n",
+        "set -x; IMAGE_URL=https://me:sosecret@example.org/\n",
+        "echo $OSP_OF_OUR_HOOK $OSP_OS_IMAGE\n",
+        "LDAP_PASSWORD=sosecret; echo $LDAP_PASSWORD\n",
+        "cat /proc/self/environ\n",
+    ],
+)
+def test_secrets_of_the_environment_are_not_told(
+    text: str, end: str, node: Node, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What Ganeti calls a secret parameter looks to an OS definition as any other."""
+    given = {
+        "OSP_OF_OUR_HOOK": SECRET,
+        "OSP_IMAGE_URL": f"https://h/?t={SECRET}",
+        "OSP_OS_IMAGE": f"http://a:{SECRET}@h",
+    }
+    node.variant("default", text + end)
+    try:
+        settings.load_settings({**recorded("create"), **given})
+    except Failure as failure:
+        assert SECRET not in f"{failure} {failure.hint} {failure.details}"
+    assert SECRET not in capfd.readouterr().err
+
+
 def test_comments_name_secrets(load: Callable[[], Settings], node: Node) -> None:
     """As those of the installed defaults file do: it holds none."""
     node.write(DEFAULTS, settings.defaults_file() + "SWAP_SISE=other one\n")
