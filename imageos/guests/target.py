@@ -231,7 +231,8 @@ class Target:
         """Run a program of the guest in the sandbox and return its output. Failure unless its status is 0."""
         with cgroup.limited() as join:
             enter = entering(self._path, self._hostname, self._disk, join)
-            return run(Command(argv, enter, env=ENVIRONMENT), input=input, timeout=self._timeout)
+            is_private = input is not None  # which may hold secrets, and a guest's program can say it again
+            return run(Command(argv, enter, env=ENVIRONMENT, private=is_private), input=input, timeout=self._timeout)
 
     # --- inside ---
 
