@@ -17,10 +17,11 @@ def fetch_all(names: Sequence[str]) -> None:
     """Download and verify the images of the variants `names`, or of all; fail in the end if one has failed."""
     wanted = list(dict.fromkeys(names)) or listed()
     failed: dict[str, Failure] = {}
+    outcomes: dict[tuple[object, ...], str | Failure] = {}
     enabled = listed()
     for variant, problems in examine(wanted, log.warning):
         try:
-            fetch_one(_right(variant, problems, enabled))
+            log.info(f"variant {variant.name}{_fetched(_right(variant, problems, enabled), outcomes)}")
         except Failure as failure:
             failed[variant.name] = failure
             report(f"variant {variant.name}", failure)
@@ -31,12 +32,6 @@ def fetch_all(names: Sequence[str]) -> None:
             (only,) = failed.values()
             raise Failure(f"{what}; {only}", hint or only.hint)
         raise Failure(what, hint)
-
-
-def known(name: str) -> Variant:
-    """Return an enabled variant; fail unless its settings are right."""
-    ((variant, problems),) = examine([name], log.warning)
-    return _right(variant, problems, listed())
 
 
 def _right(variant: Variant, problems: Sequence[Failure], enabled: Sequence[str]) -> Variant:
@@ -55,14 +50,25 @@ def check_enabled(name: str, enabled: Sequence[str]) -> None:
         )
 
 
-def fetch_one(variant: Variant) -> None:
+def _fetched(variant: Variant, outcomes: dict[tuple[object, ...], str | Failure]) -> str:
+    """Return what is to be said of a variant. Those that share an image share an outcome: its server is asked once."""
+    if variant.of_image not in outcomes:
+        try:
+            outcomes[variant.of_image] = fetch_one(variant)
+        except Failure as failure:
+            outcomes[variant.of_image] = failure
+    outcome = outcomes[variant.of_image]
+    if isinstance(outcome, Failure):
+        raise outcome
+    return outcome
+
+
+def fetch_one(variant: Variant) -> str:
     settings = variant.settings
     if not variant.has_image:
-        log.info(f"variant {variant.name} has no image of its own")
-        return
+        return " has no image of its own"
     if settings.image_url and settings.image_cleanup:
-        log.info(f"variant {variant.name}: IMAGE_CLEANUP=yes, so downloads are not kept")
-        return
+        return ": IMAGE_CLEANUP=yes, so downloads are not kept"
     image = imagetypes.find(settings)
     try:
         imagetypes.check_found(settings, image)
@@ -70,7 +76,7 @@ def fetch_one(variant: Variant) -> None:
     finally:
         for file in (image, image.boot) if image.boot else (image,):
             os.close(file.descriptor)
-    log.info(f"variant {variant.name} is on this node: {image.path}, {log.size(image.size)}")
+    return f" is on this node: {image.path}, {log.size(image.size)}"
 
 
 def report(what: str, failure: Failure) -> None:

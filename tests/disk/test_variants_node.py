@@ -283,6 +283,29 @@ def test_fetch_all(site: Node, publisher: Server) -> None:
     assert [row["image"] for row in rows(site).values()] == ["directory", "cache", "cache", "URL", "cache"]
 
 
+def test_fetch_asks_once_for_what_variants_share(site: Node, publisher: Server) -> None:
+    call(site, "enable", "guest", "again", "broken").ok()
+    for number in range(5):
+        for name in ("guest", "broken"):
+            shutil.copy(SITE / f"variants/{name}.conf", SITE / f"variants/{name}{number}.conf")
+            with LISTING.open("a") as file:
+                file.write(f"{name}{number}\n")
+    call(site, "fetch", "guest").ok()
+    log = call(site, "fetch", "guest").ok().log
+    assert "copy in CACHE_DIR is current" in log
+    before = len(publisher.requests)
+    call(site, "fetch", "guest").ok()
+    alone = len(publisher.requests) - before
+    assert alone
+    names = [f"guest{number}" for number in range(5)]
+    log = call(site, "fetch", "guest", *names).ok().log
+    assert len(publisher.requests) == before + 2 * alone
+    assert all(f"variant {name} is on this node: " in log for name in ("guest", *names))
+    result = call(site, "fetch", *(f"broken{number}" for number in range(5)))
+    result.failed("5 of 5 variants could not be fetched: broken0, broken1")
+    assert result.log.count("a web page, which a server sends") == 5
+
+
 def test_fetch_shows_progress_and_goes_on(site: Node, publisher: Server, image: bytes) -> None:
     call(site, "enable", "guest").ok()
     publisher.put("/images/1.0/guest.qcow2", image, stalls_at=len(image) // 2, cuts=[len(image) // 2])
