@@ -377,7 +377,7 @@ def _told(said: Said, rules: Rules, variables: Mapping[str, str] | None) -> Said
     known = variables or ({} if said.line else None)  # the shell quotes no variable
     if said.status or said.ours or not rules.is_secret(said.file, said.text, known):
         return said
-    return said._replace(text="(not shown, as the file sets a secret)" if said.line else "")
+    return said._replace(text="(not shown, as it may tell a secret)" if said.line else "")
 
 
 def _check(what: str, path: str, values: Mapping[str, str], said: Sequence[Said], rules: Rules) -> None:
