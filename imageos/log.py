@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 PREFIX = "imageos: "
@@ -49,9 +49,10 @@ def warning(message: str) -> None:
     info(f"warning: {message}")
 
 
-def debug(message: str) -> None:
+def debug(message: str | Callable[[], str]) -> None:
+    """Print a message for debugging, or what a function returns that is called for that alone."""
     if _debug:
-        for line in message.splitlines():
+        for line in (message if isinstance(message, str) else message()).splitlines():
             _write(f"{PREFIX}debug: {line}")
 
 

@@ -11,6 +11,7 @@ from imageos import log
 from imageos.errors import Failure, Interrupted, Usage, repair_hint, signal_name
 from imageos.node import limits
 
+_reserve = [bytearray(4 << 20)]  # freed at a failure: where no memory is left, its cause can be said nevertheless
 LONGEST = 1900  # characters of a hint or cause; Ganeti shows the last 4 KiB of the log
 
 
@@ -34,7 +35,8 @@ def guard(call: Callable[[], int]) -> int:
         log.info("ended by SIGINT")
         return 130
     except OSError as error:
-        log.debug(_traceback())
+        _reserve.clear()
+        log.debug(_traceback)
         hint = "run it with sudo" if isinstance(error, PermissionError) and os.geteuid() else repair_hint(error)
         if hint:
             log.info(f"hint: {hint}")
@@ -43,12 +45,13 @@ def guard(call: Callable[[], int]) -> int:
     except ZipImportError:  # the new file has other data at the offsets of our modules
         log.info("imageos was replaced by another version while it started: call it again")
         return 1
-    except MemoryError:
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        bound = "the node has" if limit == resource.RLIM_INFINITY else f"its limit of {log.size(limit)}"
-        _say_cause(f"imageos needs more memory than {bound}")
-        return 1
     except Exception as error:
+        _reserve.clear()
+        if _is_want_of_memory(error):
+            limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+            bound = "the node has" if limit == resource.RLIM_INFINITY else f"its limit of {log.size(limit)}"
+            _say_cause(f"imageos needs more memory than {bound}")
+            return 1
         if isinstance(error, RuntimeError) and limits.cause(str(error)):  # of Python's own: no thread can be started
             _say_cause(str(error))
             return 1
@@ -56,6 +59,13 @@ def guard(call: Callable[[], int]) -> int:
             _say(f"| {line}")
         _say(f"internal error, please report it with the lines above: {type(error).__name__}: {error}")
         return 1
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    """Return whether memory is all that was missing: Python has other errors for that where it loads a module."""
+    _, limit = resource.getrlimit(resource.RLIMIT_AS)
+    is_of_python = isinstance(error, SystemError) or "failed to map segment" in str(error)
+    return isinstance(error, MemoryError) or (is_of_python and limit != resource.RLIM_INFINITY)
 
 
 def _where(error: OSError) -> str:

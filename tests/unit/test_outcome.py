@@ -92,6 +92,18 @@ def test_out_of_memory(limit: int, bound: str, monkeypatch: pytest.MonkeyPatch, 
     assert capfd.readouterr().err == f"imageos: imageos needs more memory than {bound}\n"
 
 
+@pytest.mark.parametrize("error", [SystemError("returned NULL"), ImportError("x.so: failed to map segment from it")])
+def test_out_of_memory_in_an_import(error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> None:
+    """Python has these errors where a module does not fit under the limit. Without a limit they are of another kind."""
+    limit = 20 << 20
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    assert raising(error) == 1
+    assert capfd.readouterr().err.startswith("imageos: imageos needs more memory than its limit of 20 MiB")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, resource.RLIM_INFINITY))
+    assert raising(error) == 1
+    assert "internal error" in capfd.readouterr().err
+
+
 def test_what_is_made_is_readable() -> None:
     """Ganeti's umask is 077."""
     os.umask(0o077)
