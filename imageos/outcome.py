@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Callable
+from contextlib import suppress
 from zipimport import ZipImportError
 
 from imageos import log
 from imageos.errors import Failure, Interrupted, Usage, repair_hint, signal_name
 from imageos.node import limits
 
-_reserve = [bytearray(4 << 20)]  # freed at a failure: where no memory is left, its cause can be said nevertheless
+_reserve: list[bytearray] = []  # freed at a failure: where no memory is left, its cause can be said nevertheless
+with suppress(MemoryError):
+    _reserve.append(bytearray(4 << 20))
 LONGEST = 1900  # characters of a hint or cause; Ganeti shows the last 4 KiB of the log
 
 
