@@ -109,7 +109,7 @@ def test_disk_whose_loop_device_is_going(kind: str, node: Node, disk: MakeDisk, 
     target = disk() if kind == "file" else block_disk()
     with looked_at(target, "inf") as device:
         assert device.name in refused(node, target, str(target), "in use").log
-    with looked_at(target, "2"):
+    with looked_at(target, "0.5"):
         then_good(node, target)
 
 
