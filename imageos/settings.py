@@ -519,6 +519,7 @@ _VITAL = ("IMAGE_KEYRING", "IMAGE_SIGNER", "IMAGE_CHECKSUM")
 _NAMES = tuple(name.upper() for name in TABLE)
 _SECRETS = tuple(name.upper() for name, entry in TABLE.items() if entry.secret)
 _NAMED_SECRET = re.compile("PASS|SECRET|TOKEN|CREDENTIAL|PRIVATE", re.IGNORECASE)
+_QUOTING = re.compile(r"""[\\'"]""")
 _SHORT = 4  # characters; what is shorter is in too many words
 
 
@@ -532,7 +533,9 @@ def _may_tell_a_secret(
     command = re.fullmatch(r"([A-Z_]+): .*not found", text)
     if command and command[1].lower() in TABLE:  # spaces around =
         return False
-    if any(word in text for word in (*_SECRETS, *_secret_lines({**from_ganeti, **(variables or {})}))):
+    values = _secret_lines({**from_ganeti, **(variables or {})})
+    plain = _QUOTING.sub("", text)  # `export` and `set -x` quote what they print
+    if any(word in text for word in _SECRETS) or any(_QUOTING.sub("", value) in plain for value in values):
         return True
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -551,4 +554,4 @@ def _secret_lines(variables: Mapping[str, str]) -> Iterator[str]:
     for name, text in variables.items():
         entry = TABLE.get(name.removeprefix("OSP_").lower())
         if _is_hidden(entry, text) if entry else name.startswith("OSP_") or _NAMED_SECRET.search(name):
-            yield from (line for line in text.splitlines() if len(line) >= _SHORT)
+            yield from (line for line in text.splitlines() if len(_QUOTING.sub("", line)) >= _SHORT)

@@ -411,6 +411,9 @@ def test_secrets_are_not_told(
         "echo $OSP_OF_OUR_HOOK $OSP_OS_IMAGE\n",
         "LDAP_PASSWORD=sosecret; echo $LDAP_PASSWORD\n",
         "cat /proc/self/environ\n",
+        "$OSP_OF_OUR_HOOK || true\n",
+        'cd "$OSP_QUOTED" || true\n',
+        "set -x; MINE=$OSP_QUOTED OTHER=$OSP_LINES\n",
     ],
 )
 def test_secrets_of_the_environment_are_not_told(
@@ -421,13 +424,17 @@ def test_secrets_of_the_environment_are_not_told(
         "OSP_OF_OUR_HOOK": SECRET,
         "OSP_IMAGE_URL": f"https://h/?t={SECRET}",
         "OSP_OS_IMAGE": f"http://a:{SECRET}@h",
+        "OSP_QUOTED": "a\"b$c'so7quoted",
+        "OSP_LINES": "one\nso7third 'two'",
     }
     node.variant("default", text + end)
+    said = ""
     try:
         settings.load_settings({**recorded("create"), **given})
     except Failure as failure:
-        assert SECRET not in f"{failure} {failure.hint} {failure.details}"
-    assert SECRET not in capfd.readouterr().err
+        said = f"{failure} {failure.hint} {failure.details}"
+    said += capfd.readouterr().err
+    assert not [word for word in (SECRET, "so7quoted", "so7third") if word in said], said
 
 
 def test_comments_name_secrets(load: Callable[[], Settings], node: Node) -> None:
