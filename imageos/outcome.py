@@ -12,9 +12,9 @@ from imageos import log
 from imageos.errors import Failure, Interrupted, Usage, repair_hint, signal_name
 from imageos.node import limits
 
-_reserve: list[bytearray] = []  # freed at a failure: where no memory is left, its cause can be said nevertheless
+_reserve: list[bytes] = []  # freed at a failure: where no memory is left, its cause can be said nevertheless
 with suppress(MemoryError):
-    _reserve.append(bytearray(4 << 20))
+    _reserve.append(bytes(4 << 20))  # a bytearray would write its zeroes, and so take the memory
 LONGEST = 1900  # characters of a hint or cause; Ganeti shows the last 4 KiB of the log
 
 
