@@ -41,11 +41,8 @@ except yaml.YAMLError as error:
     mark = getattr(error, "problem_mark", None)
     print(f"line {mark.line + 1}, column {mark.column + 1}" if mark else type(error).__name__)
 """
-# What it may say: the guest's Python might say anything, the secrets in the text, too
-WRONG = (
-    r"line \d{1,9}, column \d{1,9}|it is a (?:str|list|int|float|bool|bytes|date|datetime)|"
-    r"(?:Reader|Scanner|Parser|Composer|Constructor|Marked)(?:YAML)?Error"
-)
+# What is repeated of that: the guest's Python might say anything, the secrets in the text, too
+WRONG = r"line \d{1,9}, column \d{1,9}|it is a (?:str|list|int|float|bool|bytes|date|datetime)"
 INSTANCES = f"{STATE}/instances"
 CACHE = "obj.pkl"  # in the directory of an instance: what cloud-init has read of its data source
 INSTANCE_ID = r"""^[ \t{,]*["']?instance-id["']?[ \t]*:[ \t]*["']?([^"',\s]+)"""
@@ -125,9 +122,11 @@ def warn_of_user_data(target: Target, settings: Settings) -> None:
     try:
         said = target.run([python, "-c", LOAD], input=text).strip() if python else ""
     except Failure:
-        return  # it has no PyYAML
-    if re.fullmatch(WRONG, said):
-        log.warning(f"USER_DATA is no YAML with keys: cloud-init will ignore all of it: {said}")
+        log.debug("the guest's Python cannot judge USER_DATA: it may have no PyYAML")
+        return
+    if said:
+        why = f": {said}" if re.fullmatch(WRONG, said) else ""
+        log.warning(f"USER_DATA is no YAML with keys: cloud-init will ignore all of it{why}")
     elif settings.root_password_hash and yaml.has(yaml.scalars(text), "users"):
         log.warning("ROOT_PASSWORD_HASH has no effect: USER_DATA has users of its own")
 
